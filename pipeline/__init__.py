@@ -1,0 +1,43 @@
+"""Labelled images as verified shards, and their way to the device.
+
+    from imagenet_express.pipeline import Loader
+
+The loader is imported when it is first asked for, so that the sharder does not pay for torch and DALI.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DataError, ExpressError, StorageError
+from .manifest import Dataset, open_dataset
+
+if TYPE_CHECKING:
+    from .read.augment import AugmentConfig
+    from .read.loader import Batch, Loader, LoaderConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "ConfigError",
+    "DataError",
+    "Dataset",
+    "ExpressError",
+    "Loader",
+    "LoaderConfig",
+    "StorageError",
+    "open_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AugmentConfig":
+        from .read import augment
+
+        return augment.AugmentConfig
+    if name in ("Batch", "Loader", "LoaderConfig"):
+        from .read import loader
+
+        return getattr(loader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,21 @@
+"""Sizes and offsets in whole pixels: one rule for the sharder and for every loader backend."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Pixels = int | np.ndarray
+
+
+def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
+    """(width, height) after the short side became `short`; scalars or arrays alike.
+
+    The long side is cut to whole pixels, as torchvision's Resize does, and never below one.
+    """
+    shorter = np.minimum(width, height)
+    return short * width // shorter, short * height // shorter
+
+
+def centre_offset(length: Pixels, part: int) -> Pixels:
+    """Where a centred `part` of `length` pixels starts; a half rounds to even, as torchvision's CenterCrop."""
+    return np.rint((np.asarray(length) - part) / 2).astype(np.int64)

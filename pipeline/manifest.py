@@ -1,0 +1,154 @@
+"""What a dataset is: a folder exists as a dataset only once its manifest.json says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .files import canonical_json, write_json
+from .shards import Shard, read_index
+
+FORMAT = "imagenet-express"
+VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a dataset: its shards, and where each sample lies in them."""
+
+    root: Path
+    name: str
+    shards: tuple[Shard, ...]
+    index_name: str
+    index_sha256: str
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """(n,) INDEX_DTYPE, read-only."""
+        return read_index(self.root / self.index_name, sha256=self.index_sha256)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def check(self) -> None:
+        """Every shard is there at its full size, and the index fits them. Reads no image. Raises DataError."""
+        for shard in self.shards:
+            path = self.root / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise DataError(
+                    f"{path}: the shard is missing; copy it again or shard the data again"
+                )
+            if size != shard.bytes:
+                raise DataError(
+                    f"{path}: {size} bytes where the manifest says {shard.bytes}; copy it again or shard the data again"
+                )
+        _, counts = np.unique(self.index["shard"], return_counts=True)
+        if counts.tolist() != [shard.samples for shard in self.shards]:
+            raise DataError(
+                f"{self.root / self.index_name}: the index and the manifest count differently"
+            )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset folder. `manifest` is the parsed file, `splits` its typed part."""
+
+    root: Path
+    manifest: dict[str, Any]
+    splits: dict[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.manifest["classes"]
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Per channel over the training split, in grey levels 0..255."""
+        return tuple(self.manifest["statistics"]["mean"])
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return tuple(self.manifest["statistics"]["std"])
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise DataError(f"{self.root}: no split {name!r}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+
+def open_dataset(root: str | Path) -> Dataset:
+    """Opens a shard folder; every shard's presence and size is checked, no image is read.
+
+    Raises DataError where the folder is missing, unfinished, damaged or of another kind.
+    """
+    root = Path(root)
+    path = root / NAME
+    if not root.is_dir():
+        raise DataError(f"{root}: no such shard folder; make one with tools/make_shards.py")
+    if not path.is_file():
+        raise DataError(
+            f"{root}: no {NAME}, so its sharding never finished (or this is no shard folder);"
+            " run tools/make_shards.py again"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            raise DataError(
+                f"{path}: format {manifest['format']} version {manifest['version']},"
+                f" where this program reads {FORMAT} version {VERSION}; shard the data again"
+            )
+        if fingerprint(manifest) != manifest["fingerprint"]:
+            raise DataError(
+                f"{path}: changed since it was written (its fingerprint differs); shard the data again"
+            )
+        splits = {name: _split(root, name, s) for name, s in manifest["splits"].items()}
+    except (ValueError, KeyError, TypeError) as err:
+        raise DataError(
+            f"{path}: not a manifest of {FORMAT} ({err}); shard the data again"
+        ) from err
+    for split in splits.values():
+        split.check()
+    return Dataset(root, manifest, splits)
+
+
+def _split(root: Path, name: str, record: dict[str, Any]) -> Split:
+    shards = tuple(Shard(**shard) for shard in record["shards"])
+    return Split(root, name, shards, record["index"], record["index_sha256"])
+
+
+def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dict[str, Any]:
+    """A split's part of the manifest."""
+    return {
+        "samples": sum(shard.samples for shard in shards),
+        "index": index_name,
+        "index_sha256": index_sha256,
+        "shards": [asdict(shard) for shard in shards],
+    }
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
+    content = {k: v for k, v in manifest.items() if k != "fingerprint"}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def write_manifest(root: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Adds format, version and fingerprint and publishes the manifest: the last file of a dataset."""
+    manifest = {"format": FORMAT, "version": VERSION, **content}
+    manifest["fingerprint"] = fingerprint(manifest)
+    write_json(root / NAME, manifest)
+    return manifest

@@ -1,0 +1,1 @@
+"""From a folder of verified shards to batches on the device."""

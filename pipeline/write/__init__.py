@@ -1,0 +1,1 @@
+"""From a source of labelled images to a folder of verified shards."""

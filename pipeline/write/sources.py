@@ -1,0 +1,173 @@
+"""Where labelled images come from: each source lists its items in a fixed order and reads one at a time.
+
+An item is small and can be sent to a worker process; a source holds no open file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError
+
+MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
+
+
+class Item(NamedTuple):
+    """One image of a split. `where` means something to its source alone."""
+
+    key: str
+    label: int
+    where: str
+
+
+class Source(Protocol):
+    """A set of labelled images."""
+
+    name: str
+    classes: list[str]
+    splits: dict[str, list[Item]]
+
+    def read(self, item: Item) -> bytes:
+        """The image file's bytes."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the source: nothing that differs from machine to machine."""
+
+
+def unique_keys(names: list[str]) -> list[str]:
+    """Tar keys for `names`: ASCII, no dots or slashes, at most MAX_KEY + a counter long, each one once.
+
+    webdataset cuts a key at its first dot, so that "a.b.jpg" and "a.c.jpg" would be one sample.
+    """
+    slugs = [re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_" for name in names]
+    # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
+    taken: set[str] = set()
+    keys = []
+    for slug in slugs:
+        key, n = slug, 1
+        while key.lower() in taken:
+            n += 1
+            key = f"{slug}~{n}"
+        taken.add(key.lower())
+        keys.append(key)
+    return keys
+
+
+@dataclass
+class Digits:
+    """scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0).
+
+    Every fifth is held out as validation. Each 8×8 image becomes a JPEG of `side`² pixels.
+    """
+
+    side: int = 40
+
+    name = "digits"
+
+    def __post_init__(self) -> None:
+        self.classes = [str(digit) for digit in range(10)]
+        _, labels = _digits()
+        self.splits: dict[str, list[Item]] = {"train": [], "val": []}
+        for i, label in enumerate(labels.tolist()):
+            split = "val" if i % 5 == 4 else "train"
+            self.splits[split].append(Item(f"digit{i:04d}", label, str(i)))
+
+    def read(self, item: Item) -> bytes:
+        grey = (_digits()[0][int(item.where)].astype(np.uint16) * 255 // 16).astype(np.uint8)
+        image = Image.fromarray(grey).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=95)
+        return out.getvalue()
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "digits", "side": self.side}
+
+
+_DIGITS: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) uint8 in 0..16 and (1797,) labels."""
+    global _DIGITS
+    if _DIGITS is None:
+        with np.load(Path(__file__).with_name("digits.npz")) as file:
+            _DIGITS = file["images"], file["labels"]
+    return _DIGITS
+
+
+@dataclass
+class ImageFolder:
+    """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
+
+    Every file that is not hidden counts as an image: what is none is found by its content and named.
+    """
+
+    train: Path
+    val: Path | None = None
+    name: str = "imagefolder"
+
+    def __post_init__(self) -> None:
+        folders = {"train": self.train} | ({"val": self.val} if self.val else {})
+        self.classes = _class_names(self.train)
+        self.splits = {split: self._items(split, folder) for split, folder in folders.items()}
+
+    def _items(self, split: str, folder: Path) -> list[Item]:
+        names = _class_names(folder)
+        if foreign := [name for name in names if name not in set(self.classes)]:
+            raise DataError(
+                f"{folder / foreign[0]}: this class is not among those of {self.train};"
+                " validation needs the training classes"
+            )
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        found: list[tuple[str, int]] = []
+        for name in names:
+            files = sorted(_files(folder / name))
+            if not files:
+                raise DataError(f"{folder / name}: no image in this class folder; fill or remove it")
+            found += [(os.path.relpath(file, folder), label_of[name]) for file in files]
+        keys = unique_keys([_readable_key(path) for path, _ in found])
+        return [
+            Item(key, label, f"{split}/{path}")
+            for key, (path, label) in zip(keys, found, strict=True)
+        ]
+
+    def read(self, item: Item) -> bytes:
+        split, _, path = item.where.partition("/")
+        folder = self.train if split == "train" else self.val
+        assert folder is not None
+        return (folder / path).read_bytes()
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "imagefolder"}
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; name one that holds a folder for each class")
+    names = sorted(
+        e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")
+    )
+    if not names:
+        raise DataError(f"{folder}: no class folders; images belong into {folder}/<class>/")
+    return names
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
+
+
+def _readable_key(path: str) -> str:
+    """"cat/7.jpg" → "cat_7"; "n01440764/n01440764_18.JPEG" → "n01440764_18", as ImageNet names them."""
+    folder, stem = os.path.split(os.path.splitext(path)[0])
+    return stem if stem.startswith(folder + "_") else f"{folder}_{stem}"
+

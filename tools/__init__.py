@@ -1,0 +1,1 @@
+"""Command-line tools: thin, the work is in the packages."""

@@ -1,0 +1,112 @@
+"""Turns labelled images into verified WebDataset shards.
+
+    python tools/make_shards.py digits --out shards/digits
+    python tools/make_shards.py imagefolder --train /data/train --val /data/val --out /data/shards
+
+Exit codes: 0 done, 2 usage, 65 bad data, 74 disk full or folder not writable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+
+from pipeline.errors import ConfigError
+from pipeline.progress import Progress, clock
+from pipeline.write.build import Options, Plan, build, default_workers
+from pipeline.write.images import Encoding
+from pipeline.write.sources import Digits, ImageFolder, Source
+from tools import cli
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(
+        prog="make_shards.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    digits = kinds.add_parser("digits", help="1,797 handwritten digits that come with the project")
+    digits.add_argument("--side", type=int, default=36, help="pixels of a digit's side (%(default)s)")
+    folder = kinds.add_parser("imagefolder", help="DIR/<class>/<image>, any depth below the class")
+    folder.add_argument("--train", type=Path, required=True, metavar="DIR")
+    folder.add_argument("--val", type=Path, metavar="DIR")
+    folder.add_argument("--name", default="imagefolder", help="the shards' first name (%(default)s)")
+    for kind in (digits, folder):
+        add_options(kind)
+    return p
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, empty or new")
+    p.add_argument(
+        "--encode",
+        choices=("keep", "jpeg"),
+        default="keep",
+        help="keep the original bytes, or store JPEGs of a fixed short side (%(default)s)",
+    )
+    p.add_argument(
+        "--size", type=int, default=256, help="short side in pixels, for jpeg and statistics (%(default)s)"
+    )
+    p.add_argument("--square", action="store_true", help="jpeg: store only the centre square")
+    p.add_argument("--quality", type=int, default=90, help="jpeg: quality, 1 to 100 (%(default)s)")
+    p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
+    p.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="leave out up to this fraction of images that cannot be used (%(default)s)",
+    )
+
+
+def source(args: argparse.Namespace) -> Source:
+    if args.source == "digits":
+        if not 8 <= args.side <= 1024:
+            raise ConfigError(f"--side {args.side}: choose 8 to 1024 pixels")
+        return Digits(side=args.side)
+    if not args.name.replace("-", "").replace("_", "").isalnum() or not args.name.isascii():
+        raise ConfigError(f"--name {args.name!r}: use letters, digits, - and _")
+    return ImageFolder(args.train, args.val, args.name)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.workers < 0:
+        raise ConfigError(f"--workers {args.workers}: must not be negative")
+    options = Options(
+        Encoding(args.encode, args.size, args.square, args.quality),
+        args.samples_per_shard,
+        args.seed,
+        args.max_bad_fraction,
+    )
+    started = time.monotonic()
+    plan = Plan(source(args), options)
+    workers = min(args.workers or default_workers(), len(plan.tasks))
+    progress = Progress("sharding", plan.samples)
+    try:
+        written = build(plan, args.out, workers=workers, progress=progress.update)
+    finally:
+        progress.close()
+    report(written, args.out, time.monotonic() - started)
+
+
+def report(written: dict, out: Path, seconds: float) -> None:
+    for name, split in written["splits"].items():
+        size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
+        print(f"{name}: {split['samples']:,} images in {len(split['shards'])} shards, {size:,.1f} MB")
+    for what, label in (("converted", "converted to JPEG"), ("quarantine", "left out")):
+        if written[what]:
+            print(f"{label}: {len(written[what])}, listed in the manifest under {what!r}")
+    print(f"{out}: {len(written['classes'])} classes, done in {clock(seconds)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
