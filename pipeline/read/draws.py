@@ -1,0 +1,54 @@
+"""Random numbers from coordinates: an integer hash of (seed, epoch, stream, sample id). Pure and vectorised.
+
+The numbers are part of the contract, since a run must see the same crops in ten years: golden values are tested.
+Nothing here depends on NumPy's generators, whose streams may change between versions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# One stream for each purpose, so that no two purposes share a draw.
+ORDER, CROP, FLIP, DROPOUT = range(4)
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
+_M1 = 0xBF58476D1CE4E5B9
+_M2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64 bits in which each input bit moves half of the output bits (Stafford's variant 13). In place."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(_M1)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_M2)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def key(*coordinates: int) -> int:
+    """64 bits from whole numbers: the key of all draws at these coordinates."""
+    state = np.zeros(1, np.uint64)
+    for value in coordinates:
+        # Mixed between two additions, so that (1, 0) and (0, 1) and neighbours lead to unrelated keys.
+        state += np.uint64((value + 1) * _GOLDEN & _MASK)
+        state = _mix(state)
+    return int(state[0])
+
+
+def bits(ids: np.ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> np.ndarray:
+    """(n,) uint64 for (n,) ids. For fixed keywords a bijection of the id: distinct ids never collide."""
+    x = np.asarray(ids).astype(np.uint64)  # a copy, mixed in place from here on
+    # Two keyed rounds: after one, two epochs would be shifted windows of one and the same sequence.
+    x *= np.uint64(_GOLDEN)
+    x += np.uint64(key(seed, epoch, stream, draw))
+    _mix(x)
+    x ^= np.uint64(key(draw, stream, epoch, seed))
+    return _mix(x)
+
+
+def uniform(ids: np.ndarray, *, seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """(n, count) float64 in [0, 1), multiples of 2^-53."""
+    draws = [bits(ids, seed=seed, epoch=epoch, stream=stream, draw=d) for d in range(count)]
+    return np.stack([(x >> np.uint64(11)) * 2.0**-53 for x in draws], axis=1)
