@@ -1,0 +1,205 @@
+"""One run's configuration: frozen dataclasses, each validating itself, composed from the packages that own them.
+
+Order of precedence: preset < flags. Every error names the field and its value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from model import ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.read.augment import AugmentConfig
+from pipeline.read.loader import LoaderConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are."""
+
+    shards: str = ""
+    """Folder made by tools/make_shards.py."""
+    train_split: str = "train"
+    val_split: str = "val"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what portions, in which precision."""
+
+    epochs: int = 15
+    batch: int = 128
+    """Global batch: images a step over all ranks."""
+    eval_batch: int = 256
+    """Images a step in evaluation, over all ranks; changes nothing but memory and speed."""
+    precision: Literal["launcher", "fp32", "bf16", "fp16"] = "launcher"
+    """launcher: what accelerate launch --mixed_precision says."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "train", epochs=1, batch=1, eval_batch=1)
+        _one_of(self, "train", precision=("launcher", "fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with momentum, and the learning rate over time."""
+
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine falls to zero at the last step."""
+    warmup_epochs: float = 0.0
+    """Linear rise from zero at the start."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "optim", lr=0.0, momentum=0.0, weight_decay=0.0, warmup_epochs=0.0)
+        _one_of(self, "optim", schedule=("constant", "cosine"))
+        if self.momentum >= 1:
+            raise ConfigError(f"optim.momentum={self.momentum}: must be below 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run is kept and how it reports."""
+
+    dir: str = ""
+    """Run folder; default: runs/<preset>."""
+    seed: int = 0
+    log_every: int = 20
+    """Steps between two records of the loss: the only times that the device is waited for."""
+    keep_checkpoints: int = 3
+    record_ids: bool = False
+    """Write each rank's sample ids of every step to ids/, to compare runs."""
+    ddp_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: NCCL between GPUs, gloo between CPUs; gloo also joins two ranks on one GPU."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "run", seed=0, log_every=1, keep_checkpoints=1)
+        _one_of(self, "run", ddp_backend=("auto", "nccl", "gloo"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    resume: str = ""
+    """Go on from a checkpoint folder, or, as bare --resume, from the run folder's newest."""
+
+
+def _at_least(config: Any, group: str, **least: float) -> None:
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if not value >= minimum:  # so that NaN fails too
+            raise ConfigError(f"{group}.{name}={value}: must be at least {minimum}")
+
+
+def _one_of(config: Any, group: str, **allowed: tuple[str, ...]) -> None:
+    for name, choices in allowed.items():
+        if getattr(config, name) not in choices:
+            raise ConfigError(f"{group}.{name}={getattr(config, name)}: choose one of {', '.join(choices)}")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.batch": 128, …}, as the flags are named."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        name = prefix + f.name
+        flat |= flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return flat
+
+
+RESUME_NEWEST = "newest"
+
+
+def parse(argv: list[str], presets: dict[str, Config], *, prog: str) -> Config:
+    """The configuration that `argv` (preset first, then flags) asks for. Raises ConfigError; exits for --help."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(presets, prog))
+        raise SystemExit(0 if argv else 2)
+    preset, *flags = argv
+    if preset not in presets:
+        raise ConfigError(f"unknown preset {preset!r}{_did_you_mean(preset, presets)}; presets: {', '.join(presets)}")
+    flags = _expand_resume(flags)
+    _refuse_unknown(flags, presets[preset])
+    config = _tyro(flags, presets[preset], prog=f"{prog} {preset}")
+    if not config.run.dir:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{preset}"))
+    if not config.data.shards:
+        raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
+    return config
+
+
+def _help(presets: dict[str, Config], prog: str) -> str:
+    return (
+        f"usage: accelerate launch {prog} PRESET --data.shards DIR [--group.field VALUE ...]\n\n"
+        f"presets: {', '.join(presets)}\n"
+        f"fields and their values in a preset: python {prog} PRESET --help"
+    )
+
+
+def _expand_resume(flags: list[str]) -> list[str]:
+    """A bare --resume means the newest checkpoint; the command line library knows no optional values."""
+    out = []
+    for flag, following in zip(flags, [*flags[1:], "--"], strict=True):
+        out.append(flag)
+        if flag == "--resume" and following.startswith("--"):
+            out.append(RESUME_NEWEST)
+    return out
+
+
+def _refuse_unknown(flags: list[str], preset: Config) -> None:
+    """Names an unknown field before the parser does, with the nearest known one."""
+    known = flatten(preset)
+    negations = [re.sub(r"([^.]+)$", r"no_\1", name) for name, value in known.items() if isinstance(value, bool)]
+    names = {*known, *negations, "help"}
+    for flag in flags:
+        name = flag[2:].split("=")[0].replace("-", "_")
+        if flag.startswith("--") and name not in names:
+            raise ConfigError(f"unknown field {flag.split('=')[0]}{_did_you_mean(name, names)}")
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _tyro(flags: list[str], preset: Config, *, prog: str) -> Config:
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(Config, default=preset, args=flags, prog=prog)
+    except ValueError as err:  # of packages that know no ConfigError of ours
+        raise ConfigError(str(err)) from err
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ConfigError(_first_sentence(printed.getvalue())) from end
+
+
+def _first_sentence(box: str) -> str:
+    """What stands between the frame's top and its first rule, on one line."""
+    lines = []
+    for line in box.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("─"):
+            break
+        if not line.startswith("╭"):
+            lines.append(text)
+    return " ".join(lines) or box.strip()

@@ -1,0 +1,69 @@
+"""What a result depends on beside the code: hardware, versions, commit and command, for every record we keep."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "accelerate", "webdataset", "pillow", "numpy"
+)  # fmt: skip
+
+
+def describe() -> dict[str, Any]:
+    """Hardware and versions, without anything that names the machine."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": _gpus(),
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "commit": git_commit(),
+    }
+
+
+def command() -> str:
+    """The command line, its program named as seen from the repository."""
+    program = os.path.abspath(sys.argv[0])
+    inside = os.path.relpath(program, ROOT)
+    return shlex.join([os.path.basename(program) if inside.startswith("..") else inside, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """The commit, with "-dirty" where files differ from it; None outside a checkout."""
+    try:
+        ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

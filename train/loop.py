@@ -1,0 +1,283 @@
+"""One run from its configuration to its final figures: the step and its rhythm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from model import AlexNet
+from pipeline.errors import ConfigError, ExpressError
+from pipeline.files import write_json
+from pipeline.manifest import Dataset, open_dataset
+from pipeline.progress import Progress
+from pipeline.read import draws
+from pipeline.read.loader import Batch, Loader, threads_per_rank
+
+from . import checkpoint, environment, tracking
+from .config import RESUME_NEWEST, Config, flatten
+from .optim import learning_rate, make_optimizer, set_learning_rate
+from .validation import Result, evaluate
+
+INIT = 1_000_000  # draw streams of training, away from the loader's
+# A changed value of these would go on with another run: another net, other crops, another order.
+FIXED_ON_RESUME = ("model.", "augment.", "train.batch", "data.train_split", "run.seed")
+
+
+class LossNotFinite(ExpressError):
+    """The loss became NaN or infinite."""
+
+    code = 76
+
+
+@dataclass
+class State:
+    """All that changes while the loop runs, beside weights and optimiser."""
+
+    step: int = 0  # optimiser steps done
+    epoch: int = 0  # epochs done
+    best_top1: float = 0.0
+
+
+class Run:
+    """A run's parts, put together. `state` is public, so that the end can be told with its step."""
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, Path(config.run.dir)
+        self.state = State()
+        self.dataset = open_dataset(config.data.shards)
+        self.loader, self.val_loader = (self._loader(self.dataset, train=t) for t in (True, False))
+        self.steps_per_epoch = len(self.loader)
+        self.total_steps = self.steps_per_epoch * config.train.epochs
+        resume_from = self._resume_from()
+        torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
+        try:
+            net = AlexNet(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
+        except ValueError as err:
+            raise ConfigError(str(err)) from err
+        self.net, self.optimizer = accelerator.prepare(net, make_optimizer(net, config.optim))
+        self.checkpoints = checkpoint.Checkpoints(self.folder, keep=config.run.keep_checkpoints)
+        if resume_from:
+            self._restore(resume_from)
+        self._open_folder()
+        self.record = tracking.Record(
+            self.folder, accelerator, resumed_at=self.state.step, record_ids=config.run.record_ids
+        )
+
+    def _loader(self, dataset: Dataset, *, train: bool) -> Loader:
+        c, a = self.config, self.accelerator
+        return Loader(
+            dataset,
+            split=c.data.train_split if train else c.data.val_split,
+            batch=c.train.batch if train else c.train.eval_batch,
+            train=train,
+            seed=c.run.seed,
+            rank=a.process_index,
+            world=a.num_processes,
+            local_world=local_world(),
+            device=a.device,
+            channels_last=True,
+            augment=c.augment,
+            config=c.loader,
+        )
+
+    def _open_folder(self) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / tracking.EXIT).unlink(missing_ok=True)
+            described = {
+                "config": dataclasses.asdict(self.config),
+                "fingerprint": self.dataset.fingerprint,
+                "ranks": self.accelerator.num_processes,
+                "precision": self.accelerator.mixed_precision,
+                "backend": self.loader.backend,
+                "command": environment.command(),
+                "environment": environment.describe(),
+            }
+            write_json(self.folder / "config.json", described)
+        self.accelerator.init_trackers("tensorboard")
+        self.accelerator.wait_for_everyone()
+
+    # Resuming
+
+    def _resume_from(self) -> Path | None:
+        """The checkpoint to go on from. Refuses to start anew where a run is kept already."""
+        resume = self.config.resume
+        if resume and resume != RESUME_NEWEST:
+            return Path(resume)
+        newest = checkpoint.Checkpoints(self.folder, keep=1).newest()
+        if newest and not resume:
+            raise ConfigError(
+                f"{self.folder}: holds a run already ({newest.name}); go on with it by --resume,"
+                " or choose another --run.dir"
+            )
+        if resume and not newest:
+            raise ConfigError(f"{self.folder}: no checkpoint to resume from; start without --resume")
+        return newest
+
+    def _restore(self, path: Path) -> None:
+        model, optimizer, state = checkpoint.load(path)
+        self._refuse_other_run(path, state)
+        self.accelerator.unwrap_model(self.net).load_state_dict(model)
+        checkpoint.restore_optimizer(self.optimizer, optimizer)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.state = State(state["step"], state["epoch"], state["best_top1"])
+        if self.state.epoch < self.config.train.epochs:
+            self.loader.load_state_dict(state["loader"])
+        if self.accelerator.is_main_process:
+            print(f"resuming from {path}: {self.state.epoch} of {self.config.train.epochs} epochs done", flush=True)
+
+    def _refuse_other_run(self, path: Path, state: dict[str, Any]) -> None:
+        saved, now = state["config"], self._fixed()
+        for name in sorted(saved.keys() | now.keys()):
+            if saved.get(name) != now.get(name):
+                raise ConfigError(
+                    f"{name}={now.get(name)} but {path} was trained with {saved.get(name)};"
+                    " resume with that value, or start a new run"
+                )
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run."""
+        flat = flatten(self.config)
+        fixed = {k: v for k, v in flat.items() if k.startswith(FIXED_ON_RESUME)}
+        return fixed | {"the dataset's fingerprint": self.dataset.fingerprint}
+
+    # Training
+
+    def train(self) -> Result:
+        """Trains the epochs that are left and evaluates after each; returns the last figures."""
+        result = None
+        while self.state.epoch < self.config.train.epochs:
+            self._train_epoch()
+            result = self._evaluate()
+            self._save()
+        return result or self._evaluate()
+
+    def _train_epoch(self) -> None:
+        c, state, number = self.config, self.state, self.state.epoch + 1
+        progress = Progress(
+            f"epoch {number}/{c.train.epochs}",
+            self.steps_per_epoch * c.train.batch,
+            enabled=self.accelerator.is_main_process,
+        )
+        meter = Meter(self.accelerator, c.train.batch)
+        self.loader.stats()
+        for batch in self.loader:
+            rate = learning_rate(
+                c.optim, step=state.step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
+            )
+            loss = self._step(batch, rate)
+            state.step += 1
+            meter.add(loss)
+            self.record.ids(state.step, batch.ids)
+            note = ""
+            if state.step % c.run.log_every == 0:
+                note = self._log(meter.read(self.loader), rate, number)
+            progress.update(c.train.batch, note or progress.note)
+        progress.close()
+        state.epoch = number
+        if meter.steps:
+            self._log(meter.read(self.loader), rate, number)
+        self.record.say(tracking.summary(number, c.train.epochs, meter.whole() | {"lr": rate}, meter.seconds))
+
+    def _step(self, batch: Batch, rate: float) -> Tensor:
+        """One optimiser step; returns this rank's mean loss, on the device and unread."""
+        # Dropout's generator is set anew from coordinates, so there is no state of it to save.
+        torch.manual_seed(draws.key(self.config.run.seed, self.state.step, self.accelerator.process_index) >> 1)
+        set_learning_rate(self.optimizer, rate)
+        loss = F.cross_entropy(self.net(batch.images), batch.labels)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
+        if not math.isfinite(metrics["loss"]):
+            raise LossNotFinite(
+                f"the loss is {metrics['loss']} at step {self.state.step}; lower optim.lr={self.config.optim.lr}"
+            )
+        self.record.write("train", self.state.step, {"epoch": epoch, **metrics, "lr": rate})
+        return f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.0%}"
+
+    def _evaluate(self) -> Result:
+        result = evaluate(self.accelerator.unwrap_model(self.net), self.val_loader, self.accelerator)
+        self.state.best_top1 = max(self.state.best_top1, result.top1)
+        self.record.write("val", self.state.step, {"epoch": self.state.epoch, **dataclasses.asdict(result)})
+        return result
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            self.checkpoints.save(
+                self.state.step,
+                model=self.accelerator.unwrap_model(self.net).state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                state={
+                    "epoch": self.state.epoch,
+                    "best_top1": self.state.best_top1,
+                    "loader": self.loader.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "config": self._fixed(),
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self.loader.close()
+        self.val_loader.close()
+        self.record.close()
+
+
+class Meter:
+    """Loss, rate and waiting since the last reading, and over the whole epoch. Reading it waits for the device."""
+
+    def __init__(self, accelerator: Accelerator, batch: int) -> None:
+        self.accelerator, self.batch = accelerator, batch
+        self.started = self.last = time.perf_counter()
+        self.steps = self.all_steps = 0
+        self.loss: Tensor | float = 0.0
+        self.all_loss = self.all_wait = 0.0
+
+    def add(self, loss: Tensor) -> None:
+        self.loss = self.loss + loss
+        self.steps += 1
+
+    def read(self, loader: Loader) -> dict[str, float]:
+        """Means over the steps since the last reading; the loss over all ranks. The one host-device synchronisation."""
+        loss = float(self.accelerator.reduce(self.loss / self.steps, "mean"))
+        now, wait = time.perf_counter(), loader.stats()["wait_seconds"]
+        metrics = self._metrics(loss, self.steps, now - self.last, wait)
+        self.all_loss, self.all_wait = self.all_loss + loss * self.steps, self.all_wait + wait
+        self.all_steps, self.steps, self.loss, self.last = self.all_steps + self.steps, 0, 0.0, now
+        return metrics
+
+    @property
+    def seconds(self) -> float:
+        return self.last - self.started
+
+    def whole(self) -> dict[str, float]:
+        """The same over all readings."""
+        return self._metrics(self.all_loss / self.all_steps, self.all_steps, self.seconds, self.all_wait)
+
+    def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
+        return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}
+
+
+def local_world() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def use_all_cores() -> None:
+    """Launchers set one thread a rank, which starves training on a CPU; its share of the cores is meant."""
+    torch.set_num_threads(threads_per_rank(local_world()))

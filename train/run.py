@@ -1,0 +1,115 @@
+"""Trains an AlexNet on shards.
+
+    accelerate launch train/run.py demo --data.shards shards/digits
+    accelerate launch train/run.py seed --data.shards /data/shards --train.batch 1024 --optim.lr 0.08
+
+The last line on success: val top1=… top5=… images=… (fractions, and how many images were counted).
+Exit codes of each process: 0 done, 2 usage, 65 bad data, 74 I/O failed, 76 loss not finite.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # started as a file: the packages lie beside this folder, not inside it
+    sys.path[0] = ROOT
+
+from pipeline.errors import ConfigError, ExpressError, StorageError
+
+
+def main(argv: list[str]) -> int:
+    """Parses, trains and tells the end; returns the process's exit code."""
+    from train.config import parse
+    from train.presets import PRESETS
+
+    try:
+        config = parse(argv, PRESETS, prog="train/run.py")
+    except ExpressError as err:
+        return fail(err, only_rank0=True)
+    return start(config)
+
+
+def start(config) -> int:
+    from train.loop import Run
+    from train.tracking import write_exit
+
+    run, folder = None, Path(config.run.dir)
+    try:
+        accelerator = make_accelerator(config)
+        run = Run(config, accelerator)
+        result = run.train()
+    except OSError as err:
+        return end(folder, run, StorageError(f"{err.filename or folder}: {err.strerror or err}"))
+    except ExpressError as err:
+        return end(folder, run, err)
+    except KeyboardInterrupt:
+        return end(folder, run, Interrupted("interrupted; go on with --resume"))
+    if accelerator.is_main_process:
+        write_exit(folder, code=0, reason="done", step=run.state.step)
+    run.close()
+    if accelerator.is_main_process:
+        print(result, flush=True)
+    return 0
+
+
+class Interrupted(ExpressError):
+    code = 130
+
+
+def make_accelerator(config):
+    """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    from train.loop import use_all_cores
+
+    precision = {"launcher": None, "fp32": "no"}.get(config.train.precision, config.train.precision)
+    handlers = []
+    if config.run.ddp_backend != "auto":
+        handlers.append(InitProcessGroupKwargs(backend=config.run.ddp_backend))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(config.run.dir, logging_dir=config.run.dir),
+            kwargs_handlers=handlers,
+        )
+    except ValueError as err:  # such as fp16 without a GPU
+        raise ConfigError(f"train.precision={config.train.precision}: {err}") from err
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ConfigError(
+            f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
+            f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
+        )
+    use_all_cores()
+    return accelerator
+
+
+def end(folder: Path, run, err: ExpressError) -> int:
+    """Tells people by one line and machines by exit.json."""
+    from train.tracking import write_exit
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    if run is not None and (first or not (folder / "exit.json").exists()):
+        try:
+            write_exit(folder, code=err.code, reason=str(err), step=run.state.step)
+        except OSError:
+            pass  # the folder is what failed: the line and the exit code still tell it
+    # Before the run stands, all ranks of a machine meet the same error: one line is enough.
+    return fail(err, only_rank0=run is None)
+
+
+def fail(err: ExpressError, *, only_rank0: bool) -> int:
+    """One line on stderr, with the rank where only one may have met it."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if local_rank == 0 or not only_rank0:
+        print(f"error: {f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+    return err.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

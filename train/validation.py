@@ -1,0 +1,56 @@
+"""Exact validation: every image once, at any number of ranks, counted in whole numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.read.loader import Loader
+
+
+@dataclass(frozen=True)
+class Result:
+    """Fractions of `images`, and their mean cross-entropy."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}"
+
+
+def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) how many classes score at least as high as the labelled one, itself not counted.
+
+    Ties and NaN count against the net, so a constant or broken one is never right by accident, and the answer does not
+    depend on how a batch is cut.
+    """
+    own = logits.gather(1, labels[:, None])
+    return logits.shape[1] - 1 - (logits < own).sum(1)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, loader: Loader, accelerator: Accelerator) -> Result:
+    """Runs `net` over this rank's part and sums over the ranks. No rank waits for another before the end."""
+    net.eval()
+    hits = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    seen = 0
+    for images, labels, _ in loader:
+        logits = net(images).float()
+        ranks = rank_of_label(logits, labels)
+        hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+        seen += len(labels)
+    net.train()
+    # float64 holds whole numbers to 9e15, so one reduction carries all four sums.
+    sums = torch.cat([hits.double(), loss_sum[None], torch.full_like(loss_sum[None], seen)])
+    top1, top5, loss, images = accelerator.reduce(sums, "sum").tolist()
+    assert images == loader.samples, f"evaluated {images} of {loader.samples} images"
+    return Result(top1 / images, top5 / images, loss / images, int(images))
