@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
+
+from .lrn import LocalResponseNorm
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _modules(config: ModelConfig, classes: int, crop: int) -> list[nn.Module]:
                 modules += [conv, nn.ReLU(inplace=True)]
                 channels = out
             case Norm() if config.lrn:
-                modules.append(nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k))
+                modules.append(LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k))
             case Pool():
                 side = (side - layer.kernel) // layer.stride + 1
                 modules.append(nn.MaxPool2d(layer.kernel, layer.stride))
@@ -170,8 +171,3 @@ def count_parameters(net: nn.Module) -> int:
     """Trainable numbers."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
-
-def parameters_without_memory(config: ModelConfig, *, classes: int, crop: int) -> int:
-    """The number of parameters, counted on torch's meta device."""
-    with torch.device("meta"):
-        return count_parameters(AlexNet(config, classes=classes, crop=crop))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .read.augment import AugmentConfig
     from .read.loader import Batch, Loader, LoaderConfig
 
-__version__ = "0.1.0"
 __all__ = [
     "AugmentConfig",
     "Batch",

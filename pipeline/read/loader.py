@@ -164,13 +164,15 @@ class Loader:
     # Iteration
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._step < len(self):
+        epoch = self._epoch
+        while self._epoch == epoch and len(self):  # a rank of a tiny evaluation may have nothing to do
             started = time.perf_counter()
             batch = self._next()
             self._wait_seconds += time.perf_counter() - started
             self._step += 1
+            if self._step == len(self):
+                self._epoch, self._step = epoch + 1, 0
             yield batch
-        self._epoch, self._step = self._epoch + 1, 0
 
     def stats(self) -> dict[str, float]:
         """Seconds that the consumer has waited for batches since the last call."""

@@ -1,0 +1,101 @@
+"""Real files for the tests: the embedded digits as shards, photograph-like JPEGs, and, where present, shared data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.images import Encoding
+from pipeline.write.sources import Digits, ImageFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("IMAGENET_EXPRESS_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """The embedded digits, sharded as make demo does."""
+    out = tmp_path_factory.mktemp("digits")
+    build(Plan(Digits(side=36), Options()), out, workers=1)
+    return out
+
+
+def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Smooth colours with some noise: compresses and resizes like a photograph."""
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    noisy = smooth + rng.integers(-12, 13, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+SIZES = [(300, 400), (400, 300), (256, 256), (256, 300), (333, 256), (257, 511), (500, 375), (180, 240)]
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """train/ and val/ of two classes, 12 and 4 images, of many sizes and JPEG kinds."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    kinds = [
+        {"subsampling": "4:2:0"},
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"progressive": True},
+    ]
+    for split, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = picture(rng, *SIZES[(i + label) % len(SIZES)])
+                if i == 4:
+                    image = image.convert("L")
+                image.save(folder / f"{i}.jpg", quality=92, **kinds[i % len(kinds)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, image_folder) -> dict[str, Path]:
+    """The same images kept as they are, and as JPEGs of short side 256."""
+    source = ImageFolder(image_folder / "train", image_folder / "val", "pets")
+    encodings = {"keep": Encoding(), "jpeg": Encoding("jpeg", size=256)}
+    out = {}
+    for name, encoding in encodings.items():
+        out[name] = tmp_path_factory.mktemp(name)
+        build(Plan(source, Options(encoding, samples_per_shard=5)), out[name], workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(tmp_path_factory) -> Path:
+    """64 real ImageNet images as an ImageFolder; skips where the shared data is not at hand."""
+    archive = SHARED / "imagenet-sample.tar"
+    if not archive.is_file():
+        pytest.skip("imagenet-sample.tar is not here; set IMAGENET_EXPRESS_DATA to the folder that holds it")
+    root = tmp_path_factory.mktemp("imagenet")
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar.getmembers() if m.isfile()][:64]
+        tar.extractall(root, members=members, filter="data")
+    return root
+
+
+def run_tool(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Runs a script of the repository in a process of its own, from a foreign folder."""
+    command = [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", **kwargs)
+
+
+def the_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a failed tool left on stderr."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: "), done.stderr
+    return lines[0]

@@ -1,0 +1,233 @@
+"""The real loader on real files: what it delivers, in what order, and how it ends."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, open_dataset
+from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, place
+
+VIEW = AugmentConfig(resize=256, crop=224)
+
+
+def reference(root, split: str, sample: int, view: AugmentConfig, *, seed: int, epoch: int, train: bool) -> np.ndarray:
+    """(crop, crop, 3) by Pillow, one image at a time: deliberately plain."""
+    s = open_dataset(root).split(split)
+    row = s.index[sample]
+    data = (s.root / s.shards[row["shard"]].name).read_bytes()[row["offset"] : row["offset"] + row["size"]]
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    size = np.array([image.size])
+    p = place(view, np.array([sample]), size[:, 0], size[:, 1], seed=seed, epoch=epoch, train=train)
+    image = image.resize((int(p.width[0]), int(p.height[0])), Image.Resampling.BILINEAR)
+    left, top = int(p.left[0]), int(p.top[0])
+    image = image.crop((left, top, left + view.crop, top + view.crop))
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if p.flip[0] else image).astype(int)
+
+
+def differences(root, split, view, *, train, epoch=0):
+    """Grey levels between the loader's crops and the reference's, an image a row."""
+    out = []
+    with Loader(root, split=split, batch=4, train=train, seed=9, dtype="uint8", augment=view) as loader:
+        if epoch:
+            loader.load_state_dict({"epoch": epoch, "step": 0})
+        for images, _, ids in loader:
+            for image, sample in zip(images, ids.tolist()):
+                theirs = reference(root, split, sample, view, seed=9, epoch=epoch, train=train)
+                out.append(np.abs(image.permute(1, 2, 0).numpy().astype(int) - theirs))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+def test_presized_crops_are_pillows_to_the_last_bit(shards, train, square):
+    view = AugmentConfig(resize=256, crop=224, square=square)
+    assert differences(shards["jpeg"], "train", view, train=train, epoch=2).max() == 0
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_resized_crops_are_pillows_within_a_grey_level(shards, train):
+    d = differences(shards["keep"], "train", VIEW, train=train)
+    assert d.mean((1, 2, 3)).max() <= 1
+    assert d.max() <= 6
+    small = AugmentConfig(resize=40, crop=32, square=False)
+    assert differences(shards["keep"], "train", small, train=train).mean((1, 2, 3)).max() <= 1
+
+
+def test_real_imagenet_images_match_pillow(imagenet_sample, tmp_path):
+    from pipeline.write.build import Options, Plan, build
+    from pipeline.write.images import Encoding
+    from pipeline.write.sources import ImageFolder
+
+    for name, encoding, limit in (("keep", Encoding(), 1.0), ("jpeg", Encoding("jpeg"), 0.0)):
+        build(Plan(ImageFolder(imagenet_sample), Options(encoding)), tmp_path / name, workers=2)
+        assert differences(tmp_path / name, "train", VIEW, train=True).mean((1, 2, 3)).max() <= limit
+
+
+def test_labels_and_normalisation(shards):
+    dataset = open_dataset(shards["jpeg"])
+    index = dataset.split("train").index
+    for statistics, normalize, mean, std in (
+        ("dataset", "mean", dataset.mean, (1, 1, 1)),
+        ("dataset", "mean-std", dataset.mean, dataset.std),
+        ("imagenet", "mean-std", IMAGENET_MEAN, IMAGENET_STD),
+    ):
+        view = AugmentConfig(statistics=statistics, normalize=normalize)
+        raw = Loader(dataset, batch=4, dtype="uint8", augment=view)
+        ready = Loader(dataset, batch=4, augment=view, channels_last=True)
+        for a, b in zip(raw, ready):
+            assert a.labels.tolist() == index["label"][a.ids.numpy()].tolist()
+            assert b.images.is_contiguous(memory_format=torch.channels_last)
+            mean_, std_ = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
+            torch.testing.assert_close(b.images, (a.images.float() - mean_) / std_, atol=1e-4, rtol=1e-5)
+        raw.close()
+        ready.close()
+
+
+def test_restoring_at_every_step_gives_the_same_rest(shards):
+    make = lambda: Loader(shards["jpeg"], batch=3, seed=4, dtype="uint8", augment=VIEW)  # noqa: E731
+    with make() as loader:
+        states, batches = [loader.state_dict()], []
+        for _ in range(2):
+            for batch in loader:
+                batches.append(batch)
+                states.append(loader.state_dict())  # what was prefetched does not count
+    assert states == [{"epoch": i // 4, "step": i % 4} for i in range(9)]
+    for start, state in enumerate(states[:-1]):
+        with make() as loader:
+            loader.load_state_dict(state)
+            rest = list(loader) + (list(loader) if state["epoch"] == 0 else [])
+        assert len(rest) == len(batches) - start
+        for mine, theirs in zip(rest, batches[start:]):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+def test_going_back_while_batches_are_in_flight_is_exact(shards):
+    with Loader(shards["jpeg"], batch=3, dtype="uint8", augment=VIEW) as loader:
+        first = next(iter(loader))
+        state = loader.state_dict()
+        second = next(iter(loader))
+        loader.load_state_dict(state)
+        again = next(iter(loader))
+        assert torch.equal(second.images, again.images)
+        loader.load_state_dict({"epoch": 0, "step": 0})
+        assert torch.equal(first.images, next(iter(loader)).images)
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_ranks_together_see_what_one_rank_sees(shards, world):
+    make = lambda rank, world: Loader(  # noqa: E731
+        shards["jpeg"], batch=6, seed=1, rank=rank, world=world, dtype="uint8", augment=VIEW
+    )
+    with make(0, 1) as one:
+        expected = list(one)
+    loaders = [make(rank, world) for rank in range(world)]
+    for step, parts in enumerate(zip(*loaders)):
+        for field in (0, 1, 2):
+            assert torch.equal(torch.cat([p[field] for p in parts]), expected[step][field])
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_evaluation_counts_each_sample_once(shards, world, batch):
+    ids, sizes = [], []
+    for rank in range(world):
+        with Loader(
+            shards["jpeg"], split="train", batch=batch, train=False, rank=rank, world=world, augment=VIEW
+        ) as loader:
+            got = [b.ids.tolist() for b in loader]
+            assert len(got) == len(loader)
+        ids += [i for part in got for i in part]
+        sizes.append(sum(map(len, got)))
+    assert ids == list(range(12))
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_evaluation_can_be_repeated(shards):
+    with Loader(shards["jpeg"], split="val", batch=3, train=False, augment=VIEW) as loader:
+        once, twice = ([b.images for b in loader] for _ in range(2))
+        assert torch.equal(torch.cat(once), torch.cat(twice))
+
+
+def test_a_delivered_batch_stays_as_it_is(shards):
+    with Loader(shards["jpeg"], batch=2, dtype="uint8", augment=VIEW) as loader:
+        kept, copies = [], []
+        for _ in range(4):
+            for batch in loader:
+                kept.append(batch.images)
+                copies.append(batch.images.clone())
+        assert all(torch.equal(a, b) for a, b in zip(kept, copies))
+
+
+def test_changed_bytes_reach_the_caller_as_an_error_that_names_the_sample(shards, tmp_path):
+    root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
+    row = open_dataset(root).split("train").index[7]
+    path = root / f"pets-train-{row['shard']:06d}.tar"
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + 200] ^= 1
+    path.write_bytes(data)
+    with Loader(root, batch=3, augment=VIEW) as loader, pytest.raises(DataError, match=r"sample 7 .*checksum"):
+        list(loader)
+
+
+def test_an_image_that_no_decoder_takes_is_named(shards, tmp_path):
+    root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
+    row = open_dataset(root).split("train").index[7]
+    path = root / f"pets-train-{row['shard']:06d}.tar"
+    data = bytearray(path.read_bytes())
+    data[row["offset"] : row["offset"] + 400] = bytes(400)
+    path.write_bytes(data)
+    config = LoaderConfig(verify=False)
+    with Loader(root, batch=3, augment=VIEW, config=config) as loader, pytest.raises(DataError, match=r"sample 7 .*decode"):
+        list(loader)
+
+
+def test_closing_leaves_no_thread_and_no_file_open(shards):
+    def threads_and_files():
+        gc.collect()
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    def once():
+        loader = Loader(shards["jpeg"], batch=3, augment=VIEW)
+        next(iter(loader))
+        loader.close()
+        loader.close()
+        with pytest.raises(ConfigError, match="closed"):
+            next(iter(loader))
+
+    once()  # what libraries start once stays
+    before = threads_and_files()
+    for _ in range(3):
+        once()
+    assert threads_and_files() == before
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch": 5, "world": 2}, "batch=5 does not divide over 2 ranks"),
+        ({"batch": 13}, "batch=13 is more than the 12 training samples"),
+        ({"batch": 0, "train": False}, "batch=0"),
+        ({"batch": 4, "rank": 2, "world": 2}, "rank=2 of world=2"),
+        ({"batch": 4, "config": LoaderConfig(backend="dali-gpu")}, "dali-gpu needs a CUDA device, not cpu"),
+    ],
+)
+def test_impossible_loaders_are_refused(shards, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        Loader(shards["jpeg"], **kwargs)
+
+
+def test_a_state_outside_the_epoch_is_refused(shards):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
+        with pytest.raises(ConfigError, match="epoch=0 step=4: an epoch has 4 steps"):
+            loader.load_state_dict({"epoch": 0, "step": 4})

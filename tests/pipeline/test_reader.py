@@ -1,0 +1,77 @@
+"""Bytes by offset, each one checked."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from zlib_ng import zlib_ng
+
+from pipeline import manifest
+from pipeline.errors import DataError, StorageError
+from pipeline.read import reader
+from pipeline.read.reader import Reader
+
+
+@pytest.fixture
+def split(shards, tmp_path):
+    copy = shutil.copytree(shards["keep"], tmp_path / "copy")
+    return manifest.open_dataset(copy).split("train")
+
+
+def test_batches_in_flight_do_not_disturb_each_other_and_buffers_are_reused(split):
+    r = Reader(split, threads=4)
+    rng = np.random.default_rng(0)
+    buffers = set()
+    for _ in range(20):
+        asked = [rng.permutation(12)[:7] for _ in range(3)]
+        batches = [r.read(ids) for ids in asked]
+        for ids, batch in zip(asked, batches):
+            for sample, image in zip(ids, batch.wait()):
+                assert zlib_ng.crc32(image) == split.index["crc32"][sample]
+        for batch in batches:
+            buffers.add(batch.buffer.ctypes.data)
+            batch.release()
+    assert len(buffers) < 15
+    r.close()
+
+
+def test_one_flipped_bit_is_found_and_the_sample_named(split):
+    row = split.index[3]
+    path = split.root / split.shards[row["shard"]].name
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + row["size"] // 2] ^= 4
+    path.write_bytes(data)
+    r = Reader(split)
+    with pytest.raises(DataError, match=rf"{path.name}: sample 3 \('(cat|dog)_\d'\) at byte {row['offset']}.*checksum"):
+        r.read(np.array([1, 3])).wait()
+    r.read(np.array([1, 2])).wait()
+    r.close()
+    careless = Reader(split, verify=False)
+    careless.read(np.array([3])).wait()
+    careless.close()
+
+
+def test_a_shard_that_shrinks_or_goes_away_during_training_is_named(split):
+    paths = [split.root / shard.name for shard in split.shards]
+    paths[0].write_bytes(paths[0].read_bytes()[:600])
+    paths[1].unlink()
+    r = Reader(split)
+    of_shard = [int(np.flatnonzero(split.index["shard"] == s)[-1]) for s in (0, 1, 2)]
+    with pytest.raises(DataError, match="the shard ends before it"):
+        r.read(np.array(of_shard[:1])).wait()
+    with pytest.raises(StorageError, match=f"{paths[1].name}: cannot be opened: No such file"):
+        r.read(np.array(of_shard[1:2])).wait()
+    r.read(np.array(of_shard[2:])).wait()
+    r.close()
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
+    monkeypatch.setattr(reader, "MAX_OPEN", 2)
+    r = Reader(split, threads=3)
+    for _ in range(10):
+        r.read(np.arange(12)).wait()
+    assert len(r.files._open) <= 2 + 3  # those in use are never closed
+    r.close()
+    assert not r.files._open

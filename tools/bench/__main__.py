@@ -1,0 +1,29 @@
+"""Benchmarks of imagenet-express beside its peers.
+
+    python tools/bench loader --images imagenet-sample.tar
+
+Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tools import cli
+from tools.bench import loader
+
+
+def main() -> None:
+    p = cli.Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
+    loader.add_arguments(kinds.add_parser("loader", help="images a second, decoded and cropped"))
+    args = p.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

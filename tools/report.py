@@ -1,0 +1,77 @@
+"""Draws a run's curves into its folder and says where everything is.
+
+    python tools/report.py runs/demo
+
+Exit codes: 0 done, 2 usage, 65 not a run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pipeline.errors import DataError
+from tools import cli
+
+
+def read_metrics(run: Path) -> dict[str, list[dict]]:
+    """metrics.jsonl as {"train": lines, "val": lines}, by step."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo")
+    lines: dict[str, list[dict]] = {"train": [], "val": []}
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            lines.setdefault(line["kind"], []).append(line)
+        except (ValueError, KeyError, TypeError) as err:
+            raise DataError(f"{path}:{number}: not a record of a run; the file was changed or cut") from err
+    return lines
+
+
+def draw(lines: dict[str, list[dict]], path: Path) -> None:
+    """Loss and accuracy over epochs, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    last = lines["train"][-1]
+    per_epoch = last["step"] / last["epoch"]
+    epochs = {kind: [line["step"] / per_epoch for line in lines[kind]] for kind in ("train", "val")}
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    loss.plot(epochs["train"], [line["loss"] for line in lines["train"]], label="training", alpha=0.7)
+    loss.plot(epochs["val"], [line["loss"] for line in lines["val"]], label="validation", marker=".")
+    loss.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
+    for name in ("top1", "top5"):
+        accuracy.plot(epochs["val"], [line[name] for line in lines["val"]], label=f"validation {name}", marker=".")
+    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.01))
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    p = cli.Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    run = p.parse_args().run
+    lines = read_metrics(run)
+    if not (lines["train"] and lines["val"]):
+        raise DataError(f"{run}: no epoch was finished yet; draw it when one is")
+    draw(lines, run / "curves.png")
+    best = max(lines["val"], key=lambda line: line["top1"])
+    print(f"best: top-1 {best['top1']:.2%} on {best['images']} validation images in epoch {best['epoch']}")
+    print(f"curves:      {run / 'curves.png'}")
+    print(f"metrics:     {run / 'metrics.jsonl'} (TensorBoard: tensorboard --logdir {run})")
+    print(f"checkpoints: {run / 'checkpoints'}")
+    print(f"settings:    {run / 'config.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
