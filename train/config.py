@@ -11,6 +11,7 @@ import difflib
 import io
 import re
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import tyro
@@ -157,7 +158,7 @@ def _help(presets: dict[str, Config], prog: str) -> str:
 def _expand_resume(flags: list[str]) -> list[str]:
     """A bare --resume means the newest checkpoint; the command line library knows no optional values."""
     out = []
-    for flag, following in zip(flags, [*flags[1:], "--"], strict=True):
+    for flag, following in zip_longest(flags, flags[1:], fillvalue="--"):
         out.append(flag)
         if flag == "--resume" and following.startswith("--"):
             out.append(RESUME_NEWEST)

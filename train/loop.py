@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
-from pipeline.read import draws
+from pipeline.read import draws, order
 from pipeline.read.loader import Batch, Loader, threads_per_rank
 
 from . import checkpoint, environment, tracking
@@ -55,6 +55,8 @@ class Run:
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.run.dir)
         self.state = State()
         self.dataset = open_dataset(config.data.shards)
+        samples = self.dataset.split(config.data.train_split).samples
+        order.check_batch(config.train.batch, samples=samples, world=accelerator.num_processes, field="train.batch")
         self.loader, self.val_loader = (self._loader(self.dataset, train=t) for t in (True, False))
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs

@@ -31,7 +31,7 @@ def demo() -> Config:
     """
     return Config(
         train=TrainConfig(epochs=12, batch=64),
-        optim=OptimConfig(lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
+        optim=OptimConfig(lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=3),
         model=ModelConfig(name="small", width=0.25, weight_init="he"),
         augment=AugmentConfig(resize=36, crop=32, flip=False, normalize="mean-std"),
         run=RunConfig(log_every=10),

@@ -69,11 +69,13 @@ def test_the_papers_initialisation():
         assert abs(m.weight.mean().item()) < 3e-4
 
 
-def test_he_initialisation_keeps_the_signal_at_any_width():
+def test_he_initialisation_keeps_the_signal_at_any_width_and_starts_undecided():
     torch.manual_seed(0)
     for width in (0.25, 1.0):
         net = AlexNet(ModelConfig("small", width=width, weight_init="he"), classes=10, crop=32).eval()
-        assert 0.2 < net(torch.randn(64, 3, 32, 32)).std() < 5
+        images = torch.randn(64, 3, 32, 32)
+        assert 0.2 < net.layers[:-1](images).std() < 5
+        assert not net(images).any()
 
 
 @pytest.mark.parametrize("lrn", [True, False])

@@ -1,0 +1,199 @@
+"""The command as people start it: real processes, one rank and two, killed, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, the_error
+
+# Exact agreement needs what does not depend on the number of ranks: no dropout, and a small learning rate.
+EXACT = ["--model.dropout", "0", "--optim.lr", "0.01", "--run.log-every", "1", "--run.record-ids"]
+TWO = {"ACCELERATE_USE_CPU": "true"}
+STEPS = 22  # of an epoch of 1,438 digits in batches of 64
+
+
+def command(*args: object, ranks: int = 1) -> list[str]:
+    multi = ["--multi_gpu", "--main_process_port", "0"] if ranks > 1 else []
+    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *multi, "--num_processes", str(ranks), *fixed]
+    return [*launch, str(ROOT / "train" / "run.py"), *map(str, args)]
+
+
+def launch(*args: object, ranks: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | (TWO if ranks > 1 else {}) | env
+    return subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, cwd="/", env=env)
+
+
+def alone(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Without a launcher, whose own words would surround ours."""
+    argv = [sys.executable, str(ROOT / "train" / "run.py"), *map(str, args)]
+    return subprocess.run(argv, capture_output=True, text=True, cwd="/", env=os.environ | env)
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def global_ids(run: Path) -> dict[int, list[int]]:
+    """Step → the ids of all ranks, in order of rank; each step once."""
+    steps: dict[int, list[int]] = {}
+    for path in sorted((run / "ids").glob("rank-*.jsonl")):
+        seen = set()
+        for line in map(json.loads, path.read_text().splitlines()):
+            assert line["step"] not in seen
+            seen.add(line["step"])
+            steps.setdefault(line["step"], []).extend(line["ids"])
+    return steps
+
+
+@pytest.fixture(scope="module")
+def one(digits, tmp_path_factory) -> Path:
+    """Two epochs by one rank, never disturbed."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    done = launch("demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 2, *EXACT)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    val = metrics(run, "val")[-1]
+    assert last == f"val top1={val['top1']:.4f} top5={val['top5']:.4f} images=359"
+    return run
+
+
+def test_a_run_leaves_its_records(one):
+    assert [line["step"] for line in metrics(one, "train")] == list(range(1, 2 * STEPS + 1))
+    assert [line["epoch"] for line in metrics(one, "val")] == [1, 2]
+    train = metrics(one, "train")[-1]
+    assert train["images_per_second"] > 0
+    assert 0 <= train["data_wait"] <= 1
+    assert sorted(p.name for p in (one / "checkpoints").iterdir()) == ["latest", "step-00000022", "step-00000044"]
+    assert json.loads((one / "exit.json").read_text()) == {"code": 0, "reason": "done", "step": 44}
+    described = json.loads((one / "config.json").read_text())
+    assert described["config"]["train"]["batch"] == 64
+    assert described["environment"]["packages"]["torch"]
+    assert list(one.glob("events.out.tfevents*"))
+
+
+def test_an_epoch_sees_distinct_samples_and_the_next_another_order(one):
+    ids = global_ids(one)
+    epochs = [[i for s in range(first, first + STEPS) for i in ids[s]] for first in (1, 1 + STEPS)]
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == STEPS * 64
+    assert epochs[0] != epochs[1]
+
+
+def test_two_ranks_see_the_same_ids_and_losses_as_one(one, digits, tmp_path):
+    run = tmp_path / "run"
+    done = launch("demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 1, *EXACT, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("images=359")
+    assert json.loads((run / "config.json").read_text())["ranks"] == 2
+    first_epoch = {s: ids for s, ids in global_ids(one).items() if s <= STEPS}
+    assert global_ids(run) == first_epoch
+    # One epoch and two have different schedules, but the warm-up of the first is the same.
+    pairs = list(zip(metrics(one, "train")[:20], metrics(run, "train")[:20], strict=True))
+    for a, b in pairs:
+        assert a["lr"] == b["lr"] <= 0.01
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+    assert len(pairs) == 20
+
+
+def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 2, *EXACT]
+    process = subprocess.Popen(
+        command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True
+    )
+    ids = run / "ids" / "rank-00000.jsonl"
+    deadline = time.monotonic() + 120
+    while not (ids.exists() and len(ids.read_text().splitlines()) > STEPS + 5):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    again = launch(*args)
+    assert again.returncode != 0
+    assert "holds a run already (step-00000022); go on with it by --resume" in again.stderr
+    resumed = launch(*args, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stdout
+    assert global_ids(run) == global_ids(one)
+    ours, theirs = metrics(run, "train"), metrics(one, "train")
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
+    assert [m["lr"] for m in ours] == [m["lr"] for m in theirs]
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], abs=1e-4)
+    finished = alone(*args, "--resume")
+    assert finished.stdout.splitlines()[-1] == resumed.stdout.splitlines()[-1]
+
+
+def test_resuming_another_run_is_refused_with_both_values(one, digits):
+    for flag, value, message in (
+        ("--train.batch", 32, r"train.batch=32 but .* was trained with 64"),
+        ("--run.seed", 5, r"run.seed=5 but .* was trained with 0"),
+        ("--model.width", 0.5, r"model.width=0.5 but .* was trained with 0.25"),
+    ):
+        done = alone(
+            "demo", "--data.shards", digits, "--run.dir", one, "--train.epochs", 2, *EXACT, flag, value, "--resume"
+        )
+        assert done.returncode == 2
+        assert re.search(message, the_error(done))
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["nope"], 2, "unknown preset 'nope'; presets: demo, seed"),
+        (["demo", "--train.epoch", "3"], 2, "unknown field --train.epoch (did you mean train.epochs?)"),
+        (["demo", "--data.shards", "/nowhere"], 65, "/nowhere: no such shard folder"),
+        (["demo", "--data.shards", "{digits}", "--train.batch", "5000"], 2, "train.batch=5000 is more than the 1438"),
+        (["demo", "--data.shards", "{digits}", "--augment.crop", "8"], 2, "augment.crop=8 is too small"),
+        (["demo", "--data.shards", "{digits}", "--resume", "/nowhere"], 65, "/nowhere: no such checkpoint"),
+        (["demo", "--data.shards", "{digits}", "--resume"], 2, "no checkpoint to resume from"),
+        (["demo", "--data.shards", "{digits}", "--data.val-split", "test"], 65, "no split 'test'; it has train, val"),
+    ],
+)
+def test_bad_input_is_one_line_and_its_exit_code(digits, tmp_path, args, code, message):
+    args = [a.format(digits=digits) for a in args]
+    done = alone(*args, "--run.dir", tmp_path / "run")
+    assert done.returncode == code
+    assert message in the_error(done)
+
+
+def test_a_diverged_run_ends_with_its_own_code(digits, tmp_path):
+    run = tmp_path / "run"
+    done = alone("demo", "--data.shards", digits, "--run.dir", run, "--optim.lr", "1e6", "--train.epochs", 3)
+    assert done.returncode == 76
+    assert "Traceback" not in done.stderr
+    assert re.search(r"error: the loss is (nan|inf) at step \d+; lower optim.lr=1000000.0", done.stderr)
+    ended = json.loads((run / "exit.json").read_text())
+    assert ended["code"] == 76
+    assert ended["step"] > 0
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once(digits, tmp_path):
+    done = launch("demo", "--data.shards", digits, "--run.dir", tmp_path / "run", "--train.batch", 63, ranks=2)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ours == ["error: train.batch=63 does not divide over 2 ranks; use a multiple of 2, such as 64"]
+
+
+def test_ranks_that_do_not_know_of_each_other_are_refused(digits, tmp_path):
+    done = alone("demo", "--data.shards", digits, "--run.dir", tmp_path / "run", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "WORLD_SIZE=2 but Accelerate runs 1 process" in the_error(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_also_starts_as_a_module_from_the_root():
+    done = subprocess.run([sys.executable, "-m", "train.run", "nope"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "unknown preset 'nope'" in the_error(done)
