@@ -24,7 +24,7 @@ class ModelConfig:
     lrn: bool = True
     """Local response normalisation after the first two ReLUs."""
     weight_init: Literal["paper", "he", "torch"] = "paper"
-    """paper: N(0, 0.01) and biases of 1, made for the full width; he: for any width, output layer zero; torch: its own."""
+    """paper: N(0, 0.01), biases of 1, made for the full width; he: for any width, output layer zero; torch: its own."""
 
     def __post_init__(self) -> None:
         if self.name not in VARIANTS:
@@ -50,7 +50,7 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """Local response normalisation over `size` channels. alpha is divided by size, as in torch and the original code."""
+    """Local response normalisation over `size` channels; alpha is divided by size, as in torch."""
 
     size: int = 5
     alpha: float = 1e-4
@@ -144,7 +144,9 @@ def _modules(config: ModelConfig, classes: int, crop: int) -> list[nn.Module]:
                 modules += [nn.Dropout(config.dropout), nn.Linear(features, units), nn.ReLU(inplace=True)]
                 features = units
         if side < 1:
-            raise ValueError(f"augment.crop={crop} is too small for model.name={config.name}: its pools shrink it to nothing")
+            raise ValueError(
+                f"augment.crop={crop} is too small for model.name={config.name}: its pools shrink it to nothing"
+            )
     return [*modules, nn.Linear(features, classes)]
 
 
@@ -174,4 +176,3 @@ def initialise(net: AlexNet, config: ModelConfig) -> None:
 def count_parameters(net: nn.Module) -> int:
     """Trainable numbers."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
-

@@ -45,18 +45,14 @@ class Split:
             path = self.root / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                raise DataError(
-                    f"{path}: the shard is missing; copy it again or shard the data again"
-                )
+                raise DataError(f"{path}: the shard is missing; copy it again or shard the data again")
             if size != shard.bytes:
                 raise DataError(
                     f"{path}: {size} bytes where the manifest says {shard.bytes}; copy it again or shard the data again"
                 )
         _, counts = np.unique(self.index["shard"], return_counts=True)
         if counts.tolist() != [shard.samples for shard in self.shards]:
-            raise DataError(
-                f"{self.root / self.index_name}: the index and the manifest count differently"
-            )
+            raise DataError(f"{self.root / self.index_name}: the index and the manifest count differently")
 
 
 @dataclass(frozen=True)
@@ -112,14 +108,10 @@ def open_dataset(root: str | Path) -> Dataset:
                 f" where this program reads {FORMAT} version {VERSION}; shard the data again"
             )
         if fingerprint(manifest) != manifest["fingerprint"]:
-            raise DataError(
-                f"{path}: changed since it was written (its fingerprint differs); shard the data again"
-            )
+            raise DataError(f"{path}: changed since it was written (its fingerprint differs); shard the data again")
         splits = {name: _split(root, name, s) for name, s in manifest["splits"].items()}
     except (ValueError, KeyError, TypeError) as err:
-        raise DataError(
-            f"{path}: not a manifest of {FORMAT} ({err}); shard the data again"
-        ) from err
+        raise DataError(f"{path}: not a manifest of {FORMAT} ({err}); shard the data again") from err
     for split in splits.values():
         split.check()
     return Dataset(root, manifest, splits)

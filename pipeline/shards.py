@@ -93,9 +93,7 @@ def write_shard(path: Path, samples: Iterable[Sample], *, number: int) -> tuple[
                 jpg_at = cls_at + _padded(len(label)) + BLOCK
                 crc = zlib.crc32(s.image)
                 rows.append((jpg_at, len(s.image), number, s.label, crc, s.width, s.height))
-                idx.append(
-                    f"cls {cls_at} {len(label)} {s.key}.cls jpg {jpg_at} {len(s.image)} {s.key}.jpg\n"
-                )
+                idx.append(f"cls {cls_at} {len(label)} {s.key}.cls jpg {jpg_at} {len(s.image)} {s.key}.jpg\n")
     with atomic_write(path.with_suffix(".idx")) as file:
         file.write(f"v1.2 {len(idx)}\n".encode() + "".join(idx).encode())
     shard = Shard(path.name, len(rows), out.bytes, out.sha256.hexdigest())

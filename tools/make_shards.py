@@ -50,9 +50,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
         default="keep",
         help="keep the original bytes, or store JPEGs of a fixed short side (%(default)s)",
     )
-    p.add_argument(
-        "--size", type=int, default=256, help="short side in pixels, for jpeg and statistics (%(default)s)"
-    )
+    p.add_argument("--size", type=int, default=256, help="short side in pixels, for jpeg and statistics (%(default)s)")
     p.add_argument("--square", action="store_true", help="jpeg: store only the centre square")
     p.add_argument("--quality", type=int, default=90, help="jpeg: quality, 1 to 100 (%(default)s)")
     p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import AlexNet
 from pipeline.errors import ConfigError, ExpressError

@@ -11,9 +11,7 @@ from .config import OptimConfig
 
 
 def make_optimizer(net: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -9,6 +9,7 @@ Exit codes of each process: 0 done, 2 usage, 65 bad data, 74 I/O failed, 76 loss
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -95,10 +96,8 @@ def end(folder: Path, run, err: ExpressError) -> int:
 
     first = int(os.environ.get("RANK", "0")) == 0
     if run is not None and (first or not (folder / "exit.json").exists()):
-        try:
+        with contextlib.suppress(OSError):  # the folder may be what failed: the line and the exit code still tell it
             write_exit(folder, code=err.code, reason=str(err), step=run.state.step)
-        except OSError:
-            pass  # the folder is what failed: the line and the exit code still tell it
     # Before the run stands, all ranks of a machine meet the same error: one line is enough.
     return fail(err, only_rank0=run is None)
 

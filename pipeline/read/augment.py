@@ -1,4 +1,4 @@
-"""Where each image is cropped and whether it is flipped. Pure: whole pixels from coordinates, before anything is decoded."""
+"""Where each image is cropped, and whether it is flipped. Pure: whole pixels from coordinates, before any decoding."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits in which each input bit moves half of the output bits (Stafford's variant 13). In place."""
+    """A bijection of 64 bits where each input bit moves half the output bits (Stafford's variant 13). In place."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(_M1)
     x ^= x >> np.uint64(27)

@@ -5,7 +5,7 @@
         for images, labels, ids in loader:
             ...
 
-What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; the loader's state is `{"epoch", "step"}`.
+What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; the state is `{"epoch", "step"}`.
 """
 
 from __future__ import annotations

@@ -135,10 +135,7 @@ class ImageFolder:
                 raise DataError(f"{folder / name}: no image in this class folder; fill or remove it")
             found += [(os.path.relpath(file, folder), label_of[name]) for file in files]
         keys = unique_keys([_readable_key(path) for path, _ in found])
-        return [
-            Item(key, label, f"{split}/{path}")
-            for key, (path, label) in zip(keys, found, strict=True)
-        ]
+        return [Item(key, label, f"{split}/{path}") for key, (path, label) in zip(keys, found, strict=True)]
 
     def read(self, item: Item) -> bytes:
         split, _, path = item.where.partition("/")
@@ -153,9 +150,7 @@ class ImageFolder:
 def _class_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one that holds a folder for each class")
-    names = sorted(
-        e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")
-    )
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise DataError(f"{folder}: no class folders; images belong into {folder}/<class>/")
     return names
@@ -167,7 +162,6 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _readable_key(path: str) -> str:
-    """"cat/7.jpg" → "cat_7"; "n01440764/n01440764_18.JPEG" → "n01440764_18", as ImageNet names them."""
+    """ "cat/7.jpg" → "cat_7"; "n01440764/n01440764_18.JPEG" → "n01440764_18", as ImageNet names them."""
     folder, stem = os.path.split(os.path.splitext(path)[0])
     return stem if stem.startswith(folder + "_") else f"{folder}_{stem}"
-

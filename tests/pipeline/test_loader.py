@@ -188,7 +188,10 @@ def test_an_image_that_no_decoder_takes_is_named(shards, tmp_path):
     data[row["offset"] : row["offset"] + 400] = bytes(400)
     path.write_bytes(data)
     config = LoaderConfig(verify=False)
-    with Loader(root, batch=3, augment=VIEW, config=config) as loader, pytest.raises(DataError, match=r"sample 7 .*decode"):
+    with (
+        Loader(root, batch=3, augment=VIEW, config=config) as loader,
+        pytest.raises(DataError, match=r"sample 7 .*decode"),
+    ):
         list(loader)
 
 
@@ -228,6 +231,6 @@ def test_impossible_loaders_are_refused(shards, kwargs, message):
 
 
 def test_a_state_outside_the_epoch_is_refused(shards):
-    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
-        with pytest.raises(ConfigError, match="epoch=0 step=4: an epoch has 4 steps"):
-            loader.load_state_dict({"epoch": 0, "step": 4})
+    refused = pytest.raises(ConfigError, match="epoch=0 step=4: an epoch has 4 steps")
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, refused:
+        loader.load_state_dict({"epoch": 0, "step": 4})

@@ -79,7 +79,7 @@ def test_a_run_leaves_its_records(one):
     described = json.loads((one / "config.json").read_text())
     assert described["config"]["train"]["batch"] == 64
     assert described["environment"]["packages"]["torch"]
-    assert list(one.glob("events.out.tfevents*"))
+    assert list((one / "tensorboard").glob("events.out.tfevents*"))
 
 
 def test_an_epoch_sees_distinct_samples_and_the_next_another_order(one):

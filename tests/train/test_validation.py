@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,5 +49,5 @@ def test_schedules_by_optimiser_step():
     assert rates[19] == rates[20] == pytest.approx(0.2)
     assert rates[60] == pytest.approx(0.1)
     assert 0 < rates[99] < 1e-3
-    assert all(math.isclose(b - a, 0.01) for a, b in zip(rates[:19], rates[1:20]))
-    assert all(a > b for a, b in zip(rates[20:], rates[21:]))
+    assert all(math.isclose(b - a, 0.01) for a, b in pairwise(rates[:20]))
+    assert all(a > b for a, b in pairwise(rates[20:]))

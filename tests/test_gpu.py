@@ -1,0 +1,82 @@
+"""What only a CUDA device can show: the same graph with another argument, and training on it. Marked gpu."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import AugmentConfig, Loader, LoaderConfig
+from tests.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+VIEW = AugmentConfig(resize=256, crop=224)
+
+
+def batches(root, backend: str, **kwargs):
+    device = "cuda:0" if backend == "dali-gpu" else "cpu"
+    with Loader(root, batch=4, seed=9, device=device, augment=VIEW, config=LoaderConfig(backend), **kwargs) as loader:
+        return [tuple(field.cpu() for field in batch) for batch in loader]
+
+
+@pytest.mark.parametrize("data", ["keep", "jpeg"])
+def test_gpu_and_cpu_backends_give_the_same_samples_and_nearly_the_same_pixels(shards, data):
+    cpu, gpu = (batches(shards[data], backend, dtype="uint8") for backend in ("dali-cpu", "dali-gpu"))
+    assert len(cpu) == len(gpu) == 3
+    for (x, labels, ids), (y, labels_, ids_) in zip(cpu, gpu):
+        assert torch.equal(labels, labels_)
+        assert torch.equal(ids, ids_)
+        difference = np.abs(x.numpy().astype(int) - y.numpy().astype(int))
+        assert difference.mean() < 1.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_batches_arrive_on_the_device_in_the_format_asked_for(shards, dtype):
+    with Loader(shards["jpeg"], batch=4, device="cuda:0", dtype=dtype, channels_last=True, augment=VIEW) as loader:
+        assert loader.backend == "dali-gpu"
+        kept = [batch.images for batch in loader]
+        copies = [images.clone() for images in kept]
+        for _ in loader:
+            pass
+    for images, copy in zip(kept, copies):
+        assert images.device == torch.device("cuda:0")
+        assert images.dtype is getattr(torch, dtype)
+        assert images.shape == (4, 3, 224, 224)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, copy)  # DALI does not reuse what it gave away
+
+
+def test_restoring_in_mid_epoch_gives_the_same_rest(shards):
+    whole = batches(shards["jpeg"], "dali-gpu", dtype="uint8")
+    with Loader(shards["jpeg"], batch=4, seed=9, device="cuda:0", dtype="uint8", augment=VIEW) as loader:
+        loader.load_state_dict({"epoch": 0, "step": 1})
+        rest = [batch.ids.cpu() for batch in loader]
+    assert [ids.tolist() for ids in rest] == [ids.tolist() for _, _, ids in whole[1:]]
+
+
+def test_evaluation_counts_each_sample_once_on_the_gpu(shards):
+    ids = []
+    for rank in range(3):
+        with Loader(shards["jpeg"], batch=6, train=False, rank=rank, world=3, device="cuda:0", augment=VIEW) as loader:
+            ids += [i for batch in loader for i in batch.ids.tolist()]
+    assert ids == list(range(12))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_demo_learns_on_the_gpu(digits, tmp_path, precision):
+    command = [sys.executable, str(ROOT / "train" / "run.py"), "demo", "--data.shards", str(digits)]
+    command += ["--run.dir", str(tmp_path / "run"), "--train.epochs", "8", "--train.precision", precision]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["top1"] > 0.9
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert described["backend"] == "dali-gpu"

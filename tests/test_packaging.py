@@ -1,0 +1,121 @@
+"""What is imported from where: inside the repository, and from a wheel in a foreign directory."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("pipeline", "model", "train", "tools")
+# Who may import whom beside the standard library; "heavy" libraries are named where only some rooms may have them.
+ALLOWED = {
+    "pipeline": {"pipeline"},
+    "model": {"model"},
+    "train": {"train", "pipeline", "model"},
+    "tools": set(PACKAGES),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all that a file imports, relative ones resolved against its place."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_in_one_direction(package):
+    for path in sources(package):
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in PACKAGES or top in ALLOWED[package], f"{path} imports {name}"
+
+
+def test_the_model_knows_torch_alone():
+    for path in sources("model"):
+        third_party = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
+        assert third_party <= {"torch", "model", "__future__"}, path
+
+
+def test_torch_and_dali_stay_in_their_rooms():
+    rooms = {"dali.py", "portable.py", "loader.py"}
+    for path in sources("pipeline"):
+        tops = {n.split(".")[0] for n in imports(path)}
+        assert path.name in rooms or not tops & {"torch", "nvidia"}, path
+
+
+def test_reading_and_writing_know_the_format_and_not_each_other():
+    for ours, other in (("read", "write"), ("write", "read")):
+        for path in (ROOT / "pipeline" / ours).glob("*.py"):
+            assert not any(name.startswith(f"pipeline.{other}") for name in imports(path)), path
+
+
+def test_nothing_imports_the_entry_points():
+    for package in PACKAGES:
+        for path in sources(package):
+            entry = {n for n in imports(path) if n == "train.run" or n.startswith("train.run.")}
+            assert not entry, path
+            if package != "tools":
+                assert not any(n.split(".")[0] == "tools" for n in imports(path)), path
+
+
+def test_no_file_hides_a_module_of_the_standard_library():
+    for package in PACKAGES:
+        for path in sources(package):
+            assert path.stem not in sys.stdlib_module_names or path.stem.startswith("__"), path
+
+
+USE = """
+import imagenet_express.pipeline, sys
+from imagenet_express.pipeline import Loader, AugmentConfig
+from imagenet_express.model import AlexNet, ModelConfig
+assert imagenet_express.pipeline.__file__.startswith(sys.argv[2]), imagenet_express.pipeline.__file__
+loader = Loader(sys.argv[1], batch=64, augment=AugmentConfig(resize=36, crop=32))
+net = AlexNet(ModelConfig("small", width=0.1), classes=len(loader.dataset.classes), crop=32)
+images, labels, ids = next(iter(loader))
+print(tuple(net(images).shape), len(set(ids.tolist())))
+loader.close()
+from imagenet_express.pipeline.write.sources import Digits
+assert len(Digits().splits["val"]) == 359
+"""
+
+
+def test_a_wheel_works_in_a_foreign_directory(digits, tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("pipeline", "model"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)]
+    subprocess.run(wheel, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(built)], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(digits), str(site)],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(64, 10) 64"

@@ -1,0 +1,131 @@
+"""tools/make_shards.py and tools/report.py as people start them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from pipeline import open_dataset
+from tests.conftest import run_tool, the_error
+
+MAKE = "tools/make_shards.py"
+
+
+def test_digits_become_a_dataset(tmp_path):
+    done = run_tool(MAKE, "digits", "--out", tmp_path / "d", "--side", 16, "--samples-per-shard", 500, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "train: 1,438 images in 3 shards" in done.stdout
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.split("val").samples == 359
+    assert dataset.classes == list("0123456789")
+
+
+def test_a_folder_of_images_becomes_a_dataset(image_folder, tmp_path):
+    done = run_tool(
+        MAKE, "imagefolder", "--train", image_folder / "train", "--val", image_folder / "val", "--out", tmp_path / "d",
+        "--encode", "jpeg", "--size", 64, "--square", "--quality", 80, "--seed", 3, "--name", "pets",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dataset = open_dataset(tmp_path / "d")
+    for split in dataset.splits.values():
+        assert set(split.index["width"]) == set(split.index["height"]) == {64}
+    assert (tmp_path / "d" / "pets-val-000000.tar").is_file()
+
+
+def bad_folder(image_folder, tmp_path, kind):
+    root = shutil.copytree(image_folder, tmp_path / "in")
+    if kind == "empty class":
+        (root / "train" / "emu").mkdir()
+    elif kind == "text":
+        (root / "train" / "cat" / "notes.txt").write_text("hello")
+    elif kind == "cut":
+        path = root / "train" / "cat" / "0.jpg"
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "foreign class":
+        (root / "val" / "cat").rename(root / "val" / "gnu")
+    elif kind == "no classes":
+        shutil.rmtree(root / "train")
+        (root / "train").mkdir()
+        (root / "train" / "0.jpg").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty class", "in/train/emu: no image in this class folder; fill or remove it"),
+        ("text", "1 of 17 images cannot be used (train/cat/notes.txt: not an image)"),
+        ("cut", "train/cat/0.jpg: damaged or truncated image"),
+        ("foreign class", "in/val/gnu: this class is not among those of"),
+        ("no classes", "in/train: no class folders"),
+    ],
+)
+def test_bad_input_is_one_line_with_code_65_and_leaves_no_dataset(image_folder, tmp_path, kind, message):
+    root = bad_folder(image_folder, tmp_path, kind)
+    done = run_tool(MAKE, "imagefolder", "--train", root / "train", "--val", root / "val", "--out", tmp_path / "d")
+    assert done.returncode == 65
+    assert message in the_error(done)
+    assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["digits"], "the following arguments are required: --out"),
+        (["cifar", "--out", "x"], "argument SOURCE: invalid choice: 'cifar'"),
+        (["digits", "--out", "x", "--size", "0"], "size=0: choose 8 to 8192 pixels"),
+        (["digits", "--out", "x", "--quality", "200"], "quality=200"),
+        (["digits", "--out", "x", "--square"], "square goes with encode=jpeg"),
+        (["digits", "--out", "x", "--samples-per-shard", "0"], "samples-per-shard=0"),
+        (["digits", "--out", "x", "--workers", "-1"], "--workers -1"),
+        (["digits", "--out", "x", "--side", "2"], "--side 2"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_code_2(args, message):
+    done = run_tool(MAKE, *args)
+    assert done.returncode == 2
+    assert message in the_error(done)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_code_74(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    done = run_tool(MAKE, "digits", "--out", tmp_path / "file" / "d")
+    assert done.returncode == 74
+    assert f"{tmp_path / 'file'}" in the_error(done)
+
+
+def test_report_draws_the_curves_and_says_where_everything_is(tmp_path):
+    lines = []
+    for epoch in (1, 2, 3):
+        train = {"kind": "train", "step": epoch * 10, "epoch": epoch, "loss": 2 / epoch}
+        val = {
+            "kind": "val",
+            "step": epoch * 10,
+            "epoch": epoch,
+            "loss": 1,
+            "top1": epoch / 4,
+            "top5": 1.0,
+            "images": 7,
+        }
+        lines += [json.dumps(train), json.dumps(val)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    done = run_tool("tools/report.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "best: top-1 75.00% on 7 validation images in epoch 3" in done.stdout
+    from PIL import Image
+
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (1200, 480)
+        assert len(picture.convert("L").getcolors(256)) > 20  # something is drawn
+
+
+def test_report_refuses_what_is_no_run(tmp_path):
+    done = run_tool("tools/report.py", tmp_path)
+    assert done.returncode == 65
+    assert "name the folder of a run" in the_error(done)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step"')
+    done = run_tool("tools/report.py", tmp_path)
+    assert done.returncode == 65
+    assert "metrics.jsonl:1: not a record of a run" in the_error(done)

@@ -1,0 +1,262 @@
+"""Shows on a GPU what no other machine can; each step writes its JSON at once, so that an early end leaves answers.
+
+    python tools/gpu_proof.py --out docs/results
+    python tools/gpu_proof.py --device cpu --tiny        the same steps without a GPU, to try them out
+
+Steps: tests marked gpu; loader rate for keep and jpeg; the training step, synthetic and fed; two ranks on one device.
+Exit codes: 0 all steps passed, 1 a step failed (the others ran all the same), 2 usage, 65 bad data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from model import AlexNet, ModelConfig
+from pipeline import AugmentConfig, Loader
+from pipeline.errors import ConfigError, ExpressError
+from pipeline.files import write_json
+from pipeline.write.build import Options, Plan, build, default_workers
+from pipeline.write.images import Encoding
+from pipeline.write.sources import Digits, ImageFolder
+from tools import cli
+from tools.bench.loader import unpacked
+from train import environment
+
+IMAGENET_SIZE = (500, 375)
+
+
+@dataclass
+class Proof:
+    """What the steps share."""
+
+    device: torch.device
+    tiny: bool
+    out: Path
+    scratch: Path
+    images: Path
+
+    @property
+    def batch(self) -> int:
+        return 16 if self.tiny else 256
+
+    @property
+    def seconds(self) -> float:
+        return 1.0 if self.tiny else 8.0
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.device.type == "cuda" else "fp32"
+
+    def shards(self, encoding: str) -> Path:
+        """The images sharded as keep or jpeg, made when first asked for."""
+        folder = self.scratch / encoding
+        if not folder.exists():
+            options = Options(Encoding("jpeg") if encoding == "jpeg" else Encoding(), samples_per_shard=250)
+            build(Plan(ImageFolder(self.images), options), folder, workers=default_workers())
+        return folder
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def tests(proof: Proof) -> dict[str, Any]:
+    """pytest -m gpu; without a GPU they skip, and their reasons stand in the output."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        raise ExpressError("\n".join(lines[-30:]))
+    return {"summary": lines[-1]}
+
+
+def loader_rates(proof: Proof) -> dict[str, Any]:
+    """Images a second out of the loader alone, for keep and jpeg shards."""
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "peers" / "ours.py")]
+    fixed = ["--batch", str(proof.batch), "--seconds", str(proof.seconds), "--device", str(proof.device)]
+    fixed += ["--threads", str(default_workers()), "--dtype", "float16" if proof.device.type == "cuda" else "float32"]
+    rates: dict[str, Any] = {}
+    for data in ("keep", "jpeg"):
+        runs = []
+        for _ in range(1 if proof.tiny else 3):
+            done = subprocess.run([*command, "--data", str(proof.shards(data)), *fixed], capture_output=True, text=True)
+            if done.returncode:
+                raise ExpressError(done.stderr.strip().splitlines()[-1])
+            result = json.loads(done.stdout.splitlines()[-1])
+            runs.append(round(result["images"] / result["seconds"], 1))
+        rates[data] = {"images_per_second": statistics.median(runs), "runs": runs}
+    return rates
+
+
+def training_step(proof: Proof) -> dict[str, Any]:
+    """The seed's AlexNet at full size: images a second from one batch held on the device, and from the loader."""
+    with Loader(
+        proof.shards("jpeg"), batch=proof.batch, device=proof.device, channels_last=True, augment=AugmentConfig()
+    ) as loader:
+        classes = len(loader.dataset.classes)
+        net = AlexNet(ModelConfig("seed"), classes=classes, crop=224).to(proof.device)
+        net = net.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+        def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+            with torch.autocast(proof.device.type, torch.bfloat16, enabled=proof.precision == "bf16"):
+                loss = F.cross_entropy(net(images).float(), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def endless():
+            while True:
+                yield from loader
+
+        stream = endless()
+        held = next(stream)
+        synthetic = rate(proof, lambda: step(held.images, held.labels))
+        fed = rate(proof, lambda: step(*next(stream)[:2]))
+    return {
+        "net": "seed",
+        "precision": proof.precision,
+        "batch": proof.batch,
+        "synthetic": round(synthetic, 1),
+        "fed": round(fed, 1),
+        "fed_share": round(fed / synthetic, 3),
+    }
+
+
+def rate(proof: Proof, step: Callable[[], None]) -> float:
+    """Images a second of `step`, after a warm-up."""
+    for _ in range(1 if proof.tiny else 10):
+        step()
+    proof.synchronize()
+    started, steps = time.perf_counter(), 0
+    while time.perf_counter() - started < proof.seconds:
+        step()
+        steps += 1
+        if steps % 10 == 0:
+            proof.synchronize()  # so that the clock is not asked about steps that are only queued
+    proof.synchronize()
+    return steps * proof.batch / (time.perf_counter() - started)
+
+
+def two_ranks(proof: Proof) -> dict[str, Any]:
+    """Two ranks on the one device, joined by gloo, see the ids and nearly the losses of one rank."""
+    shards = proof.scratch / "digits"
+    build(Plan(Digits(), Options()), shards, workers=1)
+    runs = {ranks: proof.scratch / f"ranks-{ranks}" for ranks in (1, 2)}
+    for ranks, run in runs.items():
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+        command += ["--mixed_precision", "no", "--num_processes", str(ranks), "--main_process_port", "0"]
+        command += ["--multi_gpu"] if ranks > 1 else []
+        command += [str(ROOT / "train" / "run.py"), "demo", "--data.shards", str(shards), "--run.dir", str(run)]
+        command += ["--train.epochs", "1", "--model.dropout", "0", "--optim.lr", "0.01", "--run.log-every", "1"]
+        command += ["--run.record-ids", "--run.ddp-backend", "gloo" if ranks > 1 else "auto"]
+        device = "cuda:0" if proof.device.type == "cuda" else "cpu"
+        env = os.environ | {"ACCELERATE_TORCH_DEVICE": device}
+        env |= {"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        if done.returncode:
+            raise ExpressError("\n".join(done.stderr.strip().splitlines()[-15:]))
+    ids = {ranks: recorded_ids(run) for ranks, run in runs.items()}
+    losses = {ranks: recorded_losses(run) for ranks, run in runs.items()}
+    if ids[1] != ids[2]:
+        raise ExpressError("one rank and two ranks saw different ids")
+    difference = max(abs(a - b) for a, b in zip(losses[1][:20], losses[2][:20], strict=True))
+    return {"steps": len(ids[1]), "ids": "equal", "largest_loss_difference_in_20_steps": difference}
+
+
+def recorded_ids(run: Path) -> dict[int, list[int]]:
+    steps: dict[int, list[int]] = {}
+    for path in sorted((run / "ids").glob("rank-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(line["ids"])
+    return steps
+
+
+def recorded_losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+STEPS = {"tests": tests, "loader": loader_rates, "step": training_step, "ranks": two_ranks}
+
+
+def made_images(folder: Path, count: int) -> Path:
+    """Pictures of ImageNet's usual size, where no real ones were given: good for trying out, not for figures."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        coarse.resize(IMAGENET_SIZE, Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
+        path = folder / f"class{i % 8}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(out.getvalue())
+    return folder
+
+
+def run_step(name: str, proof: Proof, data: str) -> bool:
+    """Runs one step and writes gpu-NAME.json, whatever its end."""
+    started = time.monotonic()
+    try:
+        result: dict[str, Any] = {"passed": True, "result": STEPS[name](proof)}
+    except (ExpressError, OSError, RuntimeError, AssertionError) as err:
+        result = {"passed": False, "error": str(err)}
+    described = {
+        "step": name,
+        "device": str(proof.device),
+        "tiny": proof.tiny,
+        "data": data,
+        "seconds": round(time.monotonic() - started, 1),
+        "command": environment.command(),
+        "environment": environment.describe(),
+    }
+    write_json(proof.out / f"gpu-{name}.json", described | result)
+    told = result["result"] if result["passed"] else f"FAILED: {result['error']}"
+    print(f"{name} ({described['seconds']} s): {told}", flush=True)
+    return result["passed"]
+
+
+def main() -> None:
+    p = cli.Parser(prog="gpu_proof.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda:0", help="(%(default)s)")
+    p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
+    p.add_argument("--images", type=Path, help="class folders of JPEGs or a tar of them (default: made ones)")
+    p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="where the JSON goes (%(default)s)")
+    p.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="(all)")
+    args = p.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny walks the same steps")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="imagenet-express-") as name:
+        scratch = Path(name)
+        if args.images:
+            images, data = unpacked(args.images, scratch / "images"), args.images.name
+        else:
+            images, data = made_images(scratch / "images", 32 if args.tiny else 1024), "made pictures"
+        proof = Proof(torch.device(args.device), args.tiny, args.out, scratch, images)
+        passed = [run_step(step, proof, data) for step in args.steps]
+    if not all(passed):
+        raise ExpressError(f"{passed.count(False)} of {len(passed)} steps failed; see the JSON in {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
