@@ -82,7 +82,10 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            raise DataError(f"{self.root}: no split {name!r}; it has {', '.join(self.splits)}")
+            names = ", ".join(self.splits)
+            raise DataError(
+                f"{self.root}: no split {name!r}; it has {names}; name one of these or shard the data with it"
+            )
         return self.splits[name]
 
 

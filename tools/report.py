@@ -1,6 +1,7 @@
 """Draws a run's curves into its folder and says where everything is.
 
     python tools/report.py runs/demo
+    python tools/report.py runs/demo --json docs/results/demo.json
 
 Exit codes: 0 done, 2 usage, 65 not a run folder.
 """
@@ -9,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipeline.errors import DataError
+from pipeline.files import write_json
 from tools import cli
 
 
@@ -23,7 +27,7 @@ def read_metrics(run: Path) -> dict[str, list[dict]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo")
-    lines: dict[str, list[dict]] = {"train": [], "val": []}
+    lines: dict[str, list[dict]] = {"start": [], "train": [], "val": []}
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
@@ -57,14 +61,33 @@ def draw(lines: dict[str, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
+def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
+    """What a run came to, with all that it depended on: for docs/results."""
+    described = json.loads((run / "config.json").read_text())
+    names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
+    last = lines["val"][-1]
+    return {
+        **{name: described[name] for name in names},
+        "epochs": last["epoch"],
+        "seconds_training_and_evaluating": round(last["time"] - lines["start"][0]["time"], 1),
+        "images_per_second": round(statistics.median(line["images_per_second"] for line in lines["train"]), 1),
+        "last": {name: last[name] for name in ("top1", "top5", "loss", "images")},
+        "top1_by_epoch": [line["top1"] for line in lines["val"]],
+    }
+
+
 def main() -> None:
     p = cli.Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    run = p.parse_args().run
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the result with what it depended on")
+    args = p.parse_args()
+    run = args.run
     lines = read_metrics(run)
     if not (lines["train"] and lines["val"]):
         raise DataError(f"{run}: no epoch was finished yet; draw it when one is")
     draw(lines, run / "curves.png")
+    if args.json:
+        write_json(args.json, result(run, lines))
     best = max(lines["val"], key=lambda line: line["top1"])
     print(f"best: top-1 {best['top1']:.2%} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")

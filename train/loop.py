@@ -76,6 +76,7 @@ class Run:
         self.record = tracking.Record(
             self.folder, accelerator, resumed_at=self.state.step, record_ids=config.run.record_ids
         )
+        self.record.write("start", self.state.step, {"ranks": accelerator.num_processes})
 
     def _loader(self, dataset: Dataset, *, train: bool) -> Loader:
         c, a = self.config, self.accelerator

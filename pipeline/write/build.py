@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from multiprocessing import get_context
@@ -127,6 +129,8 @@ def build(
     try:
         _claim(plan, out)
         done = list(_run(plan, out, workers, progress))
+    except BrokenProcessPool as err:
+        raise StorageError(f"{out}: a worker was killed, perhaps for want of memory; use fewer --workers") from err
     except OSError as err:
         raise StorageError(f"{err.filename or out}: {err.strerror or err}") from err
     done.sort(key=lambda built: (built.task.split, built.task.number))
@@ -142,7 +146,7 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
         return
     global _PLAN
     _PLAN = plan, out  # forked workers inherit the plan; sending it would cost 100 MB for ImageNet
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_leave_ctrl_c_to_the_parent) as pool:
         futures: list[Future[Built]] = [pool.submit(_forked, n) for n in range(len(plan.tasks))]
         try:
             for future in as_completed(futures):
@@ -151,6 +155,10 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 _PLAN: tuple[Plan, Path] | None = None

@@ -157,7 +157,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, _, names in os.walk(folder):
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 
