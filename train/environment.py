@@ -31,10 +31,11 @@ def describe() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line, its program named as seen from the repository."""
+    """The command line, its program named as seen from the repository; the launcher's own options are not known."""
     program = os.path.abspath(sys.argv[0])
     inside = os.path.relpath(program, ROOT)
-    return shlex.join([os.path.basename(program) if inside.startswith("..") else inside, *sys.argv[1:]])
+    launcher = "accelerate launch " if "ACCELERATE_MIXED_PRECISION" in os.environ else ""
+    return launcher + shlex.join([os.path.basename(program) if inside.startswith("..") else inside, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:

@@ -10,6 +10,7 @@ What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; t
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections import deque
@@ -107,6 +108,8 @@ class Loader:
         self.split = self.dataset.split(split)
         self.batch, self.train, self.seed, self.rank, self.world = batch, train, seed, rank, world
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype, self.channels_last = dtype, channels_last
         self.augment = augment or AugmentConfig()
         self.config = config or LoaderConfig()
@@ -203,8 +206,20 @@ class Loader:
             raise self._explain(err) from err
         done = self._decoding.popleft()
         batch = self._deliver(images, done.ids)
-        done.read.release()
+        self._retire(done.read)
         return batch
+
+    def _retire(self, read: ReadBatch) -> None:
+        """Gives a decoded batch's bytes back for reuse: at once on the CPU, after its decoding on a GPU."""
+        if self.backend != "dali-gpu":
+            read.release()
+            return
+        # The batch was returned before it was decoded; what the consumer's stream reaches now comes after that.
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        self._spent.append((event, read))
+        while self._spent and self._spent[0][0].query():
+            self._spent.popleft()[1].release()
 
     def _stream(self) -> tuple[Any, ...]:
         # On the consumer's stream DALI's output needs no host synchronisation.
@@ -235,12 +250,13 @@ class Loader:
             std=std if a.normalize == "mean-std" else (1.0, 1.0, 1.0),
             dtype=self.dtype,
             channels_last=self.channels_last,
-            device=self.device.index or 0 if self.backend == "dali-gpu" else None,
+            device=self.device.index if self.backend == "dali-gpu" else None,
         )
 
     def _start_pipeline(self) -> None:
         self._reading: deque[_Pending] = deque()
         self._decoding: deque[_Pending] = deque()
+        self._spent: deque[tuple[torch.cuda.Event, ReadBatch]] = deque()
         self._upcoming = self._coordinates(self._epoch, self._step)
         depth = self.config.prefetch_batches
         self._pipeline = self._graph.pipeline(self._feed, batch=self._part, threads=self._threads, depth=depth)
@@ -284,8 +300,6 @@ class Loader:
         for pending in self._decoding:
             for sample, image in zip(pending.ids.tolist(), pending.read.images, strict=True):
                 try:
-                    import io
-
                     Image.open(io.BytesIO(image.tobytes())).load()
                 except Exception as reason:
                     return DataError(f"{self._reader.describe(sample)}: cannot be decoded ({reason})")
