@@ -30,6 +30,13 @@ class DataConfig:
     """Folder made by tools/make_shards.py."""
     train_split: str = "train"
     val_split: str = "val"
+    partitions: int = 1
+    """Parts that are shuffled by themselves, so that a node reads only its parts' shards; see docs/order.md."""
+    window: int = 0
+    """Shards that are shuffled together; 0: all of a part."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "data", partitions=1, window=0)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,15 @@ from .validation import Result, evaluate
 
 INIT = 1_000_000  # draw streams of training, away from the loader's
 # A changed value of these would go on with another run: another net, other crops, another order.
-FIXED_ON_RESUME = ("model.", "augment.", "train.batch", "data.train_split", "run.seed")
+FIXED_ON_RESUME = (
+    "model.",
+    "augment.",
+    "train.batch",
+    "data.train_split",
+    "data.partitions",
+    "data.window",
+    "run.seed",
+)
 
 
 class LossNotFinite(ExpressError):
@@ -56,7 +64,13 @@ class Run:
         self.state = State()
         self.dataset = open_dataset(config.data.shards)
         samples = self.dataset.split(config.data.train_split).samples
-        order.check_batch(config.train.batch, samples=samples, world=accelerator.num_processes, field="train.batch")
+        order.check_batch(
+            config.train.batch,
+            samples=samples,
+            world=accelerator.num_processes,
+            partitions=config.data.partitions,
+            field="train.batch",
+        )
         self.loader, self.val_loader = (self._loader(self.dataset, train=t) for t in (True, False))
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs
@@ -86,6 +100,8 @@ class Run:
             batch=c.train.batch if train else c.train.eval_batch,
             train=train,
             seed=c.run.seed,
+            partitions=c.data.partitions,
+            window=c.data.window,
             rank=a.process_index,
             world=a.num_processes,
             local_world=local_world(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 # One stream for each purpose, so that no two purposes share a draw.
-ORDER, CROP, FLIP, DROPOUT = range(4)
+ORDER, CROP, FLIP, DROPOUT, SHARDS = range(5)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
 _M1 = 0xBF58476D1CE4E5B9

@@ -78,6 +78,7 @@ class Loader:
     batch: the global batch size; each rank gets batch / world images a step. In evaluation it only bounds memory.
     train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
         over all ranks, so that ranks may differ by one sample and by one batch.
+    partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
     channels_last: memory format of `images`; the shape is (n, 3, crop, crop) either way.
 
@@ -93,6 +94,8 @@ class Loader:
         split: str = "train",
         train: bool = True,
         seed: int = 0,
+        partitions: int = 1,
+        window: int = 0,
         rank: int = 0,
         world: int = 1,
         local_world: int | None = None,
@@ -102,11 +105,14 @@ class Loader:
         augment: AugmentConfig | None = None,
         config: LoaderConfig | None = None,
     ) -> None:
+        if partitions < 1 or window < 0:
+            raise ConfigError(f"partitions={partitions}, window={window}: at least 1 and 0")
         if not 0 <= rank < world:
             raise ConfigError(f"rank={rank} of world={world}: ranks count from 0")
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         self.batch, self.train, self.seed, self.rank, self.world = batch, train, seed, rank, world
+        self.partitions, self.window = partitions, window
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -116,7 +122,7 @@ class Loader:
         self.samples = self.split.samples
         self.backend = choose_backend(self.config.backend, self.device)
         if train:
-            order.check_batch(batch, samples=self.samples, world=world)
+            order.check_batch(batch, samples=self.samples, world=world, partitions=partitions)
         elif batch < 1:
             raise ConfigError(f"batch={batch}: must be at least 1")
         self._part = max(1, batch // world)
@@ -147,7 +153,18 @@ class Loader:
             mine = order.evaluation_range(self.samples, rank=self.rank, world=self.world)
             return np.array(mine[step * self._part : (step + 1) * self._part], dtype=np.int64)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, order.permutation(self.samples, seed=self.seed, epoch=epoch)
+            sizes = np.array([shard.samples for shard in self.split.shards])
+            self._order = (
+                epoch,
+                order.epoch_order(
+                    sizes,
+                    seed=self.seed,
+                    epoch=epoch,
+                    batch=self.batch,
+                    partitions=self.partitions,
+                    window=self.window,
+                ),
+            )
         return order.train_ids(self._order[1], step=step, batch=self.batch, rank=self.rank, world=self.world)
 
     # State: what was consumed

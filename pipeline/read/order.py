@@ -1,11 +1,13 @@
-"""Which samples a rank reads at a step. Pure: no files, no clock, no globals.
+"""Which samples a rank reads at a step. Pure: no files, no clock, no globals. The contract: docs/order.md.
 
-Training: an epoch is one permutation of all samples, step s takes its ids [s·batch, (s+1)·batch), and a rank takes its
-contiguous part of them. So the ids of a global step, in order, do not depend on the number of ranks.
+Training: an epoch is one array of ids, global batch after global batch. Step s takes its ids [s·batch, (s+1)·batch),
+and a rank takes its contiguous part of them: the ids of a global step, in order, do not depend on the number of ranks.
 Evaluation: the samples in stored order, a contiguous part a rank, each exactly once.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,10 +15,43 @@ from ..errors import ConfigError
 from . import draws
 
 
-def permutation(samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """(samples,) int64: the epoch's order. Distinct hashes are sorted, so any correct sort gives the same."""
-    keys = draws.bits(np.arange(samples), seed=seed, epoch=epoch, stream=draws.ORDER)
-    return np.argsort(keys)
+def epoch_order(
+    shard_sizes: np.ndarray, *, seed: int, epoch: int, batch: int, partitions: int = 1, window: int = 0
+) -> np.ndarray:
+    """(steps · batch,) int64: the ids of all global batches of an epoch.
+
+    shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
+    partitions: samples are cut into so many parts of consecutive ids, each shuffled by itself, and a global batch is a
+        piece of each part in turn. Where world divides partitions, a rank reads its own parts' shards only.
+    window: shuffle within groups of so many shards, the groups in random order: at most two groups of a part are being
+        read at once. 0: shuffle over all shards of a part.
+    """
+    ends = np.cumsum(shard_sizes)
+    samples = int(ends[-1])
+    steps, piece = steps_per_epoch(samples, batch=batch), batch // partitions
+    pieces = []
+    for part in range(partitions):
+        start, end = part * samples // partitions, (part + 1) * samples // partitions
+        ids = _shuffled_part(ends, start, end, seed=seed, epoch=epoch, window=window)
+        pieces.append(ids[: steps * piece].reshape(steps, piece))
+    return pieces[0].ravel() if partitions == 1 else np.concatenate(pieces, axis=1).ravel()
+
+
+def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The ids [start, end) in random order; with a window, one group of shards after another."""
+    if not window:
+        return _shuffled(np.arange(start, end), seed=seed, epoch=epoch)
+    first, last = np.searchsorted(ends, (start, end - 1), side="right")
+    bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
+    ranges = [np.arange(a, b) for a, b in pairwise(bounds)]
+    shards = np.argsort(draws.bits(np.arange(first, last + 1), seed=seed, epoch=epoch, stream=draws.SHARDS))
+    groups = [shards[i : i + window] for i in range(0, len(shards), window)]
+    return np.concatenate([_shuffled(np.concatenate([ranges[s] for s in g]), seed=seed, epoch=epoch) for g in groups])
+
+
+def _shuffled(ids: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """By their hashes, which are distinct: any correct sort gives the same order."""
+    return ids[np.argsort(draws.bits(ids, seed=seed, epoch=epoch, stream=draws.ORDER))]
 
 
 def steps_per_epoch(samples: int, *, batch: int) -> int:
@@ -24,7 +59,7 @@ def steps_per_epoch(samples: int, *, batch: int) -> int:
     return samples // batch
 
 
-def check_batch(batch: int, *, samples: int, world: int, field: str = "batch") -> None:
+def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, field: str = "batch") -> None:
     """Raises ConfigError for a global batch that cannot be trained with."""
     if batch < 1:
         raise ConfigError(f"{field}={batch}: must be at least 1")
@@ -33,12 +68,14 @@ def check_batch(batch: int, *, samples: int, world: int, field: str = "batch") -
         raise ConfigError(
             f"{field}={batch} does not divide over {world} ranks; use a multiple of {world}, such as {nearest}"
         )
+    if batch % partitions:
+        raise ConfigError(f"{field}={batch} does not divide over partitions={partitions}; use a multiple of it")
     if batch > samples:
         raise ConfigError(f"{field}={batch} is more than the {samples} training samples; use a smaller one")
 
 
 def train_ids(order: np.ndarray, *, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-    """(batch / world,) ids that `rank` reads at `step` of the epoch with this permutation."""
+    """(batch / world,) ids that `rank` reads at `step` of the epoch with this order."""
     part = batch // world
     start = step * batch + rank * part
     return order[start : start + part]

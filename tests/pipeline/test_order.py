@@ -12,31 +12,73 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError
 from pipeline.read import order
 
+SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(np.array)
+WINDOWS = st.integers(0, 8)
 
-@given(st.integers(1, 3000), st.integers(0, 2**31), st.integers(0, 1000))
-def test_an_epoch_is_a_permutation_of_all_samples(samples, seed, epoch):
-    permutation = order.permutation(samples, seed=seed, epoch=epoch)
-    assert sorted(permutation.tolist()) == list(range(samples))
-    assert (permutation == order.permutation(samples, seed=seed, epoch=epoch)).all()
+
+def epoch_of(sizes, *, batch, seed=0, epoch=0, **kwargs):
+    return order.epoch_order(np.asarray(sizes), seed=seed, epoch=epoch, batch=batch, **kwargs)
+
+
+@given(SIZES, st.integers(0, 2**31), st.integers(0, 1000), WINDOWS)
+def test_an_epoch_holds_every_sample_once(sizes, seed, epoch, window):
+    ids = epoch_of(sizes, batch=1, seed=seed, epoch=epoch, window=window)
+    assert sorted(ids.tolist()) == list(range(sizes.sum()))
+    assert (ids == epoch_of(sizes, batch=1, seed=seed, epoch=epoch, window=window)).all()
+
+
+@given(SIZES, st.integers(1, 6), st.integers(1, 6), WINDOWS)
+def test_partitions_read_their_own_consecutive_ids_and_drop_less_than_one_global_batch(
+    sizes, partitions, piece, window
+):
+    batch, samples = partitions * piece, int(sizes.sum())
+    ids = epoch_of(sizes, batch=batch, partitions=partitions, window=window)
+    assert len(set(ids.tolist())) == len(ids)
+    assert 0 <= samples - len(ids) < batch
+    steps = ids.reshape(-1, partitions, piece)
+    for part in range(partitions):
+        start, end = part * samples // partitions, (part + 1) * samples // partitions
+        assert ((steps[:, part] >= start) & (steps[:, part] < end)).all()
+
+
+@given(SIZES, st.sampled_from([1, 2, 4, 12]), st.integers(1, 5), WINDOWS)
+def test_a_global_step_has_the_same_ids_in_the_same_order_at_every_world_size(sizes, partitions, multiple, window):
+    batch = 12 * multiple
+    ids = epoch_of(sizes, batch=batch, partitions=partitions, window=window)
+    for step in range(order.steps_per_epoch(int(sizes.sum()), batch=batch)):
+        one = order.train_ids(ids, step=step, batch=batch)
+        for world in (1, 2, 3, 4, 6, 12):
+            ranks = [order.train_ids(ids, step=step, batch=batch, rank=r, world=world) for r in range(world)]
+            assert all(len(part) == batch // world for part in ranks)
+            assert np.concatenate(ranks).tolist() == one.tolist()
+
+
+@given(st.integers(2, 12), st.integers(1, 5))
+def test_a_window_bounds_the_shards_that_are_read_at_once(shards, window):
+    size, batch = 40, 8
+    ids = epoch_of([size] * shards, batch=batch, window=window).reshape(-1, batch)
+    shard_of = ids // size
+    first, last = ({s: f(np.flatnonzero((shard_of == s).any(1))) for s in range(shards)} for f in (min, max))
+    for step in range(len(ids)):
+        being_read = [s for s in range(shards) if first[s] <= step <= last[s]]
+        assert len(being_read) <= 2 * window  # the end of one group and the start of the next
 
 
 def test_epochs_and_seeds_are_shuffled_differently_and_well():
-    orders = [order.permutation(10_000, seed=s, epoch=e) for s in (0, 1) for e in (0, 1)]
+    orders = [epoch_of([1000] * 10, batch=1, seed=s, epoch=e) for s in (0, 1) for e in (0, 1)]
     for i, a in enumerate(orders):
         for b in orders[:i]:
             assert (a == b).mean() < 0.01
         assert abs(np.corrcoef(a, np.arange(10_000))[0, 1]) < 0.05
 
 
-@given(st.integers(1, 8), st.integers(1, 20), st.integers(0, 500))
-def test_a_global_step_has_the_same_ids_in_the_same_order_at_every_world_size(world, per_rank, extra):
-    batch = world * per_rank
-    permutation = order.permutation(batch + extra, seed=3, epoch=4)
-    for step in range(order.steps_per_epoch(len(permutation), batch=batch)):
-        one = order.train_ids(permutation, step=step, batch=batch)
-        ranks = [order.train_ids(permutation, step=step, batch=batch, rank=r, world=world) for r in range(world)]
-        assert all(len(ids) == per_rank for ids in ranks)
-        assert np.concatenate(ranks).tolist() == one.tolist()
+def test_golden_orders_hold_for_good():
+    assert epoch_of([4, 4, 4], batch=6, seed=1, epoch=2).tolist() == GOLDEN
+    assert epoch_of([4, 4, 4], batch=6, seed=1, epoch=2, partitions=2, window=1).tolist() == GOLDEN_PARTS
+
+
+GOLDEN = [8, 10, 1, 5, 0, 3, 4, 9, 11, 7, 2, 6]
+GOLDEN_PARTS = [1, 0, 3, 8, 10, 9, 2, 5, 4, 11, 7, 6]
 
 
 @given(st.integers(1, 400), st.integers(1, 50))
@@ -53,19 +95,21 @@ def test_evaluation_covers_each_id_once_and_evenly(samples, world):
 
 
 @pytest.mark.parametrize(
-    ("batch", "samples", "world", "message"),
+    ("batch", "samples", "world", "partitions", "message"),
     [
-        (10, 100, 4, "batch=10 does not divide over 4 ranks; use a multiple of 4, such as 8"),
-        (0, 100, 1, "batch=0: must be at least 1"),
-        (128, 100, 2, "batch=128 is more than the 100 training samples"),
+        (10, 100, 4, 1, "batch=10 does not divide over 4 ranks; use a multiple of 4, such as 8"),
+        (0, 100, 1, 1, "batch=0: must be at least 1"),
+        (128, 100, 2, 1, "batch=128 is more than the 100 training samples"),
+        (12, 100, 2, 8, "batch=12 does not divide over partitions=8"),
     ],
 )
-def test_a_batch_that_cannot_be_trained_with_is_refused_with_its_value(batch, samples, world, message):
+def test_a_batch_that_cannot_be_trained_with_is_refused_with_its_value(batch, samples, world, partitions, message):
     with pytest.raises(ConfigError, match=message):
-        order.check_batch(batch, samples=samples, world=world)
+        order.check_batch(batch, samples=samples, world=world, partitions=partitions)
 
 
-def test_the_order_of_all_of_imagenet_takes_a_fraction_of_a_second():
+@pytest.mark.parametrize(("partitions", "window"), [(1, 0), (1, 16), (8, 16)])
+def test_the_order_of_all_of_imagenet_takes_a_fraction_of_a_second(partitions, window):
     started = time.process_time()
-    order.permutation(1_281_167, seed=0, epoch=0)
+    epoch_of([1251] * 1024, batch=1024, partitions=partitions, window=window)
     assert time.process_time() - started < 2
