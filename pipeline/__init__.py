@@ -14,7 +14,7 @@ from .manifest import Dataset, open_dataset
 
 if TYPE_CHECKING:
     from .read.augment import AugmentConfig
-    from .read.loader import Batch, Loader, LoaderConfig
+    from .read.loader import Batch, Loader, LoaderConfig, LoaderDataset
 
 __all__ = [
     "AugmentConfig",
@@ -25,6 +25,7 @@ __all__ = [
     "ExpressError",
     "Loader",
     "LoaderConfig",
+    "LoaderDataset",
     "StorageError",
     "open_dataset",
 ]
@@ -35,7 +36,7 @@ def __getattr__(name: str) -> Any:
         from .read import augment
 
         return augment.AugmentConfig
-    if name in ("Batch", "Loader", "LoaderConfig"):
+    if name in ("Batch", "Loader", "LoaderConfig", "LoaderDataset"):
         from .read import loader
 
         return getattr(loader, name)

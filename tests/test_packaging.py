@@ -86,7 +86,7 @@ USE = """
 import imagenet_express.pipeline, sys
 from imagenet_express.pipeline import Loader, AugmentConfig
 from imagenet_express.model import AlexNet, ModelConfig
-assert imagenet_express.pipeline.__file__.startswith(sys.argv[2]), imagenet_express.pipeline.__file__
+assert imagenet_express.pipeline.__file__.startswith(sys.argv[-1]), imagenet_express.pipeline.__file__
 loader = Loader(sys.argv[1], batch=64, augment=AugmentConfig(resize=36, crop=32))
 net = AlexNet(ModelConfig("small", width=0.1), classes=len(loader.dataset.classes), crop=32)
 images, labels, ids = next(iter(loader))
@@ -97,7 +97,10 @@ assert len(Digits().splits["val"]) == 359
 """
 
 
-def test_a_wheel_works_in_a_foreign_directory(digits, tmp_path):
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Runs Python in a foreign directory, where a wheel of ours is installed and the repository is not in sight."""
+    tmp_path = tmp_path_factory.mktemp("wheel")
     tree = tmp_path / "tree"
     for name in ("pipeline", "model"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -107,15 +110,33 @@ def test_a_wheel_works_in_a_foreign_directory(digits, tmp_path):
     wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)]
     subprocess.run(wheel, check=True, capture_output=True)
     (built,) = tmp_path.glob("*.whl")
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    site, foreign = tmp_path / "site", tmp_path / "elsewhere"
+    foreign.mkdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(built)], check=True, capture_output=True)
-    done = subprocess.run(
-        [sys.executable, "-c", USE, str(digits), str(site)],
-        capture_output=True,
-        text=True,
-        cwd=elsewhere,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(64, 10) 64"
+
+    def run(code: str, *args: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args, str(site)],
+            capture_output=True,
+            text=True,
+            cwd=foreign,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site)},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
+
+
+def test_a_wheel_works_in_a_foreign_directory(elsewhere, digits):
+    assert elsewhere(USE, str(digits)) == "(64, 10) 64"
+
+
+def test_the_scripts_of_the_documentation_run_as_they_stand(elsewhere, digits):
+    text = (ROOT / "docs" / "own-script.md").read_text()
+    plain, adapter = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    last = elsewhere(plain.replace("SHARDS", str(digits))).splitlines()[-1]
+    assert last.startswith("epoch 1: loss ")
+    assert "next batch {'epoch': 2, 'step': 0, " in last
+    assert len(plain.strip().splitlines()) <= 16
+    assert elsewhere(adapter.replace("SHARDS", str(digits))).startswith("22 batches, next {'epoch': 1, 'step': 0, ")

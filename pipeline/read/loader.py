@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import ConfigError, DataError
 from ..manifest import Dataset, open_dataset
@@ -169,12 +170,30 @@ class Loader:
 
     # State: what was consumed
 
-    def state_dict(self) -> dict[str, int]:
-        """The next batch's coordinates. What was only prefetched does not count."""
-        return {"epoch": self._epoch, "step": self._step}
+    def state_dict(self) -> dict[str, Any]:
+        """The next batch's coordinates, and what they are coordinates of. What was only prefetched does not count."""
+        return {"epoch": self._epoch, "step": self._step, "of": self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on as if all batches before these coordinates had been consumed. O(1)."""
+    def _identity(self) -> dict[str, Any]:
+        """All that the ids of a step depend on, beside the step: ranks, threads and backend are not among it."""
+        return {
+            "fingerprint": self.dataset.fingerprint,
+            "split": self.split.name,
+            "seed": self.seed,
+            "batch": self.batch,
+            "partitions": self.partitions,
+            "window": self.window,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on as if all batches before these coordinates had been consumed. O(1); another world size is fine.
+
+        Raises ConfigError where the state is of another dataset, seed, batch, partitions or window, with both values.
+        """
+        saved = state.get("of", {})
+        for name, mine in self._identity().items():
+            if saved.get(name, mine) != mine:
+                raise ConfigError(f"{name}={mine} but the loader's state is of {name}={saved[name]}; use that one")
         epoch, step = state["epoch"], state["step"]
         if epoch < 0 or not 0 <= step < len(self):
             raise ConfigError(f"loader state epoch={epoch} step={step}: an epoch has {len(self)} steps here")
@@ -321,6 +340,24 @@ class Loader:
                 except Exception as reason:
                     return DataError(f"{self._reader.describe(sample)}: cannot be decoded ({reason})")
         return err
+
+
+class LoaderDataset(IterableDataset[Batch]):
+    """A loader for frameworks that want a DataLoader: DataLoader(LoaderDataset(loader), batch_size=None).
+
+    Raises ConfigError in a worker process: the loader has threads of its own, and workers would repeat its batches.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if get_worker_info() is not None:
+            raise ConfigError("num_workers must be 0 with LoaderDataset: the loader has threads of its own")
+        return iter(self.loader)
 
 
 def choose_backend(backend: Backend, device: torch.device) -> Backend:

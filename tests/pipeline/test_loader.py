@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import shutil
 import threading
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, open_dataset
+from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, LoaderDataset, open_dataset
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, place
 
 VIEW = AugmentConfig(resize=256, crop=224)
@@ -100,7 +102,7 @@ def test_restoring_at_every_step_gives_the_same_rest(shards):
             for batch in loader:
                 batches.append(batch)
                 states.append(loader.state_dict())  # what was prefetched does not count
-    assert states == [{"epoch": i // 4, "step": i % 4} for i in range(9)]
+    assert [(s["epoch"], s["step"]) for s in states] == [(i // 4, i % 4) for i in range(9)]
     for start, state in enumerate(states[:-1]):
         with make() as loader:
             loader.load_state_dict(state)
@@ -234,3 +236,51 @@ def test_a_state_outside_the_epoch_is_refused(shards):
     refused = pytest.raises(ConfigError, match="epoch=0 step=4: an epoch has 4 steps")
     with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, refused:
         loader.load_state_dict({"epoch": 0, "step": 4})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 5}, "seed=5 but the loader's state is of seed=0"),
+        ({"batch": 6}, "batch=6 but the loader's state is of batch=3"),
+        ({"window": 1}, "window=1 but the loader's state is of window=0"),
+        ({"partitions": 3}, "partitions=3 but the loader's state is of partitions=1"),
+        ({"shards": "keep"}, "fingerprint=.* but the loader's state is of fingerprint="),
+    ],
+)
+def test_a_state_of_another_order_is_refused_with_both_values(shards, other, message):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+    kwargs = {"batch": 3} | other
+    root = shards[kwargs.pop("shards", "jpeg")]
+    with Loader(root, augment=VIEW, **kwargs) as loader, pytest.raises(ConfigError, match=message):
+        loader.load_state_dict(state)
+
+
+def test_a_state_goes_on_at_another_world_size(shards):
+    with Loader(shards["jpeg"], batch=6, augment=VIEW) as loader:
+        first = next(iter(loader))
+        state = loader.state_dict()
+        rest = list(loader)
+    loaders = [Loader(shards["jpeg"], batch=6, rank=r, world=2, augment=VIEW) for r in range(2)]
+    for loader in loaders:
+        loader.load_state_dict(state)
+    parts = [torch.cat([batch.ids for batch in step]) for step in zip(*loaders)]
+    assert [p.tolist() for p in parts] == [b.ids.tolist() for b in rest]
+    assert not set(parts[0].tolist()) & set(first.ids.tolist())
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize(("partitions", "window"), [(1, 1), (3, 0), (3, 2)])
+def test_partitions_and_windows_see_each_sample_once(shards, partitions, window):
+    with Loader(shards["jpeg"], batch=3, partitions=partitions, window=window, augment=VIEW) as loader:
+        ids = [i for batch in loader for i in batch.ids.tolist()]
+    assert sorted(ids) == list(range(12))
+
+
+def test_worker_processes_are_refused(shards):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
+        assert len(list(DataLoader(LoaderDataset(loader), batch_size=None))) == 4
+        with pytest.raises(ConfigError, match="num_workers must be 0"):
+            list(DataLoader(LoaderDataset(loader), batch_size=None, num_workers=1))
