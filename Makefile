@@ -35,6 +35,7 @@ demo: shards/digits/manifest.json
 test: $(INSTALLED)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
 format: $(INSTALLED)

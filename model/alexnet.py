@@ -116,7 +116,8 @@ class AlexNet(nn.Module):
         initialise(self, config)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        logits: Tensor = self.layers(images)
+        return logits
 
 
 def _modules(config: ModelConfig, classes: int, crop: int) -> list[nn.Module]:
@@ -166,6 +167,7 @@ def initialise(net: AlexNet, config: ModelConfig) -> None:
         fan_in = module.weight[0].numel()
         paper = config.weight_init == "paper"
         nn.init.normal_(module.weight, std=0.01 if paper else math.sqrt(2 / fan_in))
+        assert module.bias is not None
         nn.init.constant_(module.bias, bias if paper else 0.0)
     if config.weight_init == "he":
         # The loss starts at log(classes) instead of above it, and the first gradients are small: a ReLU that rounding

@@ -19,7 +19,8 @@ def local_response_norm(x: Tensor, *, size: int, alpha: float, beta: float, k: f
         raise ValueError(f"size={size}: must be odd, so that a channel is the middle of its neighbours")
     # Autocast would put the casts elsewhere: the function does its own.
     with torch.autocast(x.device.type, enabled=False):
-        return _LocalResponseNorm.apply(x, size, alpha / size, beta, k)
+        normalised: Tensor = _LocalResponseNorm.apply(x, size, alpha / size, beta, k)
+    return normalised
 
 
 class _LocalResponseNorm(torch.autograd.Function):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
-Pixels = int | np.ndarray
+Pixels = TypeVar("Pixels", int, np.ndarray)
 
 
 def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
@@ -12,10 +14,11 @@ def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
 
     The long side is cut to whole pixels, as torchvision's Resize does, and never below one.
     """
-    shorter = np.minimum(width, height)
+    shorter: Pixels = np.minimum(width, height)
     return short * width // shorter, short * height // shorter
 
 
-def centre_offset(length: Pixels, part: int) -> Pixels:
+def centre_offset(length: int | np.ndarray, part: int) -> np.ndarray:
     """Where a centred `part` of `length` pixels starts; a half rounds to even, as torchvision's CenterCrop."""
-    return np.rint((np.asarray(length) - part) / 2).astype(np.int64)
+    offset: np.ndarray = np.rint((np.asarray(length) - part) / 2).astype(np.int64)
+    return offset

@@ -65,11 +65,11 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
+        return str(self.manifest["fingerprint"])
 
     @property
     def classes(self) -> list[str]:
-        return self.manifest["classes"]
+        return list(self.manifest["classes"])
 
     @property
     def mean(self) -> tuple[float, float, float]:

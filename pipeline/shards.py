@@ -119,7 +119,7 @@ def read_index(path: Path, *, sha256: str) -> np.ndarray:
     """The array index as a read-only memory map, (n,) INDEX_DTYPE; DataError where it is not what was written."""
     if file_sha256(path) != sha256:
         raise DataError(f"{path}: the index is damaged (its sha256 differs); shard the data again")
-    index = np.load(path, mmap_mode="r", allow_pickle=False)
+    index: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     if index.dtype != INDEX_DTYPE:
         raise DataError(f"{path}: index of another format version; shard the data again")
     return index

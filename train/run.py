@@ -13,12 +13,19 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
     sys.path[0] = ROOT
 
 from pipeline.errors import ConfigError, ExpressError, StorageError
+
+if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answered before torch is loaded
+    from accelerate import Accelerator
+
+    from train.config import Config
+    from train.loop import Run
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +40,7 @@ def main(argv: list[str]) -> int:
     return start(config)
 
 
-def start(config) -> int:
+def start(config: Config) -> int:
     from train.loop import Run
     from train.tracking import write_exit
 
@@ -60,7 +67,7 @@ class Interrupted(ExpressError):
     code = 130
 
 
-def make_accelerator(config):
+def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
@@ -68,7 +75,7 @@ def make_accelerator(config):
     from train.loop import use_all_cores
 
     precision = {"launcher": None, "fp32": "no"}.get(config.train.precision, config.train.precision)
-    handlers = []
+    handlers: list[Any] = []
     if config.run.ddp_backend != "auto":
         handlers.append(InitProcessGroupKwargs(backend=config.run.ddp_backend))
     try:
@@ -90,7 +97,7 @@ def make_accelerator(config):
     return accelerator
 
 
-def end(folder: Path, run, err: ExpressError) -> int:
+def end(folder: Path, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
     from train.tracking import write_exit
 

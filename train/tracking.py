@@ -69,8 +69,8 @@ def _reopen(path: Path, resumed_at: int) -> Any:
 
 def _is_before(line: bytes, step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError):
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
         return False  # the line that a kill cut in two
 
 

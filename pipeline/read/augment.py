@@ -77,6 +77,7 @@ def place(
 
 def _random_offset(config: AugmentConfig, length: np.ndarray, u: np.ndarray) -> np.ndarray:
     """Uniform over all places of the crop, ends included: 0..32 for 224 in 256, as the original code."""
-    room = np.full_like(length, config.resize) if config.square else length
-    start = centre_offset(length, config.resize) if config.square else 0
-    return start + (u * (room - config.crop + 1)).astype(np.int64)
+    if not config.square:
+        return np.asarray(u * (length - config.crop + 1)).astype(np.int64)
+    inside = (u * (config.resize - config.crop + 1)).astype(np.int64)
+    return centre_offset(length, config.resize) + inside

@@ -29,7 +29,9 @@ class Graph:
     channels_last: bool
     device: int | None  # CUDA ordinal, or None: everything on the CPU
 
-    def inputs(self, images: list[np.ndarray], place: Placement, width: np.ndarray, height: np.ndarray) -> tuple:
+    def inputs(
+        self, images: list[np.ndarray], place: Placement, width: np.ndarray, height: np.ndarray
+    ) -> tuple[Any, ...]:
         """What `pipeline`'s source hands over for one batch: n encoded images and n crops."""
         mirror = place.flip.astype(np.int32)
         if self.presized:
@@ -39,12 +41,14 @@ class Graph:
             return images, x.astype(np.float32), y.astype(np.float32), mirror
         return images, *place.source_box(width, height, self.crop), mirror
 
-    def pipeline(self, source: Callable[[], tuple], *, batch: int, threads: int, depth: int) -> Any:
+    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, batch: int, threads: int, depth: int) -> Any:
         """A built DALI pipeline. `source` returns `inputs(…)` of the next batch, of at most `batch` images."""
         fn, types, pipeline_def = _dali()
         crops_ndim = 0 if self.presized else 1
 
-        @pipeline_def(batch_size=batch, num_threads=threads, device_id=self.device, prefetch_queue_depth=depth)
+        @pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=batch, num_threads=threads, device_id=self.device, prefetch_queue_depth=depth
+        )
         def define() -> Any:
             encoded, a, b, mirror = fn.external_source(
                 source=source,
@@ -104,7 +108,7 @@ class Graph:
 
 def _dali() -> tuple[Any, Any, Any]:
     try:
-        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali import fn, pipeline_def, types  # type: ignore[attr-defined]
     except ImportError as err:
         raise ConfigError(
             f"loader.backend needs NVIDIA DALI ({err}); install it with pip install 'imagenet-express[dali-cu13]'"

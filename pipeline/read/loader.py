@@ -251,10 +251,10 @@ class Loader:
             read.release()
             return
         # The batch was returned before it was decoded; what the consumer's stream reaches now comes after that.
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         self._spent.append((event, read))
-        while self._spent and self._spent[0][0].query():
+        while self._spent and self._spent[0][0].query():  # type: ignore[no-untyped-call]
             self._spent.popleft()[1].release()
 
     def _stream(self) -> tuple[Any, ...]:
@@ -262,7 +262,7 @@ class Loader:
         return (torch.cuda.current_stream(self.device),) if self.backend == "dali-gpu" else ()
 
     def _deliver(self, images: Any, ids: np.ndarray) -> Batch:
-        pixels = torch.from_dlpack(images.as_tensor())  # no copy: DALI gives this memory away
+        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())  # no copy: DALI gives this memory away
         if self.channels_last:
             pixels = pixels.permute(0, 3, 1, 2)
         meta = torch.from_numpy(np.stack([self._labels[ids], ids]))
@@ -311,7 +311,7 @@ class Loader:
             yield from ((epoch, s) for s in range(step, len(self)))
             epoch, step = epoch + 1, 0
 
-    def _feed(self) -> tuple:
+    def _feed(self) -> tuple[Any, ...]:
         """DALI's source: the inputs of the next batch, whose bytes were asked for long ago."""
         while len(self._reading) <= self.config.prefetch_batches:
             self._reading.append(self._plan(*next(self._upcoming)))

@@ -32,7 +32,9 @@ SAMPLES_A_TASK = 16  # a task's cost in Python is worth more than one read; a ba
 class ReadBatch:
     """A batch that is being read. `wait()` gives its images; `release()` gives its buffer back for reuse."""
 
-    def __init__(self, buffer: np.ndarray, images: list[np.ndarray], tasks: list[Future[None]], free) -> None:
+    def __init__(
+        self, buffer: np.ndarray, images: list[np.ndarray], tasks: list[Future[None]], free: list[np.ndarray]
+    ) -> None:
         self.buffer, self.images, self.tasks, self._free = buffer, images, tasks, free
 
     def wait(self) -> list[np.ndarray]:
@@ -92,7 +94,7 @@ class Reader:
         done = 0
         while done < len(image):
             try:
-                got = os.preadv(fd, (image[done:],), offset + done)
+                got = os.preadv(fd, [image.data[done:]], offset + done)
             except OSError as err:
                 raise StorageError(f"{self.files.paths[shard]}: cannot be read: {err.strerror}") from err
             if not got:
