@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -146,7 +148,7 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
         return
     global _PLAN
     _PLAN = plan, out  # forked workers inherit the plan; sending it would cost 100 MB for ImageNet
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_leave_ctrl_c_to_the_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_follow_the_parent) as pool:
         futures: list[Future[Built]] = [pool.submit(_forked, n) for n in range(len(plan.tasks))]
         try:
             for future in as_completed(futures):
@@ -157,8 +159,17 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
             raise
 
 
-def _leave_ctrl_c_to_the_parent() -> None:
+def _follow_the_parent() -> None:
+    """A worker leaves Ctrl-C to the parent, and ends when the parent was killed: its queue alone would not tell it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _PLAN: tuple[Plan, Path] | None = None

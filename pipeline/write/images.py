@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..geometry import centre_offset, resized
 
 MAX_PIXELS = 100_000_000  # refused from the header: 300 MB decoded, 5 times ImageNet's largest
+MAX_SIDE = 65_500  # libjpeg's limit
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 
 Image.MAX_IMAGE_PIXELS = None  # our own check names the file and the limit
@@ -65,6 +66,7 @@ def prepare(data: bytes, encoding: Encoding) -> Prepared:
     except (OSError, SyntaxError, ValueError, MemoryError) as err:
         raise BadImage(f"damaged or truncated image ({err})") from err
     if encoding.kind == "jpeg":
+        _refuse_slivers(image.size, encoding.size)
         pixels = resize_short_side(pixels, encoding.size)
         if encoding.square:
             pixels = centre_square(pixels, encoding.size)
@@ -84,9 +86,16 @@ def _open(data: bytes) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width}×{height} pixels are over the limit of {MAX_PIXELS:,}")
-    if max(width, height) > 65_500:
-        raise BadImage(f"{width}×{height}: a side over 65,500 pixels is more than JPEG holds")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than JPEG holds")
     return image
+
+
+def _refuse_slivers(size: tuple[int, int], short: int) -> None:
+    """A 3000×2 image would become 384,000×256: more than JPEG holds, and soon more than memory does."""
+    width, height = map(int, resized(*size, short))
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{size[0]}×{size[1]} resized would be {width}×{height}, more than JPEG holds")
 
 
 def _foreign(image: Image.Image) -> str | None:

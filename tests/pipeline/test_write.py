@@ -194,6 +194,13 @@ def test_a_decompression_bomb_is_refused_from_its_header():
         prepare(header, Encoding())
 
 
+def test_a_sliver_is_kept_as_it_is_but_not_blown_up():
+    sliver = encoded(Image.new("RGB", (3000, 2)), "JPEG")
+    assert prepare(sliver, Encoding()).width == 3000
+    with pytest.raises(BadImage, match="3000×2 resized would be 384000×256"):
+        prepare(sliver, Encoding("jpeg", 256, square=True))
+
+
 def test_statistics_are_those_of_the_training_pixels(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "in" / "a").mkdir(parents=True)

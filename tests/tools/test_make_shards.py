@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from pipeline import open_dataset
-from tests.conftest import run_tool, the_error
+from tests.conftest import ROOT, run_tool, the_error
 
 MAKE = "tools/make_shards.py"
 
@@ -32,6 +37,38 @@ def test_a_folder_of_images_becomes_a_dataset(image_folder, tmp_path):
     for split in dataset.splits.values():
         assert set(split.index["width"]) == set(split.index["height"]) == {64}
     assert (tmp_path / "d" / "pets-val-000000.tar").is_file()
+
+
+def test_a_killed_sharding_leaves_no_process_and_no_dataset_and_can_be_run_again(tmp_path):
+    out = tmp_path / "d"
+    args = [sys.executable, str(ROOT / MAKE), "digits", "--out", str(out), "--side", "400", "--samples-per-shard", "90"]
+    process = subprocess.Popen([*args, "--workers", "2"], stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.tar")):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    while in_session(process.pid):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.1)
+    assert subprocess.run(args, capture_output=True).returncode == 0
+    clean = tmp_path / "clean"
+    assert subprocess.run([str(clean) if a == str(out) else a for a in args], capture_output=True).returncode == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in clean.iterdir()}
+
+
+def in_session(session: int) -> list[int]:
+    """Living processes of a session that we started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def bad_folder(image_folder, tmp_path, kind):
