@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 PARTIAL = ".partial"
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or a rename inside a folder, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -37,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def canonical_json(value: Any) -> str:

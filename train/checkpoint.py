@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.files import PARTIAL, atomic_write, fsync_folder, write_json
+from pipeline.files import PARTIAL, atomic_write, fsync_path, write_json
 from pipeline.shards import file_sha256
 
 LATEST, RECORD, STATE = "latest", "record.json", "state.json"
@@ -45,10 +45,10 @@ class Checkpoints:
         save_file(tensors, partial / OPTIMIZER)
         write_json(partial / STATE, state | {"step": step, "optimizer": numbers})
         for name in (MODEL, OPTIMIZER):
-            _fsync(partial / name)
+            fsync_path(partial / name)
         write_json(partial / RECORD, {name: file_sha256(partial / name) for name in (MODEL, OPTIMIZER, STATE)})
         os.rename(partial, path)
-        fsync_folder(self.folder)
+        fsync_path(self.folder)
         with atomic_write(self.folder / LATEST) as file:
             file.write(f"{path.name}\n".encode())
         for old in self._all()[: -self.keep]:
@@ -122,11 +122,3 @@ def _join_optimizer(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Loads the state; groups stay as configured, since the schedule sets their lr at every step."""
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
