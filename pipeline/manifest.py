@@ -50,7 +50,7 @@ class Split:
                 raise DataError(
                     f"{path}: {size} bytes where the manifest says {shard.bytes}; copy it again or shard the data again"
                 )
-        _, counts = np.unique(self.index["shard"], return_counts=True)
+        counts = np.bincount(self.index["shard"], minlength=len(self.shards))  # a shard may have lost all its images
         if counts.tolist() != [shard.samples for shard in self.shards]:
             raise DataError(f"{self.root / self.index_name}: the index and the manifest count differently")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pipeline.errors import USAGE, ExpressError
+from pipeline.errors import IO_FAILED, USAGE, ExpressError
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +24,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     except ExpressError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(err.code)
+    except OSError as err:
+        print(f"error: {err.filename or 'storage'}: {err.strerror or err}", file=sys.stderr)
+        sys.exit(IO_FAILED)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -66,6 +66,8 @@ def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
     described = json.loads((run / "config.json").read_text())
     names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
     last = lines["val"][-1]
+    if len(lines["start"]) != 1:
+        raise DataError(f"{run}: was resumed, so the time between its attempts would count; record an unbroken run")
     return {
         **{name: described[name] for name in names},
         "epochs": last["epoch"],

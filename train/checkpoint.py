@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pipeline.errors import DataError
@@ -34,19 +35,22 @@ class Checkpoints:
     def save(self, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> Path:
         """Publishes the checkpoint of `step`: temporary folder → fsync → rename; only then are old ones removed."""
         path = self.folder / f"step-{step:08d}"
-        if path.exists() and self._is_whole(path):
-            return path
         partial = path.with_name(path.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors, numbers = _split_optimizer(optimizer)
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, partial / MODEL)
-        save_file(tensors, partial / OPTIMIZER)
+        # Serialised here and written by us: the library's own file writing hides "disk full" in an error of its own,
+        # and its files are readable by their owner alone.
+        for name, values in (
+            (MODEL, {k: v.detach().cpu().contiguous() for k, v in model.items()}),
+            (OPTIMIZER, tensors),
+        ):
+            with atomic_write(partial / name) as file:
+                file.write(serialise(values))
         write_json(partial / STATE, state | {"step": step, "optimizer": numbers})
-        for name in (MODEL, OPTIMIZER):
-            fsync_path(partial / name)
         write_json(partial / RECORD, {name: file_sha256(partial / name) for name in (MODEL, OPTIMIZER, STATE)})
+        # Only a step that was saved before and went wrong stands here: a run resumes from its newest checkpoint alone.
+        shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
         fsync_path(self.folder)
         with atomic_write(self.folder / LATEST) as file:
@@ -59,18 +63,22 @@ class Checkpoints:
         """The newest checkpoint, whole or not; None where there is none."""
         return found[-1] if (found := self._all()) else None
 
+    def whole(self) -> list[Path]:
+        """Those that verify, oldest first."""
+        return [path for path in self._all() if _is_whole(path)]
+
     def _all(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         return sorted(p for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL))
 
-    @staticmethod
-    def _is_whole(path: Path) -> bool:
-        try:
-            verify(path)
-        except DataError:
-            return False
-        return True
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except DataError:
+        return False
+    return True
 
 
 def verify(path: Path) -> None:

@@ -64,7 +64,7 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
-    """cosine falls to zero at the last step."""
+    """cosine falls towards zero over the run."""
     warmup_epochs: float = 0.0
     """Linear rise from zero at the start."""
 

@@ -31,6 +31,8 @@ from .validation import Result, evaluate
 INIT = 1_000_000  # draw streams of training, away from the loader's
 # A changed value of these would go on with another run: another net, other crops, another order.
 FIXED_ON_RESUME = (
+    "optim.",
+    "train.precision",
     "model.",
     "augment.",
     "train.batch",
@@ -133,9 +135,17 @@ class Run:
     def _resume_from(self) -> Path | None:
         """The checkpoint to go on from. Refuses to start anew where a run is kept already."""
         resume = self.config.resume
+        kept = checkpoint.Checkpoints(self.folder, keep=1)
+        newest = kept.newest()
         if resume and resume != RESUME_NEWEST:
-            return Path(resume)
-        newest = checkpoint.Checkpoints(self.folder, keep=1).newest()
+            named = Path(resume)
+            # Going back would leave two runs' checkpoints in one folder, and the next resume would take the old one's.
+            if any(path.name > named.name for path in kept.whole()):
+                raise ConfigError(
+                    f"--resume {named}: {self.folder} goes on to {newest.name if newest else ''};"
+                    " to branch off an earlier checkpoint, choose another --run.dir"
+                )
+            return named
         if newest and not resume:
             raise ConfigError(
                 f"{self.folder}: holds a run already ({newest.name}); go on with it by --resume,"
@@ -171,6 +181,8 @@ class Run:
         """What must be equal for a resumed run to be the same run."""
         flat = flatten(self.config)
         fixed = {k: v for k, v in flat.items() if k.startswith(FIXED_ON_RESUME)}
+        if self.config.optim.schedule != "constant":
+            fixed["train.epochs"] = self.config.train.epochs  # the rate of every step depends on the last one
         return fixed | {"the dataset's fingerprint": self.dataset.fingerprint}
 
     # Training

@@ -42,9 +42,12 @@ def main(argv: list[str]) -> int:
 
 def start(config: Config) -> int:
     from train.loop import Run
-    from train.tracking import write_exit
+    from train.tracking import EXIT, write_exit
 
     run, folder = None, Path(config.run.dir)
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # of an earlier attempt: nobody must take its end for ours
+            (folder / EXIT).unlink()
     try:
         accelerator = make_accelerator(config)
         run = Run(config, accelerator)
@@ -53,6 +56,10 @@ def start(config: Config) -> int:
         return end(folder, run, StorageError(f"{err.filename or folder}: {err.strerror or err}"))
     except ExpressError as err:
         return end(folder, run, err)
+    except RuntimeError as err:
+        if not is_lost_connection(err):
+            raise
+        return end(folder, run, LostRank(f"another rank ended; its own line says why ({str(err).splitlines()[0]})"))
     except KeyboardInterrupt:
         return end(folder, run, Interrupted("interrupted; go on with --resume"))
     if accelerator.is_main_process:
@@ -67,6 +74,25 @@ class Interrupted(ExpressError):
     code = 130
 
 
+class LostRank(ExpressError):
+    code = 1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_lost_connection(err: RuntimeError) -> bool:
+    """Whether a collective failed because its peer went away; torch has no class of error for gloo's."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from torch.distributed import DistError
+
+    text = str(err).lower()
+    gone = ("connection closed", "connection reset", "broken pipe", "connection refused")
+    return isinstance(err, DistError) or any(words in text for words in gone)
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -76,7 +102,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
     precision = {"launcher": None, "fp32": "no"}.get(config.train.precision, config.train.precision)
     handlers: list[Any] = []
-    if config.run.ddp_backend != "auto":
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.run.ddp_backend != "auto" and world > 1:  # one process joins no group
         handlers.append(InitProcessGroupKwargs(backend=config.run.ddp_backend))
     try:
         accelerator = Accelerator(
@@ -85,9 +112,9 @@ def make_accelerator(config: Config) -> Accelerator:
             project_config=ProjectConfiguration(config.run.dir, logging_dir=config.run.dir),
             kwargs_handlers=handlers,
         )
-    except ValueError as err:  # such as fp16 without a GPU
-        raise ConfigError(f"train.precision={config.train.precision}: {err}") from err
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError as err:
+        chosen = f"train.precision={config.train.precision}, run.ddp_backend={config.run.ddp_backend}"
+        raise ConfigError(f"{chosen}: {err}") from err
     if world != accelerator.num_processes:
         raise ConfigError(
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
@@ -99,21 +126,21 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def end(folder: Path, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
-    from train.tracking import write_exit
+    from train.tracking import EXIT, write_exit
 
-    first = int(os.environ.get("RANK", "0")) == 0
-    if run is not None and (first or not (folder / "exit.json").exists()):
+    # A lost rank's neighbours know less than it does: its own exit.json stands.
+    if folder.is_dir() and (rank() == 0 or not (folder / EXIT).exists()) and not isinstance(err, LostRank):
         with contextlib.suppress(OSError):  # the folder may be what failed: the line and the exit code still tell it
-            write_exit(folder, code=err.code, reason=str(err), step=run.state.step)
+            write_exit(folder, code=err.code, reason=str(err), step=run.state.step if run else 0)
     # Before the run stands, all ranks of a machine meet the same error: one line is enough.
     return fail(err, only_rank0=run is None)
 
 
 def fail(err: ExpressError, *, only_rank0: bool) -> int:
     """One line on stderr, with the rank where only one may have met it."""
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank == 0 or not only_rank0:
-        print(f"error: {f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+        print(f"error: {f'[rank {rank()}] ' if rank() else ''}{err}", file=sys.stderr, flush=True)
     return err.code
 
 

@@ -21,13 +21,19 @@ class Record:
     def __init__(self, run: Path, accelerator: Accelerator, *, resumed_at: int, record_ids: bool) -> None:
         self.run, self.accelerator = run, accelerator
         self.main = accelerator.is_main_process
-        self._metrics = self._ids = None
+        self._metrics: Any = None
+        self._ids: Any = None
         if self.main:
-            self._metrics = _reopen(run / METRICS, resumed_at)
+            _trim(run / METRICS, resumed_at)
+            self._metrics = open(run / METRICS, "a")  # noqa: SIM115 (until close)
+            # Of all ranks that ever were: the run may go on with fewer.
+            for path in (run / IDS).glob("rank-*.jsonl"):
+                _trim(path, resumed_at)
+            if record_ids:
+                (run / IDS).mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         if record_ids:
-            (run / IDS).mkdir(exist_ok=True)
-            self._ids = _reopen(run / IDS / f"rank-{accelerator.process_index:05d}.jsonl", resumed_at)
+            self._ids = open(run / IDS / f"rank-{accelerator.process_index:05d}.jsonl", "a")  # noqa: SIM115 (until close)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one point of each TensorBoard curve."""
@@ -56,15 +62,13 @@ class Record:
         self.accelerator.end_training()
 
 
-def _reopen(path: Path, resumed_at: int) -> Any:
-    """Opens a .jsonl for appending, without what a killed run wrote after the checkpoint it goes on from."""
-    kept = b""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _is_before(line, resumed_at))
+def _trim(path: Path, resumed_at: int) -> None:
+    """Takes from a .jsonl what a killed run wrote after the checkpoint that it goes on from; all of it at 0."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True) if resumed_at else []
     with atomic_write(path) as file:
-        file.write(kept)
-    return open(path, "a")
+        file.write(b"".join(line for line in lines if _is_before(line, resumed_at)))
 
 
 def _is_before(line: bytes, step: int) -> bool:

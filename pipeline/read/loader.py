@@ -238,8 +238,13 @@ class Loader:
             self._start_pipeline()
         try:
             (images,) = self._pipeline.run(*self._stream())
-        except RuntimeError as err:
-            raise self._explain(err) from err
+        except BaseException as err:
+            # What is in flight no longer fits the state: whoever iterates again gets this very batch.
+            explained = self._explain(err) if isinstance(err, RuntimeError) else err
+            self._stop_pipeline()
+            if explained is err:
+                raise
+            raise explained from err
         done = self._decoding.popleft()
         batch = self._deliver(images, done.ids)
         self._retire(done.read)

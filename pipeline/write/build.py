@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import threading
 import time
@@ -131,13 +132,13 @@ def build(
     try:
         _claim(plan, out)
         done = list(_run(plan, out, workers, progress))
+        done.sort(key=lambda built: (built.task.split, built.task.number))
+        _refuse_bad(plan, done)
+        return _publish(plan, out, done)
     except BrokenProcessPool as err:
         raise StorageError(f"{out}: a worker was killed, perhaps for want of memory; use fewer --workers") from err
     except OSError as err:
         raise StorageError(f"{err.filename or out}: {err.strerror or err}") from err
-    done.sort(key=lambda built: (built.task.split, built.task.number))
-    _refuse_bad(plan, done)
-    return _publish(plan, out, done)
 
 
 def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -> Iterator[Built]:
@@ -186,10 +187,11 @@ def _claim(plan: Plan, out: Path) -> None:
     if (out / manifest.NAME).exists():
         raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
     ours = {plan.index_name(split) for split in plan.source.splits} | {INFO, manifest.NAME}
+    splits = "|".join(map(re.escape, plan.source.splits))
     leftovers = []
     for entry in sorted(out.iterdir()):
         name = entry.name.removesuffix(PARTIAL)
-        is_shard = name.startswith(f"{plan.source.name}-") and name.endswith((".tar", ".idx"))
+        is_shard = re.fullmatch(rf"{re.escape(plan.source.name)}-({splits})-\d{{6}}\.(tar|idx)", name)
         if not (is_shard or name in ours):
             raise ConfigError(f"{out}: holds {entry.name}, which is none of ours; choose an empty --out")
         leftovers.append(entry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +51,13 @@ def unique_keys(names: list[str]) -> list[str]:
     """
     slugs = [re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_" for name in names]
     # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
-    taken: set[str] = set()
+    # A slug holds no "~", so a counter behind one never meets another slug.
+    seen: Counter[str] = Counter()
     keys = []
     for slug in slugs:
-        key, n = slug, 1
-        while key.lower() in taken:
-            n += 1
-            key = f"{slug}~{n}"
-        taken.add(key.lower())
-        keys.append(key)
+        seen[slug.lower()] += 1
+        n = seen[slug.lower()]
+        keys.append(slug if n == 1 else f"{slug}~{n}")
     return keys
 
 
@@ -133,7 +132,8 @@ class ImageFolder:
             files = sorted(_files(folder / name))
             if not files:
                 raise DataError(f"{folder / name}: no image in this class folder; fill or remove it")
-            found += [(os.path.relpath(file, folder), label_of[name]) for file in files]
+            paths = [_refuse_undecodable(os.path.relpath(file, folder)) for file in files]
+            found += [(path, label_of[name]) for path in paths]
         keys = unique_keys([_readable_key(path) for path, _ in found])
         return [Item(key, label, f"{split}/{path}") for key, (path, label) in zip(keys, found, strict=True)]
 
@@ -157,8 +157,21 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, onerror=_raise):
         yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
+
+
+def _raise(err: OSError) -> None:
+    raise err  # os.walk alone would leave an unreadable folder's images out without a word
+
+
+def _refuse_undecodable(path: str) -> str:
+    """JSON, and so the manifest, holds no name that is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as err:
+        raise DataError(f"{path!r}: the name is not UTF-8; rename it") from err
+    return path
 
 
 def _readable_key(path: str) -> str:

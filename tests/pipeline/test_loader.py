@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, LoaderDataset, open_dataset
+from pipeline import (
+    AugmentConfig,
+    ConfigError,
+    DataError,
+    Loader,
+    LoaderConfig,
+    LoaderDataset,
+    StorageError,
+    open_dataset,
+)
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, place
 
 VIEW = AugmentConfig(resize=256, crop=224)
@@ -284,3 +293,19 @@ def test_worker_processes_are_refused(shards):
         assert len(list(DataLoader(LoaderDataset(loader), batch_size=None))) == 4
         with pytest.raises(ConfigError, match="num_workers must be 0"):
             list(DataLoader(LoaderDataset(loader), batch_size=None, num_workers=1))
+
+
+def test_after_an_error_the_same_batch_comes_again_and_not_the_next(shards, tmp_path):
+    root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
+    with Loader(root, batch=2, augment=VIEW) as loader:
+        expected = [loader.ids(0, step).tolist() for step in range(6)]
+        for name in os.listdir(root):
+            if name.endswith(".tar"):
+                os.rename(root / name, root / f"{name}.away")
+        with pytest.raises(StorageError, match="cannot be opened"):
+            next(iter(loader))
+        assert loader.state_dict()["step"] == 0
+        for name in os.listdir(root):
+            if name.endswith(".away"):
+                os.rename(root / name, root / name.removesuffix(".away"))
+        assert [batch.ids.tolist() for batch in loader] == expected

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -271,3 +273,37 @@ def test_a_finished_dataset_and_foreign_files_are_never_overwritten(tmp_path):
 
 def test_pixel_limit_is_our_own():
     assert images.Image.MAX_IMAGE_PIXELS is None
+
+
+def test_only_names_that_we_would_write_are_cleared_away(tmp_path):
+    (tmp_path / "digits-backup.tar").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds digits-backup\.tar, which is none of ours"):
+        build(Plan(Digits(side=8), Options()), tmp_path, workers=1)
+    assert (tmp_path / "digits-backup.tar").read_text() == "years of work"
+
+
+def test_a_shard_that_lost_all_its_images_leaves_a_dataset_that_opens(tmp_path):
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
+    for i in range(5):
+        (folder / f"{i}.jpg").write_bytes(GOOD)
+    (folder / "bad.jpg").write_bytes(GOOD[:300])
+    plan = Plan(ImageFolder(tmp_path / "in"), Options(samples_per_shard=1, max_bad_fraction=0.5))
+    build(plan, tmp_path / "out", workers=1)
+    split = manifest.open_dataset(tmp_path / "out").split("train")
+    assert split.samples == 5
+    assert sorted(shard.samples for shard in split.shards) == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path):
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(GOOD)
+    with pytest.raises(DataError, match="the name is not UTF-8; rename it"):
+        ImageFolder(tmp_path / "in")
+
+
+def test_many_equal_names_take_no_time():
+    started = time.process_time()
+    assert len(set(unique_keys(["图片.jpg"] * 200_000))) == 200_000
+    assert time.process_time() - started < 5

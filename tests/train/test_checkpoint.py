@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 
@@ -102,3 +104,27 @@ def test_a_pickle_under_any_name_is_not_executed(saved):
         (saved / "record.json").write_text(json.dumps(record))
         with pytest.raises(DataError, match="cannot be read"):
             checkpoint.load(saved)
+
+
+def test_saving_a_step_again_replaces_it_and_files_are_readable_by_the_group(tmp_path):
+    net, optimizer = trained()
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for value in (1.0, 2.0):
+        nn.init.constant_(net[0].bias, value)
+        path = checkpoints.save(5, model=net.state_dict(), optimizer=optimizer.state_dict(), state={})
+    assert checkpoint.load(path)[0]["0.bias"].unique().tolist() == [2.0]
+    expected = (path / "state.json").stat().st_mode
+    assert {p.stat().st_mode for p in path.iterdir()} == {expected}
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    net, optimizer = trained()
+    checkpoints = Checkpoints(tmp_path, keep=3)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(5, model=net.state_dict(), optimizer=optimizer.state_dict(), state={})
+    assert checkpoints.newest() is None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline import open_dataset
+from pipeline.read import order
 from tests.conftest import ROOT, the_error
 
 # Exact agreement needs what does not depend on the number of ranks: no dropout, and a small learning rate.
@@ -140,12 +144,65 @@ def test_resuming_another_run_is_refused_with_both_values(one, digits):
         ("--train.batch", 32, r"train.batch=32 but .* was trained with 64"),
         ("--run.seed", 5, r"run.seed=5 but .* was trained with 0"),
         ("--model.width", 0.5, r"model.width=0.5 but .* was trained with 0.25"),
+        ("--train.epochs", 3, r"train.epochs=3 but .* was trained with 2"),
+        ("--optim.weight-decay", 0, r"optim.weight_decay=0.0 but .* was trained with 0.0005"),
     ):
         done = alone(
             "demo", "--data.shards", digits, "--run.dir", one, "--train.epochs", 2, *EXACT, flag, value, "--resume"
         )
         assert done.returncode == 2
         assert re.search(message, the_error(done))
+
+
+def test_going_back_in_a_run_folder_is_refused_and_its_end_is_told(one, digits, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
+    args = ["demo", "--data.shards", digits, "--train.epochs", 2, *EXACT]
+    done = alone(*args, "--run.dir", run, "--resume", run / "checkpoints" / "step-00000022")
+    assert done.returncode == 2
+    assert "goes on to step-00000044; to branch off" in the_error(done)
+    # exit.json tells of this attempt and not of the finished one before it.
+    assert json.loads((run / "exit.json").read_text())["code"] == 2
+    branch = tmp_path / "branch"
+    done = alone(*args, "--run.dir", branch, "--resume", run / "checkpoints" / "step-00000022")
+    assert done.returncode == 0, done.stderr
+    theirs = global_ids(one)
+    assert global_ids(branch) == {step: theirs[step] for step in range(STEPS + 1, 2 * STEPS + 1)}
+
+
+def test_going_on_with_fewer_ranks_keeps_each_step_once(one, digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 2, *EXACT]
+    done = launch(*args, ranks=2)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(run / "checkpoints" / "step-00000044")
+    done = launch(*args, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert global_ids(run) == global_ids(one)
+
+
+def test_a_bad_sample_of_one_rank_is_one_line_of_that_rank(digits, tmp_path):
+    root = shutil.copytree(digits, tmp_path / "copy")
+    split = open_dataset(root).split("train")
+    bad = int(order.epoch_order(np.array([s.samples for s in split.shards]), seed=0, epoch=0, batch=64)[3 * 64 + 40])
+    row = split.index[bad]
+    path = root / split.shards[row["shard"]].name
+    data = bytearray(path.read_bytes())
+    data[row["offset"] + 300] ^= 1
+    path.write_bytes(data)
+    run = tmp_path / "run"
+    done = launch("demo", "--data.shards", root, "--run.dir", run, ranks=2)
+    assert done.returncode != 0
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ") and "checksum" in text]
+    assert line.startswith("error: [rank 1] ")
+    assert f"sample {bad} " in line
+    assert json.loads((run / "exit.json").read_text())["code"] == 65
+    assert 'train/run.py", line' not in done.stderr  # no traceback through our files
+
+
+def test_gloo_asked_for_by_one_process_is_no_error(digits, tmp_path):
+    args = ["--data.shards", digits, "--run.dir", tmp_path / "run", "--train.epochs", 1, "--run.ddp-backend", "gloo"]
+    done = alone("demo", *args)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seconds", type=float, default=4.0)
-    p.add_argument("--dtype", choices=("uint8", "float32"), default="uint8")
+    p.add_argument("--dtype", choices=("uint8", "float16", "float32"), default="uint8")
     p.add_argument("--backend", default="auto")
     p.add_argument("--device", default="cpu")
     p.add_argument("--verify", choices=("yes", "no"), default="yes")
