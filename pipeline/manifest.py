@@ -104,7 +104,7 @@ def open_dataset(root: str | Path) -> Dataset:
             " run tools/make_shards.py again"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise DataError(
                 f"{path}: format {manifest['format']} version {manifest['version']},"

@@ -117,6 +117,8 @@ def file_sha256(path: Path) -> str:
 
 def read_index(path: Path, *, sha256: str) -> np.ndarray:
     """The array index as a read-only memory map, (n,) INDEX_DTYPE; DataError where it is not what was written."""
+    if not path.is_file():
+        raise DataError(f"{path}: the index is missing; copy it again or shard the data again")
     if file_sha256(path) != sha256:
         raise DataError(f"{path}: the index is damaged (its sha256 differs); shard the data again")
     index: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)

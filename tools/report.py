@@ -28,7 +28,7 @@ def read_metrics(run: Path) -> dict[str, list[dict]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo")
     lines: dict[str, list[dict]] = {"start": [], "train": [], "val": []}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
             lines.setdefault(line["kind"], []).append(line)
@@ -63,7 +63,7 @@ def draw(lines: dict[str, list[dict]], path: Path) -> None:
 
 def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
     """What a run came to, with all that it depended on: for docs/results."""
-    described = json.loads((run / "config.json").read_text())
+    described = json.loads((run / "config.json").read_text(encoding="utf-8"))
     names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
     last = lines["val"][-1]
     if len(lines["start"]) != 1:

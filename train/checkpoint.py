@@ -86,7 +86,7 @@ def verify(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"{path}: no such checkpoint; name a folder checkpoints/step-NNNNNNNN")
     try:
-        record = json.loads((path / RECORD).read_text())
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         damaged = [name for name, sha256 in record.items() if file_sha256(path / Path(name).name) != sha256]
         missing = {MODEL, OPTIMIZER, STATE} - set(record)
     except (OSError, ValueError, AttributeError) as err:
@@ -99,7 +99,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]
     """(model, optimizer, state) as they were saved. Raises DataError for a checkpoint that does not verify."""
     verify(path)
     try:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         optimizer = _join_optimizer(load_file(path / OPTIMIZER), state.pop("optimizer"))
         return load_file(path / MODEL), optimizer, state
     except (SafetensorError, ValueError, KeyError) as err:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -113,8 +114,8 @@ class Config:
 def _at_least(config: Any, group: str, **least: float) -> None:
     for name, minimum in least.items():
         value = getattr(config, name)
-        if not value >= minimum:  # so that NaN fails too
-            raise ConfigError(f"{group}.{name}={value}: must be at least {minimum}")
+        if not minimum <= value < math.inf:  # so that NaN fails too
+            raise ConfigError(f"{group}.{name}={value}: must be a number of at least {minimum}")
 
 
 def _one_of(config: Any, group: str, **allowed: tuple[str, ...]) -> None:

@@ -194,7 +194,7 @@ class Run:
             self._train_epoch()
             result = self._evaluate()
             self._save()
-        return result or self._evaluate()
+        return result or evaluate(self.accelerator.unwrap_model(self.net), self.val_loader, self.accelerator)
 
     def _train_epoch(self) -> None:
         c, state, number = self.config, self.state, self.state.epoch + 1
@@ -235,15 +235,21 @@ class Run:
         return loss.detach()
 
     def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
-        if not math.isfinite(metrics["loss"]):
-            raise LossNotFinite(
-                f"the loss is {metrics['loss']} at step {self.state.step}; lower optim.lr={self.config.optim.lr}"
-            )
+        self._refuse_not_finite("loss", metrics["loss"])
         self.record.write("train", self.state.step, {"epoch": epoch, **metrics, "lr": rate})
         return f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.0%}"
 
+    def _refuse_not_finite(self, what: str, value: float) -> None:
+        """Before anything is recorded or saved: a checkpoint of a broken net would only break what resumes from it."""
+        if not math.isfinite(value):
+            raise LossNotFinite(
+                f"the {what} is {value} at step {self.state.step};"
+                f" start anew with a lower optim.lr than {self.config.optim.lr}"
+            )
+
     def _evaluate(self) -> Result:
         result = evaluate(self.accelerator.unwrap_model(self.net), self.val_loader, self.accelerator)
+        self._refuse_not_finite("validation loss", result.loss)
         self.state.best_top1 = max(self.state.best_top1, result.top1)
         self.record.write("val", self.state.step, {"epoch": self.state.epoch, **dataclasses.asdict(result)})
         return result

@@ -61,7 +61,7 @@ def start(config: Config) -> int:
             raise
         return end(folder, run, LostRank(f"another rank ended; its own line says why ({str(err).splitlines()[0]})"))
     except KeyboardInterrupt:
-        return end(folder, run, Interrupted("interrupted; go on with --resume"))
+        return end(folder, run, Interrupted("interrupted; --resume goes on from the last whole epoch, if there is one"))
     if accelerator.is_main_process:
         write_exit(folder, code=0, reason="done", step=run.state.step)
     run.close()
@@ -145,4 +145,8 @@ def fail(err: ExpressError, *, only_rank0: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before the run stood, or a second time
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

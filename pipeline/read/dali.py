@@ -65,6 +65,23 @@ class Graph:
         pipeline.build()
         return pipeline
 
+    def why_not_decoded(self, image: np.ndarray) -> str | None:
+        """Why this graph's decoder refuses an encoded image; None where it takes it. Builds a pipeline."""
+        fn, _, pipeline_def = _dali()
+
+        @pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=1, num_threads=1, device_id=self.device, prefetch_queue_depth=1
+        )
+        def define() -> Any:
+            return fn.decoders.image(fn.external_source(source=lambda: [image], batch=True), **self._decoding())
+
+        try:
+            define().run()
+        except RuntimeError as err:
+            lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
+            return lines[-1] if lines else "DALI refuses it"
+        return None
+
     def _decoding(self) -> dict[str, Any]:
         _, types, _ = _dali()
         return {

@@ -10,14 +10,13 @@ What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; t
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -60,8 +59,8 @@ class LoaderConfig:
         if self.backend not in ("auto", "dali-gpu", "dali-cpu"):
             raise ConfigError(f"loader.backend={self.backend}: choose auto, dali-gpu or dali-cpu")
         for name, least in (("threads", 0), ("read_threads", 1), ("prefetch_batches", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"loader.{name}={getattr(self, name)}: must be at least {least}")
+            if not least <= getattr(self, name) <= 1024:
+                raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {least} to 1024")
 
 
 class _Pending(NamedTuple):
@@ -117,6 +116,8 @@ class Loader:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        if dtype not in get_args(PixelType):
+            raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
         self.dtype, self.channels_last = dtype, channels_last
         self.augment = augment or AugmentConfig()
         self.config = config or LoaderConfig()
@@ -194,6 +195,8 @@ class Loader:
         for name, mine in self._identity().items():
             if saved.get(name, mine) != mine:
                 raise ConfigError(f"{name}={mine} but the loader's state is of {name}={saved[name]}; use that one")
+        if not {"epoch", "step"} <= state.keys():
+            raise ConfigError(f"loader state {state}: epoch and step are missing")
         epoch, step = state["epoch"], state["step"]
         if epoch < 0 or not 0 <= step < len(self):
             raise ConfigError(f"loader state epoch={epoch} step={step}: an epoch has {len(self)} steps here")
@@ -336,14 +339,13 @@ class Loader:
 
     def _explain(self, err: RuntimeError) -> Exception:
         """A decoder's failure with the sample's name: DALI says neither which image nor where it is."""
-        from PIL import Image
-
         for pending in self._decoding:
             for sample, image in zip(pending.ids.tolist(), pending.read.images, strict=True):
-                try:
-                    Image.open(io.BytesIO(image.tobytes())).load()
-                except Exception as reason:
-                    return DataError(f"{self._reader.describe(sample)}: cannot be decoded ({reason})")
+                if reason := self._graph.why_not_decoded(image):
+                    return DataError(
+                        f"{self._reader.describe(sample)}: cannot be decoded ({reason});"
+                        " shard the data again with --encode jpeg, or without this image"
+                    )
         return err
 
 

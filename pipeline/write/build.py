@@ -11,12 +11,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,10 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
                 yield (built := future.result())
                 progress(len(built.task.items))
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            # A shard appears whole or not at all, so nobody need wait for those in the making.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
             raise
 
 
@@ -200,7 +203,7 @@ def _claim(plan: Plan, out: Path) -> None:
 
 
 def _refuse_bad(plan: Plan, done: list[Built]) -> None:
-    bad = [b for built in done for b in built.bad]
+    bad = _listed(built.bad for built in done)
     if len(bad) <= plan.options.max_bad_fraction * plan.samples:
         return
     listed = "; ".join(f"{b['image']}: {b['reason']}" for b in bad)
@@ -208,6 +211,11 @@ def _refuse_bad(plan: Plan, done: list[Built]) -> None:
         f"{len(bad)} of {plan.samples} images cannot be used ({listed});"
         " repair or remove them, or allow them with --max-bad-fraction"
     )
+
+
+def _listed(parts: Iterable[list[dict[str, str]]]) -> list[dict[str, str]]:
+    """By name, as people look for it, and not in the order of the shuffle."""
+    return sorted((entry for part in parts for entry in part), key=lambda entry: entry["image"])
 
 
 def _publish(plan: Plan, out: Path, done: list[Built]) -> dict[str, Any]:
@@ -239,8 +247,8 @@ def _publish(plan: Plan, out: Path, done: list[Built]) -> dict[str, Any]:
             "statistics": statistics(train),
             "source": plan.source.describe(),
             "options": asdict(plan.options),
-            "converted": [c for built in done for c in built.converted],
-            "quarantine": [b for built in done for b in built.bad],
+            "converted": _listed(built.converted for built in done),
+            "quarantine": _listed(built.bad for built in done),
         },
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import ConfigError
 from ..geometry import centre_offset, resized
@@ -57,13 +57,13 @@ class Prepared(NamedTuple):
 def prepare(data: bytes, encoding: Encoding) -> Prepared:
     """Decodes `data` completely and encodes it as asked. Raises BadImage with the reason."""
     image = _open(data)
-    converted = _foreign(image)
+    converted = _foreign(image) or _untidy(data, image)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and the like: the pixels are what counts
             image.load()
         pixels = _to_8_bit(image)
-    except (OSError, SyntaxError, ValueError, MemoryError) as err:
+    except Exception as err:  # the decoders of thirty formats raise whatever they like
         raise BadImage(f"damaged or truncated image ({err})") from err
     if encoding.kind == "jpeg":
         _refuse_slivers(image.size, encoding.size)
@@ -81,7 +81,7 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("empty file")
     try:
         image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as err:
+    except Exception as err:  # as above
         raise BadImage("not an image") from err
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -103,6 +103,24 @@ def _foreign(image: Image.Image) -> str | None:
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         return None
     return f"{image.format} {image.mode}"
+
+
+def _untidy(data: bytes, image: Image.Image) -> str | None:
+    """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders refuse the whole image."""
+    if image.format not in ("JPEG", "MPO"):
+        return None
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # the scan begins: what follows has no segments
+            return None
+        if marker == 0xFF:  # padding
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return f"{image.format} {image.mode} with stray bytes"
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from .images import BadImage
 
 MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
 
@@ -38,7 +39,7 @@ class Source(Protocol):
     splits: dict[str, list[Item]]
 
     def read(self, item: Item) -> bytes:
-        """The image file's bytes."""
+        """The image file's bytes. Raises BadImage where there is none."""
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the source: nothing that differs from machine to machine."""
@@ -141,6 +142,8 @@ class ImageFolder:
         split, _, path = item.where.partition("/")
         folder = self.train if split == "train" else self.val
         assert folder is not None
+        if not (folder / path).is_file():
+            raise BadImage("neither a file nor a link to one")
         return (folder / path).read_bytes()
 
     def describe(self) -> dict[str, Any]:
@@ -156,13 +159,16 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _files(folder: Path) -> Iterator[str]:
-    for parent, _, names in os.walk(folder, onerror=_raise):
-        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
-
-
-def _raise(err: OSError) -> None:
-    raise err  # os.walk alone would leave an unreadable folder's images out without a word
+def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """All that is not hidden, at any depth, links followed as torchvision does, but no circle of them twice."""
+    above |= {os.path.realpath(folder)}
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) not in above:
+            yield from _files(Path(entry.path), above)
 
 
 def _refuse_undecodable(path: str) -> str:

@@ -309,3 +309,38 @@ def test_after_an_error_the_same_batch_comes_again_and_not_the_next(shards, tmp_
             if name.endswith(".away"):
                 os.rename(root / name, root / name.removesuffix(".away"))
         assert [batch.ids.tolist() for batch in loader] == expected
+
+
+def test_an_image_that_pillow_takes_and_dali_refuses_is_named(tmp_path):
+    from pipeline import manifest
+    from pipeline.shards import Sample, write_index, write_shard
+
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(out, "JPEG")
+    good = out.getvalue()
+    end = 4 + int.from_bytes(good[4:6], "big")
+    images = [good, good[:end] + b"\0\1\2" + good[end:], good]
+    shard, rows = write_shard(
+        tmp_path / "x.tar", (Sample(f"s{i}", image, 0, 64, 64) for i, image in enumerate(images)), number=0
+    )
+    split = manifest.split_record([shard], "x.npy", write_index(tmp_path / "x.npy", rows))
+    statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    manifest.write_manifest(tmp_path, {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
+    view = AugmentConfig(resize=64, crop=32)
+    with (
+        Loader(tmp_path, batch=3, augment=view) as loader,
+        pytest.raises(DataError, match=r"sample 1 \('s1'\).*decoded"),
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 1}])
+def test_half_a_state_is_refused(shards, state):
+    refused = pytest.raises(ConfigError, match="epoch and step are missing")
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, refused:
+        loader.load_state_dict(state)
+
+
+def test_an_unknown_dtype_is_refused(shards):
+    with pytest.raises(ConfigError, match="dtype='int8': choose one of uint8, float32, float16"):
+        Loader(shards["jpeg"], batch=3, dtype="int8")

@@ -307,3 +307,39 @@ def test_many_equal_names_take_no_time():
     started = time.process_time()
     assert len(set(unique_keys(["图片.jpg"] * 200_000))) == 200_000
     assert time.process_time() - started < 5
+
+
+def stray(jpeg: bytes) -> bytes:
+    """The same picture with three bytes between its first two segments."""
+    end = 4 + int.from_bytes(jpeg[4:6], "big")
+    return jpeg[:end] + b"\0\1\2" + jpeg[end:]
+
+
+def test_a_jpeg_with_stray_bytes_is_converted_since_dali_refuses_it():
+    assert prepare(GOOD, Encoding()).converted is None
+    prepared = prepare(stray(GOOD), Encoding())
+    assert prepared.converted == "JPEG RGB with stray bytes"
+    assert prepare(prepared.image, Encoding()).converted is None
+
+
+def test_links_are_followed_once_and_hidden_folders_are_not_images(tmp_path):
+    folder, other = tmp_path / "in" / "a", tmp_path / "other"
+    for path in (folder / ".ipynb_checkpoints", folder / "deep", other):
+        path.mkdir(parents=True)
+    for path in (folder / "1.jpg", folder / ".ipynb_checkpoints" / "1.jpg", folder / "deep" / "2.jpg", other / "3.jpg"):
+        path.write_bytes(GOOD)
+    (folder / "more").symlink_to(other)
+    (folder / "deep" / "circle").symlink_to(folder)
+    where = [item.where for item in ImageFolder(tmp_path / "in").splits["train"]]
+    assert where == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/a/more/3.jpg"]
+
+
+def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path):
+    folder = tmp_path / "in" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(GOOD)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    plan = Plan(ImageFolder(tmp_path / "in"), Options())
+    with pytest.raises(DataError, match=r"2 of 3 .*gone.jpg: neither a file.*pipe.jpg: neither a file"):
+        build(plan, tmp_path / "out", workers=1)

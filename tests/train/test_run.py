@@ -230,7 +230,10 @@ def test_a_diverged_run_ends_with_its_own_code(digits, tmp_path):
     done = alone("demo", "--data.shards", digits, "--run.dir", run, "--optim.lr", "1e6", "--train.epochs", 3)
     assert done.returncode == 76
     assert "Traceback" not in done.stderr
-    assert re.search(r"error: the loss is (nan|inf) at step \d+; lower optim.lr=1000000.0", done.stderr)
+    assert re.search(
+        r"error: the (validation )?loss is (nan|inf) at step \d+; start anew with a lower optim.lr than 1000000.0",
+        done.stderr,
+    )
     ended = json.loads((run / "exit.json").read_text())
     assert ended["code"] == 76
     assert ended["step"] > 0
