@@ -34,9 +34,10 @@ from PIL import Image
 
 from model import AlexNet, ModelConfig
 from pipeline import AugmentConfig, Loader
+from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
-from pipeline.write.build import Options, Plan, build, default_workers
+from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
 from tools import cli
@@ -73,7 +74,7 @@ class Proof:
         folder = self.scratch / encoding
         if not folder.exists():
             options = Options(Encoding("jpeg") if encoding == "jpeg" else Encoding(), samples_per_shard=250)
-            build(Plan(ImageFolder(self.images), options), folder, workers=default_workers())
+            build(Plan(ImageFolder(self.images), options), folder, workers=usable_cores())
         return folder
 
     def synchronize(self) -> None:
@@ -95,7 +96,7 @@ def loader_rates(proof: Proof) -> dict[str, Any]:
     """Images a second out of the loader alone, for keep and jpeg shards."""
     command = [sys.executable, str(ROOT / "tools" / "bench" / "peers" / "ours.py")]
     fixed = ["--batch", str(proof.batch), "--seconds", str(proof.seconds), "--device", str(proof.device)]
-    fixed += ["--threads", str(default_workers()), "--dtype", "float16" if proof.device.type == "cuda" else "float32"]
+    fixed += ["--threads", str(usable_cores()), "--dtype", "float16" if proof.device.type == "cuda" else "float32"]
     rates: dict[str, Any] = {}
     for data in ("keep", "jpeg"):
         runs = []

@@ -16,9 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
+from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress, clock
-from pipeline.write.build import Options, Plan, build, default_workers
+from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder, Source
 from tools import cli
@@ -87,7 +88,7 @@ def main() -> None:
     )
     started = time.monotonic()
     plan = Plan(source(args), options)
-    workers = min(args.workers or default_workers(), len(plan.tasks))
+    workers = min(args.workers or usable_cores(), len(plan.tasks))
     progress = Progress("sharding", plan.samples)
     try:
         written = build(plan, args.out, workers=workers, progress=progress.update)

@@ -36,19 +36,14 @@ class Checkpoints:
         """Publishes the checkpoint of `step`: temporary folder → fsync → rename; only then are old ones removed."""
         path = self.folder / f"step-{step:08d}"
         partial = path.with_name(path.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in self.folder.glob(f"step-*{PARTIAL}"):  # of a killed run: as large as a checkpoint, and no use
+            shutil.rmtree(stale)
         partial.mkdir(parents=True)
-        tensors, numbers = _split_optimizer(optimizer)
-        # Serialised here and written by us: the library's own file writing hides "disk full" in an error of its own,
-        # and its files are readable by their owner alone.
-        for name, values in (
-            (MODEL, {k: v.detach().cpu().contiguous() for k, v in model.items()}),
-            (OPTIMIZER, tensors),
-        ):
-            with atomic_write(partial / name) as file:
-                file.write(serialise(values))
-        write_json(partial / STATE, state | {"step": step, "optimizer": numbers})
-        write_json(partial / RECORD, {name: file_sha256(partial / name) for name in (MODEL, OPTIMIZER, STATE)})
+        try:
+            _write(partial, model, optimizer, state | {"step": step})
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # or a full disk would stay full
+            raise
         # Only a step that was saved before and went wrong stands here: a run resumes from its newest checkpoint alone.
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
@@ -63,14 +58,26 @@ class Checkpoints:
         """The newest checkpoint, whole or not; None where there is none."""
         return found[-1] if (found := self._all()) else None
 
-    def whole(self) -> list[Path]:
-        """Those that verify, oldest first."""
-        return [path for path in self._all() if _is_whole(path)]
+    def whole_after(self, path: Path) -> list[Path]:
+        """Those of later steps than `path` that verify, oldest first."""
+        return [later for later in self._all() if later.name > path.name and _is_whole(later)]
 
     def _all(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         return sorted(p for p in self.folder.glob("step-*") if not p.name.endswith(PARTIAL))
+
+
+def _write(folder: Path, model: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
+    tensors, numbers = _split_optimizer(optimizer)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.items()}
+    # Serialised here and written by us: the library's own file writing hides "disk full" in an error of its own, and
+    # its files are readable by their owner alone.
+    for name, values in ((MODEL, weights), (OPTIMIZER, tensors)):
+        with atomic_write(folder / name) as file:
+            file.write(serialise(values))
+    write_json(folder / STATE, state | {"optimizer": numbers})
+    write_json(folder / RECORD, {name: file_sha256(folder / name) for name in (MODEL, OPTIMIZER, STATE)})
 
 
 def _is_whole(path: Path) -> bool:

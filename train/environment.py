@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.cores import usable_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "accelerate", "webdataset", "pillow", "numpy"
@@ -23,7 +25,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "gpus": _gpus(),
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
         "commit": git_commit(),

@@ -116,7 +116,6 @@ class Run:
     def _open_folder(self) -> None:
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / tracking.EXIT).unlink(missing_ok=True)
             described = {
                 "config": dataclasses.asdict(self.config),
                 "fingerprint": self.dataset.fingerprint,
@@ -140,9 +139,9 @@ class Run:
         if resume and resume != RESUME_NEWEST:
             named = Path(resume)
             # Going back would leave two runs' checkpoints in one folder, and the next resume would take the old one's.
-            if any(path.name > named.name for path in kept.whole()):
+            if later := kept.whole_after(named):
                 raise ConfigError(
-                    f"--resume {named}: {self.folder} goes on to {newest.name if newest else ''};"
+                    f"--resume {named}: {self.folder} goes on to {later[-1].name};"
                     " to branch off an earlier checkpoint, choose another --run.dir"
                 )
             return named

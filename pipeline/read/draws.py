@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# One stream for each purpose, so that no two purposes share a draw.
+# One stream for each purpose, so that no two purposes share a draw. DROPOUT's number is kept for its masks.
 ORDER, CROP, FLIP, DROPOUT, SHARDS = range(5)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart

@@ -10,7 +10,6 @@ What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; t
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..cores import usable_cores
 from ..errors import ConfigError, DataError
 from ..manifest import Dataset, open_dataset
 from . import order
@@ -378,5 +378,4 @@ def choose_backend(backend: Backend, device: torch.device) -> Backend:
 
 def threads_per_rank(local_world: int) -> int:
     """The cores that this process may use, shared by the ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world)
+    return max(1, usable_cores() // local_world)

@@ -260,7 +260,3 @@ def statistics(histogram: np.ndarray) -> dict[str, list[float]]:
     mean = (histogram * levels).sum(1) / count
     square = (histogram * levels**2).sum(1) / count
     return {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
-
-
-def default_workers() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -122,12 +122,12 @@ class ImageFolder:
 
     def _items(self, split: str, folder: Path) -> list[Item]:
         names = _class_names(folder)
-        if foreign := [name for name in names if name not in set(self.classes)]:
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        if foreign := [name for name in names if name not in label_of]:
             raise DataError(
                 f"{folder / foreign[0]}: this class is not among those of {self.train};"
                 " validation needs the training classes"
             )
-        label_of = {name: label for label, name in enumerate(self.classes)}
         found: list[tuple[str, int]] = []
         for name in names:
             files = sorted(_files(folder / name))

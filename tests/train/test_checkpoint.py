@@ -128,3 +128,4 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_no_checkpoint(tmp_path
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(5, model=net.state_dict(), optimizer=optimizer.state_dict(), state={})
     assert checkpoints.newest() is None
+    assert not list((tmp_path / "checkpoints").iterdir())  # what was half written does not keep the disk full

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cores import usable_cores
 from pipeline.errors import DataError, ExpressError
 from pipeline.files import write_json
-from pipeline.read.loader import threads_per_rank
-from pipeline.write.build import Options, Plan, build, default_workers
+from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tools.bench import peers
@@ -65,7 +65,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rounds", type=int, default=5, help="measurements of each loader, in turn (%(default)s)")
     p.add_argument("--seconds", type=float, default=5.0, help="of one measurement (%(default)s)")
     p.add_argument("--batch", type=int, default=128)
-    p.add_argument("--threads", type=int, default=threads_per_rank(1), help="decoding threads (%(default)s)")
+    p.add_argument("--threads", type=int, default=usable_cores(), help="decoding threads (%(default)s)")
     p.add_argument("--dtype", choices=("uint8", "float32"), default="uint8", help="of the crops (%(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
     p.set_defaults(run=run)
@@ -113,7 +113,7 @@ def prepare(images: Path, scratch: Path) -> tuple[dict[str, Any], list[Cell]]:
     described, cells = {}, []
     for data, encoding in (("jpeg", JPEG), ("keep", Encoding())):
         plan = Plan(ImageFolder(images), Options(encoding, samples_per_shard=250))
-        manifest = build(plan, scratch / data, workers=min(default_workers(), len(plan.tasks)))
+        manifest = build(plan, scratch / data, workers=min(usable_cores(), len(plan.tasks)))
         split = manifest["splits"]["train"]
         size = sum(shard["bytes"] for shard in split["shards"])
         described[data] = {"images": split["samples"], "bytes": size, "fingerprint": manifest["fingerprint"]}
