@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import canonical_json, write_json
-from .shards import Shard, read_index
+from .shards import Shard, file_sha256, read_index
 
 FORMAT = "imagenet-express"
 VERSION = 1
@@ -79,6 +79,34 @@ class Dataset:
     @property
     def std(self) -> tuple[float, float, float]:
         return tuple(self.manifest["statistics"]["std"])
+
+    @cached_property
+    def covariance(self) -> np.ndarray:
+        """(3, 3) float64, of red, green and blue over the training split, in grey levels."""
+        return np.array(self._measured("covariance"))
+
+    @cached_property
+    def mean_image(self) -> np.ndarray:
+        """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
+        image: np.ndarray = np.load(self.root / self._mean_image_name(), allow_pickle=False)
+        return image
+
+    def _mean_image_name(self) -> str:
+        record = self._measured("mean_image")
+        path = self.root / record["file"]
+        if not path.is_file() or file_sha256(path) != record["sha256"]:
+            raise DataError(f"{path}: the mean image is missing or damaged; copy it again or shard the data again")
+        return str(record["file"])
+
+    def _measured(self, name: str) -> Any:
+        if name not in self.manifest["statistics"]:
+            raise DataError(f"{self.root}: its manifest has no {name}; shard the data again")
+        return self.manifest["statistics"][name]
+
+    @property
+    def encoding(self) -> str:
+        """How images are stored: "raw" pixels, or anything else for encoded images."""
+        return str(self.manifest.get("options", {}).get("encoding", {}).get("kind", "keep"))
 
     def split(self, name: str) -> Split:
         if name not in self.splits:

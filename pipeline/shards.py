@@ -1,7 +1,8 @@
 """The shard format: a USTAR tar that webdataset reads, DALI's .idx beside it, and one array index a split.
 
-A sample is two members, `<key>.cls` (ASCII label) and `<key>.jpg`, in this order. All that a loader needs to fetch a
-sample stands in the array index, a NumPy array of INDEX_DTYPE: 28 bytes a sample, 36 MB for ImageNet, opened by mmap.
+A sample is two members, `<key>.cls` (ASCII label) and `<key>.jpg` (or `.raw`), in this order. All that a loader needs
+to fetch a sample stands in the array index, a NumPy array of INDEX_DTYPE: 28 bytes a sample, 36 MB for ImageNet, opened
+by mmap.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def write_shard(path: Path, samples: Iterable[Sample], *, number: int) -> tuple[Shard, np.ndarray]:
+def write_shard(
+    path: Path, samples: Iterable[Sample], *, number: int, extension: str = "jpg"
+) -> tuple[Shard, np.ndarray]:
     """Writes the tar `path` and its DALI index; both appear whole or not at all.
 
     Returns the shard's record and its rows of the array index, (n,) INDEX_DTYPE with `number` as shard.
@@ -88,12 +91,14 @@ def write_shard(path: Path, samples: Iterable[Sample], *, number: int) -> tuple[
             for s in samples:
                 label = str(s.label).encode()
                 start = tar.tarstream.offset
-                tar.write({"__key__": s.key, "cls": label, "jpg": s.image})
+                tar.write({"__key__": s.key, "cls": label, extension: s.image})
                 cls_at = start + BLOCK
-                jpg_at = cls_at + _padded(len(label)) + BLOCK
+                image_at = cls_at + _padded(len(label)) + BLOCK
                 crc = zlib.crc32(s.image)
-                rows.append((jpg_at, len(s.image), number, s.label, crc, s.width, s.height))
-                idx.append(f"cls {cls_at} {len(label)} {s.key}.cls jpg {jpg_at} {len(s.image)} {s.key}.jpg\n")
+                rows.append((image_at, len(s.image), number, s.label, crc, s.width, s.height))
+                idx.append(
+                    f"cls {cls_at} {len(label)} {s.key}.cls {extension} {image_at} {len(s.image)} {s.key}.{extension}\n"
+                )
     with atomic_write(path.with_suffix(".idx")) as file:
         file.write(f"v1.2 {len(idx)}\n".encode() + "".join(idx).encode())
     shard = Shard(path.name, len(rows), out.bytes, out.sha256.hexdigest())

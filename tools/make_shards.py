@@ -47,12 +47,14 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, empty or new")
     p.add_argument(
         "--encode",
-        choices=("keep", "jpeg"),
+        choices=("keep", "jpeg", "raw"),
         default="keep",
-        help="keep the original bytes, or store JPEGs of a fixed short side (%(default)s)",
+        help="keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)",
     )
-    p.add_argument("--size", type=int, default=256, help="short side in pixels, for jpeg and statistics (%(default)s)")
-    p.add_argument("--square", action="store_true", help="jpeg: store only the centre square")
+    p.add_argument(
+        "--size", type=int, default=256, help="short side in pixels, for jpeg, raw and statistics (%(default)s)"
+    )
+    p.add_argument("--square", action="store_true", help="jpeg, raw: store only the centre square")
     p.add_argument("--quality", type=int, default=90, help="jpeg: quality, 1 to 100 (%(default)s)")
     p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")

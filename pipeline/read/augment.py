@@ -1,4 +1,4 @@
-"""Where each image is cropped, and whether it is flipped. Pure: whole pixels from coordinates, before any decoding."""
+"""Which part of each image the net sees, and its colour shift. Pure: numbers from coordinates, before any decoding."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import draws
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 0.485, 0.456, 0.406 of 255, as the seed and torchvision use them
 IMAGENET_STD = (58.395, 57.12, 57.375)
+TRIES = 10  # of a random rectangle to lie inside the image, as torchvision's RandomResizedCrop
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,21 @@ class AugmentConfig:
     crop: int = 224
     """Side of the square that the net sees: at a random place in training, in the centre in evaluation."""
     square: bool = True
-    """Take training crops from the centre square only, as the paper does, not from the whole image."""
+    """Take training crops and ten views from the centre square only, as the paper does, not from the whole image."""
+    scale_jitter: tuple[float, float] | None = None
+    """Random resized crop in training: the least and the greatest share of the image's area; None: a fixed size."""
+    aspect_jitter: tuple[float, float] = (3 / 4, 4 / 3)
+    """Its least and greatest width / height."""
     flip: bool = True
     """Mirror half of the training images."""
-    normalize: Literal["mean", "mean-std"] = "mean"
-    """Subtract the mean (the paper), or also divide by the standard deviation; per channel."""
+    views: Literal[1, 10] = 1
+    """Of each image in evaluation: the centre, or corners and centre and their mirror images."""
+    colour: float = 0.0
+    """Standard deviation of the training images' shift along the colours' principal axes; the paper's is 0.1."""
+    colour_by: Literal["eigenvalue", "deviation"] = "eigenvalue"
+    """What a shift of 1 is: the axis's eigenvalue λ (the paper), or √λ (the original code); of pixels in [0, 1]."""
+    normalize: Literal["mean", "mean-std", "mean-image"] = "mean"
+    """Subtract each channel's mean, also divide by its deviation, or subtract the mean image (the paper)."""
     statistics: Literal["dataset", "imagenet"] = "dataset"
     """Whose mean and deviation: measured when the shards were made, or torchvision's for ImageNet."""
 
@@ -40,39 +51,57 @@ class AugmentConfig:
             raise ConfigError(
                 f"augment.crop={self.crop} is larger than augment.resize={self.resize}; a crop lies inside the image"
             )
-        if self.normalize not in ("mean", "mean-std"):
-            raise ConfigError(f"augment.normalize={self.normalize}: choose mean or mean-std")
-        if self.statistics not in ("dataset", "imagenet"):
-            raise ConfigError(f"augment.statistics={self.statistics}: choose dataset or imagenet")
+        for name, allowed in (
+            ("views", (1, 10)),
+            ("colour_by", ("eigenvalue", "deviation")),
+            ("normalize", ("mean", "mean-std", "mean-image")),
+            ("statistics", ("dataset", "imagenet")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = " or ".join(map(str, allowed))
+                raise ConfigError(f"augment.{name}={getattr(self, name)}: choose {choices}")
+        if self.scale_jitter is not None:
+            _check_range("scale_jitter", self.scale_jitter, greatest=1.0)
+        _check_range("aspect_jitter", self.aspect_jitter, greatest=100.0)
+        if not 0 <= self.colour < 100:
+            raise ConfigError(f"augment.colour={self.colour}: choose 0 (none) or a deviation such as 0.1")
+        if self.normalize == "mean-image" and self.statistics == "imagenet":
+            raise ConfigError("augment.normalize=mean-image goes with statistics=dataset: a mean image is measured")
+
+
+def _check_range(name: str, pair: tuple[float, float], *, greatest: float) -> None:
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= greatest:
+        raise ConfigError(f"augment.{name}={pair}: choose two numbers, 0 < least ≤ greatest ≤ {greatest:g}")
 
 
 class Placement(NamedTuple):
-    """Where the crop of each of n images lies. All fields (n,) int64, in pixels; flip is 0 or 1."""
+    """Where each of n crops lies. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
 
-    width: np.ndarray  # of the resized image
-    height: np.ndarray
-    left: np.ndarray  # of the crop in the resized image
-    top: np.ndarray
-    flip: np.ndarray
+    Its box is that of the crop in the resized image, scaled back: resampling the box gives, to rounding, the pixels
+    that resizing the whole image and cropping would give, at a part of the cost.
+    """
 
-    def source_box(self, width: np.ndarray, height: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The crop in pixels of the image as stored: (n, 2) float32 start and end, as (y, x)."""
-        scale = np.stack([height / self.height, width / self.width], axis=1)
-        start = np.stack([self.top, self.left], axis=1)
-        return (start * scale).astype(np.float32), ((start + crop) * scale).astype(np.float32)
+    box: np.ndarray  # (n, 4) float64: left, top, width, height in pixels of the image as stored
+    flip: np.ndarray  # (n,) bool
 
 
 def place(
     config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, seed: int, epoch: int, train: bool
 ) -> Placement:
-    """The crops of images `ids` of stored size width × height; a function of its arguments alone."""
-    w, h = resized(width.astype(np.int64), height.astype(np.int64), config.resize)
+    """The crops of images `ids` of stored size width × height; a function of its arguments alone.
+
+    In evaluation `config.views` consecutive crops for each image, otherwise one.
+    """
+    width, height = width.astype(np.int64), height.astype(np.int64)
     if not train:
-        return Placement(w, h, centre_offset(w, config.crop), centre_offset(h, config.crop), np.zeros_like(w))
-    u = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.CROP, count=2)
-    left, top = (_random_offset(config, length, u[:, axis]) for axis, length in enumerate((w, h)))
+        return _views(config, width, height)
     flip = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.FLIP, count=1)[:, 0] < 0.5
-    return Placement(w, h, left, top, (flip & config.flip).astype(np.int64))
+    if config.scale_jitter is not None:
+        return Placement(_jittered(config, ids, width, height, seed=seed, epoch=epoch), flip & config.flip)
+    u = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.CROP, count=2)
+    w, h = resized(width, height, config.resize)
+    left, top = (_random_offset(config, length, u[:, axis]) for axis, length in enumerate((w, h)))
+    return Placement(_box(config, left, top, w, h, width, height), flip & config.flip)
 
 
 def _random_offset(config: AugmentConfig, length: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -81,3 +110,70 @@ def _random_offset(config: AugmentConfig, length: np.ndarray, u: np.ndarray) -> 
         return np.asarray(u * (length - config.crop + 1)).astype(np.int64)
     inside = (u * (config.resize - config.crop + 1)).astype(np.int64)
     return centre_offset(length, config.resize) + inside
+
+
+def _box(
+    config: AugmentConfig,
+    left: np.ndarray,
+    top: np.ndarray,
+    w: np.ndarray,
+    h: np.ndarray,
+    width: np.ndarray,
+    height: np.ndarray,
+) -> np.ndarray:
+    """Whole pixels of the resized image, w × h, as a rectangle of the stored one."""
+    x, y = width / w, height / h
+    return np.stack([left * x, top * y, config.crop * x, config.crop * y], axis=1)
+
+
+def _views(config: AugmentConfig, width: np.ndarray, height: np.ndarray) -> Placement:
+    w, h = resized(width, height, config.resize)
+    across, down = centre_offset(w, config.crop), centre_offset(h, config.crop)
+    if config.views == 1:
+        return Placement(_box(config, across, down, w, h, width, height), np.zeros(len(w), bool))
+    first = (centre_offset(w, config.resize), centre_offset(h, config.resize)) if config.square else (0 * w, 0 * h)
+    room = (config.resize - config.crop,) * 2 if config.square else (w - config.crop, h - config.crop)
+    x, y = (first[0], first[0] + room[0]), (first[1], first[1] + room[1])
+    corners = [(x[0], y[0]), (x[1], y[0]), (x[0], y[1]), (x[1], y[1]), (across, down)]
+    boxes = np.stack([_box(config, left, top, w, h, width, height) for left, top in corners], axis=1)
+    return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(w)))
+
+
+def _jittered(
+    config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
+    """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
+    rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels."""
+    assert config.scale_jitter is not None
+    u = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.JITTER, count=2 * TRIES).reshape(len(ids), TRIES, 2)
+    least, most = config.scale_jitter
+    flattest, narrowest = np.log(config.aspect_jitter[0]), np.log(config.aspect_jitter[1])
+    area = (width * height)[:, None] * (least + (most - least) * u[..., 0])
+    aspect = np.exp(flattest + (narrowest - flattest) * u[..., 1])
+    w, h = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
+    first = np.argmax(fits, axis=1)
+    rows = np.arange(len(ids))
+    w, h, found = w[rows, first], h[rows, first], fits[rows, first]
+    w = np.where(found, w, np.minimum(width, np.rint(height * config.aspect_jitter[1]).astype(np.int64)))
+    h = np.where(found, h, np.minimum(height, np.rint(width / config.aspect_jitter[0]).astype(np.int64)))
+    where = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.CROP, count=2)
+    left = np.where(found, (where[:, 0] * (width - w + 1)).astype(np.int64), centre_offset(width, w))
+    top = np.where(found, (where[:, 1] * (height - h + 1)).astype(np.int64), centre_offset(height, h))
+    return np.stack([left, top, w, h], axis=1).astype(np.float64)
+
+
+def colour_shift(
+    config: AugmentConfig, ids: np.ndarray, covariance: np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
+    """(n, 3) float32, grey levels to add to each channel (Krizhevsky et al. 2012, section 4.1).
+
+    covariance: (3, 3), of the training images' R, G, B in grey levels. The shift is P · (α ⊙ λ), or √λ in place of λ,
+    with P, λ of the covariance of pixels in [0, 1] and α from N(0, colour).
+    """
+    values, axes = np.linalg.eigh(np.asarray(covariance, np.float64) / 255**2)
+    # Eigenvectors are known but for their sign, and libraries differ in it: the largest component is positive here.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
+    size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
+    alpha = config.colour * draws.normal(ids, seed=seed, epoch=epoch, stream=draws.COLOUR, count=3)
+    return np.asarray(255 * (alpha * size) @ axes.T, np.float32)

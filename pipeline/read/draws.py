@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 # One stream for each purpose, so that no two purposes share a draw. DROPOUT's number is kept for its masks.
-ORDER, CROP, FLIP, DROPOUT, SHARDS = range(5)
+ORDER, CROP, FLIP, DROPOUT, SHARDS, JITTER, COLOUR = range(7)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
 _M1 = 0xBF58476D1CE4E5B9
@@ -52,3 +52,14 @@ def uniform(ids: np.ndarray, *, seed: int, epoch: int, stream: int, count: int) 
     """(n, count) float64 in [0, 1), multiples of 2^-53."""
     draws = [bits(ids, seed=seed, epoch=epoch, stream=stream, draw=d) for d in range(count)]
     return np.stack([(x >> np.uint64(11)) * 2.0**-53 for x in draws], axis=1)
+
+
+def normal(ids: np.ndarray, *, seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """(n, count) float64 of the standard normal distribution, by Box and Muller: two uniform draws make two.
+
+    log and cos may differ in the last bit between platforms, unlike the whole-number draws.
+    """
+    pairs = -(-count // 2)
+    u = uniform(ids, seed=seed, epoch=epoch, stream=stream, count=2 * pairs)
+    radius, angle = np.sqrt(-2 * np.log1p(-u[:, :pairs])), 2 * np.pi * u[:, pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]

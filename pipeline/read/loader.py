@@ -1,4 +1,4 @@
-"""Batches of images for training and evaluation: the plan, the reader and the DALI graph put together.
+"""Batches of images for training and evaluation: the plan, the reader and a backend put together.
 
     loader = Loader("shards/", batch=256)
     for epoch in range(90):
@@ -10,6 +10,7 @@ What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; t
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,20 +23,22 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..cores import usable_cores
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
+from ..geometry import centre_offset
 from ..manifest import Dataset, open_dataset
 from . import order
-from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, place
-from .dali import Graph, PixelType
-from .reader import ReadBatch, Reader
+from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, colour_shift, place
+from .reader import Reader
+from .work import Engine, Output, PixelType, Work, normalised
 
-Backend = Literal["auto", "dali-gpu", "dali-cpu"]
+PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, where batches of 128 one by one cost 5 µs an image
+Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable"]
 
 
 class Batch(NamedTuple):
     """One rank's part of a global batch, on the loader's device."""
 
-    images: torch.Tensor  # (n, 3, crop, crop), the loader's dtype
+    images: torch.Tensor  # (n, 3, crop, crop), the loader's dtype; (n, 10, 3, crop, crop) with augment.views=10
     labels: torch.Tensor  # (n,) int64
     ids: torch.Tensor  # (n,) int64: positions in the split's index
 
@@ -45,30 +48,38 @@ class LoaderConfig:
     """How batches are made; nothing here changes what they hold."""
 
     backend: Backend = "auto"
-    """auto takes dali-gpu where the net is on a CUDA device, dali-cpu elsewhere."""
+    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere."""
     threads: int = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
-    read_threads: int = 8
+    read_threads: int = 32
     """Reads in flight."""
     prefetch_batches: int = 2
     """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
     verify: bool = True
     """Compare each sample's checksum when it is read."""
+    decode: Literal["region", "whole"] = "region"
+    """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it."""
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", "dali-gpu", "dali-cpu"):
-            raise ConfigError(f"loader.backend={self.backend}: choose auto, dali-gpu or dali-cpu")
+        if self.backend not in get_args(Backend):
+            raise ConfigError(f"loader.backend={self.backend}: choose one of {', '.join(get_args(Backend))}")
+        if self.decode not in ("region", "whole"):
+            raise ConfigError(f"loader.decode={self.decode}: choose region or whole")
         for name, least in (("threads", 0), ("read_threads", 1), ("prefetch_batches", 1)):
             if not least <= getattr(self, name) <= 1024:
                 raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {least} to 1024")
 
 
-class _Pending(NamedTuple):
-    """A batch on its way: planned, being read, being decoded."""
+class _Planned(NamedTuple):
+    """Consecutive steps of an epoch: what is in all their Works, one after another."""
 
+    epoch: int
+    steps: range
     ids: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
     placement: Placement
-    read: ReadBatch
+    mean: np.ndarray
 
 
 class Loader:
@@ -122,7 +133,7 @@ class Loader:
         self.augment = augment or AugmentConfig()
         self.config = config or LoaderConfig()
         self.samples = self.split.samples
-        self.backend = choose_backend(self.config.backend, self.device)
+        self.backend, self.backend_reason = choose_backend(self.config.backend, self.device)
         if train:
             order.check_batch(batch, samples=self.samples, world=world, partitions=partitions)
         elif batch < 1:
@@ -132,10 +143,20 @@ class Loader:
         index = self.split.index
         self._width, self._height = index["width"].astype(np.int64), index["height"].astype(np.int64)
         self._labels = index["label"].astype(np.int64)
-        self._reader = Reader(self.split, threads=self.config.read_threads, verify=self.config.verify)
-        self._graph = self._make_graph()
+        self._reader = Reader(
+            self.split,
+            threads=self.config.read_threads,
+            verify=self.config.verify,
+            always_ahead=self.backend != "portable",
+        )
+        self._views = 1 if train else self.augment.views
+        self._mean, self._std = self._statistics()
+        self._mean_image = self._mean_image_crop() if self.augment.normalize == "mean-image" else None
+        self._covariance = self.dataset.covariance if train and self.augment.colour else None
+        self._engine = self._make_engine()
+        self._running = False
+        self._planned: _Planned | None = None
         self._epoch = self._step = 0
-        self._pipeline: Any = None
         self._order: tuple[int, np.ndarray] | None = None
         self._wait_seconds = 0.0
         self._closed = False
@@ -201,7 +222,7 @@ class Loader:
         if epoch < 0 or not 0 <= step < len(self):
             raise ConfigError(f"loader state epoch={epoch} step={step}: an epoch has {len(self)} steps here")
         self._epoch, self._step = epoch, step
-        self._stop_pipeline()
+        self._stop()
 
     # Iteration
 
@@ -225,7 +246,8 @@ class Loader:
         """Ends all threads and closes all files. The loader cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            self._stop_pipeline()
+            self._stop()
+            self._engine.close()
             self._reader.close()
 
     def __enter__(self) -> Loader:
@@ -237,81 +259,90 @@ class Loader:
     def _next(self) -> Batch:
         if self._closed:
             raise ConfigError("this loader is closed; make a new one")
-        if self._pipeline is None:
-            self._start_pipeline()
         try:
-            (images,) = self._pipeline.run(*self._stream())
-        except BaseException as err:
+            if not self._running:
+                self._start()
+            work, images = self._engine.next()
+        except BaseException:
             # What is in flight no longer fits the state: whoever iterates again gets this very batch.
-            explained = self._explain(err) if isinstance(err, RuntimeError) else err
-            self._stop_pipeline()
-            if explained is err:
-                raise
-            raise explained from err
-        done = self._decoding.popleft()
-        batch = self._deliver(images, done.ids)
-        self._retire(done.read)
-        return batch
+            self._stop()
+            raise
+        return self._deliver(work, images)
 
-    def _retire(self, read: ReadBatch) -> None:
-        """Gives a decoded batch's bytes back for reuse: at once on the CPU, after its decoding on a GPU."""
-        if self.backend != "dali-gpu":
-            read.release()
-            return
-        # The batch was returned before it was decoded; what the consumer's stream reaches now comes after that.
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        self._spent.append((event, read))
-        while self._spent and self._spent[0][0].query():  # type: ignore[no-untyped-call]
-            self._spent.popleft()[1].release()
-
-    def _stream(self) -> tuple[Any, ...]:
-        # On the consumer's stream DALI's output needs no host synchronisation.
-        return (torch.cuda.current_stream(self.device),) if self.backend == "dali-gpu" else ()
-
-    def _deliver(self, images: Any, ids: np.ndarray) -> Batch:
-        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())  # no copy: DALI gives this memory away
-        if self.channels_last:
-            pixels = pixels.permute(0, 3, 1, 2)
-        meta = torch.from_numpy(np.stack([self._labels[ids], ids]))
+    def _deliver(self, work: Work, images: torch.Tensor) -> Batch:
+        meta = torch.from_numpy(np.stack([self._labels[work.ids], work.ids]))
         if self.device.type == "cuda":
-            meta = meta.pin_memory().to(self.device, non_blocking=True)
-            pixels = pixels.to(self.device, non_blocking=True)
-        return Batch(pixels, meta[0], meta[1])
+            meta = meta.pin_memory()
+        meta = meta.to(self.device, non_blocking=True)
+        images = images.to(self.device, non_blocking=True)
+        if self._mean_image is not None:
+            shift = torch.from_numpy(work.mean)[:, :, None, None].to(self.device)  # without the colour's: 0
+            std = torch.ones((), device=self.device)
+            images = normalised(images, self._mean_image + shift, std, getattr(torch, self.dtype))
+        if self._views > 1:
+            images = images.view(-1, self._views, *images.shape[1:])
+        return Batch(images, meta[0], meta[1])
 
     # The machinery behind it
 
-    def _make_graph(self) -> Graph:
-        shorter = np.minimum(self._width, self._height)
+    def _statistics(self) -> tuple[np.ndarray, tuple[float, ...]]:
+        """What to subtract from every pixel, (3,) float32, and what to divide by."""
         a = self.augment
-        mean, std = (self.dataset.mean, self.dataset.std)
-        if a.statistics == "imagenet":
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
-        return Graph(
-            crop=a.crop,
-            presized=bool((shorter == a.resize).all()),
-            mean=mean,
-            std=std if a.normalize == "mean-std" else (1.0, 1.0, 1.0),
-            dtype=self.dtype,
-            channels_last=self.channels_last,
-            device=self.device.index if self.backend == "dali-gpu" else None,
-        )
+        imagenet = a.statistics == "imagenet"
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (self.dataset.mean, self.dataset.std)
+        if a.normalize == "mean-image":
+            mean = (0.0, 0.0, 0.0)  # the image's is subtracted in its place
+        return np.array(mean, np.float32), std if a.normalize == "mean-std" else (1.0, 1.0, 1.0)
 
-    def _start_pipeline(self) -> None:
-        self._reading: deque[_Pending] = deque()
-        self._decoding: deque[_Pending] = deque()
-        self._spent: deque[tuple[torch.cuda.Event, ReadBatch]] = deque()
+    def _mean_image_crop(self) -> torch.Tensor | None:
+        """(3, crop, crop) on the device: the centre of the mean image, for every crop the same, as the 2012 code."""
+        if self.dtype == "uint8":
+            return None
+        image = self.dataset.mean_image
+        if len(image) != self.augment.resize:
+            raise ConfigError(
+                f"augment.resize={self.augment.resize} but the mean image was measured at {len(image)} pixels;"
+                f" shard the data with --size {self.augment.resize}, or use normalize=mean"
+            )
+        offset = int(centre_offset(len(image), self.augment.crop))
+        crop = image[offset : offset + self.augment.crop, offset : offset + self.augment.crop]
+        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))).to(self.device)
+
+    def _make_engine(self) -> Engine:
+        if self.augment.colour and self.train and self.dtype == "uint8":
+            raise ConfigError(
+                "augment.colour needs dtype float32, float16 or bfloat16: uint8 batches hold plain pixels"
+            )
+        c, crop, depth = self.config, self.augment.crop, self.config.prefetch_batches
+        raw, describe = self.dataset.encoding == "raw", self._reader.describe
+        # The mean image is subtracted at the end, on the device, whoever decodes.
+        dtype = "uint8" if self._mean_image is not None else self.dtype
+        decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
+        output = Output(crop, self._views, dtype, self.channels_last, self._std, decode_on)
+        if self.backend == "portable":
+            from .portable import Portable
+
+            return Portable(output, raw=raw, threads=self._threads, depth=depth, describe=describe)
+        from .dali import Dali, Graph
+
+        presized = bool((np.minimum(self._width, self._height) == self.augment.resize).all())
+        resized = not presized or (self.train and self.augment.scale_jitter is not None)
+        graph = Graph(output, "raw" if raw else "image", resized, whole=c.decode == "whole")
+        return Dali(graph, rows=self._part * self._views, threads=self._threads, depth=depth, describe=describe)
+
+    def _start(self) -> None:
+        self._reading: deque[Work] = deque()
         self._upcoming = self._coordinates(self._epoch, self._step)
-        depth = self.config.prefetch_batches
-        self._pipeline = self._graph.pipeline(self._feed, batch=self._part, threads=self._threads, depth=depth)
+        self._running = True
+        self._engine.start(self._source)
 
-    def _stop_pipeline(self) -> None:
-        if self._pipeline is None:
+    def _stop(self) -> None:
+        if not self._running:
             return
-        self._pipeline = None  # its threads end before the buffers they decode from may go
-        for pending in (*self._reading, *self._decoding):
-            for task in pending.read.tasks:
-                task.cancel()
+        self._running = False
+        self._engine.stop()
+        for work in self._reading:
+            work.read.cancel()
 
     def _coordinates(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """All steps from here on. Without an end: the next epoch's first batches are ready when this one ends."""
@@ -319,34 +350,36 @@ class Loader:
             yield from ((epoch, s) for s in range(step, len(self)))
             epoch, step = epoch + 1, 0
 
-    def _feed(self) -> tuple[Any, ...]:
-        """DALI's source: the inputs of the next batch, whose bytes were asked for long ago."""
+    def _source(self) -> Work:
+        """The next batch, whose bytes were asked for long ago."""
         while len(self._reading) <= self.config.prefetch_batches:
             self._reading.append(self._plan(*next(self._upcoming)))
-        pending = self._reading.popleft()
-        images = pending.read.wait()
-        self._decoding.append(pending)
-        ids = pending.ids
-        return self._graph.inputs(images, pending.placement, self._width[ids], self._height[ids])
+        if self._reader.is_slow():
+            for work in self._reading:  # planned while it was not
+                work.read.ahead()
+        return self._reading.popleft()
 
-    def _plan(self, epoch: int, step: int) -> _Pending:
-        ids = self.ids(epoch, step)
-        read = self._reader.read(ids)
-        placement = place(
-            self.augment, ids, self._width[ids], self._height[ids], seed=self.seed, epoch=epoch, train=self.train
-        )
-        return _Pending(ids, placement, read)
+    def _plan(self, epoch: int, step: int) -> Work:
+        if not (self._planned and self._planned.epoch == epoch and step in self._planned.steps):
+            self._planned = self._plan_steps(epoch, step)
+        p = self._planned
+        start = (step - p.steps.start) * self._part
+        images = slice(start, min(start + self._part, len(p.ids)))
+        crops = slice(images.start * self._views, images.stop * self._views)
+        read = self._reader.read(p.ids[images])
+        placement = Placement(*(column[crops] for column in p.placement))
+        return Work(p.ids[images], p.width[images], p.height[images], placement, p.mean[crops], read)
 
-    def _explain(self, err: RuntimeError) -> Exception:
-        """A decoder's failure with the sample's name: DALI says neither which image nor where it is."""
-        for pending in self._decoding:
-            for sample, image in zip(pending.ids.tolist(), pending.read.images, strict=True):
-                if reason := self._graph.why_not_decoded(image):
-                    return DataError(
-                        f"{self._reader.describe(sample)}: cannot be decoded ({reason});"
-                        " shard the data again with --encode jpeg, or without this image"
-                    )
-        return err
+    def _plan_steps(self, epoch: int, step: int) -> _Planned:
+        """Many steps at once: of a single batch's plan most would be NumPy's calls, and not its work."""
+        steps = range(step, min(step + max(1, PLAN_IMAGES // self._part), len(self)))
+        ids = np.concatenate([self.ids(epoch, s) for s in steps])
+        width, height = self._width[ids], self._height[ids]
+        placement = place(self.augment, ids, width, height, seed=self.seed, epoch=epoch, train=self.train)
+        mean = np.broadcast_to(self._mean, (len(placement.box), 3))
+        if self._covariance is not None:
+            mean = mean - colour_shift(self.augment, ids, self._covariance, seed=self.seed, epoch=epoch)
+        return _Planned(epoch, steps, ids, width, height, placement, np.ascontiguousarray(mean))
 
 
 class LoaderDataset(IterableDataset[Batch]):
@@ -367,13 +400,17 @@ class LoaderDataset(IterableDataset[Batch]):
         return iter(self.loader)
 
 
-def choose_backend(backend: Backend, device: torch.device) -> Backend:
-    """What `auto` means on this device; refuses what cannot work there."""
-    if backend == "auto":
-        return "dali-gpu" if device.type == "cuda" else "dali-cpu"
+def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str]:
+    """What `auto` means on this device, and why; refuses what cannot work there."""
     if backend == "dali-gpu" and device.type != "cuda":
-        raise ConfigError(f"loader.backend=dali-gpu needs a CUDA device, not {device}; use dali-cpu or auto")
-    return backend
+        raise ConfigError(f"loader.backend=dali-gpu needs a CUDA device, not {device}; use portable, dali-cpu or auto")
+    if backend != "auto":
+        return backend, "asked for"
+    if device.type != "cuda":
+        return "portable", f"auto: batches go to {device.type}, where it is the fastest"
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return "portable", "auto: NVIDIA DALI is not installed"
+    return "dali-gpu", "auto: batches go to a CUDA device and DALI is installed"
 
 
 def threads_per_rank(local_world: int) -> int:

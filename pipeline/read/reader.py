@@ -1,16 +1,20 @@
-"""Bytes of samples from local shards: many reads in flight, into reused buffers, each one checked.
+"""Bytes of samples from local shards, by their ids, each one checked.
 
-The consumer's thread never touches storage: it asks for a batch early and collects it when it is there.
+Where storage has to be waited for, a pool keeps many reads in flight, batches ahead, into reused buffers. Where the
+operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes an image reads it
+himself. The reader finds out which by the time that reads take. pread and not mmap: a map saves 2 of a read's 7 µs and
+ends the process where a file shrinks.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,38 +24,82 @@ from ..manifest import Split
 from ..shards import sample_key
 
 try:
-    from zlib_ng.zlib_ng import crc32  # 0.6 µs a 256-side JPEG
+    from zlib_ng.zlib_ng import crc32  # 2 µs a 256-side JPEG
 except ImportError:  # no wheel for this platform
     from zlib import crc32  # the same polynomial at a thirteenth of the speed
 
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
-SAMPLES_A_TASK = 16  # a task's cost in Python is worth more than one read; a batch of 128 still makes 8
+SAMPLES_A_TASK = 4  # a task costs 15 µs, four reads from the page cache 30; a batch of 128 makes 32 reads in flight
+SLOW_SECONDS = 100e-6  # a mean read of so long comes from storage: from the page cache 100 kB take 20 µs
+PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
+
+
+_Job = tuple[int, int, int, int, int]  # one sample to read: id, shard, offset, size, crc32
 
 
 class ReadBatch:
-    """A batch that is being read. `wait()` gives its images; `release()` gives its buffer back for reuse."""
+    """A batch to read. Its images are read ahead once `ahead()` was called, otherwise by whoever asks for one.
 
-    def __init__(
-        self, buffer: np.ndarray, images: list[np.ndarray], tasks: list[Future[None]], free: list[np.ndarray]
-    ) -> None:
-        self.buffer, self.images, self.tasks, self._free = buffer, images, tasks, free
+    `release()` gives its buffer back for reuse.
+    """
+
+    def __init__(self, reader: Reader, jobs: list[_Job]) -> None:
+        self._reader, self._jobs = reader, jobs
+        self._buffer: np.ndarray | None = None
+        self._images: list[np.ndarray] = []
+        self._tasks: list[Future[None]] = []
+
+    def ahead(self) -> None:
+        """Starts to read all images and returns at once; does nothing where that was done already."""
+        if self._tasks:
+            return
+        sizes = [size for _, _, _, size, _ in self._jobs]
+        ends = np.cumsum(sizes).tolist()
+        self._buffer = buffer = self._reader.buffer(ends[-1])
+        images = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        self._tasks = [
+            self._reader.pool.submit(
+                self._reader.read_into, images[i : i + SAMPLES_A_TASK], self._jobs[i : i + SAMPLES_A_TASK]
+            )
+            for i in range(0, len(images), SAMPLES_A_TASK)
+        ]
+        self._images = images
+
+    def image(self, i: int) -> np.ndarray:
+        """The stored bytes of the i-th image, uint8, valid until this thread's next call and until release().
+
+        Raises DataError or StorageError.
+        """
+        if not self._tasks:
+            return self._reader.read_now(self._jobs[i])
+        self._tasks[i // SAMPLES_A_TASK].result()
+        return self._images[i]
 
     def wait(self) -> list[np.ndarray]:
-        """n uint8 arrays, the encoded images, valid until release(). Raises DataError or StorageError."""
-        for task in self.tasks:
+        """The stored bytes of all images, valid until release(). Raises DataError or StorageError."""
+        self.ahead()
+        for task in self._tasks:
             task.result()
-        return self.images
+        return self._images
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     def release(self) -> None:
-        self._free.append(self.buffer)
+        if self._buffer is not None:
+            self._reader.free.append(self._buffer)
 
 
 class Reader:
-    """Reads samples of one split by their ids."""
+    """Reads samples of one split by their ids.
 
-    def __init__(self, split: Split, *, threads: int = 8, verify: bool = True) -> None:
-        self.split, self.verify = split, verify
+    threads: reads in flight where storage is slow. always_ahead: for consumers that cannot read for themselves.
+    """
+
+    def __init__(self, split: Split, *, threads: int = 32, verify: bool = True, always_ahead: bool = False) -> None:
+        self.split, self.verify, self.always_ahead = split, verify, always_ahead
         index = split.index
         # Contiguous columns: taking rows from the mapped record array costs three times as much.
         self.offset = index["offset"].astype(np.int64)
@@ -60,53 +108,72 @@ class Reader:
         self.crc32 = index["crc32"].astype(np.int64)
         self.files = OpenFiles([split.root / shard.name for shard in split.shards])
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
-        self._free: list[np.ndarray] = []
+        self.free: list[np.ndarray] = []
+        self._local = threading.local()
+        self._read_seconds = 0.0  # moving mean of a read that was waited for
+        self._ahead_for, self._patience = 0, PATIENCE[0]
 
     def read(self, ids: np.ndarray) -> ReadBatch:
-        """Starts to read `ids` and returns at once."""
-        sizes = self.size[ids]
-        ends = np.cumsum(sizes)
-        buffer = self._buffer(int(ends[-1]))
-        spans = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
-        images = [buffer[start:end] for start, end in spans]
-        jobs = list(
-            zip(images, ids.tolist(), self.shard[ids].tolist(), self.offset[ids].tolist(), self.crc32[ids].tolist())
-        )
-        parts = [jobs[i : i + SAMPLES_A_TASK] for i in range(0, len(jobs), SAMPLES_A_TASK)]
-        tasks = [self.pool.submit(self._read_part, part) for part in parts]
-        return ReadBatch(buffer, images, tasks, self._free)
+        """The samples `ids` as a batch, already being read where that takes time; returns at once."""
+        columns = (ids, self.shard[ids], self.offset[ids], self.size[ids], self.crc32[ids])
+        batch = ReadBatch(self, list(zip(*(column.tolist() for column in columns), strict=True)))
+        if self.is_slow():
+            self._ahead_for -= 1
+            batch.ahead()
+        return batch
 
-    def _buffer(self, size: int) -> np.ndarray:
+    def is_slow(self) -> bool:
+        """Whether batches are to be read ahead: as long as reads took, and then for another try without."""
+        if self.always_ahead or self._ahead_for > 0:
+            return True
+        if self._read_seconds < SLOW_SECONDS:
+            return False
+        self._ahead_for, self._read_seconds = self._patience, 0.0
+        self._patience = min(2 * self._patience, PATIENCE[1])
+        return True
+
+    def buffer(self, size: int) -> np.ndarray:
         # A fresh buffer of a batch costs a page fault every 4 KiB, more than the read itself from the page cache.
-        while self._free:
-            if len(buffer := self._free.pop()) >= size:
+        while self.free:
+            if len(buffer := self.free.pop()) >= size:
                 return buffer
         return np.empty(size + size // 4, np.uint8)
 
-    def _read_part(self, jobs: list[tuple[np.ndarray, int, int, int, int]]) -> None:
-        for image, sample, shard, offset, crc in jobs:
-            with self.files.open(shard) as fd:
-                self._read_one(fd, image, sample, shard, offset)
-            if self.verify and crc32(image) != crc:
-                raise self._bad(sample, shard, offset, "its bytes changed since they were written (checksum)")
+    def read_into(self, images: list[np.ndarray], jobs: list[_Job]) -> None:
+        """A pool thread's task."""
+        for image, job in zip(images, jobs, strict=True):
+            self._read(image, job)
 
-    def _read_one(self, fd: int, image: np.ndarray, sample: int, shard: int, offset: int) -> None:
-        done = 0
-        while done < len(image):
-            try:
-                got = os.preadv(fd, [image.data[done:]], offset + done)
-            except OSError as err:
-                raise StorageError(f"{self.files.paths[shard]}: cannot be read: {err.strerror}") from err
-            if not got:
-                raise self._bad(sample, shard, offset, "the shard ends before it")
-            done += got
+    def read_now(self, job: _Job) -> np.ndarray:
+        """Reads one sample in the calling thread, into this thread's buffer."""
+        started = time.perf_counter()
+        buffer: np.ndarray | None = getattr(self._local, "buffer", None)
+        size = job[3]
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.buffer = np.empty(2 * size, np.uint8)
+        image = buffer[:size]
+        self._read(image, job)
+        # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
+        self._read_seconds += (time.perf_counter() - started - self._read_seconds) / 16
+        return image
 
-    def _bad(self, sample: int, shard: int, offset: int, reason: str) -> DataError:
-        path = self.files.paths[shard]
-        return DataError(
-            f"{path}: sample {sample} ({sample_key(path, offset)!r}) at byte {offset}: {reason};"
-            " copy the shard again or shard the data again"
-        )
+    def _read(self, image: np.ndarray, job: _Job) -> None:
+        sample, shard, offset, size, crc = job
+        with self.files.open(shard) as fd:
+            done = 0
+            while done < size:
+                try:
+                    got = os.preadv(fd, [image.data[done:]], offset + done)
+                except OSError as err:
+                    raise StorageError(f"{self.files.paths[shard]}: cannot be read: {err.strerror}") from err
+                if not got:
+                    raise self._bad(sample, "the shard ends before it")
+                done += got
+        if self.verify and crc32(image) != crc:
+            raise self._bad(sample, "its bytes changed since they were written (checksum)")
+
+    def _bad(self, sample: int, reason: str) -> DataError:
+        return DataError(f"{self.describe(sample)}: {reason}; copy the shard again or shard the data again")
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""
@@ -125,9 +192,22 @@ class OpenFiles:
         self.paths = paths
         self._lock = threading.Lock()
         self._open: OrderedDict[int, list[int]] = OrderedDict()  # shard → [descriptor, users], oldest use first
+        self._kept: list[int | None] = [None] * len(paths)  # of few shards, all stay open: no lock, no count of users
+
+    def open(self, shard: int) -> AbstractContextManager[int]:
+        """The shard's descriptor, for as long as the block lasts."""
+        if len(self.paths) > MAX_OPEN:
+            return self._borrowed(shard)
+        descriptor = self._kept[shard]
+        if descriptor is None:
+            with self._lock:
+                descriptor = self._kept[shard]
+                if descriptor is None:
+                    descriptor = self._kept[shard] = self._descriptor(shard)
+        return nullcontext(descriptor)
 
     @contextmanager
-    def open(self, shard: int) -> Iterator[int]:
+    def _borrowed(self, shard: int) -> Iterator[int]:
         with self._lock:
             entry = self._open.get(shard)
             if entry is None:
@@ -158,6 +238,7 @@ class OpenFiles:
 
     def close(self) -> None:
         with self._lock:
-            for fd, _ in self._open.values():
+            for fd in (*(fd for fd, _ in self._open.values()), *(fd for fd in self._kept if fd is not None)):
                 os.close(fd)
             self._open.clear()
+            self._kept = [None] * len(self.paths)

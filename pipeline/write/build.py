@@ -28,6 +28,7 @@ from ..files import PARTIAL, write_json
 from ..shards import Sample, Shard, write_index, write_shard
 from .images import BadImage, Encoding, prepare
 from .sources import Item, Source
+from .statistics import Statistics
 
 INFO = "_info.json"  # what timm's reader_wds asks for
 
@@ -79,6 +80,10 @@ class Plan:
     def samples(self) -> int:
         return sum(len(items) for items in self.source.splits.values())
 
+    @property
+    def mean_image_name(self) -> str:
+        return f"{self.source.name}-mean.npy"
+
     def index_name(self, split: str) -> str:
         return f"{self.source.name}-{split}.index.npy"
 
@@ -95,7 +100,7 @@ class Built:
     task: Task
     shard: Shard
     rows: np.ndarray  # (n,) INDEX_DTYPE
-    histogram: np.ndarray  # (3, 256) int64
+    statistics: Statistics
     converted: list[dict[str, str]] = field(default_factory=list)
     bad: list[dict[str, str]] = field(default_factory=list)
 
@@ -103,7 +108,7 @@ class Built:
 def build_shard(plan: Plan, number: int, out: Path) -> Built:
     """Makes task `number` of the plan in `out`. Images that cannot be used are listed in `bad`, not stored."""
     task, encoding = plan.tasks[number], plan.options.encoding
-    built = Built(task, Shard(task.name, 0, 0, ""), np.empty(0), np.zeros((3, 256), np.int64))
+    built = Built(task, Shard(task.name, 0, 0, ""), np.empty(0), Statistics(encoding.size))
 
     def samples() -> Iterator[Sample]:
         for item in task.items:
@@ -114,10 +119,12 @@ def build_shard(plan: Plan, number: int, out: Path) -> Built:
                 continue
             if image.converted:
                 built.converted.append({"image": item.where, "was": image.converted})
-            np.add(built.histogram, image.histogram, out=built.histogram)
+            built.statistics.add(image.measured)
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
-    built.shard, built.rows = write_shard(out / task.name, samples(), number=task.number)
+    built.shard, built.rows = write_shard(
+        out / task.name, samples(), number=task.number, extension="raw" if encoding.kind == "raw" else "jpg"
+    )
     return built
 
 
@@ -131,10 +138,16 @@ def build(
     """
     try:
         _claim(plan, out)
-        done = list(_run(plan, out, workers, progress))
+        statistics = Statistics(plan.options.encoding.size)
+        done = []
+        for built in _run(plan, out, workers, progress):
+            if built.task.split == "train":
+                statistics.merge(built.statistics)
+            del built.statistics  # a mean image a shard would be a gigabyte for ImageNet
+            done.append(built)
         done.sort(key=lambda built: (built.task.split, built.task.number))
         _refuse_bad(plan, done)
-        return _publish(plan, out, done)
+        return _publish(plan, out, done, statistics)
     except BrokenProcessPool as err:
         raise StorageError(f"{out}: a worker was killed, perhaps for want of memory; use fewer --workers") from err
     except OSError as err:
@@ -189,7 +202,7 @@ def _claim(plan: Plan, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (out / manifest.NAME).exists():
         raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
-    ours = {plan.index_name(split) for split in plan.source.splits} | {INFO, manifest.NAME}
+    ours = {plan.index_name(split) for split in plan.source.splits} | {INFO, manifest.NAME, plan.mean_image_name}
     splits = "|".join(map(re.escape, plan.source.splits))
     leftovers = []
     for entry in sorted(out.iterdir()):
@@ -218,7 +231,7 @@ def _listed(parts: Iterable[list[dict[str, str]]]) -> list[dict[str, str]]:
     return sorted((entry for part in parts for entry in part), key=lambda entry: entry["image"])
 
 
-def _publish(plan: Plan, out: Path, done: list[Built]) -> dict[str, Any]:
+def _publish(plan: Plan, out: Path, done: list[Built], statistics: Statistics) -> dict[str, Any]:
     splits, info = {}, {}
     for split in plan.source.splits:
         mine = [built for built in done if built.task.split == split]
@@ -236,7 +249,6 @@ def _publish(plan: Plan, out: Path, done: list[Built]) -> dict[str, Any]:
             "shard_lengths": [built.shard.samples for built in mine],
         }
     write_json(out / INFO, {"splits": info})
-    train = sum((b.histogram for b in done if b.task.split == "train"), np.zeros((3, 256), np.int64))
     return manifest.write_manifest(
         out,
         {
@@ -244,19 +256,10 @@ def _publish(plan: Plan, out: Path, done: list[Built]) -> dict[str, Any]:
             "label_kind": "class index, 0-based",
             "classes": plan.source.classes,
             "splits": splits,
-            "statistics": statistics(train),
+            "statistics": statistics.publish(out, plan.mean_image_name),
             "source": plan.source.describe(),
             "options": asdict(plan.options),
             "converted": _listed(built.converted for built in done),
             "quarantine": _listed(built.bad for built in done),
         },
     )
-
-
-def statistics(histogram: np.ndarray) -> dict[str, list[float]]:
-    """Mean and standard deviation per channel in grey levels, from counts (3, 256): exact whole numbers until here."""
-    levels = np.arange(256)
-    count = histogram.sum(1)
-    mean = (histogram * levels).sum(1) / count
-    square = (histogram * levels**2).sum(1) / count
-    return {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}

@@ -26,7 +26,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are stored: `keep` the original bytes, or `jpeg` at a fixed short side."""
+    """How images are stored: `keep` the original bytes, `jpeg` or `raw` pixels at a fixed short side."""
 
     kind: str = "keep"
     size: int = 256
@@ -34,14 +34,21 @@ class Encoding:
     quality: int = 90
 
     def __post_init__(self) -> None:
-        if self.kind not in ("keep", "jpeg"):
-            raise ConfigError(f"encode={self.kind}: choose keep or jpeg")
+        if self.kind not in ("keep", "jpeg", "raw"):
+            raise ConfigError(f"encode={self.kind}: choose keep, jpeg or raw")
         if not 8 <= self.size <= 8192:
             raise ConfigError(f"size={self.size}: choose 8 to 8192 pixels")
         if not 1 <= self.quality <= 100:
             raise ConfigError(f"quality={self.quality}: choose 1 to 100")
         if self.square and self.kind == "keep":
-            raise ConfigError("square goes with encode=jpeg: keep stores the original bytes")
+            raise ConfigError("square goes with encode=jpeg or raw: keep stores the original bytes")
+
+
+class Measured(NamedTuple):
+    """What statistics are made of, in whole numbers: sums over images, in any order, are the same to the last bit."""
+
+    square: np.ndarray  # (size, size, 3) uint8: the centre square as training sees it
+    pixels: np.ndarray  # (m, 3) uint8: the same, but of smaller images only the pixels that are there
 
 
 class Prepared(NamedTuple):
@@ -50,7 +57,7 @@ class Prepared(NamedTuple):
     image: bytes
     width: int
     height: int
-    histogram: np.ndarray  # (3, 256) int64: the grey levels of the centre square, per channel
+    measured: Measured
     converted: str | None  # what it was before, where it had to be converted
 
 
@@ -65,15 +72,15 @@ def prepare(data: bytes, encoding: Encoding) -> Prepared:
         pixels = _to_8_bit(image)
     except Exception as err:  # the decoders of thirty formats raise whatever they like
         raise BadImage(f"damaged or truncated image ({err})") from err
-    if encoding.kind == "jpeg":
+    if encoding.kind != "keep":
         _refuse_slivers(image.size, encoding.size)
         pixels = resize_short_side(pixels, encoding.size)
         if encoding.square:
             pixels = centre_square(pixels, encoding.size)
-        stored = _jpeg(pixels, encoding.quality)
+        stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.convert("RGB").tobytes()
     else:
         stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
-    return Prepared(stored, *pixels.size, _histogram(pixels, encoding.size), converted)
+    return Prepared(stored, *pixels.size, _measured(pixels, encoding.size), converted)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -153,12 +160,10 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
     return out.getvalue()
 
 
-def _histogram(image: Image.Image, size: int) -> np.ndarray:
-    """Of what training sees: the centre square, its short side at most `size`.
-
-    Counts are whole numbers, so their sum over a dataset does not depend on the order or on the workers.
-    """
-    short = min(size, *image.size)
-    square = centre_square(resize_short_side(image, short), short)
-    counts = np.array(square.histogram(), dtype=np.int64).reshape(-1, 256)
-    return np.broadcast_to(counts, (3, 256))
+def _measured(image: Image.Image, size: int) -> Measured:
+    """The centre square, its short side `size`; pixels are counted at their own size where that is smaller."""
+    square = np.asarray(centre_square(resize_short_side(image, size), size).convert("RGB"))
+    short = min(image.size)
+    if short >= size:
+        return Measured(square, square.reshape(-1, 3))
+    return Measured(square, np.asarray(centre_square(image, short).convert("RGB")).reshape(-1, 3))

@@ -17,18 +17,32 @@ from pipeline.read.augment import AugmentConfig, place
 SIDES = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20)
 
 
-@given(SIDES, st.booleans(), st.booleans(), st.integers(0, 99), st.integers(10, 64), st.integers(0, 9))
-def test_every_crop_lies_inside_its_image(sides, square, train, epoch, resize, less):
+@given(
+    SIDES,
+    st.booleans(),
+    st.sampled_from(
+        [{}, {"square": False}, {"scale_jitter": (0.08, 1.0)}, {"scale_jitter": (1.0, 1.0)}, {"views": 10}]
+    ),
+    st.integers(0, 99),
+    st.integers(10, 64),
+    st.integers(0, 9),
+)
+def test_every_crop_lies_inside_its_image(sides, train, fields, epoch, resize, less):
     width, height = np.array(sides).T
-    config = AugmentConfig(resize=resize, crop=resize - less, square=square)
-    p = place(config, np.arange(len(sides)), width, height, seed=0, epoch=epoch, train=train)
-    assert (np.minimum(p.width, p.height) == resize).all()
-    for offset, length in ((p.left, p.width), (p.top, p.height)):
-        assert (offset >= 0).all()
-        assert (offset + config.crop <= length).all()
-    start, end = p.source_box(width, height, config.crop)
-    assert (start >= 0).all()
-    assert (end <= np.stack([height, width], 1) * (1 + 1e-6)).all()
+    config = AugmentConfig(resize=resize, crop=resize - less, **fields)
+    box, flip = place(config, np.arange(len(sides)), width, height, seed=0, epoch=epoch, train=train)
+    views = 1 if train else config.views
+    assert box.shape == (len(sides) * views, 4)
+    assert flip.shape == (len(sides) * views,)
+    for axis, length in enumerate((np.repeat(width, views), np.repeat(height, views))):
+        assert (box[:, axis] >= 0).all()
+        assert (box[:, 2 + axis] > 0).all()
+        assert (box[:, axis] + box[:, 2 + axis] <= length * (1 + 1e-9)).all()
+    if not (train and config.scale_jitter):  # a whole number of pixels of the resized image
+        w, h = resized(np.repeat(width, views), np.repeat(height, views), resize)
+        left, top = box[:, 0] * w / np.repeat(width, views), box[:, 1] * h / np.repeat(height, views)
+        assert np.allclose(left, np.rint(left), atol=1e-6)
+        assert np.allclose(top, np.rint(top), atol=1e-6)
 
 
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(8, 300))
@@ -47,8 +61,9 @@ def test_square_crops_take_all_33_places_of_the_paper_and_no_other():
     config = AugmentConfig(square=True)
     p = place(config, np.arange(n), np.full(n, 500), np.full(n, 256), seed=0, epoch=0, train=True)
     margin = (500 - 256) // 2
-    assert set((p.left - margin).tolist()) == set(range(33))
-    assert set(p.top.tolist()) == set(range(33))
+    assert set((p.box[:, 0] - margin).tolist()) == set(range(33))
+    assert set(p.box[:, 1].tolist()) == set(range(33))
+    assert (p.box[:, 2:] == 224).all()
 
 
 def test_half_of_the_images_are_flipped_and_none_in_evaluation():

@@ -25,9 +25,15 @@ from pipeline import (
     StorageError,
     open_dataset,
 )
+from pipeline.geometry import resized
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, place
 
 VIEW = AugmentConfig(resize=256, crop=224)
+
+
+@pytest.fixture(params=["portable", "dali-cpu"])
+def backend(request) -> LoaderConfig:
+    return LoaderConfig(backend=request.param)
 
 
 def reference(root, split: str, sample: int, view: AugmentConfig, *, seed: int, epoch: int, train: bool) -> np.ndarray:
@@ -37,17 +43,18 @@ def reference(root, split: str, sample: int, view: AugmentConfig, *, seed: int, 
     data = (s.root / s.shards[row["shard"]].name).read_bytes()[row["offset"] : row["offset"] + row["size"]]
     image = Image.open(io.BytesIO(data)).convert("RGB")
     size = np.array([image.size])
-    p = place(view, np.array([sample]), size[:, 0], size[:, 1], seed=seed, epoch=epoch, train=train)
-    image = image.resize((int(p.width[0]), int(p.height[0])), Image.Resampling.BILINEAR)
-    left, top = int(p.left[0]), int(p.top[0])
+    box, flip = place(view, np.array([sample]), size[:, 0], size[:, 1], seed=seed, epoch=epoch, train=train)
+    width, height = resized(*image.size, view.resize)
+    left, top = round(box[0, 0] * width / image.width), round(box[0, 1] * height / image.height)
+    image = image.resize((int(width), int(height)), Image.Resampling.BILINEAR)
     image = image.crop((left, top, left + view.crop, top + view.crop))
-    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if p.flip[0] else image).astype(int)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else image).astype(int)
 
 
-def differences(root, split, view, *, train, epoch=0):
+def differences(root, split, view, *, config, train, epoch=0):
     """Grey levels between the loader's crops and the reference's, an image a row."""
     out = []
-    with Loader(root, split=split, batch=4, train=train, seed=9, dtype="uint8", augment=view) as loader:
+    with Loader(root, split=split, batch=4, train=train, seed=9, dtype="uint8", augment=view, config=config) as loader:
         if epoch:
             loader.load_state_dict({"epoch": epoch, "step": 0})
         for images, _, ids in loader:
@@ -59,31 +66,31 @@ def differences(root, split, view, *, train, epoch=0):
 
 @pytest.mark.parametrize("square", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_presized_crops_are_pillows_to_the_last_bit(shards, train, square):
+def test_presized_crops_are_pillows_to_the_last_bit(shards, train, square, backend):
     view = AugmentConfig(resize=256, crop=224, square=square)
-    assert differences(shards["jpeg"], "train", view, train=train, epoch=2).max() == 0
+    assert differences(shards["jpeg"], "train", view, config=backend, train=train, epoch=2).max() == 0
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_resized_crops_are_pillows_within_a_grey_level(shards, train):
-    d = differences(shards["keep"], "train", VIEW, train=train)
+def test_resized_crops_are_pillows_within_a_grey_level(shards, train, backend):
+    d = differences(shards["keep"], "train", VIEW, config=backend, train=train)
     assert d.mean((1, 2, 3)).max() <= 1
     assert d.max() <= 6
     small = AugmentConfig(resize=40, crop=32, square=False)
-    assert differences(shards["keep"], "train", small, train=train).mean((1, 2, 3)).max() <= 1
+    assert differences(shards["keep"], "train", small, config=backend, train=train).mean((1, 2, 3)).max() <= 1
 
 
-def test_real_imagenet_images_match_pillow(imagenet_sample, tmp_path):
+def test_real_imagenet_images_match_pillow(imagenet_sample, tmp_path, backend):
     from pipeline.write.build import Options, Plan, build
     from pipeline.write.images import Encoding
     from pipeline.write.sources import ImageFolder
 
     for name, encoding, limit in (("keep", Encoding(), 1.0), ("jpeg", Encoding("jpeg"), 0.0)):
         build(Plan(ImageFolder(imagenet_sample), Options(encoding)), tmp_path / name, workers=2)
-        assert differences(tmp_path / name, "train", VIEW, train=True).mean((1, 2, 3)).max() <= limit
+        assert differences(tmp_path / name, "train", VIEW, config=backend, train=True).mean((1, 2, 3)).max() <= limit
 
 
-def test_labels_and_normalisation(shards):
+def test_labels_and_normalisation(shards, backend):
     dataset = open_dataset(shards["jpeg"])
     index = dataset.split("train").index
     for statistics, normalize, mean, std in (
@@ -92,8 +99,8 @@ def test_labels_and_normalisation(shards):
         ("imagenet", "mean-std", IMAGENET_MEAN, IMAGENET_STD),
     ):
         view = AugmentConfig(statistics=statistics, normalize=normalize)
-        raw = Loader(dataset, batch=4, dtype="uint8", augment=view)
-        ready = Loader(dataset, batch=4, augment=view, channels_last=True)
+        raw = Loader(dataset, batch=4, dtype="uint8", augment=view, config=backend)
+        ready = Loader(dataset, batch=4, augment=view, channels_last=True, config=backend)
         for a, b in zip(raw, ready):
             assert a.labels.tolist() == index["label"][a.ids.numpy()].tolist()
             assert b.images.is_contiguous(memory_format=torch.channels_last)
@@ -103,8 +110,8 @@ def test_labels_and_normalisation(shards):
         ready.close()
 
 
-def test_restoring_at_every_step_gives_the_same_rest(shards):
-    make = lambda: Loader(shards["jpeg"], batch=3, seed=4, dtype="uint8", augment=VIEW)  # noqa: E731
+def test_restoring_at_every_step_gives_the_same_rest(shards, backend):
+    make = lambda: Loader(shards["jpeg"], batch=3, seed=4, dtype="uint8", augment=VIEW, config=backend)  # noqa: E731
     with make() as loader:
         states, batches = [loader.state_dict()], []
         for _ in range(2):
@@ -121,8 +128,8 @@ def test_restoring_at_every_step_gives_the_same_rest(shards):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
 
 
-def test_going_back_while_batches_are_in_flight_is_exact(shards):
-    with Loader(shards["jpeg"], batch=3, dtype="uint8", augment=VIEW) as loader:
+def test_going_back_while_batches_are_in_flight_is_exact(shards, backend):
+    with Loader(shards["jpeg"], batch=3, dtype="uint8", augment=VIEW, config=backend) as loader:
         first = next(iter(loader))
         state = loader.state_dict()
         second = next(iter(loader))
@@ -134,9 +141,9 @@ def test_going_back_while_batches_are_in_flight_is_exact(shards):
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
-def test_ranks_together_see_what_one_rank_sees(shards, world):
+def test_ranks_together_see_what_one_rank_sees(shards, world, backend):
     make = lambda rank, world: Loader(  # noqa: E731
-        shards["jpeg"], batch=6, seed=1, rank=rank, world=world, dtype="uint8", augment=VIEW
+        shards["jpeg"], batch=6, seed=1, rank=rank, world=world, dtype="uint8", augment=VIEW, config=backend
     )
     with make(0, 1) as one:
         expected = list(one)
@@ -150,11 +157,18 @@ def test_ranks_together_see_what_one_rank_sees(shards, world):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 4, 100])
-def test_evaluation_counts_each_sample_once(shards, world, batch):
+def test_evaluation_counts_each_sample_once(shards, world, batch, backend):
     ids, sizes = [], []
     for rank in range(world):
         with Loader(
-            shards["jpeg"], split="train", batch=batch, train=False, rank=rank, world=world, augment=VIEW
+            shards["jpeg"],
+            split="train",
+            batch=batch,
+            train=False,
+            rank=rank,
+            world=world,
+            augment=VIEW,
+            config=backend,
         ) as loader:
             got = [b.ids.tolist() for b in loader]
             assert len(got) == len(loader)
@@ -164,14 +178,14 @@ def test_evaluation_counts_each_sample_once(shards, world, batch):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_evaluation_can_be_repeated(shards):
-    with Loader(shards["jpeg"], split="val", batch=3, train=False, augment=VIEW) as loader:
+def test_evaluation_can_be_repeated(shards, backend):
+    with Loader(shards["jpeg"], split="val", batch=3, train=False, augment=VIEW, config=backend) as loader:
         once, twice = ([b.images for b in loader] for _ in range(2))
         assert torch.equal(torch.cat(once), torch.cat(twice))
 
 
-def test_a_delivered_batch_stays_as_it_is(shards):
-    with Loader(shards["jpeg"], batch=2, dtype="uint8", augment=VIEW) as loader:
+def test_a_delivered_batch_stays_as_it_is(shards, backend):
+    with Loader(shards["jpeg"], batch=2, dtype="uint8", augment=VIEW, config=backend) as loader:
         kept, copies = [], []
         for _ in range(4):
             for batch in loader:
@@ -180,25 +194,28 @@ def test_a_delivered_batch_stays_as_it_is(shards):
         assert all(torch.equal(a, b) for a, b in zip(kept, copies))
 
 
-def test_changed_bytes_reach_the_caller_as_an_error_that_names_the_sample(shards, tmp_path):
+def test_changed_bytes_reach_the_caller_as_an_error_that_names_the_sample(shards, tmp_path, backend):
     root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
     row = open_dataset(root).split("train").index[7]
     path = root / f"pets-train-{row['shard']:06d}.tar"
     data = bytearray(path.read_bytes())
     data[row["offset"] + 200] ^= 1
     path.write_bytes(data)
-    with Loader(root, batch=3, augment=VIEW) as loader, pytest.raises(DataError, match=r"sample 7 .*checksum"):
+    with (
+        Loader(root, batch=3, augment=VIEW, config=backend) as loader,
+        pytest.raises(DataError, match=r"sample 7 .*checksum"),
+    ):
         list(loader)
 
 
-def test_an_image_that_no_decoder_takes_is_named(shards, tmp_path):
+def test_an_image_that_no_decoder_takes_is_named(shards, tmp_path, backend):
     root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
     row = open_dataset(root).split("train").index[7]
     path = root / f"pets-train-{row['shard']:06d}.tar"
     data = bytearray(path.read_bytes())
     data[row["offset"] : row["offset"] + 400] = bytes(400)
     path.write_bytes(data)
-    config = LoaderConfig(verify=False)
+    config = LoaderConfig(backend.backend, verify=False)
     with (
         Loader(root, batch=3, augment=VIEW, config=config) as loader,
         pytest.raises(DataError, match=r"sample 7 .*decode"),
@@ -206,13 +223,13 @@ def test_an_image_that_no_decoder_takes_is_named(shards, tmp_path):
         list(loader)
 
 
-def test_closing_leaves_no_thread_and_no_file_open(shards):
+def test_closing_leaves_no_thread_and_no_file_open(shards, backend):
     def threads_and_files():
         gc.collect()
         return threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
     def once():
-        loader = Loader(shards["jpeg"], batch=3, augment=VIEW)
+        loader = Loader(shards["jpeg"], batch=3, augment=VIEW, config=backend)
         next(iter(loader))
         loader.close()
         loader.close()
@@ -295,9 +312,9 @@ def test_worker_processes_are_refused(shards):
             list(DataLoader(LoaderDataset(loader), batch_size=None, num_workers=1))
 
 
-def test_after_an_error_the_same_batch_comes_again_and_not_the_next(shards, tmp_path):
+def test_after_an_error_the_same_batch_comes_again_and_not_the_next(shards, tmp_path, backend):
     root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
-    with Loader(root, batch=2, augment=VIEW) as loader:
+    with Loader(root, batch=2, augment=VIEW, config=backend) as loader:
         expected = [loader.ids(0, step).tolist() for step in range(6)]
         for name in os.listdir(root):
             if name.endswith(".tar"):
@@ -328,7 +345,7 @@ def test_an_image_that_pillow_takes_and_dali_refuses_is_named(tmp_path):
     manifest.write_manifest(tmp_path, {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
     view = AugmentConfig(resize=64, crop=32)
     with (
-        Loader(tmp_path, batch=3, augment=view) as loader,
+        Loader(tmp_path, batch=3, augment=view, config=LoaderConfig("dali-cpu")) as loader,
         pytest.raises(DataError, match=r"sample 1 \('s1'\).*decoded"),
     ):
         list(loader)

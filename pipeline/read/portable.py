@@ -1,0 +1,174 @@
+"""The reference backend: threads over libjpeg-turbo, and one compiled kernel for the crop. Runs wherever torch does.
+
+A thread decodes an image into its own buffer, which the next image reuses, and writes the crop straight into the
+batch. What libjpeg-turbo refuses (PNG, CMYK, a slightly damaged JPEG) Pillow decodes.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from simplejpeg import decode_jpeg
+
+from ..errors import DataError
+from .kernels import Cropper
+from .work import Output, Work, normalised
+
+IMAGES_A_TASK = 32  # at most: a task costs 50 µs, with the waking of its thread
+
+
+class _Job(NamedTuple):
+    work: Work
+    crops: np.ndarray
+    tasks: list[Future[None]]
+
+
+class Portable:
+    """See work.Engine. raw: images are stored as pixels. describe: a sample's name for a message."""
+
+    def __init__(self, output: Output, *, raw: bool, threads: int, depth: int, describe: Callable[[int], str]) -> None:
+        self.output, self.raw, self.threads, self.depth, self._describe = output, raw, threads, depth, describe
+        cpu = output.device.type == "cpu"
+        # A CPU normalises in the kernel's one pass; elsewhere a quarter of the bytes goes to the device.
+        self._in_kernel = cpu and output.dtype != "uint8"
+        self._cropper = Cropper(
+            output.crop, dtype="float32" if self._in_kernel else "uint8", packed=output.channels_last
+        )
+        self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
+        self._buffers = Buffers(pinned=output.device.type == "cuda")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
+        self._local = threading.local()
+        self._jobs: deque[_Job] = deque()
+        self._source: Callable[[], Work] | None = None
+
+    def start(self, source: Callable[[], Work]) -> None:
+        self._source = source
+
+    def next(self) -> tuple[Work, torch.Tensor]:
+        self._fill(1)
+        job = self._jobs.popleft()
+        try:
+            self._fill(self.depth)  # the threads go on while the consumer works on this batch
+            for task in job.tasks:
+                task.result()
+        except BaseException:
+            self._jobs.appendleft(job)  # for stop() to wait for
+            raise
+        job.work.read.release()
+        return job.work, self._delivered(job)
+
+    def stop(self) -> None:
+        tasks = [task for job in self._jobs for task in job.tasks]
+        running = [task for task in tasks if not task.cancel()]
+        wait(running)
+        self._jobs.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fill(self, depth: int) -> None:
+        assert self._source is not None
+        while len(self._jobs) < depth:
+            self._jobs.append(self._begin(self._source()))
+
+    def _begin(self, work: Work) -> _Job:
+        side, rows, n = self.output.crop, len(work.placement.box), len(work.ids)
+        shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
+        crops = self._buffers.take(shape, np.float32 if self._in_kernel else np.uint8)
+        step = min(IMAGES_A_TASK, -(-n // self.threads))
+        tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
+        return _Job(work, crops, tasks)
+
+    def _decode(self, work: Work, crops: np.ndarray, start: int, end: int) -> None:
+        """A thread's task: images [start, end) of the batch."""
+        out, box, flip, mean = (
+            crops.reshape(-1),
+            work.placement.box.reshape(-1),
+            work.placement.flip,
+            work.mean.reshape(-1),
+        )
+        crop, scale, views = self._cropper, self._inverse_std, self.output.views
+        sizes = zip(work.width[start:end].tolist(), work.height[start:end].tolist(), strict=True)
+        for i, (width, height) in enumerate(sizes, start):
+            image = work.read.image(i)
+            try:
+                pixels = self._pixels(image, width, height)
+            except Exception as err:  # Pillow's decoders raise whatever they like
+                raise DataError(
+                    f"{self._describe(int(work.ids[i]))}: cannot be decoded ({err});"
+                    " shard the data again with --encode jpeg, or without this image"
+                ) from err
+            for number in range(i * views, (i + 1) * views):
+                crop(pixels, width, height, out, number, box, flip, mean, scale)
+
+    def _pixels(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
+        """(height · width · 3,) uint8, valid until this thread's next call."""
+        if self.raw:
+            return image
+        try:
+            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
+        except ValueError:
+            pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
+        if pixels.shape != (height, width, 3):
+            raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels where the index says {width}×{height}")
+        flat: np.ndarray = pixels.reshape(-1)
+        return flat
+
+    def _scratch(self, size: int) -> np.ndarray:
+        buffer: np.ndarray | None = getattr(self._local, "pixels", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.pixels = np.empty(size + size // 4, np.uint8)
+        return buffer
+
+    def _delivered(self, job: _Job) -> torch.Tensor:
+        images = torch.from_numpy(job.crops)
+        images = images.permute(0, 3, 1, 2) if self.output.channels_last else images
+        dtype = getattr(torch, self.output.dtype)
+        if self._in_kernel or (self.output.dtype == "uint8" and self.output.device.type == "cpu"):
+            return images.to(dtype)
+        images = images.to(self.output.device, non_blocking=True)
+        if self.output.device.type == "cuda":
+            self._buffers.keep_until_copied(job.crops)
+        if self.output.dtype == "uint8":
+            return images
+        mean = torch.from_numpy(job.work.mean)[:, :, None, None].to(images.device, non_blocking=True)
+        std = torch.tensor(self.output.std, dtype=torch.float32)[:, None, None].to(images.device, non_blocking=True)
+        return normalised(images, mean, std, dtype)
+
+
+class Buffers:
+    """Memory for batches, used again once nobody holds a tensor of it: fresh pages cost more than their filling."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+        self._free: list[np.ndarray] = []
+        self._copying: deque[tuple[Any, np.ndarray]] = deque()
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        while self._copying and self._copying[0][0].query():
+            self._copying.popleft()
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        at = next((i for i, memory in enumerate(self._free) if len(memory) >= size), None)
+        if at is None:
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned).numpy()
+        else:
+            memory = self._free.pop(at)
+        array: np.ndarray = memory[:size].view(dtype).reshape(shape)
+        # A tensor on the array holds the array: when the last one is gone, so is the array, and the memory is free.
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array
+
+    def keep_until_copied(self, view: np.ndarray) -> None:
+        """Holds a pinned batch until the device has it."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._copying.append((event, view))

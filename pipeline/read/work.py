@@ -1,0 +1,59 @@
+"""What passes between the loader and its backends: a planned batch on its way, and the form it is to leave in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from .augment import Placement
+from .reader import ReadBatch
+
+PixelType = Literal["uint8", "float32", "float16", "bfloat16"]
+
+
+class Work(NamedTuple):
+    """A batch of n images, planned and being read. A crop is a row of `placement` and `mean`: one an image, or more."""
+
+    ids: np.ndarray  # (n,) int64
+    width: np.ndarray  # (n,) int64, pixels as stored
+    height: np.ndarray
+    placement: Placement
+    mean: np.ndarray  # (rows, 3) float32: what to subtract, the colour shift with it
+    read: ReadBatch
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a backend makes of every batch."""
+
+    crop: int
+    views: int  # crops an image
+    dtype: PixelType  # uint8: not normalised
+    channels_last: bool
+    std: tuple[float, ...]  # (3,) what to divide by
+    device: torch.device
+
+
+class Engine(Protocol):
+    """A backend: decodes what the plan names, where the plan names it. Nothing in it is random or keeps an order."""
+
+    def start(self, source: Callable[[], Work]) -> None:
+        """`source` gives the next batch whenever the engine can begin with it."""
+
+    def next(self) -> tuple[Work, torch.Tensor]:
+        """The next batch and its (rows, 3, crop, crop) crops. Raises DataError for an image that it cannot decode."""
+
+    def stop(self) -> None:
+        """Forgets all that is under way. Nothing of it is written or read to any more when this returns."""
+
+    def close(self) -> None:
+        """Ends the threads; after stop()."""
+
+
+def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(x - mean) / std in float32, then in `dtype`; keeps the memory format. Broadcasts over (rows, 3, crop, crop)."""
+    return images.float().sub_(mean).div_(std).to(dtype)
