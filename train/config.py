@@ -85,6 +85,8 @@ class RunConfig:
     seed: int = 0
     log_every: int = 20
     """Steps between two records of the loss: the only times that the device is waited for."""
+    save_every: int = 0
+    """Steps between checkpoints within an epoch; 0: only at its end. A run goes on from any of them."""
     keep_checkpoints: int = 3
     record_ids: bool = False
     """Write each rank's sample ids of every step to ids/, to compare runs."""
@@ -92,7 +94,7 @@ class RunConfig:
     """auto: NCCL between GPUs, gloo between CPUs; gloo also joins two ranks on one GPU."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "run", seed=0, log_every=1, keep_checkpoints=1)
+        _at_least(self, "run", seed=0, log_every=1, save_every=0, keep_checkpoints=1)
         _one_of(self, "run", ddp_backend=("auto", "nccl", "gloo"))
 
 
@@ -125,13 +127,17 @@ def _one_of(config: Any, group: str, **allowed: tuple[str, ...]) -> None:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.batch": 128, …}, as the flags are named."""
+    """{"train.batch": 128, …}, as the flags are named; values as JSON gives them back."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         name = prefix + f.name
-        flat |= flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+        flat |= flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: _as_json(value)}
     return flat
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 RESUME_NEWEST = "newest"

@@ -165,7 +165,12 @@ class Run:
         if self.state.epoch < self.config.train.epochs:
             self.loader.load_state_dict(state["loader"])
         if self.accelerator.is_main_process:
-            print(f"resuming from {path}: {self.state.epoch} of {self.config.train.epochs} epochs done", flush=True)
+            print(f"resuming from {path}: {self._done()} done", flush=True)
+
+    def _done(self) -> str:
+        steps = self.state.step - self.state.epoch * self.steps_per_epoch
+        more = f" and {steps} of {self.steps_per_epoch} steps" if steps else ""
+        return f"{self.state.epoch} of {self.config.train.epochs} epochs{more}"
 
     def _refuse_other_run(self, path: Path, state: dict[str, Any]) -> None:
         saved, now = state["config"], self._fixed()
@@ -197,9 +202,10 @@ class Run:
 
     def _train_epoch(self) -> None:
         c, state, number = self.config, self.state, self.state.epoch + 1
+        steps_left = self.steps_per_epoch - self.loader.state_dict()["step"]
         progress = Progress(
             f"epoch {number}/{c.train.epochs}",
-            self.steps_per_epoch * c.train.batch,
+            steps_left * c.train.batch,
             enabled=self.accelerator.is_main_process,
         )
         meter = Meter(self.accelerator, c.train.batch)
@@ -216,6 +222,10 @@ class Run:
             if state.step % c.run.log_every == 0:
                 note = self._log(meter.read(self.loader), rate, number)
             progress.update(c.train.batch, note or progress.note)
+            within = state.step % self.steps_per_epoch  # at an epoch's end, evaluation comes before the checkpoint
+            if c.run.save_every and state.step % c.run.save_every == 0 and within:
+                self._refuse_not_finite("loss", float(self.accelerator.reduce(loss, "mean")))
+                self._save()
         progress.close()
         state.epoch = number
         if meter.steps:

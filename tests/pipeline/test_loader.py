@@ -298,6 +298,35 @@ def test_a_state_goes_on_at_another_world_size(shards):
         loader.close()
 
 
+def batches_of(loader, *, epochs):
+    for _ in range(epochs):
+        yield from loader
+
+
+def test_ids_over_changing_world_sizes_are_those_of_one_rank(shards, backend):
+    """4 → 2 → 1 → 4 ranks, each leaving off within an epoch and handing on its state as JSON."""
+    make = lambda rank, world: Loader(  # noqa: E731
+        shards["jpeg"], batch=4, seed=3, partitions=4, rank=rank, world=world, augment=VIEW, config=backend
+    )
+    with make(0, 1) as one:
+        expected = [batch.ids.tolist() for _ in range(3) for batch in one]
+    state, got = json.dumps({"epoch": 0, "step": 0}), []
+    for world, steps in ((4, 2), (2, 2), (1, 1), (4, 4)):
+        loaders = [make(rank, world) for rank in range(world)]
+        streams = []
+        for loader in loaders:
+            loader.load_state_dict(json.loads(state))
+            streams.append(batches_of(loader, epochs=3))
+        for _ in range(steps):
+            got.append([i for stream in streams for i in next(stream).ids.tolist()])
+        states = {json.dumps(loader.state_dict()) for loader in loaders}
+        assert len(states) == 1
+        state = states.pop()
+        for loader in loaders:
+            loader.close()
+    assert got == expected
+
+
 @pytest.mark.parametrize(("partitions", "window"), [(1, 1), (3, 0), (3, 2)])
 def test_partitions_and_windows_see_each_sample_once(shards, partitions, window):
     with Loader(shards["jpeg"], batch=3, partitions=partitions, window=window, augment=VIEW) as loader:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline import open_dataset
@@ -137,6 +138,30 @@ def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, digits, tm
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], abs=1e-4)
     finished = alone(*args, "--resume")
     assert finished.stdout.splitlines()[-1] == resumed.stdout.splitlines()[-1]
+
+
+def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one, digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 2, "--run.save-every", 5, *EXACT]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(*args, ranks=2), **quiet, cwd="/", env=os.environ | TWO)
+    checkpoint = run / "checkpoints" / "step-00000030"  # the eighth step of the second epoch
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    ranks = psutil.Process(process.pid).children(recursive=True)  # each leads a session of its own
+    for victim in (*ranks, process):
+        victim.kill()
+    process.wait()
+    resumed = launch(*args, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"resuming from .*: 1 of 2 epochs and \d+ of 22 steps done", resumed.stdout)
+    assert global_ids(run) == global_ids(one)
+    ours, theirs = metrics(run, "train"), metrics(one, "train")
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], abs=1e-3)
 
 
 def test_resuming_another_run_is_refused_with_both_values(one, digits):
