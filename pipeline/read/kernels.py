@@ -264,19 +264,10 @@ class Cropper:
 
     def __init__(self, side: int, *, dtype: str, packed: bool) -> None:
         self.side, self.packed, self._local = side, packed, threading.local()
-        ones = np.ones(3, np.float32)
+        pixels, out, ones = np.zeros(3, np.uint8), np.zeros(3 * side * side, dtype), np.ones(3, np.float32)
+        pixels.setflags(write=False)
         with _vectorised_straight_lines():  # the first call compiles, or loads what an earlier process compiled
-            self(
-                np.zeros(3, np.uint8),
-                1,
-                1,
-                np.zeros(3 * side * side, dtype),
-                0,
-                np.ones(4),
-                np.zeros(1, bool),
-                ones,
-                ones,
-            )
+            self(pixels, 1, 1, out, 0, np.ones(4), np.zeros(1, bool), ones, ones)
 
     def __call__(
         self,
@@ -292,7 +283,7 @@ class Cropper:
     ) -> None:
         """Writes crop `number` of a batch of n.
 
-        pixels: (height · width · 3,) uint8, RGB. out: (n · 3 · side · side,). flip: (n,) bool.
+        pixels: (height · width · 3,) uint8, RGB, read-only. out: (n · 3 · side · side,). flip: (n,) bool.
         box: (n · 4,) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
             needs beyond the box comes from the image around it.
         mean: (n · 3,), scale: (3,) float32; the crop is (x - mean) · scale.

@@ -111,8 +111,9 @@ class Portable:
                 crop(pixels, width, height, out, number, box, flip, mean, scale)
 
     def _pixels(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
-        """(height · width · 3,) uint8, valid until this thread's next call."""
+        """(height · width · 3,) uint8, read-only as the kernel takes it, valid until this thread's next call."""
         if self.raw:
+            image.setflags(write=False)
             return image
         try:
             pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
@@ -121,6 +122,7 @@ class Portable:
         if pixels.shape != (height, width, 3):
             raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels where the index says {width}×{height}")
         flat: np.ndarray = pixels.reshape(-1)
+        flat.setflags(write=False)
         return flat
 
     def _scratch(self, size: int) -> np.ndarray:

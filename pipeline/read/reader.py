@@ -1,14 +1,18 @@
 """Bytes of samples from local shards, by their ids, each one checked.
 
 Where storage has to be waited for, a pool keeps many reads in flight, batches ahead, into reused buffers. Where the
-operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes an image reads it
-himself. The reader finds out which by the time that reads take. pread and not mmap: a map saves 2 of a read's 7 µs and
-ends the process where a file shrinks.
+operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes an image takes it
+from a memory map. The reader finds out which by the time that reads take.
+
+Measured on two cores, from the page cache: map instead of pread 1.03 times the rate of 256-pixel JPEGs, 1.9 times that
+of raw pixels; no pool instead of one 1.15 times. On network filesystems, where maps are slow, it is pread alone.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -31,11 +35,16 @@ except ImportError:  # no wheel for this platform
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
 SAMPLES_A_TASK = 4  # a task costs 15 µs, four reads from the page cache 30; a batch of 128 makes 32 reads in flight
+PAGE = 4096
 SLOW_SECONDS = 100e-6  # a mean read of so long comes from storage: from the page cache 100 kB take 20 µs
 PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
 
 
 _Job = tuple[int, int, int, int, int]  # one sample to read: id, shard, offset, size, crc32
+
+
+# Maps of files there fault page by page, and a server's trouble would be a signal and not an error.
+NETWORK = re.compile(r"nfs|cifs|smb|ceph|lustre|gpfs|beegfs|gluster|9p|afs|fuse|virtiofs|orangefs|pvfs|weka|quobyte")
 
 
 class ReadBatch:
@@ -107,6 +116,7 @@ class Reader:
         self.shard = index["shard"].astype(np.int64)
         self.crc32 = index["crc32"].astype(np.int64)
         self.files = OpenFiles([split.root / shard.name for shard in split.shards])
+        self._maps = Maps(self.files) if can_be_mapped(split.root) and not always_ahead else None
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self.free: list[np.ndarray] = []
         self._local = threading.local()
@@ -145,16 +155,30 @@ class Reader:
             self._read(image, job)
 
     def read_now(self, job: _Job) -> np.ndarray:
-        """Reads one sample in the calling thread, into this thread's buffer."""
+        """One sample, read in the calling thread: mapped, or in this thread's buffer."""
         started = time.perf_counter()
-        buffer: np.ndarray | None = getattr(self._local, "buffer", None)
-        size = job[3]
-        if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = np.empty(2 * size, np.uint8)
-        image = buffer[:size]
-        self._read(image, job)
+        if self._maps is not None:
+            image = self._mapped(self._maps, job)
+        else:
+            size, buffer = job[3], getattr(self._local, "buffer", None)
+            if buffer is None or len(buffer) < size:
+                buffer = self._local.buffer = np.empty(2 * size, np.uint8)
+            image = buffer[:size]
+            self._read(image, job)
         # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
         self._read_seconds += (time.perf_counter() - started - self._read_seconds) / 16
+        return image
+
+    def _mapped(self, maps: Maps, job: _Job) -> np.ndarray:
+        sample, shard, offset, size, crc = job
+        mapped = maps.open(shard)
+        if mapped.size() < offset + size:  # asks the file: touching what it has lost would end the process
+            raise self._bad(sample, "the shard ends before it")
+        image: np.ndarray = np.frombuffer(mapped, np.uint8, size, offset)
+        if not self.verify:
+            image[::PAGE].max()  # has it read, so that its time is known here too
+        elif crc32(image) != crc:
+            raise self._bad(sample, "its bytes changed since they were written (checksum)")
         return image
 
     def _read(self, image: np.ndarray, job: _Job) -> None:
@@ -182,6 +206,7 @@ class Reader:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        self._maps = None
         self.files.close()
 
 
@@ -242,3 +267,53 @@ class OpenFiles:
                 os.close(fd)
             self._open.clear()
             self._kept = [None] * len(self.paths)
+
+
+class Maps:
+    """Memory maps by shard number: made when needed, at most MAX_OPEN kept; one that is dropped lives while in use."""
+
+    def __init__(self, files: OpenFiles) -> None:
+        self.files = files
+        self._lock = threading.Lock()
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()  # oldest use first, where there are many shards
+        self._evicts = len(files.paths) > MAX_OPEN
+
+    def open(self, shard: int) -> mmap.mmap:
+        mapped = self._maps.get(shard)
+        if mapped is not None and not self._evicts:
+            return mapped
+        with self._lock:
+            mapped = self._maps.get(shard)
+            if mapped is None:
+                if len(self._maps) >= MAX_OPEN:
+                    self._maps.popitem(last=False)
+                mapped = self._maps[shard] = self._map(shard)
+            self._maps.move_to_end(shard)
+        return mapped
+
+    def _map(self, shard: int) -> mmap.mmap:
+        with self.files.open(shard) as fd:
+            try:
+                mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+                mapped.madvise(mmap.MADV_RANDOM)  # samples are read in random order: no neighbours
+            except (OSError, ValueError) as err:
+                raise StorageError(f"{self.files.paths[shard]}: cannot be mapped: {err}") from err
+        return mapped
+
+
+def can_be_mapped(folder: Path) -> bool:
+    """Whether `folder` is known to lie on a local filesystem."""
+    kind = filesystem(folder)
+    return kind is not None and not NETWORK.search(kind)
+
+
+def filesystem(folder: Path) -> str | None:
+    """The type of the filesystem that holds `folder`, such as ext4 or nfs4; None where the system does not tell."""
+    try:
+        device = os.stat(folder).st_dev
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    number = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [after.split()[0] for line in lines if line.split()[2] == number for after in [line.partition(" - ")[2]]]
+    return kinds[-1] if kinds else None
