@@ -10,33 +10,26 @@ Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-from numba.core import config
 from numba.extending import overload
+
+from . import checksum
+from .compiled import compiled, straight_lines_vectorised
 
 LANES = 4  # taps are summed in groups of so many; their number is padded with zero weights
 u = np.uintp
-NUMBA: Any = config
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(nogil=True, fastmath=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep machine code: a read-only installation without a home
-        return numba.njit(nogil=True, fastmath=True)(function)
-
-
-@_compiled
+@compiled
 def taps(scale: float) -> int:
     """How many source pixels one resampled pixel needs, rounded up to whole groups."""
     return (int(2 * max(scale, 1.0)) + 2 + LANES - 1) // LANES * LANES
 
 
-@_compiled
+@compiled
 def _triangle(
     start: float,
     scale: float,
@@ -72,7 +65,7 @@ def _triangle(
         first[f + at] = low
 
 
-@_compiled
+@compiled
 def _blend_rows(
     pixels: np.ndarray,
     pitch: int,
@@ -111,7 +104,7 @@ def _blend_rows(
                 )
 
 
-@_compiled
+@compiled
 def _blend_columns(floats: np.ndarray, line: int, a: int, first: np.ndarray, side: int, count: int, out: int) -> None:
     """floats[out + 3 x : …] = the weighted sum of `count` pixels of the line; the weights begin at floats[0].
 
@@ -137,14 +130,14 @@ def _blend_columns(floats: np.ndarray, line: int, a: int, first: np.ndarray, sid
         q += u(3)
 
 
-@_compiled
+@compiled
 def _round(floats: np.ndarray, at: int, count: int, row: np.ndarray) -> None:
     start = u(at)
     for j in range(u(count)):
         row[j] = np.uint8(np.int32(floats[start + j] + np.float32(0.5)))
 
 
-@_compiled
+@compiled
 def _reverse(pixels: np.ndarray, at: int, side: int, row: np.ndarray) -> None:
     p, q = u(at), u(3 * side)
     for _ in range(side):
@@ -210,8 +203,15 @@ def _store_float32(
         out[red + plane + plane + x] = (np.float32(values[p + u(2)]) - m2) * s2
 
 
-@_compiled
+@compiled
+def _crc32(data: np.ndarray) -> int:
+    crc: int = checksum.crc32(data) if checksum.AVAILABLE else 0
+    return crc
+
+
+@compiled
 def _crop(
+    data: np.ndarray,
     pixels: np.ndarray,
     width: int,
     height: int,
@@ -226,8 +226,12 @@ def _crop(
     floats: np.ndarray,
     first: np.ndarray,
     row: np.ndarray,
-) -> None:
-    """Crop `number` of the batch; all arrays are flat. floats: weights across, weights down, a line, a blended line."""
+) -> int:
+    """Crop `number` of the batch; all arrays are flat. floats: weights across, weights down, a line, a blended line.
+
+    Returns the CRC-32 of `data`: what is to be verified as well costs no further call, and no further wait for the GIL.
+    """
+    crc: int = _crc32(data)
     start, m, flip = 3 * side * side * number, 3 * number, flips[number]
     left, top = box[4 * number], box[4 * number + 1]
     x_scale, y_scale = box[4 * number + 2] / side, box[4 * number + 3] / side
@@ -239,7 +243,7 @@ def _crop(
                 _store(row, 0, out, start, side, y, packed, mean, m, scale)
             else:
                 _store(pixels, at, out, start, side, y, packed, mean, m, scale)
-        return
+        return crc
     x_taps, y_taps = taps(x_scale), taps(y_scale)
     down = side * x_taps
     line = down + side * y_taps
@@ -253,6 +257,11 @@ def _crop(
         _blend_columns(floats, line, a, first, side, x_taps, blended)
         _round(floats, blended, 3 * side, row)
         _store(row, 0, out, start, side, y, packed, mean, m, scale)
+    return crc
+
+
+NOTHING = np.zeros(0, np.uint8)  # to compute no checksum of
+NOTHING.setflags(write=False)
 
 
 class Cropper:
@@ -266,11 +275,12 @@ class Cropper:
         self.side, self.packed, self._local = side, packed, threading.local()
         pixels, out, ones = np.zeros(3, np.uint8), np.zeros(3 * side * side, dtype), np.ones(3, np.float32)
         pixels.setflags(write=False)
-        with _vectorised_straight_lines():  # the first call compiles, or loads what an earlier process compiled
-            self(pixels, 1, 1, out, 0, np.ones(4), np.zeros(1, bool), ones, ones)
+        with straight_lines_vectorised():  # the first call compiles, or loads what an earlier process compiled
+            self(NOTHING, pixels, 1, 1, out, 0, np.ones(4), np.zeros(1, bool), ones, ones)
 
     def __call__(
         self,
+        data: np.ndarray,
         pixels: np.ndarray,
         width: int,
         height: int,
@@ -280,8 +290,8 @@ class Cropper:
         flip: np.ndarray,
         mean: np.ndarray,
         scale: np.ndarray,
-    ) -> None:
-        """Writes crop `number` of a batch of n.
+    ) -> int:
+        """Writes crop `number` of a batch of n, and returns the CRC-32 of `data`, (bytes,) uint8, read-only.
 
         pixels: (height · width · 3,) uint8, RGB, read-only. out: (n · 3 · side · side,). flip: (n,) bool.
         box: (n · 4,) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
@@ -289,7 +299,10 @@ class Cropper:
         mean: (n · 3,), scale: (3,) float32; the crop is (x - mean) · scale.
         """
         floats, first, row = self._scratch(width, max(box[4 * number + 2], box[4 * number + 3]))
-        _crop(pixels, width, height, out, number, self.side, self.packed, box, flip, mean, scale, floats, first, row)
+        crc: int = _crop(
+            data, pixels, width, height, out, number, self.side, self.packed, box, flip, mean, scale, floats, first, row
+        )
+        return crc
 
     def _scratch(self, width: int, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This thread's arrays for an image of this width and a box of this size; they grow with what they meet."""
@@ -304,18 +317,3 @@ class Cropper:
             )  # fmt: skip
         arrays: tuple[np.ndarray, np.ndarray, np.ndarray] = local.arrays
         return arrays
-
-
-class _vectorised_straight_lines:
-    """Lets LLVM join neighbouring scalar operations in what is compiled meanwhile, which Numba leaves off: 4 times."""
-
-    _lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._before = NUMBA.SLP_VECTORIZE
-        NUMBA.SLP_VECTORIZE = 1
-
-    def __exit__(self, *_: object) -> None:
-        NUMBA.SLP_VECTORIZE = self._before
-        self._lock.release()

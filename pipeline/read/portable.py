@@ -20,7 +20,9 @@ from PIL import Image
 from simplejpeg import decode_jpeg
 
 from ..errors import DataError
-from .kernels import Cropper
+from . import checksum
+from .kernels import NOTHING, Cropper
+from .reader import crc32
 from .work import Output, Work, normalised
 
 IMAGES_A_TASK = 32  # at most: a task costs 50 µs, with the waking of its thread
@@ -99,21 +101,29 @@ class Portable:
         crop, scale, views = self._cropper, self._inverse_std, self.output.views
         sizes = zip(work.width[start:end].tolist(), work.height[start:end].tolist(), strict=True)
         for i, (width, height) in enumerate(sizes, start):
-            image = work.read.image(i)
+            image, unverified = work.read.image(i)
+            image.setflags(write=False)  # as the kernel takes it
+            if unverified and not checksum.AVAILABLE:
+                work.read.check(i, crc32(image))
+                unverified = False
             try:
                 pixels = self._pixels(image, width, height)
             except Exception as err:  # Pillow's decoders raise whatever they like
+                if unverified:
+                    work.read.check(i, crc32(image))  # damaged since it was written, or ever since
                 raise DataError(
                     f"{self._describe(int(work.ids[i]))}: cannot be decoded ({err});"
                     " shard the data again with --encode jpeg, or without this image"
                 ) from err
             for number in range(i * views, (i + 1) * views):
-                crop(pixels, width, height, out, number, box, flip, mean, scale)
+                crc = crop(image if unverified else NOTHING, pixels, width, height, out, number, box, flip, mean, scale)
+                if unverified:
+                    work.read.check(i, crc)
+                    unverified = False
 
     def _pixels(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, read-only as the kernel takes it, valid until this thread's next call."""
         if self.raw:
-            image.setflags(write=False)
             return image
         try:
             pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))

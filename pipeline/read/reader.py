@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -28,15 +29,16 @@ from ..manifest import Split
 from ..shards import sample_key
 
 try:
-    from zlib_ng.zlib_ng import crc32  # 2 µs a 256-side JPEG
+    from zlib_ng.zlib_ng import crc32 as crc32  # 2 µs a 256-side JPEG
 except ImportError:  # no wheel for this platform
-    from zlib import crc32  # the same polynomial at a thirteenth of the speed
+    from zlib import crc32 as crc32  # the same polynomial at a thirteenth of the speed
 
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
 SAMPLES_A_TASK = 4  # a task costs 15 µs, four reads from the page cache 30; a batch of 128 makes 32 reads in flight
 PAGE = 4096
-SLOW_SECONDS = 100e-6  # a mean read of so long comes from storage: from the page cache 100 kB take 20 µs
+SLOW_SECONDS = 150e-6  # a read of so long comes from storage: from the page cache 100 kB take 20 µs
+SLOW_SHARE = 0.3  # of the last dozen reads
 PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
 
 
@@ -75,15 +77,21 @@ class ReadBatch:
         ]
         self._images = images
 
-    def image(self, i: int) -> np.ndarray:
+    def image(self, i: int) -> tuple[np.ndarray, bool]:
         """The stored bytes of the i-th image, uint8, valid until this thread's next call and until release().
 
+        And whether they are still to be verified, by check(i, crc32) with what whoever works on them computed.
         Raises DataError or StorageError.
         """
         if not self._tasks:
-            return self._reader.read_now(self._jobs[i])
+            return self._reader.read_now(self._jobs[i]), self._reader.verify
         self._tasks[i // SAMPLES_A_TASK].result()
-        return self._images[i]
+        return self._images[i], False
+
+    def check(self, i: int, crc: int) -> None:
+        """Raises DataError unless the i-th image is what was written."""
+        if crc != self._jobs[i][4]:
+            raise self._reader.changed(self._jobs[i][0])
 
     def wait(self) -> list[np.ndarray]:
         """The stored bytes of all images, valid until release(). Raises DataError or StorageError."""
@@ -120,7 +128,7 @@ class Reader:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self.free: list[np.ndarray] = []
         self._local = threading.local()
-        self._read_seconds = 0.0  # moving mean of a read that was waited for
+        self._slow_share = 0.0  # moving mean over reads that were waited for
         self._ahead_for, self._patience = 0, PATIENCE[0]
 
     def read(self, ids: np.ndarray) -> ReadBatch:
@@ -136,9 +144,9 @@ class Reader:
         """Whether batches are to be read ahead: as long as reads took, and then for another try without."""
         if self.always_ahead or self._ahead_for > 0:
             return True
-        if self._read_seconds < SLOW_SECONDS:
+        if self._slow_share < SLOW_SHARE:
             return False
-        self._ahead_for, self._read_seconds = self._patience, 0.0
+        self._ahead_for, self._slow_share = self._patience, 0.0
         self._patience = min(2 * self._patience, PATIENCE[1])
         return True
 
@@ -152,10 +160,10 @@ class Reader:
     def read_into(self, images: list[np.ndarray], jobs: list[_Job]) -> None:
         """A pool thread's task."""
         for image, job in zip(images, jobs, strict=True):
-            self._read(image, job)
+            self._read(image, job, verify=self.verify)
 
     def read_now(self, job: _Job) -> np.ndarray:
-        """One sample, read in the calling thread: mapped, or in this thread's buffer."""
+        """One sample, read in the calling thread: mapped, or in this thread's buffer. Not verified."""
         started = time.perf_counter()
         if self._maps is not None:
             image = self._mapped(self._maps, job)
@@ -164,24 +172,32 @@ class Reader:
             if buffer is None or len(buffer) < size:
                 buffer = self._local.buffer = np.empty(2 * size, np.uint8)
             image = buffer[:size]
-            self._read(image, job)
-        # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
-        self._read_seconds += (time.perf_counter() - started - self._read_seconds) / 16
+            self._read(image, job, verify=False)
+        self._judge(time.perf_counter() - started)
         return image
 
+    def _judge(self, seconds: float) -> None:
+        slow = seconds > SLOW_SECONDS
+        if not slow and self._maps is not None and seconds > SLOW_SECONDS / 5:
+            # A fast disk: the system counts the pages that it had to fetch for this thread.
+            before, fetched = (
+                getattr(self._local, "fetched", None),
+                resource.getrusage(resource.RUSAGE_THREAD).ru_majflt,
+            )
+            slow, self._local.fetched = before is not None and fetched > before, fetched
+        # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
+        self._slow_share += (slow - self._slow_share) / 16
+
     def _mapped(self, maps: Maps, job: _Job) -> np.ndarray:
-        sample, shard, offset, size, crc = job
+        sample, shard, offset, size, _ = job
         mapped = maps.open(shard)
         if mapped.size() < offset + size:  # asks the file: touching what it has lost would end the process
             raise self._bad(sample, "the shard ends before it")
         image: np.ndarray = np.frombuffer(mapped, np.uint8, size, offset)
-        if not self.verify:
-            image[::PAGE].max()  # has it read, so that its time is known here too
-        elif crc32(image) != crc:
-            raise self._bad(sample, "its bytes changed since they were written (checksum)")
+        image[::PAGE].max()  # has it read, so that the time this takes is known
         return image
 
-    def _read(self, image: np.ndarray, job: _Job) -> None:
+    def _read(self, image: np.ndarray, job: _Job, *, verify: bool) -> None:
         sample, shard, offset, size, crc = job
         with self.files.open(shard) as fd:
             done = 0
@@ -193,8 +209,11 @@ class Reader:
                 if not got:
                     raise self._bad(sample, "the shard ends before it")
                 done += got
-        if self.verify and crc32(image) != crc:
-            raise self._bad(sample, "its bytes changed since they were written (checksum)")
+        if verify and crc32(image) != crc:
+            raise self.changed(sample)
+
+    def changed(self, sample: int) -> DataError:
+        return self._bad(sample, "its bytes changed since they were written (checksum)")
 
     def _bad(self, sample: int, reason: str) -> DataError:
         return DataError(f"{self.describe(sample)}: {reason}; copy the shard again or shard the data again")
@@ -294,11 +313,9 @@ class Maps:
     def _map(self, shard: int) -> mmap.mmap:
         with self.files.open(shard) as fd:
             try:
-                mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-                mapped.madvise(mmap.MADV_RANDOM)  # samples are read in random order: no neighbours
+                return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as err:
                 raise StorageError(f"{self.files.paths[shard]}: cannot be mapped: {err}") from err
-        return mapped
 
 
 def can_be_mapped(folder: Path) -> bool:
