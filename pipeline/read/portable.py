@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from simplejpeg import decode_jpeg
 
-from ..errors import DataError
+from ..errors import DataError, ExpressError
 from . import checksum
+from .jpeg import ROWS_BELOW, cut_short
 from .kernels import NOTHING, Cropper
 from .reader import crc32
 from .work import Output, Work, normalised
@@ -45,6 +46,7 @@ class Portable:
         self._cropper = Cropper(
             output.crop, dtype="float32" if self._in_kernel else "uint8", packed=output.channels_last
         )
+        cut_short(NOTHING, 1, 1, 1, np.zeros(1, np.uint8), True)  # compiles, or loads what an earlier process compiled
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers = Buffers(pinned=output.device.type == "cuda")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
@@ -100,14 +102,18 @@ class Portable:
         )
         crop, scale, views = self._cropper, self._inverse_std, self.output.views
         sizes = zip(work.width[start:end].tolist(), work.height[start:end].tolist(), strict=True)
+        needed = self._rows_needed(work, start, end)
         for i, (width, height) in enumerate(sizes, start):
             image, unverified = work.read.image(i)
-            image.setflags(write=False)  # as the kernel takes it
-            if unverified and not checksum.AVAILABLE:
-                work.read.check(i, crc32(image))
-                unverified = False
             try:
-                pixels = self._pixels(image, width, height)
+                if unverified and not self.raw and needed[i - start] < height:
+                    pixels = self._top(work, i, image, width, height, needed[i - start])
+                    unverified = False
+                else:
+                    image.setflags(write=False)  # as the kernel takes it
+                    pixels = image if self.raw else self._decoded(image, width, height)
+            except ExpressError:
+                raise
             except Exception as err:  # Pillow's decoders raise whatever they like
                 if unverified:
                     work.read.check(i, crc32(image))  # damaged since it was written, or ever since
@@ -115,30 +121,57 @@ class Portable:
                     f"{self._describe(int(work.ids[i]))}: cannot be decoded ({err});"
                     " shard the data again with --encode jpeg, or without this image"
                 ) from err
+            if unverified and not checksum.AVAILABLE:
+                work.read.check(i, crc32(image))
+                unverified = False
             for number in range(i * views, (i + 1) * views):
                 crc = crop(image if unverified else NOTHING, pixels, width, height, out, number, box, flip, mean, scale)
                 if unverified:
                     work.read.check(i, crc)
                     unverified = False
+        work.read.worked_on(end - start)
 
-    def _pixels(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
+    def _rows_needed(self, work: Work, start: int, end: int) -> list[int]:
+        """How many rows of images [start, end), from the top, their crops are made of."""
+        views, box = self.output.views, work.placement.box
+        bottom = box[start * views : end * views, 1] + box[start * views : end * views, 3]
+        taps = np.maximum(box[start * views : end * views, 3] / self.output.crop, 1)
+        rows: list[int] = (np.ceil(bottom + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW).tolist()
+        return rows
+
+    def _top(self, work: Work, i: int, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
+        """The first `rows` rows of an image, or all of it where that cannot be had; as _decoded(). Verified."""
+        copy = self._scratch("copy", len(image))
+        image.setflags(write=False)
+        cut, crc = cut_short(image, width, height, rows, copy, True)
+        work.read.check(i, crc if checksum.AVAILABLE else crc32(image))
+        if not cut:
+            return self._decoded(image, width, height)
+        # Not strict: the rest of the image is what it would complain of. The checksum was right.
+        buffer = self._scratch("pixels", 3 * height * width)
+        return self._checked(decode_jpeg(copy[: len(image)], buffer=buffer, strict=False), width, rows)
+
+    def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, read-only as the kernel takes it, valid until this thread's next call."""
-        if self.raw:
-            return image
         try:
-            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
+            pixels = decode_jpeg(image, buffer=self._scratch("pixels", 3 * height * width))
         except ValueError:
             pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
+        return self._checked(pixels, width, height)
+
+    def _checked(self, pixels: np.ndarray, width: int, height: int) -> np.ndarray:
         if pixels.shape != (height, width, 3):
             raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels where the index says {width}×{height}")
         flat: np.ndarray = pixels.reshape(-1)
         flat.setflags(write=False)
         return flat
 
-    def _scratch(self, size: int) -> np.ndarray:
-        buffer: np.ndarray | None = getattr(self._local, "pixels", None)
+    def _scratch(self, name: str, size: int) -> np.ndarray:
+        """This thread's buffer of that name, of at least `size` bytes."""
+        buffer: np.ndarray | None = getattr(self._local, name, None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.pixels = np.empty(size + size // 4, np.uint8)
+            buffer = np.empty(size + size // 4, np.uint8)
+            setattr(self._local, name, buffer)
         return buffer
 
     def _delivered(self, job: _Job) -> torch.Tensor:

@@ -36,9 +36,8 @@ except ImportError:  # no wheel for this platform
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
 SAMPLES_A_TASK = 4  # a task costs 15 µs, four reads from the page cache 30; a batch of 128 makes 32 reads in flight
-PAGE = 4096
 SLOW_SECONDS = 150e-6  # a read of so long comes from storage: from the page cache 100 kB take 20 µs
-SLOW_SHARE = 0.3  # of the last dozen reads
+SLOW_SHARE = 0.3  # of the latest reads
 PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
 
 
@@ -92,6 +91,11 @@ class ReadBatch:
         """Raises DataError unless the i-th image is what was written."""
         if crc != self._jobs[i][4]:
             raise self._reader.changed(self._jobs[i][0])
+
+    def worked_on(self, images: int) -> None:
+        """To be called by a thread that is done with so many of the images."""
+        if not self._tasks:
+            self._reader.worked_on(images)
 
     def wait(self) -> list[np.ndarray]:
         """The stored bytes of all images, valid until release(). Raises DataError or StorageError."""
@@ -163,30 +167,17 @@ class Reader:
             self._read(image, job, verify=self.verify)
 
     def read_now(self, job: _Job) -> np.ndarray:
-        """One sample, read in the calling thread: mapped, or in this thread's buffer. Not verified."""
-        started = time.perf_counter()
+        """One sample, in the calling thread: mapped, or read into this thread's buffer. Not verified."""
         if self._maps is not None:
-            image = self._mapped(self._maps, job)
-        else:
-            size, buffer = job[3], getattr(self._local, "buffer", None)
-            if buffer is None or len(buffer) < size:
-                buffer = self._local.buffer = np.empty(2 * size, np.uint8)
-            image = buffer[:size]
-            self._read(image, job, verify=False)
-        self._judge(time.perf_counter() - started)
+            return self._mapped(self._maps, job)
+        size, buffer = job[3], getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.buffer = np.empty(2 * size, np.uint8)
+        image: np.ndarray = buffer[:size]
+        started = time.perf_counter()
+        self._read(image, job, verify=False)
+        self._judge(time.perf_counter() - started > SLOW_SECONDS, of=16)
         return image
-
-    def _judge(self, seconds: float) -> None:
-        slow = seconds > SLOW_SECONDS
-        if not slow and self._maps is not None and seconds > SLOW_SECONDS / 5:
-            # A fast disk: the system counts the pages that it had to fetch for this thread.
-            before, fetched = (
-                getattr(self._local, "fetched", None),
-                resource.getrusage(resource.RUSAGE_THREAD).ru_majflt,
-            )
-            slow, self._local.fetched = before is not None and fetched > before, fetched
-        # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
-        self._slow_share += (slow - self._slow_share) / 16
 
     def _mapped(self, maps: Maps, job: _Job) -> np.ndarray:
         sample, shard, offset, size, _ = job
@@ -194,8 +185,18 @@ class Reader:
         if mapped.size() < offset + size:  # asks the file: touching what it has lost would end the process
             raise self._bad(sample, "the shard ends before it")
         image: np.ndarray = np.frombuffer(mapped, np.uint8, size, offset)
-        image[::PAGE].max()  # has it read, so that the time this takes is known
         return image
+
+    def worked_on(self, images: int) -> None:
+        """To be told by a thread that has worked on so many mapped images: the system counts what it had to fetch."""
+        if self._maps is not None:
+            before = getattr(self._local, "fetched", None)
+            self._local.fetched = fetched = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+            self._judge(before is not None and fetched - before > images / 4, of=3)
+
+    def _judge(self, slow: bool, *, of: int) -> None:
+        # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
+        self._slow_share += (slow - self._slow_share) / of
 
     def _read(self, image: np.ndarray, job: _Job, *, verify: bool) -> None:
         sample, shard, offset, size, crc = job
