@@ -85,7 +85,7 @@ class ReadBatch:
         if not self._tasks:
             return self._reader.read_now(self._jobs[i]), self._reader.verify
         self._tasks[i // SAMPLES_A_TASK].result()
-        return self._images[i], False
+        return self._images[i], self._reader.verify and not self._reader.always_ahead
 
     def check(self, i: int, crc: int) -> None:
         """Raises DataError unless the i-th image is what was written."""
@@ -116,7 +116,7 @@ class ReadBatch:
 class Reader:
     """Reads samples of one split by their ids.
 
-    threads: reads in flight where storage is slow. always_ahead: for consumers that cannot read for themselves.
+    threads: reads in flight where storage is slow. always_ahead: for consumers that neither read nor verify themselves.
     """
 
     def __init__(self, split: Split, *, threads: int = 32, verify: bool = True, always_ahead: bool = False) -> None:
@@ -164,7 +164,7 @@ class Reader:
     def read_into(self, images: list[np.ndarray], jobs: list[_Job]) -> None:
         """A pool thread's task."""
         for image, job in zip(images, jobs, strict=True):
-            self._read(image, job, verify=self.verify)
+            self._read(image, job, verify=self.verify and self.always_ahead)
 
     def read_now(self, job: _Job) -> np.ndarray:
         """One sample, in the calling thread: mapped, or read into this thread's buffer. Not verified."""
