@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,9 @@ def main() -> None:
         except StopIteration:
             stream = iter(loader)
     seconds = time.perf_counter() - started
-    print(json.dumps({"images": images, "seconds": seconds, "cpu_seconds": time.process_time() - cpu}))
+    versions = {"ffcv": metadata.version("ffcv"), "torch": metadata.version("torch")}
+    done = {"images": images, "seconds": seconds, "cpu_seconds": time.process_time() - cpu, "versions": versions}
+    print(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
@@ -10,14 +12,36 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
+from pipeline.read import reader
 from tools.bench.peers.common import arguments, measure
+
+
+def slow_storage(seconds: float) -> None:
+    """As if nothing were cached and every read took so long: maps are not used, each pread waits."""
+    read = os.preadv
+
+    def delayed(*args: object) -> int:
+        time.sleep(seconds)
+        return read(*args)
+
+    os.preadv = delayed
+    reader.can_be_mapped = lambda folder: False
 
 
 def main() -> None:
     a = arguments()
-    config = LoaderConfig(backend=a.backend, threads=a.threads, verify=a.verify == "yes")
+    if a.delay:
+        slow_storage(a.delay)
     loader = Loader(
-        a.data, batch=a.batch, device=a.device, dtype=a.dtype, augment=AugmentConfig(square=False), config=config
+        a.data,
+        batch=a.batch * a.world,
+        rank=a.rank,
+        world=a.world,
+        device=a.device,
+        dtype=a.dtype,
+        augment=AugmentConfig(square=False),
+        # Without a number of threads of its own, each rank takes its share of the cores.
+        config=LoaderConfig(a.backend, threads=a.threads if a.world == 1 else 0, verify=a.verify == "yes"),
     )
 
     def batches():
@@ -32,7 +56,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return len(images)
 
-    measure(next_batch, a.seconds)
+    measure(next_batch, a.seconds, warm_up=16)
     loader.close()
 
 

@@ -1,0 +1,94 @@
+"""What rates do not show: the first batch of a large dataset, memory over many epochs, the planner's share."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import AugmentConfig, Loader, manifest, open_dataset
+from pipeline.shards import write_index
+
+SAMPLES, EPOCHS = 1_281_167, 20
+
+
+def measure(root: Path, *, batch: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="imagenet-express-") as scratch:
+        large = enlarge(root, Path(scratch))
+        first = [json.loads(_python(f"first({str(large)!r}, {batch})")) for _ in range(5)]
+    memory = json.loads(_python(f"memory({str(root)!r}, {batch})"))
+    return {
+        "first_batch_samples": SAMPLES,
+        "first_batch_seconds": round(statistics.median(f["seconds"] for f in first), 3),
+        "first_batch_seconds_with_imports": round(statistics.median(f["with_imports"] for f in first), 3),
+        "resident_megabytes_by_epoch": memory,
+        "planner_microseconds_an_image": planner_microseconds(root, batch=batch),
+    }
+
+
+def _python(call: str) -> str:
+    """A function of this module, in a process of its own."""
+    code = f"import time; t = time.perf_counter(); from tools.bench.extremes import *; print({call})"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    return done.stdout.splitlines()[-1]
+
+
+def enlarge(root: Path, out: Path) -> Path:
+    """A dataset of ImageNet's size whose index names the images of `root` over and over."""
+    dataset = open_dataset(root)
+    split = dataset.split("train")
+    index = np.resize(np.asarray(split.index), SAMPLES)
+    index = index[np.argsort(index["shard"], kind="stable")]
+    counts = np.bincount(index["shard"])
+    shards = []
+    for shard, count in zip(split.shards, counts.tolist(), strict=True):
+        (out / shard.name).symlink_to((root / shard.name).resolve())
+        shards.append(type(shard)(shard.name, count, shard.bytes, shard.sha256))
+    record = manifest.split_record(shards, "large.npy", write_index(out / "large.npy", index))
+    statistics_ = dataset.manifest["statistics"]
+    manifest.write_manifest(out, {"classes": dataset.classes, "splits": {"train": record}, "statistics": statistics_})
+    return out
+
+
+def first(root: str, batch: int) -> str:
+    started = time.perf_counter()
+    with Loader(root, batch=batch, augment=AugmentConfig()) as loader:
+        next(iter(loader))
+    now = time.perf_counter()
+    return json.dumps({"seconds": now - started, "with_imports": now - _started_importing()})
+
+
+def _started_importing() -> float:
+    return float(vars(sys.modules["__main__"])["t"])
+
+
+def memory(root: str, batch: int) -> list[float]:
+    """Resident megabytes after each epoch."""
+    seen = []
+    with Loader(root, batch=batch, dtype="uint8", augment=AugmentConfig()) as loader:
+        for _ in range(EPOCHS):
+            for _batch in loader:
+                pass
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
+    return seen
+
+
+def planner_microseconds(root: Path, *, batch: int) -> float:
+    """Order, crops and flips of a step's images, from coordinates: without the reading of bytes, which is started."""
+    with Loader(root, batch=batch, augment=AugmentConfig()) as loader:
+        seconds = []
+        for epoch in range(30):
+            started = time.perf_counter()
+            loader._plan_steps(epoch, 0)
+            seconds.append(time.perf_counter() - started)
+        return round(statistics.median(seconds) / (len(loader) * batch) * 1e6, 2)
