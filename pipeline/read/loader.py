@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -120,20 +121,22 @@ class Loader:
             raise ConfigError(f"partitions={partitions}, window={window}: at least 1 and 0")
         if not 0 <= rank < world:
             raise ConfigError(f"rank={rank} of world={world}: ranks count from 0")
+        if dtype not in get_args(PixelType):
+            raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.augment = augment or AugmentConfig()
+        self.config = config or LoaderConfig()
+        self.dtype, self.channels_last = dtype, channels_last
+        self.backend, self.backend_reason = choose_backend(self.config.backend, self.device)
+        # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
+        importing = _in_background(self._import_backend)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         self.batch, self.train, self.seed, self.rank, self.world = batch, train, seed, rank, world
         self.partitions, self.window = partitions, window
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        if dtype not in get_args(PixelType):
-            raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
-        self.dtype, self.channels_last = dtype, channels_last
-        self.augment = augment or AugmentConfig()
-        self.config = config or LoaderConfig()
         self.samples = self.split.samples
-        self.backend, self.backend_reason = choose_backend(self.config.backend, self.device)
         if train:
             order.check_batch(batch, samples=self.samples, world=world, partitions=partitions)
         elif batch < 1:
@@ -146,6 +149,8 @@ class Loader:
         self._reader = Reader(
             self.split,
             threads=self.config.read_threads,
+            # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
+            samples_a_task=max(1, min(8, self._part * self.config.prefetch_batches // self.config.read_threads)),
             verify=self.config.verify,
             always_ahead=self.backend != "portable",
         )
@@ -153,11 +158,14 @@ class Loader:
         self._mean, self._std = self._statistics()
         self._mean_image = self._mean_image_crop() if self.augment.normalize == "mean-image" else None
         self._covariance = self.dataset.covariance if train and self.augment.colour else None
+        self._order: tuple[int, np.ndarray] | None = None
+        if len(self):
+            self.ids(0, 0)
+        importing.result()
         self._engine = self._make_engine()
         self._running = False
         self._planned: _Planned | None = None
         self._epoch = self._step = 0
-        self._order: tuple[int, np.ndarray] | None = None
         self._wait_seconds = 0.0
         self._closed = False
 
@@ -308,6 +316,16 @@ class Loader:
         crop = image[offset : offset + self.augment.crop, offset : offset + self.augment.crop]
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))).to(self.device)
 
+    def _import_backend(self) -> None:
+        if self.backend == "portable":
+            from . import portable
+
+            portable.prepare(self.augment.crop, self._decoded_type(), on_cpu=self.device.type == "cpu")
+
+    def _decoded_type(self) -> PixelType:
+        # The mean image is subtracted at the end, on the device, whoever decodes.
+        return "uint8" if self.augment.normalize == "mean-image" else self.dtype
+
     def _make_engine(self) -> Engine:
         if self.augment.colour and self.train and self.dtype == "uint8":
             raise ConfigError(
@@ -315,10 +333,8 @@ class Loader:
             )
         c, crop, depth = self.config, self.augment.crop, self.config.prefetch_batches
         raw, describe = self.dataset.encoding == "raw", self._reader.describe
-        # The mean image is subtracted at the end, on the device, whoever decodes.
-        dtype = "uint8" if self._mean_image is not None else self.dtype
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
-        output = Output(crop, self._views, dtype, self.channels_last, self._std, decode_on)
+        output = Output(crop, self._views, self._decoded_type(), self.channels_last, self._std, decode_on)
         if self.backend == "portable":
             from .portable import Portable
 
@@ -398,6 +414,13 @@ class LoaderDataset(IterableDataset[Batch]):
         if get_worker_info() is not None:
             raise ConfigError("num_workers must be 0 with LoaderDataset: the loader has threads of its own")
         return iter(self.loader)
+
+
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
 
 
 def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str]:

@@ -35,7 +35,6 @@ except ImportError:  # no wheel for this platform
 
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
-SAMPLES_A_TASK = 4  # a task costs 15 µs, four reads from the page cache 30; a batch of 128 makes 32 reads in flight
 SLOW_SECONDS = 150e-6  # a read of so long comes from storage: from the page cache 100 kB take 20 µs
 SLOW_SHARE = 0.3  # of the latest reads
 PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
@@ -68,11 +67,10 @@ class ReadBatch:
         ends = np.cumsum(sizes).tolist()
         self._buffer = buffer = self._reader.buffer(ends[-1])
         images = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+        step = self._reader.samples_a_task
         self._tasks = [
-            self._reader.pool.submit(
-                self._reader.read_into, images[i : i + SAMPLES_A_TASK], self._jobs[i : i + SAMPLES_A_TASK]
-            )
-            for i in range(0, len(images), SAMPLES_A_TASK)
+            self._reader.pool.submit(self._reader.read_into, images[i : i + step], self._jobs[i : i + step])
+            for i in range(0, len(images), step)
         ]
         self._images = images
 
@@ -84,7 +82,7 @@ class ReadBatch:
         """
         if not self._tasks:
             return self._reader.read_now(self._jobs[i]), self._reader.verify
-        self._tasks[i // SAMPLES_A_TASK].result()
+        self._tasks[i // self._reader.samples_a_task].result()
         return self._images[i], self._reader.verify and not self._reader.always_ahead
 
     def check(self, i: int, crc: int) -> None:
@@ -116,11 +114,21 @@ class ReadBatch:
 class Reader:
     """Reads samples of one split by their ids.
 
-    threads: reads in flight where storage is slow. always_ahead: for consumers that neither read nor verify themselves.
+    threads: reads in flight where storage is slow. samples_a_task: how many a thread reads in turn; a task costs 15 µs.
+    always_ahead: for consumers that neither read nor verify themselves.
     """
 
-    def __init__(self, split: Split, *, threads: int = 32, verify: bool = True, always_ahead: bool = False) -> None:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        threads: int = 32,
+        samples_a_task: int = 4,
+        verify: bool = True,
+        always_ahead: bool = False,
+    ) -> None:
         self.split, self.verify, self.always_ahead = split, verify, always_ahead
+        self.samples_a_task = samples_a_task
         index = split.index
         # Contiguous columns: taking rows from the mapped record array costs three times as much.
         self.offset = index["offset"].astype(np.int64)

@@ -21,7 +21,7 @@ def split(shards, tmp_path):
 
 
 def test_batches_in_flight_do_not_disturb_each_other_and_buffers_are_reused(split):
-    r = Reader(split, threads=4)
+    r = Reader(split, threads=4, always_ahead=True)
     rng = np.random.default_rng(0)
     buffers = set()
     for _ in range(20):
@@ -43,12 +43,12 @@ def test_one_flipped_bit_is_found_and_the_sample_named(split):
     data = bytearray(path.read_bytes())
     data[row["offset"] + row["size"] // 2] ^= 4
     path.write_bytes(data)
-    r = Reader(split)
+    r = Reader(split, always_ahead=True)
     with pytest.raises(DataError, match=rf"{path.name}: sample 3 \('(cat|dog)_\d'\) at byte {row['offset']}.*checksum"):
         r.read(np.array([1, 3])).wait()
     r.read(np.array([1, 2])).wait()
     r.close()
-    careless = Reader(split, verify=False)
+    careless = Reader(split, verify=False, always_ahead=True)
     careless.read(np.array([3])).wait()
     careless.close()
 
@@ -57,7 +57,7 @@ def test_a_shard_that_shrinks_or_goes_away_during_training_is_named(split):
     paths = [split.root / shard.name for shard in split.shards]
     paths[0].write_bytes(paths[0].read_bytes()[:600])
     paths[1].unlink()
-    r = Reader(split)
+    r = Reader(split, always_ahead=True)
     of_shard = [int(np.flatnonzero(split.index["shard"] == s)[-1]) for s in (0, 1, 2)]
     with pytest.raises(DataError, match="the shard ends before it"):
         r.read(np.array(of_shard[:1])).wait()
