@@ -138,10 +138,9 @@ def prepare(images: Path, scratch: Path, args: argparse.Namespace) -> tuple[dict
 
     def ffcv(data: str) -> None:
         if args.ffcv_python:
-            script = [str(args.ffcv_python), str(PEERS / "ffcv_loader.py"), "--kind", data]
-            cells.append(
-                Cell(data, "FFCV, its own encoding", [*script, "--images", str(images), "--cache", str(scratch)])
-            )
+            script = [str(args.ffcv_python), str(PEERS / "ffcv_loader.py"), "--kind", data, "--images", str(images)]
+            for crop, name in (("random-resized", "FFCV, random resized crop"), ("centre", "FFCV, centre crop")):
+                cells.append(Cell(data, name, [*script, "--cache", str(scratch), "--crop", crop]))
 
     for data, encoding in ENCODINGS.items():
         plan = Plan(ImageFolder(images), Options(encoding, samples_per_shard=250))
@@ -161,6 +160,7 @@ def prepare(images: Path, scratch: Path, args: argparse.Namespace) -> tuple[dict
             peer(data, "torchvision.io", "torchvision_io.py", images)
             peer(data, "the seed's (ImageFolder)", "seed.py", images)
         cells.append(Cell(data, f"{OURS}, checksums off", [*ours, str(path), "--verify", "no"]))
+        cells.append(Cell(data, f"{OURS}, random resized crop", [*ours, str(path), "--jitter"]))
         cells.append(Cell(data, f"{OURS}, backend dali-cpu", [*ours, str(path), "--backend", "dali-cpu"]))
         if data == "jpeg":
             cells += [Cell(data, f"{OURS}, {ranks} ranks", [*ours, str(path)], ranks) for ranks in (2, 4)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torchvision
 from ffcv.fields import IntField, RGBImageField
-from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
@@ -53,6 +53,7 @@ def main() -> None:
     p.add_argument("--images", type=Path, required=True)
     p.add_argument("--cache", type=Path, required=True)
     p.add_argument("--kind", choices=tuple(FIELDS), required=True)
+    p.add_argument("--crop", choices=("random-resized", "centre"), default="random-resized")
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seconds", type=float, default=4.0)
@@ -61,8 +62,10 @@ def main() -> None:
     if not path.exists():
         fields = {"image": RGBImageField(**FIELDS[a.kind]), "label": IntField()}
         DatasetWriter(str(path), fields, num_workers=a.threads).from_indexed_dataset(Folder(a.images, a.kind == "raw"))
-    # The least work that it has for a crop of this size: cut 224/256 of the short side, scale it to 224.
-    crop = CenterCropRGBImageDecoder((224, 224), ratio=224 / 256)
+    if a.crop == "random-resized":
+        crop = RandomResizedCropRGBImageDecoder((224, 224))  # its only random crop, and its ImageNet recipe's
+    else:
+        crop = CenterCropRGBImageDecoder((224, 224), ratio=224 / 256)  # the least work that it has for such a crop
     # An epoch of this sample is a second or less, and would be half start-up: many repetitions make one long epoch.
     repeated = np.tile(np.arange(len(Folder(a.images, False))), 50)
     loader = Loader(

@@ -1,0 +1,277 @@
+"""One plan, several decoders: the backends give the same pixels, on images of every kind that people have."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import AugmentConfig, Loader, LoaderConfig, manifest, open_dataset
+from pipeline.geometry import centre_offset, resized
+from pipeline.read.augment import colour_shift
+from pipeline.shards import Sample, write_index, write_shard
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.images import Encoding
+from pipeline.write.sources import ImageFolder
+from tests.conftest import picture
+
+BACKENDS = ["portable", "dali-cpu"]
+SIZES = [(256, 256), (341, 256), (256, 400)]
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+KINDS = {
+    "4:2:0": lambda i: encode(i, "JPEG", quality=90, subsampling="4:2:0"),
+    "4:2:2": lambda i: encode(i, "JPEG", quality=90, subsampling="4:2:2"),
+    "4:4:4": lambda i: encode(i, "JPEG", quality=90, subsampling="4:4:4"),
+    "4:2:0, restart markers": lambda i: encode(i, "JPEG", quality=90, subsampling="4:2:0", restart_marker_rows=1),
+    "progressive": lambda i: encode(i, "JPEG", quality=90, progressive=True),
+    "optimised": lambda i: encode(i, "JPEG", quality=60, optimize=True),
+    "grey": lambda i: encode(i.convert("L"), "JPEG", quality=90),
+    "CMYK": lambda i: encode(i.convert("CMYK"), "JPEG", quality=90),
+    "EXIF-rotated": lambda i: encode(i, "JPEG", quality=90, exif=exif(6)),
+    "PNG": lambda i: encode(i, "PNG"),
+    "grey PNG": lambda i: encode(i.convert("L"), "PNG"),
+}
+
+
+def dataset_of(images: list[bytes], root, **statistics):
+    """A dataset that holds exactly these bytes, whatever they are."""
+    sizes = [Image.open(io.BytesIO(image)).size for image in images]
+    samples = (Sample(f"s{i}", image, i, *size) for i, (image, size) in enumerate(zip(images, sizes)))
+    shard, rows = write_shard(root / "x.tar", samples, number=0)
+    split = manifest.split_record([shard], "x.npy", write_index(root / "x.npy", rows))
+    measured = {"mean": [120.0, 110.0, 100.0], "std": [60.0, 59.0, 58.0]} | statistics
+    content = {"classes": [str(i) for i in range(len(images))], "splits": {"train": split}, "statistics": measured}
+    manifest.write_manifest(root, content)
+    return root
+
+
+def crops(root, view, backend, *, train, epoch=0, dtype="uint8", seed=3) -> dict[int, np.ndarray]:
+    """Sample → (…, 3, crop, crop) as int or float, by the real loader."""
+    config = LoaderConfig(backend=backend)
+    with Loader(root, batch=4, train=train, seed=seed, dtype=dtype, augment=view, config=config) as loader:
+        if epoch:
+            loader.load_state_dict({"epoch": epoch, "step": 0})
+        return {
+            sample: image.numpy().astype(int if dtype == "uint8" else np.float32)
+            for batch in loader
+            for sample, image in zip(batch.ids.tolist(), batch.images)
+        }
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request, tmp_path_factory):
+    rng = np.random.default_rng(7)
+    images = [KINDS[request.param](picture(rng, *size)) for size in SIZES + SIZES[:1]]
+    return request.param, images, dataset_of(images, tmp_path_factory.mktemp("kind"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("train", [True, False])
+def test_presized_images_of_every_kind_are_pillows_to_the_last_bit(kind, backend, train):
+    name, images, root = kind
+    view = AugmentConfig(resize=256, crop=224, flip=False)
+    got = crops(root, view, backend, train=train)
+    reference = crops(root, view, "portable", train=train)
+    for sample, crop in got.items():
+        whole = np.asarray(Image.open(io.BytesIO(images[sample])).convert("RGB")).astype(int)
+        limit = 1 if name == "CMYK" else 0
+        assert np.abs(crop - reference[sample]).max() <= limit
+        places = [(y, x) for y in range(whole.shape[0] - 223) for x in range(whole.shape[1] - 223)]
+        corner = crop[:, 0, 0]
+        assert any(
+            np.abs(whole[y, x] - corner).max() <= limit
+            and np.abs(whole[y : y + 224, x : x + 224].transpose(2, 0, 1) - crop).max() <= limit
+            for y, x in places
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", [AugmentConfig(resize=144, crop=128), AugmentConfig(crop=96, scale_jitter=(0.1, 1.0))])
+def test_resized_images_of_every_kind_agree_within_a_grey_level(kind, backend, view):
+    """Downscaled and, by small random rectangles, upscaled; against Pillow's own resize of the same box."""
+    from pipeline.read.augment import place
+
+    _, images, root = kind
+    for epoch in range(3):
+        for sample, crop in crops(root, view, backend, train=True, epoch=epoch).items():
+            image = Image.open(io.BytesIO(images[sample])).convert("RGB")
+            size = np.array([image.size])
+            box, flip = place(view, np.array([sample]), size[:, 0], size[:, 1], seed=3, epoch=epoch, train=True)
+            left, top, width, height = box[0]
+            corners = (left, top, min(left + width, image.width), min(top + height, image.height))
+            theirs = image.resize((view.crop, view.crop), Image.Resampling.BILINEAR, box=corners)
+            theirs = theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else theirs
+            difference = np.abs(crop - np.asarray(theirs).astype(int).transpose(2, 0, 1))
+            assert difference.mean() <= 1
+            assert difference.max() <= 8
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    crop=st.integers(1, 40),
+    more=st.integers(0, 8),
+    square=st.booleans(),
+    grey=st.booleans(),
+)
+def test_any_size_of_image_and_crop_is_cropped_as_pillow_would(
+    tmp_path_factory, width, height, crop, more, square, grey
+):
+    image = picture(np.random.default_rng(width * 100 + height), width, height)
+    image = image.convert("L") if grey else image
+    root = dataset_of([encode(image, "JPEG", quality=95)] * 4, tmp_path_factory.mktemp("any"))
+    view = AugmentConfig(resize=crop + more, crop=crop, square=square)
+    stored = Image.open(io.BytesIO(encode(image, "JPEG", quality=95))).convert("RGB")
+    w, h = (int(side) for side in resized(width, height, view.resize))
+    left, top = int(centre_offset(w, crop)), int(centre_offset(h, crop))
+    theirs = stored.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + crop, top + crop))
+    ours = crops(root, view, "portable", train=False)[0]
+    assert np.abs(ours - np.asarray(theirs).astype(int).transpose(2, 0, 1)).max() <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raw_shards_are_cropped_to_the_last_bit_of_what_was_stored(image_folder, tmp_path, backend):
+    source = ImageFolder(image_folder / "train", image_folder / "val", "pets")
+    build(Plan(source, Options(Encoding("raw", size=64), samples_per_shard=5)), tmp_path, workers=1)
+    split = open_dataset(tmp_path).split("train")
+    view = AugmentConfig(resize=64, crop=48)
+    got, reference = (crops(tmp_path, view, b, train=True) for b in (backend, "portable"))
+    for sample, crop in got.items():
+        assert np.array_equal(crop, reference[sample])
+    for sample, crop in crops(tmp_path, view, backend, train=False).items():
+        row = split.index[sample]
+        data = (split.root / split.shards[row["shard"]].name).read_bytes()
+        pixels = np.frombuffer(data, np.uint8, row["size"], row["offset"]).reshape(row["height"], row["width"], 3)
+        top, left = (int(centre_offset(int(side), 48)) for side in pixels.shape[:2])
+        assert np.array_equal(crop, pixels[top : top + 48, left : left + 48].transpose(2, 0, 1))
+    resized_view = AugmentConfig(crop=40, scale_jitter=(0.3, 0.9))
+    a, b = (crops(tmp_path, resized_view, name, train=True) for name in (backend, "portable"))
+    assert max(np.abs(a[s] - b[s]).mean() for s in a) <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ten_views_are_corners_and_centre_and_their_mirrors(shards, backend):
+    one = crops(shards["jpeg"], AugmentConfig(), backend, train=False)
+    ten = crops(shards["jpeg"], AugmentConfig(views=10), backend, train=False)
+    split = open_dataset(shards["jpeg"]).split("train")
+    for sample, views in ten.items():
+        assert views.shape == (10, 3, 224, 224)
+        assert np.array_equal(views[4], one[sample])
+        assert np.array_equal(views[5:], views[:5, :, :, ::-1])
+        row = split.index[sample]
+        data = (split.root / split.shards[row["shard"]].name).read_bytes()[row["offset"] : row["offset"] + row["size"]]
+        whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)
+        y, x = (int(centre_offset(side, 256)) for side in whole.shape[1:])
+        for view, (top, left) in zip(views, [(y, x), (y, x + 32), (y + 32, x), (y + 32, x + 32)]):
+            assert np.array_equal(view, whole[:, top : top + 224, left : left + 224])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by", ["eigenvalue", "deviation"])
+def test_colours_are_shifted_by_the_plan_on_every_backend(shards, backend, by):
+    dataset = open_dataset(shards["jpeg"])
+    plain = AugmentConfig(flip=False)
+    coloured = AugmentConfig(flip=False, colour=0.1, colour_by=by)
+    before, after = (crops(shards["jpeg"], v, backend, train=True, dtype="float32") for v in (plain, coloured))
+    for sample in before:
+        shift = colour_shift(coloured, np.array([sample]), dataset.covariance, seed=3, epoch=0)[0]
+        assert np.abs(after[sample] - before[sample] - shift[:, None, None]).max() < 1e-3
+    assert np.array_equal(
+        crops(shards["jpeg"], coloured, backend, train=False, dtype="float32")[0],
+        crops(shards["jpeg"], plain, backend, train=False, dtype="float32")[0],
+    )
+
+
+def test_the_colour_shift_has_the_papers_distribution():
+    """Along the eigenvectors of the covariance, with the deviation 0.1 λ, or 0.1 √λ, of pixels in [0, 1]."""
+    rng = np.random.default_rng(0)
+    factor = rng.normal(size=(3, 3)) * 40
+    covariance = factor @ factor.T
+    values, axes = np.linalg.eigh(covariance / 255**2)
+    for by, expected in (("eigenvalue", values), ("deviation", np.sqrt(values))):
+        config = AugmentConfig(colour=0.1, colour_by=by)
+        shift = colour_shift(config, np.arange(40_000), covariance, seed=1, epoch=2) / 255
+        along = shift @ axes
+        assert np.allclose(along.std(0), 0.1 * expected, rtol=0.03)
+        assert np.abs(along.mean(0)).max() < 0.003
+        assert np.abs(np.corrcoef(along.T) - np.eye(3)).max() < 0.02
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_image_is_subtracted_pixel_by_pixel(shards, backend):
+    dataset = open_dataset(shards["jpeg"])
+    raw = crops(shards["jpeg"], AugmentConfig(), backend, train=True)
+    view = AugmentConfig(normalize="mean-image")
+    mean = dataset.mean_image[16:240, 16:240].transpose(2, 0, 1)
+    for sample, image in crops(shards["jpeg"], view, backend, train=True, dtype="float32").items():
+        assert np.abs(image - (raw[sample] - mean)).max() < 1e-3
+    with Loader(shards["jpeg"], batch=4, dtype="bfloat16", augment=view, config=LoaderConfig(backend)) as loader:
+        assert next(iter(loader)).images.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_every_type_and_layout_holds_the_same_values(shards, backend, dtype, channels_last):
+    view = AugmentConfig(normalize="mean-std")
+    make = lambda **kw: Loader(shards["keep"], batch=4, augment=view, config=LoaderConfig(backend), **kw)  # noqa: E731
+    with make() as plain, make(dtype=dtype, channels_last=channels_last) as other:
+        for a, b in zip(plain, other):
+            assert b.images.dtype is getattr(torch, dtype)
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            assert b.images.is_contiguous(memory_format=layout)
+            torch.testing.assert_close(b.images.float(), a.images, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding("jpeg"), Encoding("raw", size=128)], ids=lambda e: e.kind)
+def test_64_real_images_agree_and_resume_at_every_step(imagenet_sample, tmp_path, encoding):
+    build(Plan(ImageFolder(imagenet_sample), Options(encoding, samples_per_shard=10)), tmp_path, workers=2)
+    view = AugmentConfig(resize=encoding.size, crop=encoding.size * 7 // 8)
+    batches = {}
+    for backend in BACKENDS:
+        make = lambda: Loader(  # noqa: E731
+            tmp_path,
+            batch=16,
+            seed=2,
+            dtype="uint8",
+            augment=view,
+            config=LoaderConfig(backend),  # noqa: B023
+        )
+        with make() as loader:
+            states, batches[backend] = [], []
+            for _ in range(2):
+                states.append(loader.state_dict())
+                for batch in loader:
+                    batches[backend].append(batch)
+                    states.append(loader.state_dict())
+                states.pop()
+        for start, state in enumerate(states):
+            with make() as loader:
+                loader.load_state_dict(state)
+                rest = [batch for _ in range(2 - state["epoch"]) for batch in loader]
+            assert len(rest) == 8 - start
+            for mine, theirs in zip(rest, batches[backend][start:]):
+                assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    for a, b in zip(*batches.values()):
+        assert torch.equal(a.ids, b.ids)
+        difference = (a.images.int() - b.images.int()).abs().float().mean((1, 2, 3))
+        assert difference.max() <= (0 if encoding.kind != "keep" else 1)
