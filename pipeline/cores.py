@@ -1,10 +1,90 @@
-"""How many cores this process may use."""
+"""Which cores this process may use, and which of them one of several ranks on this machine should."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_pinned = False  # whether this process's cores are this rank's alone
 
 
 def usable_cores() -> int:
-    """Those of the process's affinity where the system knows one: containers and job schedulers narrow it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those of the process's affinity, within its control group's quota: containers and schedulers narrow both."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores' worth of time that the control groups of this process allow; None without a limit."""
+    quotas = []
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        folders = [Path(path), *Path(path).parents]
+        if not controllers:  # version 2
+            pairs = [_read(root / str(folder).lstrip("/") / "cpu.max").split() for folder in folders]
+        elif "cpu" in controllers.split(","):
+            at = [root / "cpu" / str(folder).lstrip("/") for folder in folders]
+            pairs = [[_read(f / "cpu.cfs_quota_us"), _read(f / "cpu.cfs_period_us")] for f in at]
+        else:
+            continue
+        quotas += [int(p[0]) / int(p[1]) for p in pairs if len(p) == 2 and p[0].isdigit() and p[1].isdigit()]
+    return min(quotas, default=None)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def threads_per_rank(local_world: int) -> int:
+    """The cores that this process may use, shared by the ranks of this machine unless it was pinned to its own."""
+    return usable_cores() if _pinned else max(1, usable_cores() // local_world)
+
+
+def near_device(pci: str, devices: Path = Path("/sys/bus/pci/devices")) -> list[int] | None:
+    """The cores of the NUMA node that a PCI device ("0000:3b:00.0") hangs on; None where the system does not tell."""
+    if _read(devices / pci.lower() / "numa_node") in ("", "-1"):
+        return None
+    return parse_list(_read(devices / pci.lower() / "local_cpulist")) or None
+
+
+def parse_list(text: str) -> list[int]:
+    """ "0-3,8" → [0, 1, 2, 3, 8]."""
+    cores: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cores += range(int(first), int(last or first) + 1)
+    return cores
+
+
+def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list[list[int]] | None:
+    """Each local rank's cores: those near its device that are allowed, shared with the ranks that are near the same.
+
+    near: of each local rank, the cores near its device. None where any is unknown or has too few allowed ones.
+    """
+    if any(cores is None for cores in near):
+        return None
+    groups = [tuple(sorted(set(cores or ()) & set(allowed))) for cores in near]
+    shares = []
+    for rank, group in enumerate(groups):
+        part, parts = groups[:rank].count(group), groups.count(group)
+        mine = list(group[part * len(group) // parts : (part + 1) * len(group) // parts])
+        if not mine:
+            return None
+        shares.append(mine)
+    return shares
+
+
+def pin(cores: Sequence[int]) -> None:
+    """Keeps this process, and all threads that it starts from now on, on these cores, which are no other rank's."""
+    global _pinned
+    os.sched_setaffinity(0, cores)
+    _pinned = True

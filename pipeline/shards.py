@@ -71,7 +71,8 @@ class _HashingFile:
         return self.bytes
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """What `size` bytes take in a tar."""
     return -(-size // BLOCK) * BLOCK
 
 
@@ -93,7 +94,7 @@ def write_shard(
                 start = tar.tarstream.offset
                 tar.write({"__key__": s.key, "cls": label, extension: s.image})
                 cls_at = start + BLOCK
-                image_at = cls_at + _padded(len(label)) + BLOCK
+                image_at = cls_at + padded(len(label)) + BLOCK
                 crc = zlib.crc32(s.image)
                 rows.append((image_at, len(s.image), number, s.label, crc, s.width, s.height))
                 idx.append(

@@ -2,6 +2,7 @@
 
     python tools/make_shards.py digits --out shards/digits
     python tools/make_shards.py imagefolder --train /data/train --val /data/val --out /data/shards
+    python tools/make_shards.py index 'tars/imagenet1k-train-{0000..1023}.tar' --out /data/shards
 
 Exit codes: 0 done, 2 usage, 65 bad data, 74 disk full or folder not writable.
 """
@@ -19,6 +20,7 @@ import argparse
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress, clock
+from pipeline.write import existing
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder, Source
@@ -40,7 +42,26 @@ def parser() -> cli.Parser:
     folder.add_argument("--name", default="imagefolder", help="the shards' first name (%(default)s)")
     for kind in (digits, folder):
         add_options(kind)
+    add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
     return p
+
+
+def add_index(p: argparse.ArgumentParser) -> None:
+    p.add_argument("tars", metavar="PATTERN", help="training tars, with {0000..1023} or *; quote it")
+    p.add_argument("--val", metavar="PATTERN", help="validation tars")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; the tars' folder or another")
+    p.add_argument("--name", default="webdataset", help="the dataset's name (%(default)s)")
+    p.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each (default: their numbers)")
+    p.add_argument("--size", type=int, default=256, help="short side in pixels, for statistics (%(default)s)")
+    p.add_argument(
+        "--statistics",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="images to measure mean and deviation of (%(default)s)",
+    )
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
+    p.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help="leave out so many (%(default)s)")
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -73,15 +94,58 @@ def source(args: argparse.Namespace) -> Source:
         if not 8 <= args.side <= 1024:
             raise ConfigError(f"--side {args.side}: choose 8 to 1024 pixels")
         return Digits(side=args.side)
-    if not args.name.replace("-", "").replace("_", "").isalnum() or not args.name.isascii():
-        raise ConfigError(f"--name {args.name!r}: use letters, digits, - and _")
-    return ImageFolder(args.train, args.val, args.name)
+    return ImageFolder(args.train, args.val, check_name(args.name))
+
+
+def check_name(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+        raise ConfigError(f"--name {name!r}: use letters, digits, - and _")
+    return name
 
 
 def main() -> None:
     args = parser().parse_args()
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must not be negative")
+    if args.source == "index":
+        index_existing(args)
+    else:
+        make(args)
+
+
+def index_existing(args: argparse.Namespace) -> None:
+    if not 0 <= args.max_bad_fraction < 1:
+        raise ConfigError(f"--max-bad-fraction {args.max_bad_fraction}: must be in [0, 1)")
+    if args.statistics < 1:
+        raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
+    splits = {"train": existing.expand(args.tars)} | ({"val": existing.expand(args.val)} if args.val else {})
+    classes = args.classes.read_text(encoding="utf-8").split("\n") if args.classes else None
+    if classes and not classes[-1]:
+        classes.pop()
+    tars = existing.Existing(check_name(args.name), splits, classes, args.statistics, Encoding(size=args.size).size)
+    started = time.monotonic()
+    progress = Progress("indexing", sum(map(len, splits.values())), unit="tar")
+    try:
+        written = existing.index(
+            tars,
+            args.out,
+            workers=min(args.workers or usable_cores(), progress.total),
+            max_bad_fraction=args.max_bad_fraction,
+            progress=lambda samples: progress.update(1),
+        )
+    finally:
+        progress.close()
+    report(written, args.out, time.monotonic() - started)
+    for split, how in written["stored_order"].items():
+        if split == "train" and how != "mixed":
+            print(
+                f"warning: the samples of {split} are stored {how}; leave window at 0 or set it to many shards"
+                " (docs/order.md), or a batch will hold few classes",
+                file=sys.stderr,
+            )
+
+
+def make(args: argparse.Namespace) -> None:
     options = Options(
         Encoding(args.encode, args.size, args.square, args.quality),
         args.samples_per_shard,

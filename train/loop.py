@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from model import AlexNet
+from pipeline import cores
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from pipeline.read import draws, order
-from pipeline.read.loader import Batch, Loader, threads_per_rank
+from pipeline.read.loader import Batch, Loader
 
 from . import checkpoint, environment, tracking
 from .config import RESUME_NEWEST, Config, flatten
@@ -64,6 +65,7 @@ class Run:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, Path(config.run.dir)
         self.state = State()
+        self.cores = take_cores(accelerator.device)
         self.dataset = open_dataset(config.data.shards)
         samples = self.dataset.split(config.data.train_split).samples
         order.check_batch(
@@ -122,6 +124,8 @@ class Run:
                 "ranks": self.accelerator.num_processes,
                 "precision": self.accelerator.mixed_precision,
                 "backend": self.loader.backend,
+                "backend_reason": self.loader.backend_reason,
+                "threads": self.cores,
                 "command": environment.command(),
                 "environment": environment.describe(),
             }
@@ -194,6 +198,8 @@ class Run:
     def train(self) -> Result:
         """Trains the epochs that are left and evaluates after each; returns the last figures."""
         result = None
+        threads = self.loader.threads
+        self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
         while self.state.epoch < self.config.train.epochs:
             self._train_epoch()
             result = self._evaluate()
@@ -326,6 +332,23 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def use_all_cores() -> None:
-    """Launchers set one thread a rank, which starves training on a CPU; its share of the cores is meant."""
-    torch.set_num_threads(threads_per_rank(local_world()))
+def take_cores(device: torch.device) -> dict[str, Any]:
+    """Pins this rank to its share of the cores near its GPU, where those are known, and lets torch use all it has.
+
+    Launchers set one thread a rank, which starves a CPU. Returns what was done, for the run folder.
+    """
+    ranks = local_world()
+    shares = None
+    if device.type == "cuda" and hasattr(os, "sched_setaffinity"):
+        near = [_cores_near_gpu(gpu) for gpu in range(min(ranks, torch.cuda.device_count()))]
+        shares = cores.divide(near, sorted(os.sched_getaffinity(0))) if len(near) == ranks else None
+    if shares is not None:
+        cores.pin(shares[int(os.environ.get("LOCAL_RANK", "0"))])
+    threads = cores.threads_per_rank(ranks)
+    torch.set_num_threads(threads)
+    return {"ranks_on_this_machine": ranks, "threads_a_rank": threads, "pinned_to_cores": shares}
+
+
+def _cores_near_gpu(gpu: int) -> list[int] | None:
+    p: Any = torch.cuda.get_device_properties(gpu)
+    return cores.near_device(f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0")

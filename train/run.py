@@ -98,8 +98,6 @@ def make_accelerator(config: Config) -> Accelerator:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
-    from train.loop import use_all_cores
-
     precision = {"launcher": None, "fp32": "no"}.get(config.train.precision, config.train.precision)
     handlers: list[Any] = []
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -120,7 +118,6 @@ def make_accelerator(config: Config) -> Accelerator:
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
             f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
         )
-    use_all_cores()
     return accelerator
 
 

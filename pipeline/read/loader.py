@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..cores import usable_cores
+from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..geometry import centre_offset
 from ..manifest import Dataset, open_dataset
@@ -142,7 +142,7 @@ class Loader:
         elif batch < 1:
             raise ConfigError(f"batch={batch}: must be at least 1")
         self._part = max(1, batch // world)
-        self._threads = self.config.threads or threads_per_rank(local_world or world)
+        self.threads = self.config.threads or threads_per_rank(local_world or world)
         index = self.split.index
         self._width, self._height = index["width"].astype(np.int64), index["height"].astype(np.int64)
         self._labels = index["label"].astype(np.int64)
@@ -338,13 +338,13 @@ class Loader:
         if self.backend == "portable":
             from .portable import Portable
 
-            return Portable(output, raw=raw, threads=self._threads, depth=depth, describe=describe)
+            return Portable(output, raw=raw, threads=self.threads, depth=depth, describe=describe)
         from .dali import Dali, Graph
 
         presized = bool((np.minimum(self._width, self._height) == self.augment.resize).all())
         resized = not presized or (self.train and self.augment.scale_jitter is not None)
         graph = Graph(output, "raw" if raw else "image", resized, whole=c.decode == "whole")
-        return Dali(graph, rows=self._part * self._views, threads=self._threads, depth=depth, describe=describe)
+        return Dali(graph, rows=self._part * self._views, threads=self.threads, depth=depth, describe=describe)
 
     def _start(self) -> None:
         self._reading: deque[Work] = deque()
@@ -434,8 +434,3 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return "portable", "auto: NVIDIA DALI is not installed"
     return "dali-gpu", "auto: batches go to a CUDA device and DALI is installed"
-
-
-def threads_per_rank(local_world: int) -> int:
-    """The cores that this process may use, shared by the ranks of this machine."""
-    return max(1, usable_cores() // local_world)

@@ -122,7 +122,7 @@ class Portable:
                     unverified = False
                 else:
                     image.setflags(write=False)  # as the kernel takes it
-                    pixels = image if self.raw else self._decoded(image, width, height)
+                    pixels = self._raw(image, width, height) if self.raw else self._decoded(image, width, height)
             except ExpressError:
                 raise
             except Exception as err:  # Pillow's decoders raise whatever they like
@@ -166,6 +166,11 @@ class Portable:
         # Not strict: the rest of the image is what it would complain of.
         buffer = self._scratch("pixels", 3 * height * width)
         return self._checked(decode_jpeg(copy[: len(image)], buffer=buffer, strict=False), width, rows)
+
+    def _raw(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
+        if len(image) != 3 * width * height:  # the kernel tests no bounds
+            raise ValueError(f"{len(image)} bytes where {width}×{height} pixels have {3 * width * height}")
+        return image
 
     def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, read-only as the kernel takes it, valid until this thread's next call."""

@@ -162,7 +162,7 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
         return
     global _PLAN
     _PLAN = plan, out  # forked workers inherit the plan; sending it would cost 100 MB for ImageNet
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_follow_the_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=follow_the_parent) as pool:
         futures: list[Future[Built]] = [pool.submit(_forked, n) for n in range(len(plan.tasks))]
         try:
             for future in as_completed(futures):
@@ -176,7 +176,7 @@ def _run(plan: Plan, out: Path, workers: int, progress: Callable[[int], None]) -
             raise
 
 
-def _follow_the_parent() -> None:
+def follow_the_parent() -> None:
     """A worker leaves Ctrl-C to the parent, and ends when the parent was killed: its queue alone would not tell it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()

@@ -1,0 +1,238 @@
+"""How the loader ends, and what it does when something goes wrong in one of its threads or under its files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
+from pipeline.read import checksum, kernels, reader
+from pipeline.read.jpeg import cut_short
+from tests.conftest import ROOT, picture
+from tests.pipeline.test_parity import dataset_of, encode
+
+VIEW = AugmentConfig(resize=16, crop=12)
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """1,000 small images."""
+    rng = np.random.default_rng(0)
+    images = [encode(picture(rng, *rng.integers(16, 40, 2)), "JPEG", quality=90) for _ in range(1000)]
+    return dataset_of(images, tmp_path_factory.mktemp("thousand"))
+
+
+@pytest.fixture(params=["portable", "dali-cpu"])
+def backend(request) -> LoaderConfig:
+    return LoaderConfig(backend=request.param)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_evaluation_of_a_thousand_images_counts_a_thousand(thousand, world, backend):
+    ids = []
+    for rank in range(world):
+        with Loader(
+            thousand, batch=96, train=False, rank=rank, world=world, dtype="uint8", augment=VIEW, config=backend
+        ) as loader:
+            ids += [i for batch in loader for i in batch.ids.tolist()]
+    assert len(ids) == len(set(ids)) == 1000
+
+
+SCRIPT = """
+import sys
+from pipeline import AugmentConfig, Loader, LoaderConfig
+
+loader = Loader(sys.argv[1], batch=32, augment=AugmentConfig(resize=16, crop=12), config=LoaderConfig(sys.argv[2]))
+try:
+    while True:
+        for batch in loader:
+            print("batch", flush=True)
+except KeyboardInterrupt:
+    if sys.argv[3] == "close":
+        loader.close()
+    raise
+"""
+
+
+@pytest.mark.parametrize("close", ["close", "leave"])
+def test_ctrl_c_ends_everything_at_once(thousand, backend, close):
+    before = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(thousand), backend.backend, close],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(3):
+        assert process.stdout.readline() == "batch\n", process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - started < 10
+    assert process.returncode in (1, 130, -signal.SIGINT)
+    assert "KeyboardInterrupt" in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of its session is left
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def fail(*args, **kwargs):
+    raise ZeroDivisionError("on purpose")
+
+
+def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monkeypatch):
+    with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
+        next(iter(loader))
+        monkeypatch.setattr(loader, "_plan", fail)
+        with pytest.raises(ZeroDivisionError, match="on purpose"):
+            for _ in range(40):
+                next(iter(loader))
+
+
+def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkeypatch):
+    with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
+        monkeypatch.setattr(loader._reader, "_read", fail)
+        monkeypatch.setattr(loader._reader, "_mapped", fail)
+        with pytest.raises(ZeroDivisionError, match="on purpose"):
+            next(iter(loader))
+
+
+def test_an_exception_while_decoding_reaches_the_caller_with_its_cause(thousand, monkeypatch):
+    with Loader(thousand, batch=32, augment=VIEW, config=LoaderConfig("portable")) as loader:
+        monkeypatch.setattr("pipeline.read.portable.decode_jpeg", fail)
+        with pytest.raises(DataError, match="cannot be decoded .*on purpose") as caught:
+            next(iter(loader))
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        monkeypatch.undo()
+        monkeypatch.setattr(loader._engine, "_cropper", fail)
+        with pytest.raises(ZeroDivisionError):
+            next(iter(loader))
+        monkeypatch.undo()
+
+
+def test_memory_stays_as_it_is_over_20_epochs(thousand, backend):
+    def resident() -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    seen = []
+    with Loader(thousand, batch=100, augment=VIEW, config=backend) as loader:
+        for _ in range(20):
+            for _batch in loader:
+                pass
+            seen.append(resident())
+    assert seen[-1] - seen[4] < 8
+
+
+def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(thousand, monkeypatch):
+    lock, now, most = threading.Lock(), [0], [0]
+    preadv = os.preadv
+
+    def slow(*args):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.002)
+        with lock:
+            now[0] -= 1
+        return preadv(*args)
+
+    def readers():
+        return sum(t.name.startswith("express-read") for t in threading.enumerate())
+
+    monkeypatch.setattr(reader, "can_be_mapped", lambda folder: False)
+    with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
+        assert len(list(loader)) == 7
+        assert readers() == 0
+    monkeypatch.setattr(os, "preadv", slow)
+    with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
+        expected = loader.ids(0, 2).tolist()
+        assert [b.ids.tolist() for b in loader][2] == expected
+        assert readers() == 32
+    assert most[0] >= 32
+
+
+def test_network_filesystems_are_not_mapped(tmp_path, monkeypatch):
+    assert reader.filesystem(tmp_path)
+    for kind, local in (("ext4", True), ("xfs", True), ("overlay", True), ("nfs4", False), ("fuse.s3fs", False),
+                        ("lustre", False), ("ceph", False), ("cifs", False)):  # fmt: skip
+        monkeypatch.setattr(reader, "filesystem", lambda folder, kind=kind: kind)
+        assert reader.can_be_mapped(tmp_path) is local
+    monkeypatch.setattr(reader, "filesystem", lambda folder: None)
+    assert not reader.can_be_mapped(tmp_path)
+
+
+def test_a_shard_that_shrinks_is_named_and_ends_no_process(thousand, tmp_path):
+    import shutil
+
+    root = shutil.copytree(thousand, tmp_path / "copy")
+    with Loader(root, batch=32, augment=VIEW, config=LoaderConfig("portable")) as loader:
+        next(iter(loader))
+        os.truncate(root / "x.tar", 2000)
+        with pytest.raises(DataError, match="x.tar: sample .*: the shard ends before it"):
+            for _ in range(40):
+                next(iter(loader))
+
+
+@given(st.binary(max_size=400), st.integers(0, 3))
+def test_the_checksum_is_zlibs(data, repeat):
+    data = data * (1 + repeat * 7)
+    if not checksum.AVAILABLE:
+        pytest.skip("this processor does not multiply without carries")
+    assert checksum.crc32(np.frombuffer(data, np.uint8)) == zlib.crc32(data)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"restart_marker_rows": 1}]),
+    st.integers(1, 64),
+    st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), max_size=3),
+    st.integers(0, 800),
+)
+def test_a_jpeg_cut_short_has_the_same_rows_and_a_damaged_one_harms_nobody(options, rows, damage, keep):
+    image = encode(picture(np.random.default_rng(0), 40, 64), "JPEG", quality=90, **options)
+    data = bytearray(image)
+    for at, value in damage:
+        data[at % len(data)] = value
+    data = np.frombuffer(bytes(data[: len(data) - keep if damage else None]), np.uint8)
+    out = np.full(len(data), 255, np.uint8)
+    cut, crc = cut_short(data, 40, 64, rows, out, True)
+    if checksum.AVAILABLE:
+        assert crc == zlib.crc32(data.tobytes())
+    if damage:
+        return
+    assert cut == ("progressive" not in options)
+    if cut:
+        whole = simplejpeg.decode_jpeg(image)
+        top = simplejpeg.decode_jpeg(out, strict=False)
+        assert top.shape == (rows, 40, 3)
+        exact = rows if rows == 64 else rows - 4
+        assert np.array_equal(top[: max(exact, 0)], whole[: max(exact, 0)])
+
+
+def test_machine_code_that_cannot_be_kept_is_made_anew(monkeypatch):
+    from pipeline.read import compiled
+
+    real = compiled.numba.njit
+
+    def homeless(*args, cache=False, **kwargs):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(compiled.numba, "njit", homeless)
+    assert compiled.compiled(lambda x: x + 1)(1) == 2
+    assert kernels.taps(1.0) == 4
