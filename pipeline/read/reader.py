@@ -115,7 +115,7 @@ class Reader:
     """Reads samples of one split by their ids.
 
     threads: reads in flight where storage is slow. samples_a_task: how many a thread reads in turn; a task costs 15 µs.
-    always_ahead: for consumers that neither read nor verify themselves.
+    always_ahead: for consumers that neither read nor verify themselves. maps: map files where they are local.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class Reader:
         samples_a_task: int = 4,
         verify: bool = True,
         always_ahead: bool = False,
+        maps: bool = True,
     ) -> None:
         self.split, self.verify, self.always_ahead = split, verify, always_ahead
         self.samples_a_task = samples_a_task
@@ -136,7 +137,7 @@ class Reader:
         self.shard = index["shard"].astype(np.int64)
         self.crc32 = index["crc32"].astype(np.int64)
         self.files = OpenFiles([split.root / shard.name for shard in split.shards])
-        self._maps = Maps(self.files) if can_be_mapped(split.root) and not always_ahead else None
+        self._maps = Maps(self.files) if maps and can_be_mapped(split.root) and not always_ahead else None
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self.free: list[np.ndarray] = []
         self._local = threading.local()

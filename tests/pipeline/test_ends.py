@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
+from pipeline import AugmentConfig, DataError, Loader, LoaderConfig, open_dataset
 from pipeline.read import checksum, kernels, reader
 from pipeline.read.jpeg import cut_short
 from tests.conftest import ROOT, picture
@@ -89,6 +90,11 @@ def test_ctrl_c_ends_everything_at_once(thousand, backend, close):
     assert set(os.listdir("/dev/shm")) <= before
 
 
+def take(loader, batches: int) -> None:
+    for _ in range(batches):
+        next(iter(loader))
+
+
 def fail(*args, **kwargs):
     raise ZeroDivisionError("on purpose")
 
@@ -98,8 +104,7 @@ def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monke
         next(iter(loader))
         monkeypatch.setattr(loader, "_plan", fail)
         with pytest.raises(ZeroDivisionError, match="on purpose"):
-            for _ in range(40):
-                next(iter(loader))
+            take(loader, 40)
 
 
 def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkeypatch):
@@ -113,7 +118,7 @@ def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkey
 def test_an_exception_while_decoding_reaches_the_caller_with_its_cause(thousand, monkeypatch):
     with Loader(thousand, batch=32, augment=VIEW, config=LoaderConfig("portable")) as loader:
         monkeypatch.setattr("pipeline.read.portable.decode_jpeg", fail)
-        with pytest.raises(DataError, match="cannot be decoded .*on purpose") as caught:
+        with pytest.raises(DataError, match=r"cannot be decoded .*on purpose") as caught:
             next(iter(loader))
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         monkeypatch.undo()
@@ -175,16 +180,25 @@ def test_network_filesystems_are_not_mapped(tmp_path, monkeypatch):
     assert not reader.can_be_mapped(tmp_path)
 
 
-def test_a_shard_that_shrinks_is_named_and_ends_no_process(thousand, tmp_path):
-    import shutil
-
+def test_a_shard_that_shrinks_is_named(thousand, tmp_path):
     root = shutil.copytree(thousand, tmp_path / "copy")
-    with Loader(root, batch=32, augment=VIEW, config=LoaderConfig("portable")) as loader:
+    split = open_dataset(root).split("train")
+    mapped = reader.Reader(split)
+    batch = mapped.read(np.array([0, 500]))
+    batch.image(1)
+    os.truncate(root / "x.tar", 2000)
+    with pytest.raises(DataError, match=r"x\.tar: sample 500 .*: the shard ends before it"):
+        batch.image(1)
+    mapped.close()
+
+
+def test_with_pread_a_shard_that_shrinks_under_the_decoding_threads_ends_no_process(thousand, tmp_path):
+    root = shutil.copytree(thousand, tmp_path / "copy")
+    with Loader(root, batch=32, augment=VIEW, config=LoaderConfig("portable", read="pread")) as loader:
         next(iter(loader))
         os.truncate(root / "x.tar", 2000)
-        with pytest.raises(DataError, match="x.tar: sample .*: the shard ends before it"):
-            for _ in range(40):
-                next(iter(loader))
+        with pytest.raises(DataError, match=r"x\.tar: sample .*: the shard ends before it"):
+            take(loader, 40)
 
 
 @given(st.binary(max_size=400), st.integers(0, 3))
