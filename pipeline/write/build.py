@@ -27,8 +27,8 @@ from ..errors import ConfigError, DataError, StorageError
 from ..files import PARTIAL, write_json
 from ..shards import Sample, Shard, write_index, write_shard
 from .images import BadImage, Encoding, prepare
+from .measures import Statistics
 from .sources import Item, Source
-from .statistics import Statistics
 
 INFO = "_info.json"  # what timm's reader_wds asks for
 

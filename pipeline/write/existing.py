@@ -27,7 +27,7 @@ from ..errors import ConfigError, DataError, StorageError
 from ..shards import BLOCK, INDEX_DTYPE, Shard, file_sha256, padded, write_index
 from .build import follow_the_parent
 from .images import BadImage, Encoding, prepare
-from .statistics import Statistics
+from .measures import Statistics
 
 try:
     from zlib_ng.zlib_ng import crc32 as crc32
