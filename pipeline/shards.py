@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,11 @@ import numpy as np
 
 from .errors import DataError
 from .files import atomic_write
+
+try:
+    from zlib_ng.zlib_ng import crc32 as crc32  # 2 µs a 256-side JPEG
+except ImportError:  # no wheel for this platform
+    from zlib import crc32 as crc32  # the same polynomial at a thirteenth of the speed
 
 BLOCK = 512  # a tar header's size, and what members are padded to
 
@@ -95,7 +99,7 @@ def write_shard(
                 tar.write({"__key__": s.key, "cls": label, extension: s.image})
                 cls_at = start + BLOCK
                 image_at = cls_at + padded(len(label)) + BLOCK
-                crc = zlib.crc32(s.image)
+                crc = crc32(s.image)
                 rows.append((image_at, len(s.image), number, s.label, crc, s.width, s.height))
                 idx.append(
                     f"cls {cls_at} {len(label)} {s.key}.cls {extension} {image_at} {len(s.image)} {s.key}.{extension}\n"

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import argparse
 
 from pipeline.cores import usable_cores
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.progress import Progress, clock
 from pipeline.write import existing
 from pipeline.write.build import Options, Plan, build
@@ -119,10 +119,9 @@ def index_existing(args: argparse.Namespace) -> None:
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
     splits = {"train": existing.expand(args.tars)} | ({"val": existing.expand(args.val)} if args.val else {})
-    classes = args.classes.read_text(encoding="utf-8").split("\n") if args.classes else None
-    if classes and not classes[-1]:
-        classes.pop()
-    tars = existing.Existing(check_name(args.name), splits, classes, args.statistics, Encoding(size=args.size).size)
+    tars = existing.Existing(
+        check_name(args.name), splits, class_names(args.classes), args.statistics, Encoding(size=args.size).size
+    )
     started = time.monotonic()
     progress = Progress("indexing", sum(map(len, splits.values())), unit="tar")
     try:
@@ -143,6 +142,15 @@ def index_existing(args: argparse.Namespace) -> None:
                 " (docs/order.md), or a batch will hold few classes",
                 file=sys.stderr,
             )
+
+
+def class_names(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except ValueError as err:
+        raise DataError(f"{path}: not UTF-8; save it as UTF-8, a class name a line") from err
 
 
 def make(args: argparse.Namespace) -> None:

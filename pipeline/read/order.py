@@ -39,7 +39,7 @@ def epoch_order(
 
 def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: int, window: int) -> np.ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
-    if not window:
+    if not window or start == end:  # a part is empty where samples are fewer than parts
         return _shuffled(np.arange(start, end), seed=seed, epoch=epoch)
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)

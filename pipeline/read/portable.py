@@ -20,10 +20,10 @@ from PIL import Image
 from simplejpeg import decode_jpeg
 
 from ..errors import DataError, ExpressError
+from ..shards import crc32
 from . import checksum
 from .jpeg import ROWS_BELOW, cut_short
 from .kernels import NOTHING, Cropper
-from .reader import crc32
 from .work import Output, Work, normalised
 
 IMAGES_A_TASK = 32  # at most: a task costs 50 µs, with the waking of its thread
@@ -51,13 +51,9 @@ class Portable:
 
     def __init__(self, output: Output, *, raw: bool, threads: int, depth: int, describe: Callable[[int], str]) -> None:
         self.output, self.raw, self.threads, self.depth, self._describe = output, raw, threads, depth, describe
-        cpu = output.device.type == "cpu"
-        # A CPU normalises in the kernel's one pass; elsewhere a quarter of the bytes goes to the device.
-        self._in_kernel = cpu and output.dtype != "uint8"
-        self._cropper = Cropper(
-            output.crop, dtype="float32" if self._in_kernel else "uint8", packed=output.channels_last
-        )
-        cut_short(NOTHING, 1, 1, 1, np.zeros(1, np.uint8), True)  # compiles, or loads what an earlier process compiled
+        stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
+        self._in_kernel = stored == "float32"
+        self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers = Buffers(pinned=output.device.type == "cuda")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
@@ -105,12 +101,8 @@ class Portable:
 
     def _decode(self, work: Work, crops: np.ndarray, start: int, end: int) -> None:
         """A thread's task: images [start, end) of the batch."""
-        out, box, flip, mean = (
-            crops.reshape(-1),
-            work.placement.box.reshape(-1),
-            work.placement.flip,
-            work.mean.reshape(-1),
-        )
+        out, mean = crops.reshape(-1), work.mean.reshape(-1)
+        box, flip = work.placement.box.reshape(-1), work.placement.flip
         crop, scale, views = self._cropper, self._inverse_std, self.output.views
         sizes = zip(work.width[start:end].tolist(), work.height[start:end].tolist(), strict=True)
         needed = self._rows_needed(work, start, end)
@@ -144,10 +136,10 @@ class Portable:
 
     def _rows_needed(self, work: Work, start: int, end: int) -> list[int]:
         """How many rows of images [start, end), from the top, their crops are made of."""
-        views, box = self.output.views, work.placement.box
-        bottom = box[start * views : end * views, 1] + box[start * views : end * views, 3]
-        taps = np.maximum(box[start * views : end * views, 3] / self.output.crop, 1)
-        rows: list[int] = (np.ceil(bottom + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW).tolist()
+        views = self.output.views
+        _, top, _, size = work.placement.box[start * views : end * views].T
+        taps = np.maximum(size / self.output.crop, 1)
+        rows: list[int] = (np.ceil(top + size + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW).tolist()
         return rows
 
     def _top(self, work: Work, i: int, image: np.ndarray, unverified: bool, size: tuple[int, int, int]) -> np.ndarray:

@@ -2,10 +2,8 @@
 
 Where storage has to be waited for, a pool keeps many reads in flight, batches ahead, into reused buffers. Where the
 operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes an image takes it
-from a memory map. The reader finds out which by the time that reads take.
-
-Measured on two cores, from the page cache: map instead of pread 1.03 times the rate of 256-pixel JPEGs, 1.9 times that
-of raw pixels; no pool instead of one 1.15 times. On network filesystems, where maps are slow, it is pread alone.
+from a memory map; docs/results.md has what a map is worth against pread. The reader finds out which by the time that
+reads take and by the pages that had to be fetched. On network filesystems, where maps are slow, it is pread alone.
 """
 
 from __future__ import annotations
@@ -26,12 +24,7 @@ import numpy as np
 
 from ..errors import DataError, StorageError
 from ..manifest import Split
-from ..shards import sample_key
-
-try:
-    from zlib_ng.zlib_ng import crc32 as crc32  # 2 µs a 256-side JPEG
-except ImportError:  # no wheel for this platform
-    from zlib import crc32 as crc32  # the same polynomial at a thirteenth of the speed
+from ..shards import crc32, sample_key
 
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512

@@ -24,15 +24,10 @@ from PIL import Image
 
 from .. import manifest
 from ..errors import ConfigError, DataError, StorageError
-from ..shards import BLOCK, INDEX_DTYPE, Shard, file_sha256, padded, write_index
+from ..shards import BLOCK, INDEX_DTYPE, Shard, crc32, file_sha256, padded, write_index
 from .build import follow_the_parent
 from .images import BadImage, Encoding, prepare
 from .measures import Statistics
-
-try:
-    from zlib_ng.zlib_ng import crc32 as crc32
-except ImportError:  # no wheel for this platform
-    from zlib import crc32 as crc32
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 MAX_SIDE = 65_535  # what the index holds
@@ -86,7 +81,8 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> Indexed:
     if not rows and not bad:
         raise DataError(f"{path}: holds no samples: no image with a label; is it a WebDataset tar?")
     statistics = Statistics(size)
-    for image in images[:: max(1, len(images) // statistics_images)][:statistics_images]:
+    chosen = images[:: max(1, len(images) // statistics_images)][:statistics_images] if statistics_images else []
+    for image in chosen:
         try:
             statistics.add(prepare(_read(path, image), Encoding(size=size)).measured)
         except BadImage as err:
@@ -202,7 +198,7 @@ def _run(
     each = [-(-existing.statistics_images // train) if split == "train" else 0 for split, _ in tars]
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=follow_the_parent) as pool:
         futures = [
-            pool.submit(index_tar, path, statistics_images=max(1, count), size=existing.size)
+            pool.submit(index_tar, path, statistics_images=count, size=existing.size)
             for (_, path), count in zip(tars, each, strict=True)
         ]
         try:

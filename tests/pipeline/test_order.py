@@ -53,6 +53,10 @@ def test_a_global_step_has_the_same_ids_in_the_same_order_at_every_world_size(si
             assert np.concatenate(ranks).tolist() == one.tolist()
 
 
+def test_fewer_samples_than_parts_make_an_epoch_without_steps():
+    assert len(epoch_of([1, 1], batch=4, partitions=4, window=1)) == 0
+
+
 @given(st.integers(2, 12), st.integers(1, 5))
 def test_a_window_bounds_the_shards_that_are_read_at_once(shards, window):
     size, batch = 40, 8

@@ -25,21 +25,23 @@ def measure(root: Path, *, batch: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="imagenet-express-") as scratch:
         large = enlarge(root, Path(scratch))
         first = [json.loads(_python(f"first({str(large)!r}, {batch})")) for _ in range(5)]
+        compiled = json.loads(_python(f"first({str(root)!r}, {batch})", NUMBA_CACHE_DIR=scratch))
         planner = planner_microseconds(large, batch=batch)
     memory = json.loads(_python(f"memory({str(root)!r}, {batch})"))
     return {
         "first_batch_samples": SAMPLES,
         "first_batch_seconds": round(statistics.median(f["seconds"] for f in first), 3),
         "first_batch_seconds_with_imports": round(statistics.median(f["with_imports"] for f in first), 3),
+        "first_batch_seconds_when_first_compiled": round(compiled["seconds"], 3),
         "resident_megabytes_by_epoch": memory,
         "planner_microseconds_an_image": planner,
     }
 
 
-def _python(call: str) -> str:
+def _python(call: str, **extra: str) -> str:
     """A function of this module, in a process of its own."""
     code = f"import time; t = time.perf_counter(); from tools.bench.extremes import *; print({call})"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])} | extra
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     return done.stdout.splitlines()[-1]
 

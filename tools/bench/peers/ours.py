@@ -41,7 +41,7 @@ def main() -> None:
         dtype=a.dtype,
         augment=AugmentConfig(square=False, scale_jitter=(0.08, 1.0) if a.jitter else None),
         # Without a number of threads of its own, each rank takes its share of the cores.
-        config=LoaderConfig(a.backend, threads=a.threads if a.world == 1 else 0, verify=a.verify == "yes"),
+        config=LoaderConfig(a.backend, threads=a.threads if a.world == 1 else 0, verify=a.verify == "yes", read=a.read),
     )
 
     def batches():
