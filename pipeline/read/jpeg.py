@@ -17,11 +17,11 @@ ROWS_BELOW = 4
 
 
 @compiled
-def cut_short(data: np.ndarray, width: int, height: int, rows: int, out: np.ndarray, verify: bool) -> tuple[bool, int]:
-    """Copies a JPEG of width × height into `out` and makes it `rows` high.
+def cut_short(data: np.ndarray, width: int, height: int, rows: int, verify: bool) -> tuple[bool, int]:
+    """Makes a JPEG of width × height `rows` high, in place.
 
     Returns whether that was possible: baseline or extended sequential, Huffman, one scan, of the size named. And the
-    CRC-32 of `data`, 0 unless asked for. data, out: (n,), (≥ n,) uint8.
+    CRC-32 of `data` as it was, 0 unless asked for. data: (n,) uint8.
     """
     crc = 0
     if verify and checksum.AVAILABLE:
@@ -46,7 +46,5 @@ def cut_short(data: np.ndarray, width: int, height: int, rows: int, out: np.ndar
     )
     if is_height != height or is_width != width:
         return False, crc
-    for i in range(np.uintp(n)):
-        out[i] = data[i]
-    out[frame + 5], out[frame + 6] = rows >> 8, rows & 0xFF
+    data[frame + 5], data[frame + 6] = rows >> 8, rows & 0xFF
     return True, crc

@@ -54,9 +54,6 @@ class LoaderConfig:
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: int = 32
     """Reads in flight."""
-    read: Literal["auto", "pread"] = "auto"
-    """auto: memory maps where shards are local, pread elsewhere. A map is faster, but a shard that somebody cuts short
-    while it is in use ends the process by SIGBUS; pread makes an error of it that names the shard."""
     prefetch_batches: int = 2
     """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
     verify: bool = True
@@ -69,8 +66,6 @@ class LoaderConfig:
             raise ConfigError(f"loader.backend={self.backend}: choose one of {', '.join(get_args(Backend))}")
         if self.decode not in ("region", "whole"):
             raise ConfigError(f"loader.decode={self.decode}: choose region or whole")
-        if self.read not in ("auto", "pread"):
-            raise ConfigError(f"loader.read={self.read}: choose auto or pread")
         for name, least in (("threads", 0), ("read_threads", 1), ("prefetch_batches", 1)):
             if not least <= getattr(self, name) <= 1024:
                 raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {least} to 1024")
@@ -158,7 +153,6 @@ class Loader:
             samples_a_task=max(1, min(8, self._part * self.config.prefetch_batches // self.config.read_threads)),
             verify=self.config.verify,
             always_ahead=self.backend != "portable",
-            maps=self.config.read == "auto",
         )
         self._views = 1 if train else self.augment.views
         self._mean, self._std = self._statistics()

@@ -42,7 +42,7 @@ def kernel_type(dtype: str, *, on_cpu: bool) -> str:
 
 def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
     """Compiles what a Portable needs, or loads what an earlier process compiled."""
-    cut_short(NOTHING, 1, 1, 1, np.zeros(1, np.uint8), True)
+    cut_short(np.zeros(1, np.uint8), 1, 1, 1, True)
     Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True)
 
 
@@ -110,8 +110,8 @@ class Portable:
             image, unverified = work.read.image(i)
             try:
                 if not self.raw and needed[i - start] < height:
-                    pixels = self._top(work, i, image, unverified, (width, height, needed[i - start]))
-                    unverified = False
+                    verify, unverified = unverified, False
+                    pixels = self._top(work, i, image, verify, (width, height, needed[i - start]))
                 else:
                     image.setflags(write=False)  # as the kernel takes it
                     pixels = self._raw(image, width, height) if self.raw else self._decoded(image, width, height)
@@ -142,22 +142,23 @@ class Portable:
         rows: list[int] = (np.ceil(top + size + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW).tolist()
         return rows
 
-    def _top(self, work: Work, i: int, image: np.ndarray, unverified: bool, size: tuple[int, int, int]) -> np.ndarray:
-        """The first rows of image i, or all of it where that cannot be had, as _decoded(); verified where it was not.
+    def _top(self, work: Work, i: int, image: np.ndarray, verify: bool, size: tuple[int, int, int]) -> np.ndarray:
+        """The first rows of image i, or all of it where that cannot be had, as _decoded(); verified where asked for.
 
         size: width, height, rows that are needed.
         """
         width, height, rows = size
-        copy = self._scratch("copy", len(image))
-        image.setflags(write=False)
-        cut, crc = cut_short(image, width, height, rows, copy, unverified)
-        if unverified:
+        cut, crc = cut_short(image, width, height, rows, verify)
+        if verify:
             work.read.check(i, crc if checksum.AVAILABLE else crc32(image))
         if not cut:
             return self._decoded(image, width, height)
-        # Not strict: the rest of the image is what it would complain of.
-        buffer = self._scratch("pixels", 3 * height * width)
-        return self._checked(decode_jpeg(copy[: len(image)], buffer=buffer, strict=False), width, rows)
+        try:  # not strict: the rest of the image is what it would complain of
+            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=False)
+        except ValueError:
+            cut_short(image, width, rows, height, False)  # as it was, for Pillow
+            return self._decoded(image, width, height)
+        return self._checked(pixels, width, rows)
 
     def _raw(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         if len(image) != 3 * width * height:  # the kernel tests no bounds
@@ -167,7 +168,7 @@ class Portable:
     def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, read-only as the kernel takes it, valid until this thread's next call."""
         try:
-            pixels = decode_jpeg(image, buffer=self._scratch("pixels", 3 * height * width))
+            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
         except ValueError:
             pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
         return self._checked(pixels, width, height)
@@ -179,12 +180,11 @@ class Portable:
         flat.setflags(write=False)
         return flat
 
-    def _scratch(self, name: str, size: int) -> np.ndarray:
-        """This thread's buffer of that name, of at least `size` bytes."""
-        buffer: np.ndarray | None = getattr(self._local, name, None)
+    def _scratch(self, size: int) -> np.ndarray:
+        """This thread's buffer, of at least `size` bytes."""
+        buffer: np.ndarray | None = getattr(self._local, "pixels", None)
         if buffer is None or len(buffer) < size:
-            buffer = np.empty(size + size // 4, np.uint8)
-            setattr(self._local, name, buffer)
+            buffer = self._local.pixels = np.empty(size + size // 4, np.uint8)
         return buffer
 
     def _delivered(self, job: _Job) -> torch.Tensor:

@@ -17,8 +17,8 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import AugmentConfig, DataError, Loader, LoaderConfig, open_dataset
-from pipeline.read import checksum, kernels, reader
+from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
+from pipeline.read import checksum, kernels
 from pipeline.read.jpeg import cut_short
 from tests.conftest import ROOT, picture
 from tests.pipeline.test_parity import dataset_of, encode
@@ -110,9 +110,26 @@ def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monke
 def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkeypatch):
     with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
         monkeypatch.setattr(loader._reader, "_read", fail)
-        monkeypatch.setattr(loader._reader, "_mapped", fail)
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             next(iter(loader))
+
+
+def test_what_the_fast_decoder_refuses_is_given_whole_to_pillow(thousand, monkeypatch):
+    def crops(loader):
+        return {i: image for batch in loader for i, image in zip(batch.ids.tolist(), batch.images.numpy())}
+
+    make = lambda: Loader(thousand, batch=96, augment=VIEW, dtype="uint8", config=LoaderConfig("portable"))  # noqa: E731
+    with make() as loader:
+        expected = crops(loader)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("on purpose")
+
+    monkeypatch.setattr("pipeline.read.portable.decode_jpeg", refuse)
+    with make() as loader:
+        got = crops(loader)
+    assert got.keys() == expected.keys()
+    assert all(np.array_equal(got[i], expected[i]) for i in got)
 
 
 def test_an_exception_while_decoding_reaches_the_caller_with_its_cause(thousand, monkeypatch):
@@ -158,7 +175,6 @@ def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(tho
     def readers():
         return sum(t.name.startswith("express-read") for t in threading.enumerate())
 
-    monkeypatch.setattr(reader, "can_be_mapped", lambda folder: False)
     with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
         assert len(list(loader)) == 7
         assert readers() == 0
@@ -170,31 +186,9 @@ def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(tho
     assert most[0] >= 32
 
 
-def test_network_filesystems_are_not_mapped(tmp_path, monkeypatch):
-    assert reader.filesystem(tmp_path)
-    for kind, local in (("ext4", True), ("xfs", True), ("overlay", True), ("nfs4", False), ("fuse.s3fs", False),
-                        ("lustre", False), ("ceph", False), ("cifs", False)):  # fmt: skip
-        monkeypatch.setattr(reader, "filesystem", lambda folder, kind=kind: kind)
-        assert reader.can_be_mapped(tmp_path) is local
-    monkeypatch.setattr(reader, "filesystem", lambda folder: None)
-    assert not reader.can_be_mapped(tmp_path)
-
-
-def test_a_shard_that_shrinks_is_named(thousand, tmp_path):
+def test_a_shard_that_shrinks_under_the_decoding_threads_is_named_and_ends_no_process(thousand, tmp_path):
     root = shutil.copytree(thousand, tmp_path / "copy")
-    split = open_dataset(root).split("train")
-    mapped = reader.Reader(split)
-    batch = mapped.read(np.array([0, 500]))
-    batch.image(1)
-    os.truncate(root / "x.tar", 2000)
-    with pytest.raises(DataError, match=r"x\.tar: sample 500 .*: the shard ends before it"):
-        batch.image(1)
-    mapped.close()
-
-
-def test_with_pread_a_shard_that_shrinks_under_the_decoding_threads_ends_no_process(thousand, tmp_path):
-    root = shutil.copytree(thousand, tmp_path / "copy")
-    with Loader(root, batch=32, augment=VIEW, config=LoaderConfig("portable", read="pread")) as loader:
+    with Loader(root, batch=32, augment=VIEW, config=LoaderConfig("portable")) as loader:
         next(iter(loader))
         os.truncate(root / "x.tar", 2000)
         with pytest.raises(DataError, match=r"x\.tar: sample .*: the shard ends before it"):
@@ -221,11 +215,11 @@ def test_a_jpeg_cut_short_has_the_same_rows_and_a_damaged_one_harms_nobody(optio
     data = bytearray(image)
     for at, value in damage:
         data[at % len(data)] = value
-    data = np.frombuffer(bytes(data[: len(data) - keep if damage else None]), np.uint8)
-    out = np.full(len(data), 255, np.uint8)
-    cut, crc = cut_short(data, 40, 64, rows, out, True)
+    data = data[: len(data) - keep if damage else None]
+    out = np.frombuffer(data, np.uint8).copy()
+    cut, crc = cut_short(out, 40, 64, rows, True)
     if checksum.AVAILABLE:
-        assert crc == zlib.crc32(data.tobytes())
+        assert crc == zlib.crc32(data)
     if damage:
         return
     assert cut == ("progressive" not in options)

@@ -160,7 +160,6 @@ def prepare(images: Path, scratch: Path, args: argparse.Namespace) -> tuple[dict
             peer(data, "torchvision.io", "torchvision_io.py", images)
             peer(data, "the seed's (ImageFolder)", "seed.py", images)
         cells.append(Cell(data, f"{OURS}, checksums off", [*ours, str(path), "--verify", "no"]))
-        cells.append(Cell(data, f"{OURS}, pread instead of maps", [*ours, str(path), "--read", "pread"]))
         cells.append(Cell(data, f"{OURS}, random resized crop", [*ours, str(path), "--jitter"]))
         cells.append(Cell(data, f"{OURS}, backend dali-cpu", [*ours, str(path), "--backend", "dali-cpu"]))
         if data == "jpeg":

@@ -21,7 +21,6 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--verify", choices=("yes", "no"), default="yes")
     p.add_argument("--rank", type=int, default=0)
     p.add_argument("--world", type=int, default=1, help="ranks; --batch is that of each")
-    p.add_argument("--read", choices=("auto", "pread"), default="auto")
     p.add_argument("--jitter", action="store_true", help="random resized crops")
     p.add_argument("--delay", type=float, default=0.0, help="seconds to sleep before every read")
     return p.parse_args()

@@ -12,12 +12,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
-from pipeline.read import reader
 from tools.bench.peers.common import arguments, measure
 
 
 def slow_storage(seconds: float) -> None:
-    """As if nothing were cached and every read took so long: maps are not used, each pread waits."""
+    """As if nothing were cached and every read took so long: each pread waits."""
     read = os.preadv
 
     def delayed(*args: object) -> int:
@@ -25,7 +24,6 @@ def slow_storage(seconds: float) -> None:
         return read(*args)
 
     os.preadv = delayed
-    reader.can_be_mapped = lambda folder: False
 
 
 def main() -> None:
@@ -41,7 +39,7 @@ def main() -> None:
         dtype=a.dtype,
         augment=AugmentConfig(square=False, scale_jitter=(0.08, 1.0) if a.jitter else None),
         # Without a number of threads of its own, each rank takes its share of the cores.
-        config=LoaderConfig(a.backend, threads=a.threads if a.world == 1 else 0, verify=a.verify == "yes", read=a.read),
+        config=LoaderConfig(a.backend, threads=a.threads if a.world == 1 else 0, verify=a.verify == "yes"),
     )
 
     def batches():
