@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic
 
-from .compiled import compiled
+from ..compiled import compiled
 
 u64, u32 = np.uint64, np.uint32
 cgutils: Any = untyped_cgutils
@@ -79,18 +79,20 @@ def _by_table(data: np.ndarray, start: int, end: int, crc: np.uint32) -> np.uint
 
 
 @compiled
-def crc32(data: np.ndarray) -> int:
-    """Of (n,) uint8, as zlib.crc32. Needs AVAILABLE."""
-    crc, at, n = u32(0xFFFFFFFF), 0, len(data)
-    if n >= 128:
+def crc32(data: np.ndarray, start: int, size: int) -> int:
+    """Of data[start : start + size], uint8, as zlib.crc32; 0 where there is nothing to compute it with: AVAILABLE."""
+    if not AVAILABLE:
+        return 0
+    crc, at = u32(0xFFFFFFFF), start
+    if size >= 128:
         state = np.zeros(8, np.uint64)
         rest = state.view(np.uint8)
         for i in range(64):
-            rest[i] = data[i]
+            rest[i] = data[start + i]
         state[0] ^= u64(0xFFFFFFFF)
-        blocks = n // 64 - 1
-        _fold_blocks(data, np.uintp(64), np.uintp(blocks), state)
+        blocks = size // 64 - 1
+        _fold_blocks(data, np.uintp(start + 64), np.uintp(blocks), state)
         # What is folded is a message with the same remainder: from here on it is taken byte by byte.
         crc = _by_table(rest, 0, 64, u32(0))
-        at = 64 * (blocks + 1)
-    return int(_by_table(data, at, n, crc) ^ u32(0xFFFFFFFF))
+        at = start + 64 * (blocks + 1)
+    return int(_by_table(data, at, start + size, crc) ^ u32(0xFFFFFFFF))

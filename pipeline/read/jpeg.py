@@ -9,42 +9,36 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import checksum
-from .compiled import compiled
+from ..compiled import compiled
 
 # Upsampling colours looks at the next row of a half-height plane; the rest is a margin.
 ROWS_BELOW = 4
 
 
 @compiled
-def cut_short(data: np.ndarray, width: int, height: int, rows: int, verify: bool) -> tuple[bool, int]:
-    """Makes a JPEG of width × height `rows` high, in place.
+def cut_short(data: np.ndarray, start: int, size: int, width: int, height: int, rows: int) -> bool:
+    """Makes the JPEG data[start : start + size] of width × height `rows` high, in place.
 
-    Returns whether that was possible: baseline or extended sequential, Huffman, one scan, of the size named. And the
-    CRC-32 of `data` as it was, 0 unless asked for. data: (n,) uint8.
+    Returns whether that was possible: baseline or extended sequential, Huffman, one scan, of the size named.
+    data: (n,) uint8.
     """
-    crc = 0
-    if verify and checksum.AVAILABLE:
-        crc = checksum.crc32(data)
-    n, at, frame = len(data), 2, 0
-    if n < 4 or data[0] != 0xFF or data[1] != 0xD8:
-        return False, crc
-    while at + 9 < n and data[at] == 0xFF:
+    end, at, frame = start + size, start + 2, 0
+    if size < 4 or data[start] != 0xFF or data[start + 1] != 0xD8:
+        return False
+    while at + 9 < end and data[at] == 0xFF:
         marker, length = data[at + 1], (int(data[at + 2]) << 8) + int(data[at + 3])
         if marker == 0xC0 or marker == 0xC1:
             frame = at
         elif marker == 0xDA:
             break
         elif 0xC2 <= marker <= 0xCF and marker != 0xC4 and marker != 0xCC:  # progressive, lossless, arithmetic
-            return False, crc
+            return False
         at += 2 + length
-    if not frame or at + 9 >= n or data[at] != 0xFF or data[at + 4] != data[frame + 9]:  # one scan has all components
-        return False, crc
-    is_height, is_width = (
-        (int(data[frame + 5]) << 8) + int(data[frame + 6]),
-        (int(data[frame + 7]) << 8) + int(data[frame + 8]),
-    )
+    if not frame or at + 9 >= end or data[at] != 0xFF or data[at + 4] != data[frame + 9]:  # one scan has all components
+        return False
+    is_height = (int(data[frame + 5]) << 8) + int(data[frame + 6])
+    is_width = (int(data[frame + 7]) << 8) + int(data[frame + 8])
     if is_height != height or is_width != width:
-        return False, crc
+        return False
     data[frame + 5], data[frame + 6] = rows >> 8, rows & 0xFF
-    return True, crc
+    return True

@@ -16,8 +16,8 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from . import checksum
-from .compiled import compiled, straight_lines_vectorised
+from ..compiled import compiled, straight_lines_vectorised
+from .fetch import fetched
 
 LANES = 4  # taps are summed in groups of so many; their number is padded with zero weights
 u = np.uintp
@@ -68,6 +68,7 @@ def _triangle(
 @compiled
 def _blend_rows(
     pixels: np.ndarray,
+    base: int,
     pitch: int,
     height: int,
     top: int,
@@ -82,10 +83,10 @@ def _blend_rows(
     out = u(line)
     for k in range(0, count, LANES):
         w0, w1, w2, w3 = weights[w + k], weights[w + k + 1], weights[w + k + 2], weights[w + k + 3]
-        r0 = u(min(top + k, height - 1) * pitch + a)
-        r1 = u(min(top + k + 1, height - 1) * pitch + a)
-        r2 = u(min(top + k + 2, height - 1) * pitch + a)
-        r3 = u(min(top + k + 3, height - 1) * pitch + a)
+        r0 = u(min(top + k, height - 1) * pitch + base + a)
+        r1 = u(min(top + k + 1, height - 1) * pitch + base + a)
+        r2 = u(min(top + k + 2, height - 1) * pitch + base + a)
+        r3 = u(min(top + k + 3, height - 1) * pitch + base + a)
         if k == 0:
             for j in range(u(n)):
                 weights[out + j] = (
@@ -204,15 +205,9 @@ def _store_float32(
 
 
 @compiled
-def _crc32(data: np.ndarray) -> int:
-    crc: int = checksum.crc32(data) if checksum.AVAILABLE else 0
-    return crc
-
-
-@compiled
 def _crop(
-    data: np.ndarray,
     pixels: np.ndarray,
+    base: int,
     width: int,
     height: int,
     out: np.ndarray,
@@ -226,24 +221,23 @@ def _crop(
     floats: np.ndarray,
     first: np.ndarray,
     row: np.ndarray,
-) -> int:
-    """Crop `number` of the batch; all arrays are flat. floats: weights across, weights down, a line, a blended line.
+) -> None:
+    """Crop `number` of the batch, of the image that begins at pixels[base]; all arrays are flat.
 
-    Returns the CRC-32 of `data`: what is to be verified as well costs no further call, and no further wait for the GIL.
+    floats: weights across, weights down, a line, a blended line.
     """
-    crc: int = _crc32(data)
     start, m, flip = 3 * side * side * number, 3 * number, flips[number]
     left, top = box[4 * number], box[4 * number + 1]
     x_scale, y_scale = box[4 * number + 2] / side, box[4 * number + 3] / side
     if x_scale == 1.0 and y_scale == 1.0 and left == int(left) and top == int(top):
         for y in range(side):
-            at = 3 * ((int(top) + y) * width + int(left))
+            at = base + 3 * ((int(top) + y) * width + int(left))
             if flip:
                 _reverse(pixels, at, side, row)
                 _store(row, 0, out, start, side, y, packed, mean, m, scale)
             else:
                 _store(pixels, at, out, start, side, y, packed, mean, m, scale)
-        return crc
+        return
     x_taps, y_taps = taps(x_scale), taps(y_scale)
     down = side * x_taps
     line = down + side * y_taps
@@ -253,15 +247,46 @@ def _crop(
     leftmost, rightmost = min(first[0], first[side - 1]), max(first[0], first[side - 1])
     a, b = 3 * leftmost, 3 * min(rightmost + x_taps, width)
     for y in range(side):
-        _blend_rows(pixels, 3 * width, height, first[side + y], a, b - a, floats, down + y * y_taps, y_taps, line)
+        _blend_rows(pixels, base, 3 * width, height, first[side + y], a, b - a, floats, down + y * y_taps, y_taps, line)
         _blend_columns(floats, line, a, first, side, x_taps, blended)
         _round(floats, blended, 3 * side, row)
         _store(row, 0, out, start, side, y, packed, mean, m, scale)
-    return crc
 
 
-NOTHING = np.zeros(0, np.uint8)  # to compute no checksum of
-NOTHING.setflags(write=False)
+@compiled
+def _crop_stored(
+    buffer: np.ndarray,
+    at: np.ndarray,
+    fds: np.ndarray,
+    offset: np.ndarray,
+    size: np.ndarray,
+    crc: np.ndarray,
+    verify: bool,
+    width: np.ndarray,
+    height: np.ndarray,
+    views: int,
+    out: np.ndarray,
+    number: int,
+    side: int,
+    packed: bool,
+    box: np.ndarray,
+    flips: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    floats: np.ndarray,
+    first: np.ndarray,
+    row: np.ndarray,
+) -> int:
+    """Fetches images that are stored as pixels (see fetch.fetch_images) and crops each while its bytes are at hand."""
+    for i in range(len(at)):
+        if not fetched(buffer, at[i], fds[i], offset[i], size[i], crc[i], verify):
+            return i
+        for view in range(views):
+            _crop(
+                buffer, at[i], width[i], height[i], out, number + i * views + view, side, packed, box, flips, mean,
+                scale, floats, first, row,
+            )  # fmt: skip
+    return len(at)
 
 
 class Cropper:
@@ -273,14 +298,21 @@ class Cropper:
 
     def __init__(self, side: int, *, dtype: str, packed: bool) -> None:
         self.side, self.packed, self._local = side, packed, threading.local()
-        pixels, out, ones = np.zeros(3, np.uint8), np.zeros(3 * side * side, dtype), np.ones(3, np.float32)
-        pixels.setflags(write=False)
-        with straight_lines_vectorised():  # the first call compiles, or loads what an earlier process compiled
-            self(NOTHING, pixels, 1, 1, out, 0, np.ones(4), np.zeros(1, bool), ones, ones)
+        self._empty = np.zeros(3 * side * side, dtype)
+
+    def compile(self, *, raw: bool) -> None:
+        """Compiles the kernel, or loads what an earlier process compiled."""
+        ones, box, flip = np.ones(3, np.float32), np.ones(4), np.zeros(1, bool)
+        pixels, one = np.zeros(3, np.uint8), np.ones(1, np.int64)
+        with straight_lines_vectorised():
+            if raw:
+                files = pixels, one - 1, one - 2, one, 3 * one, one, False
+                self.stored(files, one, one, 1, self._empty, 0, box, flip, ones, ones)
+            else:
+                self(pixels, 1, 1, self._empty, 0, box, flip, ones, ones)
 
     def __call__(
         self,
-        data: np.ndarray,
         pixels: np.ndarray,
         width: int,
         height: int,
@@ -290,19 +322,41 @@ class Cropper:
         flip: np.ndarray,
         mean: np.ndarray,
         scale: np.ndarray,
-    ) -> int:
-        """Writes crop `number` of a batch of n, and returns the CRC-32 of `data`, (bytes,) uint8, read-only.
+    ) -> None:
+        """Writes crop `number` of a batch of n.
 
-        pixels: (height · width · 3,) uint8, RGB, read-only. out: (n · 3 · side · side,). flip: (n,) bool.
+        pixels: (height · width · 3,) uint8, RGB. out: (n · 3 · side · side,). flip: (n,) bool.
         box: (n · 4,) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
             needs beyond the box comes from the image around it.
         mean: (n · 3,), scale: (3,) float32; the crop is (x - mean) · scale.
         """
         floats, first, row = self._scratch(width, max(box[4 * number + 2], box[4 * number + 3]))
-        crc: int = _crop(
-            data, pixels, width, height, out, number, self.side, self.packed, box, flip, mean, scale, floats, first, row
+        _crop(pixels, 0, width, height, out, number, self.side, self.packed, box, flip, mean, scale, floats, first, row)
+
+    def stored(
+        self,
+        files: tuple[Any, ...],
+        width: np.ndarray,
+        height: np.ndarray,
+        views: int,
+        out: np.ndarray,
+        number: int,
+        box: np.ndarray,
+        flip: np.ndarray,
+        mean: np.ndarray,
+        scale: np.ndarray,
+    ) -> int:
+        """Reads m images that are stored as pixels and writes their crops, from crop `number` on.
+
+        files: what fetch.fetch_images takes first. width, height: (m,) int64. Returns the number of the first image
+        that fails, or m.
+        """
+        sizes = box[4 * number : 4 * (number + len(width) * views)].reshape(-1, 4)[:, 2:]
+        scratch = self._scratch(int(width.max()), float(sizes.max()))
+        done: int = _crop_stored(
+            *files, width, height, views, out, number, self.side, self.packed, box, flip, mean, scale, *scratch
         )
-        return crc
+        return done
 
     def _scratch(self, width: int, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This thread's arrays for an image of this width and a box of this size; they grow with what they meet."""

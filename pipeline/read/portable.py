@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from simplejpeg import decode_jpeg
 
-from ..errors import DataError, ExpressError
-from ..shards import crc32
-from . import checksum
+from ..errors import DataError
+from .fetch import fetch_images
 from .jpeg import ROWS_BELOW, cut_short
-from .kernels import NOTHING, Cropper
+from .kernels import Cropper
 from .work import Output, Work, normalised
 
-IMAGES_A_TASK = 32  # at most: a task costs 50 µs, with the waking of its thread
+IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
+BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
 
 
 class _Job(NamedTuple):
@@ -41,9 +41,11 @@ def kernel_type(dtype: str, *, on_cpu: bool) -> str:
 
 
 def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
-    """Compiles what a Portable needs, or loads what an earlier process compiled."""
-    cut_short(np.zeros(1, np.uint8), 1, 1, 1, True)
-    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True)
+    """Compiles what a Portable needs for encoded images, or loads what an earlier process compiled."""
+    none, one = np.zeros(0, np.int64), np.zeros(1, np.uint8)
+    fetch_images(one, none, none, none, none, none, False, none, none, none, np.zeros(0, np.bool_))
+    cut_short(one, 0, 1, 1, 1, 1)
+    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile(raw=False)
 
 
 class Portable:
@@ -54,6 +56,7 @@ class Portable:
         stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
         self._in_kernel = stored == "float32"
         self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
+        self._cropper.compile(raw=raw)
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers = Buffers(pinned=output.device.type == "cuda")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
@@ -101,72 +104,74 @@ class Portable:
 
     def _decode(self, work: Work, crops: np.ndarray, start: int, end: int) -> None:
         """A thread's task: images [start, end) of the batch."""
-        out, mean = crops.reshape(-1), work.mean.reshape(-1)
-        box, flip = work.placement.box.reshape(-1), work.placement.flip
-        crop, scale, views = self._cropper, self._inverse_std, self.output.views
-        sizes = zip(work.width[start:end].tolist(), work.height[start:end].tolist(), strict=True)
-        needed = self._rows_needed(work, start, end)
-        for i, (width, height) in enumerate(sizes, start):
-            image, unverified = work.read.image(i)
-            try:
-                if not self.raw and needed[i - start] < height:
-                    verify, unverified = unverified, False
-                    pixels = self._top(work, i, image, verify, (width, height, needed[i - start]))
-                else:
-                    image.setflags(write=False)  # as the kernel takes it
-                    pixels = self._raw(image, width, height) if self.raw else self._decoded(image, width, height)
-            except ExpressError:
-                raise
-            except Exception as err:  # Pillow's decoders raise whatever they like
-                if unverified:
-                    work.read.check(i, crc32(image))  # damaged since it was written, or ever since
-                raise DataError(
-                    f"{self._describe(int(work.ids[i]))}: cannot be decoded ({err});"
-                    " shard the data again with --encode jpeg, or without this image"
-                ) from err
-            if unverified and not checksum.AVAILABLE:
-                work.read.check(i, crc32(image))
-                unverified = False
-            for number in range(i * views, (i + 1) * views):
-                crc = crop(image if unverified else NOTHING, pixels, width, height, out, number, box, flip, mean, scale)
-                if unverified:
-                    work.read.check(i, crc)
-                    unverified = False
-        work.read.worked_on(end - start)
+        if self.raw:
+            return self._crop_raw(work, crops, start, end)
+        ends = np.cumsum(work.read.size[start:end])
+        while start < end:
+            fits = int(np.searchsorted(ends, ends[0] - work.read.size[start] + BYTES_A_BLOCK, "right"))
+            n = max(1, fits)
+            self._decode_block(work, crops, start, start + n)
+            start, ends = start + n, ends[n:]
 
-    def _rows_needed(self, work: Work, start: int, end: int) -> list[int]:
-        """How many rows of images [start, end), from the top, their crops are made of."""
+    def _crop_raw(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
+        width, height, views = work.width[a:b], work.height[a:b], self.output.views
+        if wrong := np.flatnonzero(work.read.size[a:b] != 3 * width * height).tolist():  # the kernel tests no bounds
+            size, i = work.read.size[a + wrong[0]], wrong[0]
+            reason = f"{size} bytes where {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
+            raise self._undecodable(work, a + i, reason)
+        out, mean, scale = crops.reshape(-1), work.mean.reshape(-1), self._inverse_std
+        box, flip = work.placement.box.reshape(-1), work.placement.flip
+        with work.read.files(a, b, in_turn=True) as files:
+            done = self._cropper.stored(files, width, height, views, out, a * views, box, flip, mean, scale)
+        if done < b - a:
+            work.read.refuse(a + done)
+
+    def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
+        """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
+        width, height, rows = work.width[a:b], work.height[a:b], self._rows_needed(work, a, b)
+        cut = np.zeros(b - a, np.bool_)
+        with work.read.files(a, b) as files:
+            done = fetch_images(*files, width, height, rows, cut)
+        if done < b - a:
+            work.read.refuse(a + done)
+        out, mean, scale, views = crops.reshape(-1), work.mean.reshape(-1), self._inverse_std, self.output.views
+        box, flip, crop, number = work.placement.box.reshape(-1), work.placement.flip, self._cropper, a * views
+        columns = (files.at, files.at + files.size, cut, rows, width, height)
+        sizes = zip(*(column.tolist() for column in columns), strict=True)
+        for i, (start, end, is_cut, needed, w, h) in enumerate(sizes, a):
+            image = files.buffer[start:end]
+            try:
+                pixels = self._top(image, w, h, needed) if is_cut else self._decoded(image, w, h)
+            except Exception as err:  # Pillow's decoders raise whatever they like
+                raise self._undecodable(work, i, err) from err
+            for number in range(i * views, (i + 1) * views):
+                crop(pixels, w, h, out, number, box, flip, mean, scale)
+
+    def _undecodable(self, work: Work, i: int, reason: object) -> DataError:
+        return DataError(
+            f"{self._describe(int(work.ids[i]))}: cannot be decoded ({reason});"
+            " shard the data again with --encode jpeg, or without this image"
+        )
+
+    def _rows_needed(self, work: Work, start: int, end: int) -> np.ndarray:
+        """(n,) int64: how many rows of images [start, end), from the top, their crops are made of."""
         views = self.output.views
         _, top, _, size = work.placement.box[start * views : end * views].T
         taps = np.maximum(size / self.output.crop, 1)
-        rows: list[int] = (np.ceil(top + size + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW).tolist()
+        rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW
         return rows
 
-    def _top(self, work: Work, i: int, image: np.ndarray, verify: bool, size: tuple[int, int, int]) -> np.ndarray:
-        """The first rows of image i, or all of it where that cannot be had, as _decoded(); verified where asked for.
-
-        size: width, height, rows that are needed.
-        """
-        width, height, rows = size
-        cut, crc = cut_short(image, width, height, rows, verify)
-        if verify:
-            work.read.check(i, crc if checksum.AVAILABLE else crc32(image))
-        if not cut:
-            return self._decoded(image, width, height)
+    def _top(self, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
+        """The first rows of an image that was cut short, or all of it where that is refused, as _decoded()."""
         try:  # not strict: the rest of the image is what it would complain of
             pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=False)
         except ValueError:
-            cut_short(image, width, rows, height, False)  # as it was, for Pillow
+            cut_short(image, 0, len(image), width, rows, height)  # as it was, for Pillow
             return self._decoded(image, width, height)
         return self._checked(pixels, width, rows)
 
-    def _raw(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
-        if len(image) != 3 * width * height:  # the kernel tests no bounds
-            raise ValueError(f"{len(image)} bytes where {width}×{height} pixels have {3 * width * height}")
-        return image
-
     def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
-        """(height · width · 3,) uint8, read-only as the kernel takes it, valid until this thread's next call."""
+        """(height · width · 3,) uint8, valid until this thread's next call."""
         try:
             pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
         except ValueError:
@@ -176,9 +181,7 @@ class Portable:
     def _checked(self, pixels: np.ndarray, width: int, height: int) -> np.ndarray:
         if pixels.shape != (height, width, 3):
             raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels where the index says {width}×{height}")
-        flat: np.ndarray = pixels.reshape(-1)
-        flat.setflags(write=False)
-        return flat
+        return pixels.reshape(-1)
 
     def _scratch(self, size: int) -> np.ndarray:
         """This thread's buffer, of at least `size` bytes."""

@@ -1,11 +1,11 @@
 """Bytes of samples from local shards, by their ids, each one checked.
 
 Where storage has to be waited for, a pool keeps many reads in flight, batches ahead, into reused buffers. Where the
-operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes an image reads it
-himself. The reader finds out which by the time that reads take, and by what the system had to fetch for them.
+operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes images reads them
+himself, a block at a time. The reader finds out which: the system counts how often a thread had to wait.
 
-pread and not mmap: a map gave 1.02 times the rate of 256-pixel JPEGs and 1.24 times that of raw pixels, on two cores
-from the page cache, but ends the process where somebody cuts a shard short, and is slow on network filesystems.
+pread and not mmap: a map was a little faster from the page cache, but ends the process where somebody cuts a shard
+short, and is slow on network filesystems.
 """
 
 from __future__ import annotations
@@ -13,85 +13,130 @@ from __future__ import annotations
 import os
 import resource
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
 
 import numpy as np
 
 from ..errors import DataError, StorageError
 from ..manifest import Split
 from ..shards import crc32, sample_key
+from . import checksum
+from .fetch import IN_MEMORY, fetch_images
 
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
-SLOW_SECONDS = 150e-6  # a read of so long comes from storage: from the page cache 100 kB take 20 µs
+WAITS_A_READ = 0.3  # of a thread, on average: from the page cache it has not to wait at all
 BLOCKS_A_READ = 8  # of 512 bytes: more than that an image, on average, came from a disk
-THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
-SLOW_SHARE = 0.3  # of the latest reads
+OF_THREAD = hasattr(resource, "RUSAGE_THREAD")
+USAGE = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+SLOW_SHARE = 0.3  # of the latest blocks
 PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
 
 
-_Job = tuple[int, int, int, int, int]  # one sample to read: id, shard, offset, size, crc32
+class Files(NamedTuple):
+    """Where n images are and where they go: what the kernels of fetch.py take first."""
+
+    buffer: np.ndarray  # flat uint8
+    at: np.ndarray  # (n,) int64: the image's first byte in the buffer, and so on
+    fds: np.ndarray  # fetch.IN_MEMORY: it is there already
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+    verify: bool
+
+
+NOTHING = np.zeros(0, np.int64)
 
 
 class ReadBatch:
-    """A batch to read. Its images are read ahead once `ahead()` was called, otherwise by whoever asks for one.
+    """A batch to read. Its images are read ahead once `ahead()` was called, otherwise by whoever asks for them.
 
     `release()` gives its buffer back for reuse.
     """
 
-    def __init__(self, reader: Reader, jobs: list[_Job]) -> None:
-        self._reader, self._jobs = reader, jobs
+    def __init__(self, reader: Reader, ids: np.ndarray) -> None:
+        self._reader, self.ids = reader, ids
+        self.shard, self.offset, self.size, self.crc32 = (
+            column[ids] for column in (reader.shard, reader.offset, reader.size, reader.crc32)
+        )
         self._buffer: np.ndarray | None = None
-        self._images: list[np.ndarray] = []
+        self._at = NOTHING
         self._tasks: list[Future[None]] = []
 
     def ahead(self) -> None:
         """Starts to read all images and returns at once; does nothing where that was done already."""
         if self._tasks:
             return
-        sizes = [size for _, _, _, size, _ in self._jobs]
-        ends = np.cumsum(sizes).tolist()
-        self._buffer = buffer = self._reader.buffer(ends[-1])
-        images = [buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        step = self._reader.samples_a_task
+        reader, step, n = self._reader, self._reader.samples_a_task, len(self.ids)
+        self._at = np.cumsum(self.size) - self.size
+        self._buffer = reader.buffer(int(self.size.sum()))
         self._tasks = [
-            self._reader.pool.submit(self._reader.read_into, images[i : i + step], self._jobs[i : i + step])
-            for i in range(0, len(images), step)
+            reader.pool.submit(self._read_ahead, list(range(i, min(i + step, n)))) for i in range(0, n, step)
         ]
-        self._images = images
 
-    def image(self, i: int) -> tuple[np.ndarray, bool]:
-        """The stored bytes of the i-th image, uint8, the caller's until this thread's next call and until release().
+    def _read_ahead(self, images: list[int]) -> None:
+        """A pool thread's task."""
+        assert self._buffer is not None
+        for i in images:
+            at, size = int(self._at[i]), int(self.size[i])
+            self._reader.read_one(self, i, self._buffer[at : at + size], verify=self._reader.verify_ahead)
 
-        And whether they are still to be verified, by check(i, crc32) with what whoever works on them computed.
-        Raises DataError or StorageError.
+    @contextmanager
+    def files(self, a: int, b: int, *, in_turn: bool = False) -> Iterator[Files]:
+        """Images [a, b), to be fetched by one of fetch.py's kernels while the block lasts.
+
+        in_turn: each may overwrite the one before it, so that all meet in the processor's cache.
+        The bytes are the caller's until this thread's next call, and until release().
         """
-        if not self._tasks:
-            return self._reader.read_now(self._jobs[i]), self._reader.verify
-        self._tasks[i // self._reader.samples_a_task].result()
-        return self._images[i], self._reader.verify and not self._reader.always_ahead
+        reader, verify, part = self._reader, self._reader.verify, slice(a, b)
+        offset, size, crc = self.offset[part], self.size[part], self.crc32[part]
+        if self._tasks:
+            for task in self._tasks[a // reader.samples_a_task : (b - 1) // reader.samples_a_task + 1]:
+                task.result()
+            assert self._buffer is not None
+            in_memory = np.full(b - a, IN_MEMORY)
+            verify = verify and not reader.verify_ahead
+            files = Files(self._buffer, self._at[part], in_memory, offset, size, crc, verify)
+            yield self._verified_here(files, a) if verify and not checksum.AVAILABLE else files
+            return
+        in_turn = in_turn and (checksum.AVAILABLE or not verify)
+        at = np.zeros_like(size) if in_turn else np.cumsum(size) - size
+        buffer = reader.own_buffer(int((at + size).max()))
+        with reader.files.several(self.shard[part].tolist()) as fds, reader.watched(b - a):
+            files = Files(buffer, at, np.array(fds), offset, size, crc, verify)
+            yield self._verified_here(files, a) if verify and not checksum.AVAILABLE else files
 
-    def check(self, i: int, crc: int) -> None:
-        """Raises DataError unless the i-th image is what was written."""
-        if crc != self._jobs[i][4]:
-            raise self._reader.changed(self._jobs[i][0])
+    def _verified_here(self, files: Files, a: int) -> Files:
+        """Where kernels cannot verify: the same, in memory and verified."""
+        none = np.zeros(0, np.bool_)
+        n = fetch_images(*files._replace(verify=False), NOTHING, NOTHING, NOTHING, none)
+        if n < len(files.at):
+            self.refuse(a + n)
+        for i, (at, size, crc) in enumerate(zip(files.at, files.size, files.crc32, strict=True)):
+            if crc32(files.buffer[at : at + size]) != crc:
+                self.refuse(a + i)
+        return files._replace(fds=np.full(len(files.at), IN_MEMORY), verify=False)
 
-    def worked_on(self, images: int) -> None:
-        """To be called by a thread that is done with so many of the images."""
-        if not self._tasks:
-            self._reader.worked_on(images)
+    def refuse(self, i: int) -> NoReturn:
+        """Raises DataError or StorageError for the i-th image, which could not be fetched."""
+        if not self._tasks:  # once more, slowly, for the reason
+            self._reader.read_one(self, i, np.empty(int(self.size[i]), np.uint8), verify=self._reader.verify)
+        raise self._reader.changed(int(self.ids[i]))
 
     def wait(self) -> list[np.ndarray]:
-        """The stored bytes of all images, valid until release(). Raises DataError or StorageError."""
+        """The stored bytes of all images, verified, valid until release(). Raises DataError or StorageError."""
+        assert self._reader.always_ahead
         self.ahead()
         for task in self._tasks:
             task.result()
-        return self._images
+        assert self._buffer is not None
+        ends = (self._at + self.size).tolist()
+        return [self._buffer[at:end] for at, end in zip(self._at.tolist(), ends, strict=True)]
 
     def cancel(self) -> None:
         for task in self._tasks:
@@ -119,6 +164,7 @@ class Reader:
         always_ahead: bool = False,
     ) -> None:
         self.split, self.verify, self.always_ahead = split, verify, always_ahead
+        self.verify_ahead = verify and always_ahead
         self.samples_a_task = samples_a_task
         index = split.index
         # Contiguous columns: taking rows from the mapped record array costs three times as much.
@@ -130,13 +176,12 @@ class Reader:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self.free: list[np.ndarray] = []
         self._local = threading.local()
-        self._slow_share = 0.0  # moving mean over reads that were waited for
+        self._slow_share = 0.0  # moving mean over blocks: those that were waited for
         self._ahead_for, self._patience = 0, PATIENCE[0]
 
     def read(self, ids: np.ndarray) -> ReadBatch:
         """The samples `ids` as a batch, already being read where that takes time; returns at once."""
-        columns = (ids, self.shard[ids], self.offset[ids], self.size[ids], self.crc32[ids])
-        batch = ReadBatch(self, list(zip(*(column.tolist() for column in columns), strict=True)))
+        batch = ReadBatch(self, ids)
         if self.is_slow():
             self._ahead_for -= 1
             batch.ahead()
@@ -159,34 +204,27 @@ class Reader:
                 return buffer
         return np.empty(size + size // 4, np.uint8)
 
-    def read_into(self, images: list[np.ndarray], jobs: list[_Job]) -> None:
-        """A pool thread's task."""
-        for image, job in zip(images, jobs, strict=True):
-            self._read(image, job, verify=self.verify and self.always_ahead)
-
-    def read_now(self, job: _Job) -> np.ndarray:
-        """One sample, read in the calling thread into this thread's buffer. Not verified."""
-        size, buffer = job[3], getattr(self._local, "buffer", None)
+    def own_buffer(self, size: int) -> np.ndarray:
+        """This thread's, of at least `size` bytes."""
+        buffer: np.ndarray | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
             buffer = self._local.buffer = np.empty(2 * size, np.uint8)
-        image: np.ndarray = buffer[:size]
-        started = time.perf_counter()
-        self._read(image, job, verify=False)
-        self._judge(time.perf_counter() - started > SLOW_SECONDS, of=16)
-        return image
+        return buffer
 
-    def worked_on(self, images: int) -> None:
-        """To be told by a thread that read and worked on so many: of a fast disk the system counts what it fetched."""
-        before = getattr(self._local, "fetched", None)
-        self._local.fetched = fetched = resource.getrusage(THREAD).ru_inblock
-        self._judge(before is not None and fetched - before > BLOCKS_A_READ * images, of=3)
-
-    def _judge(self, slow: bool, *, of: int) -> None:
+    @contextmanager
+    def watched(self, images: int) -> Iterator[None]:
+        """Meanwhile this thread fetches so many images: whether it had to wait for them is what is_slow() goes by."""
+        before = resource.getrusage(USAGE)
+        yield
+        after = resource.getrusage(USAGE)
+        waits = after.ru_nvcsw - before.ru_nvcsw if OF_THREAD else 0
+        slow = waits > WAITS_A_READ * images or after.ru_inblock - before.ru_inblock > BLOCKS_A_READ * images
         # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
-        self._slow_share += (slow - self._slow_share) / of
+        self._slow_share += (slow - self._slow_share) / 3
 
-    def _read(self, image: np.ndarray, job: _Job, *, verify: bool) -> None:
-        sample, shard, offset, size, crc = job
+    def read_one(self, batch: ReadBatch, i: int, image: np.ndarray, *, verify: bool) -> None:
+        """Reads the batch's i-th image into `image`, of its size. Raises DataError or StorageError."""
+        sample, shard, offset, size = (int(column[i]) for column in (batch.ids, batch.shard, batch.offset, batch.size))
         with self.files.open(shard) as fd:
             done = 0
             while done < size:
@@ -197,7 +235,7 @@ class Reader:
                 if not got:
                     raise self._bad(sample, "the shard ends before it")
                 done += got
-        if verify and crc32(image) != crc:
+        if verify and crc32(image) != batch.crc32[i]:
             raise self.changed(sample)
 
     def changed(self, sample: int) -> DataError:
@@ -236,6 +274,15 @@ class OpenFiles:
                 if descriptor is None:
                     descriptor = self._kept[shard] = self._descriptor(shard)
         return nullcontext(descriptor)
+
+    @contextmanager
+    def several(self, shards: list[int]) -> Iterator[list[int]]:
+        """The descriptor of each, for as long as the block lasts."""
+        if len(self.paths) <= MAX_OPEN and None not in (kept := [self._kept[shard] for shard in shards]):
+            yield cast("list[int]", kept)
+            return
+        with ExitStack() as stack:
+            yield [stack.enter_context(self.open(shard)) for shard in shards]
 
     @contextmanager
     def _borrowed(self, shard: int) -> Iterator[int]:

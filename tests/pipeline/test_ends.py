@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
-from pipeline.read import checksum, kernels
+from pipeline.read import checksum, kernels, portable
 from pipeline.read.jpeg import cut_short
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.images import Encoding
+from pipeline.write.sources import Digits
 from tests.conftest import ROOT, picture
 from tests.pipeline.test_parity import dataset_of, encode
 
@@ -109,7 +112,8 @@ def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monke
 
 def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkeypatch):
     with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
-        monkeypatch.setattr(loader._reader, "_read", fail)
+        monkeypatch.setattr(loader._reader, "read_one", fail)  # of whoever reads ahead
+        monkeypatch.setattr(portable, "fetch_images", fail)
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             next(iter(loader))
 
@@ -161,7 +165,7 @@ def test_memory_stays_as_it_is_over_20_epochs(thousand, backend):
 
 def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(thousand, monkeypatch):
     lock, now, most = threading.Lock(), [0], [0]
-    preadv = os.preadv
+    preadv, fetch_images = os.preadv, portable.fetch_images
 
     def slow(*args):
         with lock:
@@ -172,6 +176,11 @@ def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(tho
             now[0] -= 1
         return preadv(*args)
 
+    def slow_block(buffer, at, fds, *args):
+        for fd in fds:
+            time.sleep(0.002 * (fd >= 0))
+        return fetch_images(buffer, at, fds, *args)
+
     def readers():
         return sum(t.name.startswith("express-read") for t in threading.enumerate())
 
@@ -179,6 +188,7 @@ def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(tho
         assert len(list(loader)) == 7
         assert readers() == 0
     monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(portable, "fetch_images", slow_block)
     with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
         expected = loader.ids(0, 2).tolist()
         assert [b.ids.tolist() for b in loader][2] == expected
@@ -200,7 +210,8 @@ def test_the_checksum_is_zlibs(data, repeat):
     data = data * (1 + repeat * 7)
     if not checksum.AVAILABLE:
         pytest.skip("this processor does not multiply without carries")
-    assert checksum.crc32(np.frombuffer(data, np.uint8)) == zlib.crc32(data)
+    whole = np.frombuffer(b"before" + data + b"after", np.uint8).copy()
+    assert checksum.crc32(whole, 6, len(data)) == zlib.crc32(data)
 
 
 @settings(deadline=None)
@@ -216,10 +227,11 @@ def test_a_jpeg_cut_short_has_the_same_rows_and_a_damaged_one_harms_nobody(optio
     for at, value in damage:
         data[at % len(data)] = value
     data = data[: len(data) - keep if damage else None]
-    out = np.frombuffer(data, np.uint8).copy()
-    cut, crc = cut_short(out, 40, 64, rows, True)
-    if checksum.AVAILABLE:
-        assert crc == zlib.crc32(data)
+    whole = np.frombuffer(b"before" + data + b"after", np.uint8).copy()
+    out = whole[6 : 6 + len(data)]
+    cut = cut_short(whole, 6, len(data), 40, 64, rows)
+    assert whole.tobytes().startswith(b"before")
+    assert whole.tobytes().endswith(b"after")
     if damage:
         return
     assert cut == ("progressive" not in options)
@@ -231,8 +243,31 @@ def test_a_jpeg_cut_short_has_the_same_rows_and_a_damaged_one_harms_nobody(optio
         assert np.array_equal(top[: max(exact, 0)], whole[: max(exact, 0)])
 
 
+@pytest.mark.parametrize("kind", ["keep", "raw"])
+def test_a_processor_that_cannot_verify_in_the_kernel_verifies_all_the_same(shards, tmp_path, monkeypatch, kind):
+    root = tmp_path / "copy"
+    if kind == "raw":
+        build(Plan(Digits(side=20), Options(Encoding("raw", 20, square=True))), root, workers=1)
+    else:
+        shutil.copytree(shards["keep"], root)
+    view = AugmentConfig(resize=20, crop=16)
+    monkeypatch.setattr(checksum, "AVAILABLE", False)
+    with Loader(root, batch=4, augment=view, config=LoaderConfig("portable")) as loader:
+        expected = [batch.images for batch in loader]
+        split, sample = loader.split, int(loader.ids(1, 0)[2])
+        row = split.index[sample]
+        with open(root / split.shards[row["shard"]].name, "r+b") as file:
+            file.seek(row["offset"] + row["size"] - 9)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(DataError, match=rf"sample {sample} .*checksum"):
+            take(loader, 800)
+    assert all(images.float().std() > 0 for images in expected)
+
+
 def test_machine_code_that_cannot_be_kept_is_made_anew(monkeypatch):
-    from pipeline.read import compiled
+    from pipeline import compiled
 
     real = compiled.numba.njit
 

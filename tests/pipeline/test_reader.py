@@ -11,6 +11,7 @@ from zlib_ng import zlib_ng
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
 from pipeline.read import reader
+from pipeline.read.fetch import fetch_images
 from pipeline.read.reader import Reader
 
 
@@ -69,9 +70,16 @@ def test_a_shard_that_shrinks_or_goes_away_during_training_is_named(split):
 
 def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
     monkeypatch.setattr(reader, "MAX_OPEN", 2)
-    r = Reader(split, threads=3)
+    r = Reader(split, threads=3, always_ahead=True)
     for _ in range(10):
         r.read(np.arange(12)).wait()
+    direct = Reader(split)
+    with direct.read(np.arange(12)).files(0, 12) as files:
+        none, cut = np.zeros(0, np.int64), np.zeros(0, bool)
+        assert fetch_images(*files, none, none, none, cut) == 12
+        for at, size, sample in zip(files.at, files.size, range(12)):
+            assert zlib_ng.crc32(files.buffer[at : at + size]) == split.index["crc32"][sample]
+    direct.close()
     assert len(r.files._open) <= 2 + 3  # those in use are never closed
     r.close()
     assert not r.files._open

@@ -9,21 +9,29 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
+import numpy as np
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
+from pipeline.read import portable
 from tools.bench.peers.common import arguments, measure
 
 
 def slow_storage(seconds: float) -> None:
-    """As if nothing were cached and every read took so long: each pread waits."""
-    read = os.preadv
+    """As if nothing were cached and every read took so long: each read waits, whoever does it. Of encoded images."""
+    read, fetch_images = os.preadv, portable.fetch_images
 
     def delayed(*args: object) -> int:
         time.sleep(seconds)
         return read(*args)
 
-    os.preadv = delayed
+    def delayed_block(buffer: np.ndarray, at: np.ndarray, fds: np.ndarray, *args: object) -> int:
+        for fd in fds:
+            if fd >= 0:
+                time.sleep(seconds)
+        return fetch_images(buffer, at, fds, *args)
+
+    os.preadv, portable.fetch_images = delayed, delayed_block
 
 
 def main() -> None:
