@@ -34,7 +34,7 @@ WAITS_A_READ = 0.3  # of a thread, on average: from the page cache it has not to
 BLOCKS_A_READ = 8  # of 512 bytes: more than that an image, on average, came from a disk
 OF_THREAD = hasattr(resource, "RUSAGE_THREAD")
 USAGE = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
-SLOW_SHARE = 0.3  # of the latest blocks
+SLOW_SHARE = 0.5  # of the latest blocks
 PATIENCE = 64, 4096  # batches until the pool is done without again, at first and at most
 
 
@@ -217,6 +217,8 @@ class Reader:
         before = resource.getrusage(USAGE)
         yield
         after = resource.getrusage(USAGE)
+        if after.ru_minflt - before.ru_minflt > images:
+            return  # fresh memory: threads that ask the system for pages wait for each other, which says nothing
         waits = after.ru_nvcsw - before.ru_nvcsw if OF_THREAD else 0
         slow = waits > WAITS_A_READ * images or after.ru_inblock - before.ru_inblock > BLOCKS_A_READ * images
         # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
