@@ -1,5 +1,7 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
 # make test    format, lint and tests
+# make faults  the sharder killed 50 times, and everything else that can go wrong with a disk
+# make simd    Pillow-SIMD instead of Pillow, built here: needs a compiler and the headers of libjpeg and zlib
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
 # make gpu-proof   what only a GPU can show; ARGS='--device cpu --tiny' walks the same steps without one
 
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test format bench gpu-proof clean
+.PHONY: setup demo test format faults simd bench gpu-proof clean
 
 setup: $(INSTALLED)
 
@@ -41,6 +43,13 @@ test: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+faults: $(INSTALLED)
+	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py $(ARGS)
+
+simd: $(INSTALLED)
+	$(BIN)/python -m pip uninstall --yes --quiet pillow
+	CC="$${CC:-cc} -mavx2" $(BIN)/python -m pip install --no-binary :all: --no-deps --force-reinstall pillow-simd
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench loader --images $(IMAGES) $(ARGS)

@@ -1,6 +1,7 @@
 """Errors that a user can cause, each with the exit code that the command line gives it."""
 
 # The exit codes are an interface that launchers and job scripts build on: 0 done, 1 a check failed, and
+CHECK_FAILED = 1
 USAGE = 2
 BAD_DATA = 65
 IO_FAILED = 74

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import StorageError
+
 PARTIAL = ".partial"
+LOCK_SECONDS = 3.0  # workers whose parent was killed live for half a second longer
 
 
 def fsync_path(path: Path) -> None:
@@ -25,19 +30,54 @@ def fsync_path(path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that takes the name `path` when the block ends well: partial → fsync → rename.
 
-    After an exception nothing stands at `path` that was not there before.
+    After an exception nothing stands at `path` that was not there before. Raises StorageError where another process is
+    writing the same file.
     """
     partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(partial, "wb") as file:
+    with open(_claimed(partial), "wb") as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     fsync_path(path.parent)
+
+
+def _claimed(partial: Path) -> int:
+    """A descriptor of the file, emptied and locked. What a killed process left is taken over."""
+    fd = locked(partial)
+    os.ftruncate(fd, 0)
+    return fd
+
+
+def locked(path: Path, *, shared: bool = False) -> int:
+    """A descriptor of the file, made if need be, that holds its lock until it is closed.
+
+    Raises StorageError where another process holds it for longer than LOCK_SECONDS. Where the filesystem knows no
+    locks, there is none.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            os.close(fd)
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            raise StorageError(f"{path}: another process is writing there; wait until it ends") from err
+        except OSError:
+            pass
+        try:  # while we waited for the lock, its holder may have renamed or removed the file
+            if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
 
 
 def canonical_json(value: Any) -> str:

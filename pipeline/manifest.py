@@ -74,11 +74,11 @@ class Dataset:
     @property
     def mean(self) -> tuple[float, float, float]:
         """Per channel over the training split, in grey levels 0..255."""
-        return tuple(self.manifest["statistics"]["mean"])
+        return tuple(self._measured("mean"))
 
     @property
     def std(self) -> tuple[float, float, float]:
-        return tuple(self.manifest["statistics"]["std"])
+        return tuple(self._measured("std"))
 
     @cached_property
     def covariance(self) -> np.ndarray:
@@ -100,7 +100,7 @@ class Dataset:
 
     def _measured(self, name: str) -> Any:
         if name not in self.manifest["statistics"]:
-            raise DataError(f"{self.root}: its manifest has no {name}; shard the data again")
+            raise DataError(f"{self.root}: its manifest has no {name}; shard the data again, with statistics")
         return self.manifest["statistics"][name]
 
     @property
@@ -117,9 +117,10 @@ class Dataset:
         return self.splits[name]
 
 
-def open_dataset(root: str | Path) -> Dataset:
+def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
     """Opens a shard folder; every shard's presence and size is checked, no image is read.
 
+    check_splits: False leaves the shards to whoever asks.
     Raises DataError where the folder is missing, unfinished, damaged or of another kind.
     """
     root = Path(root)
@@ -143,7 +144,7 @@ def open_dataset(root: str | Path) -> Dataset:
         splits = {name: _split(root, name, s) for name, s in manifest["splits"].items()}
     except (ValueError, KeyError, TypeError) as err:
         raise DataError(f"{path}: not a manifest of {FORMAT} ({err}); shard the data again") from err
-    for split in splits.values():
+    for split in splits.values() if check_splits else ():
         split.check()
     return Dataset(root, manifest, splits)
 
@@ -165,7 +166,7 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
 
 def fingerprint(manifest: dict[str, Any]) -> str:
     """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
-    content = {k: v for k, v in manifest.items() if k != "fingerprint"}
+    content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 

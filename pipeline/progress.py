@@ -20,7 +20,7 @@ class Progress:
         self.started = self.said = time.monotonic()
         self.bar: Any = None
         if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=label, unit=unit, smoothing=0.1, leave=False)
+            self.bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", smoothing=0.1, leave=False)
 
     def update(self, count: int, note: str = "") -> None:
         self.done, self.note = self.done + count, note

@@ -1,10 +1,12 @@
 """Turns labelled images into verified WebDataset shards.
 
     python tools/make_shards.py digits --out shards/digits
+    python tools/make_shards.py imagenet2012 --src /data/archives --out /data/shards
     python tools/make_shards.py imagefolder --train /data/train --val /data/val --out /data/shards
     python tools/make_shards.py index 'tars/imagenet1k-train-{0000..1023}.tar' --out /data/shards
 
-Exit codes: 0 done, 2 usage, 65 bad data, 74 disk full or folder not writable.
+Run again, it goes on where it was ended, and touches nothing that is whole. Exit codes: 0 done, 2 usage, 65 bad data,
+74 disk full or folder not writable.
 """
 
 from __future__ import annotations
@@ -16,15 +18,22 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import shutil
+
+import PIL
+import simplejpeg
 
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, DataError
 from pipeline.progress import Progress, clock
-from pipeline.write import existing
-from pipeline.write.build import Options, Plan, build
+from pipeline.write import existing, imagenet
+from pipeline.write.build import BadImages, Options, Plan, build
+from pipeline.write.build import forecast as build_forecast
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder, Source
 from tools import cli
+
+PILLOW = (12, 3)  # earlier ones have known security faults
 
 
 def parser() -> cli.Parser:
@@ -36,9 +45,21 @@ def parser() -> cli.Parser:
     kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
     digits = kinds.add_parser("digits", help="1,797 handwritten digits that come with the project")
     digits.add_argument("--side", type=int, default=36, help="pixels of a digit's side (%(default)s)")
+    for name in imagenet.EDITIONS:
+        official = kinds.add_parser(name, help=f"the official archives of {name[-4:]}, read in place")
+        official.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder that holds them")
+        official.add_argument(
+            "--no-md5", action="store_true", help="do not compare md5 sums (2012: minutes of reading)"
+        )
+        official.add_argument("--no-counts", action="store_true", help="do not compare counts with the kit's")
+        add_options(official)
     folder = kinds.add_parser("imagefolder", help="DIR/<class>/<image>, any depth below the class")
     folder.add_argument("--train", type=Path, required=True, metavar="DIR")
-    folder.add_argument("--val", type=Path, metavar="DIR")
+    validation = folder.add_mutually_exclusive_group()
+    validation.add_argument("--val", type=Path, metavar="DIR")
+    validation.add_argument(
+        "--val-fraction", type=float, default=0.0, metavar="F", help="hold out this part of each class as validation"
+    )
     folder.add_argument("--name", default="imagefolder", help="the shards' first name (%(default)s)")
     for kind in (digits, folder):
         add_options(kind)
@@ -87,6 +108,26 @@ def add_options(p: argparse.ArgumentParser) -> None:
         metavar="F",
         help="leave out up to this fraction of images that cannot be used (%(default)s)",
     )
+    p.add_argument(
+        "--stats",
+        choices=("on", "off"),
+        default="on",
+        help="measure mean, deviation, mean image and covariance of the training images (%(default)s)",
+    )
+    p.add_argument(
+        "--check",
+        choices=("full", "header"),
+        default="full",
+        help="keep, with --stats off: decode every image, or look at headers alone (%(default)s)",
+    )
+    p.add_argument("--shards", metavar="A:B", help="make only these, counted over all splits: for job arrays")
+    p.add_argument("--merge", action="store_true", help="make none; check that all are there and write the manifest")
+    p.add_argument("--dry-run", action="store_true", help="print the plan, its size and its time, and write nothing")
+    p.add_argument(
+        "--trust-images",
+        action="store_true",
+        help=f"decode with a Pillow older than {'.'.join(map(str, PILLOW))}, whose faults are known",
+    )
 
 
 def source(args: argparse.Namespace) -> Source:
@@ -94,7 +135,11 @@ def source(args: argparse.Namespace) -> Source:
         if not 8 <= args.side <= 1024:
             raise ConfigError(f"--side {args.side}: choose 8 to 1024 pixels")
         return Digits(side=args.side)
-    return ImageFolder(args.train, args.val, check_name(args.name))
+    if args.source in imagenet.EDITIONS:
+        return imagenet.ImageNet(args.src, imagenet.EDITIONS[args.source], counts=not args.no_counts)
+    if not 0 <= args.val_fraction < 1:
+        raise ConfigError(f"--val-fraction {args.val_fraction}: must be in [0, 1)")
+    return ImageFolder(args.train, args.val, check_name(args.name), args.val_fraction)
 
 
 def check_name(name: str) -> str:
@@ -154,21 +199,103 @@ def class_names(path: Path | None) -> list[str] | None:
 
 
 def make(args: argparse.Namespace) -> None:
+    if args.shards and args.merge:
+        raise ConfigError("--merge goes without --shards: it makes no shard")
     options = Options(
         Encoding(args.encode, args.size, args.square, args.quality),
         args.samples_per_shard,
         args.seed,
         args.max_bad_fraction,
+        args.stats == "on",
+        args.check,
     )
-    started = time.monotonic()
+    say_decoders(trusted=args.trust_images)
     plan = Plan(source(args), options)
+    only = numbers(args.shards, len(plan.tasks)) if args.shards else None
     workers = min(args.workers or usable_cores(), len(plan.tasks))
-    progress = Progress("sharding", plan.samples)
+    if args.dry_run:
+        foresee(plan, only, args.out, workers)
+        return
+    started = time.monotonic()
+    images = sum(len(task.rows) for n, task in enumerate(plan.tasks) if only is None or n in only)
+    progress: Progress | None = None
+
+    def tell(done: int, note: str) -> None:
+        nonlocal progress
+        progress = progress or Progress("sharding", images)
+        progress.update(done, note)
+
+    def first(folder: Path) -> None:
+        # Of a job array, the task that makes shard 0 reads the archives once for all.
+        if isinstance(plan.source, imagenet.ImageNet) and not args.no_md5 and (only is None or 0 in only):
+            verify(plan.source, folder / "md5.json")
+
     try:
-        written = build(plan, args.out, workers=workers, progress=progress.update)
+        nothing = range(0) if args.merge else only
+        written = build(plan, args.out, workers=workers, tell=tell, only=nothing, merge=not args.shards, first=first)
+    except BadImages as err:
+        for bad in err.listed:
+            print(f"bad: {bad['image']}: {bad['reason']}")
+        raise
+    finally:
+        if progress:
+            progress.close()
+    if written is None:
+        print(f"{args.out}: shards {args.shards} of {len(plan.tasks)} are whole; with all of them there, run --merge")
+    else:
+        report(written, args.out, time.monotonic() - started)
+
+
+def numbers(text: str, shards: int) -> range:
+    """ "0:64" → range(0, 64)"""
+    first, colon, last = text.partition(":")
+    if not (colon and (first + "0").isdigit() and (last + "0").isdigit()):
+        raise ConfigError(f"--shards {text}: say A:B, the first and the one after the last")
+    chosen = range(int(first or 0), min(int(last or shards), shards))
+    if not chosen:
+        raise ConfigError(f"--shards {text}: there are {shards} shards, 0 to {shards - 1}")
+    return chosen
+
+
+def say_decoders(*, trusted: bool) -> None:
+    """What decodes. Pillow-SIMD lags behind Pillow, and then has faults that are known to whoever made an image."""
+    simd = ".post" in PIL.__version__
+    name = f"{'Pillow-SIMD' if simd else 'Pillow'} {PIL.__version__}"
+    if tuple(int(part) for part in PIL.__version__.split(".")[:2]) < PILLOW and not trusted:
+        raise ConfigError(
+            f"{name} is older than {'.'.join(map(str, PILLOW))}, whose predecessors have known security faults;"
+            " install a newer one, or pass --trust-images where you know where the images are from"
+        )
+    print(f"decoding with libjpeg-turbo (simplejpeg {simplejpeg.__version__}), odd images with {name}", flush=True)
+
+
+def verify(official: imagenet.ImageNet, remembered: Path) -> None:
+    total = sum(size for _, size in official.to_verify())
+    if not total:
+        return
+    progress = Progress("md5", total, unit="B")
+    try:
+        official.verify(progress.update, remembered)
     finally:
         progress.close()
-    report(written, args.out, time.monotonic() - started)
+
+
+def foresee(plan: Plan, only: range | None, out: Path, workers: int) -> None:
+    """--dry-run: what would be written, how much of it, and for how long."""
+    forecast = build_forecast(plan, only)
+    for split, items in plan.source.splits.items():
+        shards = sum(task.split == split for task in plan.tasks)
+        print(f"{split}: {len(items):,} images in {shards} shards")
+    existing_folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing_folder).free
+    chosen = f"shards {only.start}:{only.stop}" if only else "all shards"
+    print(
+        f"{chosen}: about {forecast.bytes / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {existing_folder};"
+        f" about {clock(forecast.seconds / workers)} with {workers} workers,"
+        f" by {forecast.tried} images that were tried, {forecast.bad} of them bad"
+    )
+    if forecast.bytes > free:
+        print(f"warning: {out} has too little room", file=sys.stderr)
 
 
 def report(written: dict, out: Path, seconds: float) -> None:

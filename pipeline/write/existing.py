@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,10 +23,13 @@ from PIL import Image
 
 from .. import manifest
 from ..errors import ConfigError, DataError, StorageError
-from ..shards import BLOCK, INDEX_DTYPE, Shard, crc32, file_sha256, padded, write_index
-from .build import follow_the_parent
-from .images import BadImage, Encoding, prepare
+from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, write_index
+from ..tar import Member, members
+from ..workers import follow_the_parent
+from . import pixels
+from .images import BadImage, Encoding, Preparer
 from .measures import Statistics
+from .pixels import Sums
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 MAX_SIDE = 65_535  # what the index holds
@@ -51,7 +53,7 @@ class Indexed:
 
     shard: Shard
     rows: np.ndarray  # (n,) INDEX_DTYPE; `shard` is filled in later
-    statistics: Statistics
+    sums: Sums
     bad: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -76,57 +78,61 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> Indexed:
         except BadImage as err:
             bad.append({"image": f"{path.name}/{image.name}", "reason": str(err)})
             continue
-        rows.append((image.offset_data, image.size, 0, label, crc32(data), width, height))
+        rows.append((image.offset, image.size, 0, label, crc32(data), width, height))
         images.append(image)
     if not rows and not bad:
         raise DataError(f"{path}: holds no samples: no image with a label; is it a WebDataset tar?")
-    statistics = Statistics(size)
+    sums, prepare, damaged = Sums(size), Preparer(Encoding(size=size)), set()
     chosen = images[:: max(1, len(images) // statistics_images)][:statistics_images] if statistics_images else []
     for image in chosen:
         try:
-            statistics.add(prepare(_read(path, image), Encoding(size=size)).measured)
+            measured = prepare(_read(path, image)).measured
+            assert measured is not None
+            sums.add(*measured)
         except BadImage as err:
             bad.append({"image": f"{path.name}/{image.name}", "reason": str(err)})
+            damaged.add(image.offset)
+    rows = [row for row in rows if row[0] not in damaged]
     shard = Shard(path.name, len(rows), path.stat().st_size, file_sha256(path))
-    return Indexed(shard, np.array(rows, dtype=INDEX_DTYPE), statistics, bad)
+    return Indexed(shard, np.array(rows, dtype=INDEX_DTYPE), sums, bad)
 
 
-def _samples(path: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def _samples(path: Path) -> Iterator[tuple[Member, int]]:
     """(image's member, label) of each sample, in stored order."""
     seen: set[str] = set()
     current = ""
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in _members(path):
+    parts: dict[str, Member] = {}
+    for member in members(path):
         folder, _, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
-        if not (member.isfile() and dot and stem):
+        if not (dot and stem):
             continue
         key = f"{folder}/{stem}" if folder else stem
         if key != current:
             if current:
-                yield from _sample(path, current, members)
+                yield from _sample(path, current, parts)
             if key in seen:
                 raise DataError(f"{path}: two samples have the key {key!r}; their parts must lie together")
             seen.add(key)
-            current, members = key, {}
-        members[extension.lower()] = member
+            current, parts = key, {}
+        parts[extension.lower()] = member
     if current:
-        yield from _sample(path, current, members)
+        yield from _sample(path, current, parts)
 
 
-def _sample(path: Path, key: str, members: dict[str, tarfile.TarInfo]) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    images = [extension for extension in IMAGES if extension in members]
+def _sample(path: Path, key: str, parts: dict[str, Member]) -> Iterator[tuple[Member, int]]:
+    images = [extension for extension in IMAGES if extension in parts]
     if not images:
         return
-    if "cls" in members:
-        text = _read(path, members["cls"]).decode(errors="replace").strip()
-    elif "json" in members:
-        text = str(_json(_read(path, members["json"])).get("label", ""))
+    if "cls" in parts:
+        text = _read(path, parts["cls"]).decode(errors="replace").strip()
+    elif "json" in parts:
+        text = str(_json(_read(path, parts["json"])).get("label", ""))
     else:
         raise DataError(f"{path}: sample {key!r} has no label: neither .cls nor .json with a 'label'")
     if not text.isascii() or not text.isdigit():
         raise DataError(f"{path}: sample {key!r} has the label {text!r}; class numbers from 0 are read")
-    yield members[images[0]], int(text)
+    yield parts[images[0]], int(text)
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -137,25 +143,9 @@ def _json(data: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """All members. tarfile takes a damaged header for the end: that an end mark stands there is checked here."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data + (padded(member.size) if member.isfile() else 0)
-                yield member
-    except tarfile.TarError as err:
-        raise DataError(f"{path}: not an uncompressed tar, or damaged ({err}); unpack or copy it again") from err
+def _read(path: Path, member: Member) -> bytes:
     with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise DataError(f"{path}: damaged or cut short at byte {end}; copy it again")
-
-
-def _read(path: Path, member: tarfile.TarInfo) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(member.offset_data)
+        file.seek(member.offset)
         return file.read(member.size)
 
 
@@ -177,6 +167,7 @@ def index(
     if (out / manifest.NAME).exists():
         raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
     tars = [(split, path) for split, paths in existing.splits.items() for path in paths]
+    pixels.prepare()  # before workers are forked
     try:
         done = list(_run(existing, tars, workers, progress))
     except BrokenProcessPool as err:
@@ -229,7 +220,7 @@ def _publish(
             shards.append(Shard(where, indexed.shard.samples, indexed.shard.bytes, indexed.shard.sha256))
             rows.append(indexed.rows)
             if split == "train":
-                statistics.merge(indexed.statistics)
+                statistics.add(indexed.sums)
         if not rows:
             raise DataError(f"{split}: no usable image is left in this split")
         name = f"{existing.name}-{split}.index.npy"

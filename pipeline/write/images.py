@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from simplejpeg import decode_jpeg, decode_jpeg_header, encode_jpeg
 
 from ..errors import ConfigError
 from ..geometry import centre_offset, resized
+from .pixels import SLACK, Resizer, resize_short_side, resized_square
 
 MAX_PIXELS = 100_000_000  # refused from the header: 300 MB decoded, 5 times ImageNet's largest
 MAX_SIDE = 65_500  # libjpeg's limit
@@ -45,10 +47,10 @@ class Encoding:
 
 
 class Measured(NamedTuple):
-    """What statistics are made of, in whole numbers: sums over images, in any order, are the same to the last bit."""
+    """What statistics are made of; valid until the next image is prepared."""
 
-    square: np.ndarray  # (size, size, 3) uint8: the centre square as training sees it
-    pixels: np.ndarray  # (m, 3) uint8: the same, but of smaller images only the pixels that are there
+    square: np.ndarray  # (size · size · 3,) uint8: the centre square as training sees it
+    pixels: np.ndarray  # (m · 3,) uint8: the same, but of smaller images only the pixels that are there
 
 
 class Prepared(NamedTuple):
@@ -57,30 +59,114 @@ class Prepared(NamedTuple):
     image: bytes
     width: int
     height: int
-    measured: Measured
+    measured: Measured | None
     converted: str | None  # what it was before, where it had to be converted
 
 
-def prepare(data: bytes, encoding: Encoding) -> Prepared:
-    """Decodes `data` completely and encodes it as asked. Raises BadImage with the reason."""
-    image = _open(data)
-    converted = _foreign(image) or _untidy(data, image)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF and the like: the pixels are what counts
-            image.load()
-        pixels = _to_8_bit(image)
-    except Exception as err:  # the decoders of thirty formats raise whatever they like
-        raise BadImage(f"damaged or truncated image ({err})") from err
-    if encoding.kind != "keep":
-        _refuse_slivers(image.size, encoding.size)
-        pixels = resize_short_side(pixels, encoding.size)
+class Preparer:
+    """Decodes, checks, resizes and encodes, image after image, in buffers of its own. For one thread.
+
+    measure: also give what statistics are made of. check: `full` decodes every image, `header` looks no further than
+    at its size where `keep` stores it as it is.
+
+    libjpeg-turbo does what it can; what it refuses or warns of is Pillow's to judge.
+    """
+
+    def __init__(self, encoding: Encoding, *, measure: bool = True, check: str = "full") -> None:
+        self.encoding, self.measure, self.check = encoding, measure, check
+        self._pixels = np.zeros(0, np.uint8)
+        self._resizer = Resizer()
+
+    def __call__(self, data: bytes) -> Prepared:
+        """Raises BadImage with the reason."""
+        header = _plain_jpeg(data)
+        if header and self.encoding.kind == "keep" and not self.measure:
+            try:
+                if self.check == "full":
+                    # All of the data is decoded, but an eighth of the pixels is made: what is damaged shows all the
+                    # same, in less than half the time.
+                    decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
+                return Prepared(data, *header, None, None)
+            except ValueError:
+                pass
+        (width, height), converted = self._decode(data, header)
+        encoding, size = self.encoding, (width, height)
+        if encoding.kind == "keep":
+            stored = data
+            if converted:
+                stored = _jpeg(self._pixels[: 3 * width * height].reshape(height, width, 3), CONVERTED_QUALITY)
+            return Prepared(stored, width, height, self._measured(size) if self.measure else None, converted)
+        _refuse_slivers(size, encoding.size)
         if encoding.square:
-            pixels = centre_square(pixels, encoding.size)
-        stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.convert("RGB").tobytes()
-    else:
-        stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
-    return Prepared(stored, *pixels.size, _measured(pixels, encoding.size), converted)
+            pixels = square = resized_square(self._resizer, self._pixels, size, encoding.size)
+        else:
+            pixels = resize_short_side(self._resizer, self._pixels, size, encoding.size)
+            square = _centre(pixels, encoding.size) if self.measure else pixels
+        stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
+        flat = np.ascontiguousarray(square).reshape(-1)
+        return Prepared(
+            stored, pixels.shape[1], pixels.shape[0], Measured(flat, flat) if self.measure else None, converted
+        )
+
+    def _decode(self, data: bytes, header: tuple[int, int] | None) -> tuple[tuple[int, int], str | None]:
+        """All pixels into the buffer; (width, height), and what the image was if `keep` cannot keep it."""
+        if header:
+            width, height = header
+            self._make_room(width, height)
+            try:
+                decode_jpeg(data, buffer=self._pixels)
+                return header, None
+            except ValueError:
+                pass
+        image = _open(data)
+        converted = _foreign(image) or _untidy(data)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # odd EXIF and the like: the pixels are what counts
+                image.load()
+            pixels = np.asarray(_to_8_bit(image).convert("RGB"))
+        except Exception as err:  # the decoders of thirty formats raise whatever they like
+            raise BadImage(f"damaged or truncated image ({err})") from err
+        self._make_room(*image.size)
+        self._pixels[: pixels.size] = pixels.reshape(-1)
+        return image.size, converted
+
+    def _make_room(self, width: int, height: int) -> None:
+        if len(self._pixels) < 3 * width * height + SLACK:
+            self._pixels = np.zeros(3 * width * height * 5 // 4 + SLACK, np.uint8)
+
+    def _measured(self, size: tuple[int, int]) -> Measured:
+        """The centre square, its short side encoding.size; pixels are counted at their own size where it is smaller."""
+        short = min(size)
+        square = resized_square(self._resizer, self._pixels, size, self.encoding.size).reshape(-1)
+        if short >= self.encoding.size:
+            return Measured(square, square)
+        whole = self._pixels[: 3 * size[0] * size[1]].reshape(size[1], size[0], 3)
+        return Measured(square, np.ascontiguousarray(_centre(whole, short)).reshape(-1))
+
+
+def prepare(data: bytes, encoding: Encoding) -> Prepared:
+    """One image: see Preparer."""
+    return Preparer(encoding)(data)
+
+
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG that every decoder takes: RGB or grey, of a size that is allowed, and tidy."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours not in ("YCbCr", "RGB", "Gray") or _untidy(data):
+        return None
+    return (width, height) if _size_fault(width, height) is None else None
+
+
+def _centre(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The centre side² pixels of (h, w, 3); where a margin is odd, as torchvision's CenterCrop."""
+    top, left = (int(centre_offset(length, side)) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 def _open(data: bytes) -> Image.Image:
@@ -90,12 +176,17 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Exception as err:  # as above
         raise BadImage("not an image") from err
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width}×{height} pixels are over the limit of {MAX_PIXELS:,}")
-    if max(width, height) > MAX_SIDE:
-        raise BadImage(f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than JPEG holds")
+    if fault := _size_fault(*image.size):
+        raise BadImage(fault)
     return image
+
+
+def _size_fault(width: int, height: int) -> str | None:
+    if width * height > MAX_PIXELS:
+        return f"{width}×{height} pixels are over the limit of {MAX_PIXELS:,}"
+    if max(width, height) > MAX_SIDE:
+        return f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than JPEG holds"
+    return None
 
 
 def _refuse_slivers(size: tuple[int, int], short: int) -> None:
@@ -112,9 +203,9 @@ def _foreign(image: Image.Image) -> str | None:
     return f"{image.format} {image.mode}"
 
 
-def _untidy(data: bytes, image: Image.Image) -> str | None:
+def _untidy(data: bytes) -> str | None:
     """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders refuse the whole image."""
-    if image.format not in ("JPEG", "MPO"):
+    if data[:2] != b"\xff\xd8":
         return None
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
@@ -127,7 +218,7 @@ def _untidy(data: bytes, image: Image.Image) -> str | None:
             at += 2
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return f"{image.format} {image.mode} with stray bytes"
+    return "JPEG with stray bytes"
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -139,31 +230,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_short_side(image: Image.Image, short: int) -> Image.Image:
-    """Antialiased bilinear, as torchvision's Resize on PIL images."""
-    width, height = map(int, resized(*image.size, short))
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def centre_square(image: Image.Image, side: int) -> Image.Image:
-    """The centre `side`² pixels; where a margin is odd, as torchvision's CenterCrop."""
-    left, top = (int(centre_offset(length, side)) for length in image.size)
-    return image.crop((left, top, left + side, top + side))
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    """Baseline 4:2:0, which hardware decoders take."""
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality, subsampling="4:2:0")
-    return out.getvalue()
-
-
-def _measured(image: Image.Image, size: int) -> Measured:
-    """The centre square, its short side `size`; pixels are counted at their own size where that is smaller."""
-    square = np.asarray(centre_square(resize_short_side(image, size), size).convert("RGB"))
-    short = min(image.size)
-    if short >= size:
-        return Measured(square, square.reshape(-1, 3))
-    return Measured(square, np.asarray(centre_square(image, short).convert("RGB")).reshape(-1, 3))
+def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """Baseline 4:2:0, which hardware decoders take. pixels: (h, w, 3) uint8."""
+    encoded: bytes = encode_jpeg(
+        np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False
+    )
+    return encoded

@@ -9,42 +9,40 @@ import numpy as np
 
 from ..files import atomic_write
 from ..shards import file_sha256
-from .images import Measured
+from .pixels import Sums
 
 
 class Statistics:
     """Of the images' centre squares of `size` pixels, in grey levels."""
 
     def __init__(self, size: int) -> None:
-        self.images = self.pixels = 0
-        self.sum_image = np.zeros((size, size, 3), np.int64)
+        self.size, self.images, self.pixels = size, 0, 0
+        self.sum_image = np.zeros(3 * size * size, np.int64)
         self.sums = np.zeros(3, np.int64)
-        self.products = np.zeros((3, 3), np.int64)  # of each pair of channels
+        self.products = np.zeros(6, np.int64)  # rr, rg, rb, gg, gb, bb
 
-    def add(self, measured: Measured) -> None:
-        self.images += 1
-        self.sum_image += measured.square
-        self.pixels += len(measured.pixels)
-        values = measured.pixels.astype(np.float64)  # products of a square stay far below 2^53: exact, and by BLAS
-        self.sums += values.sum(0).astype(np.int64)
-        self.products += (values.T @ values).astype(np.int64)
-
-    def merge(self, other: Statistics) -> None:
-        self.images += other.images
-        self.sum_image += other.sum_image
-        self.pixels += other.pixels
-        self.sums += other.sums
-        self.products += other.products
+    def add(self, sums: Sums) -> None:
+        self.images += sums.images
+        self.pixels += sums.pixels
+        self.sum_image += sums.image
+        self.sums += sums.channels
+        self.products += sums.products
 
     def publish(self, folder: Path, name: str) -> dict[str, Any]:
         """Writes the mean image as `name` and returns all else for the manifest, with the file's sha256."""
         mean = self.sums / self.pixels
-        covariance = self.products / self.pixels - np.outer(mean, mean)
+        rr, rg, rb, gg, gb, bb = self.products / self.pixels
+        covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)
+        values, vectors = np.linalg.eigh(covariance)
+        vectors *= np.sign(vectors[np.abs(vectors).argmax(0), [0, 1, 2]])  # either direction is one; this is ours
+        mean_image = (self.sum_image / self.images).reshape(self.size, self.size, 3)
         with atomic_write(folder / name) as file:
-            np.save(file, (self.sum_image / self.images).astype(np.float32), allow_pickle=False)
+            np.save(file, mean_image.astype(np.float32), allow_pickle=False)
         return {
             "mean": mean.tolist(),
             "std": np.sqrt(np.diag(covariance)).tolist(),
             "covariance": covariance.tolist(),
+            "eigenvalues": values.round(9).tolist(),  # the last digits depend on the machine's linear algebra
+            "eigenvectors": vectors.T.round(9).tolist(),  # each a row, of unit length, in the order of the values
             "mean_image": {"file": name, "sha256": file_sha256(folder / name)},
         }

@@ -1,15 +1,17 @@
 """Where labelled images come from: each source lists its items in a fixed order and reads one at a time.
 
-An item is small and can be sent to a worker process; a source holds no open file.
+A source holds no open file, so that a forked worker process inherits it as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,11 +26,54 @@ MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need 
 
 
 class Item(NamedTuple):
-    """One image of a split. `where` means something to its source alone."""
+    """One image of a split. `where` names it to people, and is all that some sources need to find it."""
 
     key: str
-    label: int
+    label: int  # 0-based; -1: not known
     where: str
+    extent: tuple[int, int, int] = (0, 0, 0)  # archive, first byte, bytes: for sources that read archives
+
+
+class Names(Sequence[str]):
+    """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0] + [len(name) for name in encoded])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+
+
+class Items(Sequence[Item]):
+    """A split's images."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        rows = list(items)
+        self.keys, self.where = Names(item.key for item in rows), Names(item.where for item in rows)
+        self.labels = np.array([item.label for item in rows], np.int32)
+        self.extents = np.array([item.extent for item in rows], np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return Item(self.keys[i], int(self.labels[i]), self.where[i], tuple(self.extents[i].tolist()))
+
+    def digest(self) -> str:
+        """Of all that decides what is stored, but for the images themselves."""
+        digest = hashlib.sha256()
+        for name in (*self.keys, *self.where):
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        digest.update(self.labels.astype("<i4").tobytes())
+        return digest.hexdigest()
 
 
 class Source(Protocol):
@@ -36,10 +81,13 @@ class Source(Protocol):
 
     name: str
     classes: list[str]
-    splits: dict[str, list[Item]]
+    splits: dict[str, Items]
 
     def read(self, item: Item) -> bytes:
         """The image file's bytes. Raises BadImage where there is none."""
+
+    def ahead(self, item: Item) -> None:
+        """Asks the system to fetch what read() will want soon; returns at once."""
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the source: nothing that differs from machine to machine."""
@@ -76,10 +124,14 @@ class Digits:
     def __post_init__(self) -> None:
         self.classes = [str(digit) for digit in range(10)]
         _, labels = _digits()
-        self.splits: dict[str, list[Item]] = {"train": [], "val": []}
-        for i, label in enumerate(labels.tolist()):
-            split = "val" if i % 5 == 4 else "train"
-            self.splits[split].append(Item(f"digit{i:04d}", label, str(i)))
+        items = [Item(f"digit{i:04d}", label, str(i)) for i, label in enumerate(labels.tolist())]
+        self.splits = {
+            "train": Items(item for i, item in enumerate(items) if i % 5 != 4),
+            "val": Items(item for i, item in enumerate(items) if i % 5 == 4),
+        }
+
+    def ahead(self, item: Item) -> None:
+        pass
 
     def read(self, item: Item) -> bytes:
         grey = (_digits()[0][int(item.where)].astype(np.uint16) * 255 // 16).astype(np.uint8)
@@ -109,18 +161,22 @@ class ImageFolder:
     """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
 
     Every file that is not hidden counts as an image: what is none is found by its content and named.
+    val_fraction: of each class, this part is held out as validation instead of a folder; which, the names alone say.
     """
 
     train: Path
     val: Path | None = None
     name: str = "imagefolder"
+    val_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         folders = {"train": self.train} | ({"val": self.val} if self.val else {})
         self.classes = _class_names(self.train)
         self.splits = {split: self._items(split, folder) for split, folder in folders.items()}
+        if self.val_fraction:
+            self.splits = _held_out(self.splits["train"], self.val_fraction)
 
-    def _items(self, split: str, folder: Path) -> list[Item]:
+    def _items(self, split: str, folder: Path) -> Items:
         names = _class_names(folder)
         label_of = {name: label for label, name in enumerate(self.classes)}
         if foreign := [name for name in names if name not in label_of]:
@@ -136,18 +192,53 @@ class ImageFolder:
             paths = [_refuse_undecodable(os.path.relpath(file, folder)) for file in files]
             found += [(path, label_of[name]) for path in paths]
         keys = unique_keys([_readable_key(path) for path, _ in found])
-        return [Item(key, label, f"{split}/{path}") for key, (path, label) in zip(keys, found, strict=True)]
+        return Items(Item(key, label, f"{split}/{path}") for key, (path, label) in zip(keys, found, strict=True))
 
-    def read(self, item: Item) -> bytes:
+    def _path(self, item: Item) -> Path:
         split, _, path = item.where.partition("/")
         folder = self.train if split == "train" else self.val
         assert folder is not None
-        if not (folder / path).is_file():
+        return folder / path
+
+    def ahead(self, item: Item) -> None:
+        try:
+            fd = os.open(self._path(item), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return  # read() will say why
+        advise(fd, 0, 0)
+        os.close(fd)
+
+    def read(self, item: Item) -> bytes:
+        path = self._path(item)
+        if not path.is_file():
             raise BadImage("neither a file nor a link to one")
-        return (folder / path).read_bytes()
+        return path.read_bytes()
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "imagefolder"}
+        return {"kind": "imagefolder"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
+
+
+def advise(fd: int, offset: int, size: int) -> None:
+    """Asks the system to read a part of a file ahead; 0 bytes: to its end."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a pipe
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def _held_out(items: Items, fraction: float) -> dict[str, Items]:
+    """The same images train and validate on every machine: of each class those whose hashes are smallest."""
+    held: set[int] = set()
+    by_class: dict[int, list[tuple[bytes, int]]] = {}
+    for i, label in enumerate(items.labels.tolist()):
+        by_class.setdefault(label, []).append((hashlib.sha256(f"val/{items.keys[i]}".encode()).digest(), i))
+    for members in by_class.values():
+        held.update(i for _, i in sorted(members)[: min(round(fraction * len(members)), len(members) - 1)])
+    if not held:
+        raise DataError(f"--val-fraction {fraction}: no class is large enough to spare an image; choose more")
+    return {
+        "train": Items(item for i, item in enumerate(items) if i not in held),
+        "val": Items(item for i, item in enumerate(items) if i in held),
+    }
 
 
 def _class_names(folder: Path) -> list[str]:

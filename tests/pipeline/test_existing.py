@@ -134,9 +134,9 @@ def without_samples(path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (broken_cut, "damaged"),
-        (broken_header, "damaged"),
-        (lambda path: path.write_bytes(b"x" * 3000), "not an uncompressed tar, or damaged"),
+        (broken_cut, "cut short"),
+        (broken_header, "not a tar header"),
+        (lambda path: path.write_bytes(b"x" * 3000), "at byte 0: not an uncompressed tar"),
         (without_labels, "sample 'k' has no label"),
         (with_a_text_label, "sample 'k' has the label 'cat'"),
         (with_a_bad_image, "1 of 15 images cannot be used.*k.jpg: not an image"),

@@ -1,6 +1,7 @@
 """Benchmarks of imagenet-express beside its peers.
 
     python tools/bench loader --images imagenet-sample.tar
+    python tools/bench shards --images imagenet-sample.tar
     python tools/bench order
 
 Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command.
@@ -15,13 +16,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools import cli
-from tools.bench import loader, order
+from tools.bench import loader, order, shards
 
 
 def main() -> None:
     p = cli.Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
     loader.add_arguments(kinds.add_parser("loader", help="images a second, decoded and cropped"))
+    shards.add_arguments(kinds.add_parser("shards", help="images a second, from class folders to verified shards"))
     order.add_arguments(kinds.add_parser("order", help="what the order costs and how well a window mixes"))
     args = p.parse_args()
     args.run(args)

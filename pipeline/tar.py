@@ -1,0 +1,129 @@
+"""The members of a tar, strictly: what is damaged, cut short or unsafe is refused, where tarfile stops without a word.
+
+Headers are decoded by the standard library's tarfile; what it makes of their order is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import DataError
+
+BLOCK = 512  # a header's size, and what members are padded to
+RECORD = 20 * BLOCK  # what a tar's size is a multiple of
+_ZEROS = bytes(BLOCK)
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a pipe",
+}
+
+
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    name: str
+    offset: int  # of its first byte in the outermost file
+    size: int
+
+
+def padded(size: int) -> int:
+    """What `size` bytes take in a tar."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
+    """The files of an uncompressed tar, or of the one that fills `size` bytes from `start` of another, in order.
+
+    Raises DataError at the first header that is damaged, at a member that does not fit, is a link, a device or has an
+    unsafe or repeated name, and where no end mark stands at the end.
+    """
+    with open(path, "rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size if size is None else start + size
+        yield from _walk(path, file.fileno(), start, end)
+
+
+def _walk(path: Path, fd: int, at: int, end: int) -> Iterator[Member]:
+    seen: set[str] = set()
+    start = at
+    name, length = None, None  # as a header before the member's own says
+    while (header := os.pread(fd, BLOCK, at)) != _ZEROS:
+        if len(header) < BLOCK or at + BLOCK > end:
+            raise _damaged(path, at, "cut short: no end mark")
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as err:
+            what = "not a tar header" if at > start else "not an uncompressed tar"
+            raise _damaged(path, at, f"{what} ({err})") from err
+        offset = at + BLOCK
+        taken = length if length is not None and info.type in _FILES else info.size
+        if offset + taken > end:
+            raise _damaged(path, at, f"cut short within {info.name!r}")
+        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE):
+            data = os.pread(fd, info.size, offset)
+            if info.type == tarfile.XHDTYPE:
+                pax = _pax(path, at, data)
+                name, length = pax.get("path", name), int(pax["size"]) if "size" in pax else length
+            elif info.type == tarfile.GNUTYPE_LONGNAME:
+                name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif info.type in _FILES:
+            member = Member(name or info.name, offset, taken)
+            _refuse_unsafe(path, at, member.name)
+            if member.name in seen:
+                raise _damaged(path, at, f"a second {member.name!r}")
+            seen.add(member.name)
+            yield member
+            name = length = None
+        elif info.type == tarfile.DIRTYPE:
+            _refuse_unsafe(path, at, name or info.name)
+            taken, name, length = 0, None, None
+        else:
+            what = _KINDS.get(info.type, f"of the unknown kind {info.type!r}")
+            raise _damaged(path, at, f"{name or info.name!r} is {what}")
+        at = offset + padded(taken)
+    _refuse_more(path, fd, at, end)
+
+
+def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
+    """An extended header's records, "length key=value" and a line feed each."""
+    records = {}
+    try:
+        while data:
+            length = int(data.split(b" ", 1)[0])
+            key, value = data[:length].split(b" ", 1)[1].removesuffix(b"\n").split(b"=", 1)
+            records[key.decode()] = value.decode("utf-8", "surrogateescape")
+            data = data[length:] if length > 0 else b"?"
+        int(records.get("size", 0))
+    except (ValueError, IndexError) as err:
+        raise _damaged(path, at, "an extended header that cannot be read") from err
+    return records
+
+
+def _refuse_unsafe(path: Path, at: int, name: str) -> None:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name or not name.strip("/"):
+        raise _damaged(path, at, f"the unsafe name {name!r}")
+
+
+def _refuse_more(path: Path, fd: int, at: int, end: int) -> None:
+    """After the end mark there is padding and nothing else: a hole in the middle looks like the end."""
+    mark = at
+    while at < end:
+        part = os.pread(fd, min(1 << 20, end - at), at)
+        if part.count(0) != len(part):
+            raise _damaged(path, mark, "an end mark, but more behind it")
+        if not part:
+            break
+        at += len(part)
+    if end - mark < BLOCK:
+        raise _damaged(path, mark, "cut short: no end mark")
+
+
+def _damaged(path: Path, at: int, what: str) -> DataError:
+    return DataError(f"{path}: at byte {at}: {what}; download or copy it again")

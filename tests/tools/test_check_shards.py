@@ -1,0 +1,188 @@
+"""tools/check_shards.py finds every kind of damage and names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from pipeline import Loader, LoaderConfig, open_dataset
+from pipeline.errors import DataError
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.sources import Digits, ImageFolder
+from tests.conftest import run_tool, the_error
+
+CHECK = "tools/check_shards.py"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    build(Plan(Digits(side=20), Options(samples_per_shard=300)), out, workers=1)
+    return out
+
+
+def test_a_whole_dataset_passes_and_its_histogram_is_written(whole, tmp_path):
+    done = run_tool(CHECK, whole, "--deep", "--json", tmp_path / "check.json", "--workers", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train: 1,438 samples in 5 shards" in done.stdout
+    assert "wrong" not in done.stdout
+    written = json.loads((tmp_path / "check.json").read_text())
+    assert written["ok"]
+    assert sum(written["splits"]["val"]["histogram"]) == 359
+
+
+def damaged(whole, tmp_path, kind):
+    """A copy with one kind of damage, and what the check must say of it."""
+    root = shutil.copytree(whole, tmp_path / "copy")
+    path = sorted(root.glob("digits-train-*.tar"))[1]
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    third, image = members[4], members[5]
+    data = bytearray(path.read_bytes())
+    if kind == "cut at a member boundary":
+        data = data[: third.offset]
+        said = f"at byte {third.offset}: cut short"
+    elif kind == "cut in a header":
+        data = data[: third.offset + 77]
+        said = f"at byte {third.offset}: cut short"
+    elif kind == "flipped header bit":
+        data[third.offset + 3] ^= 16
+        said = f"at byte {third.offset}: not a tar header"
+    elif kind == "flipped data bit":
+        data[image.offset_data + image.size // 2] ^= 1
+        said = f"{image.name} at byte {image.offset_data}: its bytes changed"
+    elif kind == "zeroed hole":
+        data[third.offset : third.offset + 4096] = bytes(4096)
+        said = f"at byte {third.offset}: an end mark, but more behind it"
+    path.write_bytes(data)
+    return root, path.name, said
+
+
+KINDS = ["cut at a member boundary", "cut in a header", "flipped header bit", "flipped data bit", "zeroed hole"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_to_a_tar_is_found_and_named(whole, tmp_path, kind):
+    root, shard, said = damaged(whole, tmp_path, kind)
+    done = run_tool(CHECK, root, "--json", tmp_path / "check.json")
+    assert done.returncode == 1
+    assert f"{shard}: {said}" in done.stdout
+    assert "sha256" in {finding["check"] for finding in json.loads((tmp_path / "check.json").read_text())["findings"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_refuses_damage_of_size_at_opening_and_changed_bytes_at_their_first_read(whole, tmp_path, kind):
+    root, shard, _ = damaged(whole, tmp_path, kind)
+    if kind.startswith("cut"):
+        with pytest.raises(DataError, match=rf"{shard}: \d+ bytes where the manifest says"):
+            open_dataset(root)
+        return
+    with Loader(root, batch=64, config=LoaderConfig("portable")) as loader:
+        if kind == "flipped header bit":  # the index says where samples are: no header is read
+            assert len(list(loader)) == 22
+        else:
+            with pytest.raises(DataError, match=rf"{shard}: sample \d+ .*checksum"):
+                list(loader)
+
+
+def test_other_damage_is_found_too(whole, tmp_path):
+    root = shutil.copytree(whole, tmp_path / "copy")
+    shards = sorted(path.name for path in root.glob("*-train-*.tar"))
+    (root / shards[0]).unlink()
+    (root / shards[2]).with_suffix(".idx").write_text("v1.2 0\n")
+    (root / "digits-mean.npy").write_bytes(b"")
+    (root / "_info.json").write_text("{}")
+    with tarfile.open(root / shards[3]) as tar:
+        label = next(m for m in tar if m.name.endswith(".cls"))
+    with open(root / shards[3], "r+b") as file:
+        file.seek(label.offset_data)
+        byte = file.read(1)
+        file.seek(label.offset_data)
+        file.write(b"7" if byte != b"7" else b"8")
+    done = run_tool(CHECK, root)
+    assert done.returncode == 1
+    for said in (
+        f"{shards[0]}: missing",
+        f"{shards[2]}: {shards[2][:-3]}idx does not name",
+        "digits-mean.npy: ",
+        "_info.json: cannot be read",
+        f"{shards[3]}: {label.name} says b'",
+    ):
+        assert said in done.stdout
+
+
+def test_an_undecodable_image_is_found_when_asked_for(image_folder, tmp_path):
+    """A dataset whose checksums are right and whose image is not: only decoding tells."""
+    root = shutil.copytree(image_folder, tmp_path / "in")
+    path = root / "train" / "cat" / "0.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    plan = Plan(ImageFolder(root / "train"), Options(stats=False, check="header"))
+    build(plan, tmp_path / "out", workers=1)
+    assert run_tool(CHECK, tmp_path / "out").returncode == 0
+    done = run_tool(CHECK, tmp_path / "out", "--deep")
+    assert done.returncode == 1
+    assert "cat_0.jpg at byte" in done.stdout
+    assert "cannot be decoded" in done.stdout
+
+
+def test_duplicates_are_counted_within_and_across_splits(image_folder, tmp_path):
+    root = shutil.copytree(image_folder, tmp_path / "in")
+    shutil.copy(root / "train" / "cat" / "0.jpg", root / "train" / "dog" / "again.jpg")
+    shutil.copy(root / "train" / "cat" / "1.jpg", root / "val" / "cat" / "again.jpg")
+    build(Plan(ImageFolder(root / "train", root / "val"), Options()), tmp_path / "out", workers=1)
+    done = run_tool(CHECK, tmp_path / "out")
+    assert done.returncode == 0
+    assert "1 groups of equal images within a split, 1 across splits, 1 with different labels" in done.stdout
+
+
+def test_what_is_no_dataset_is_one_line(tmp_path):
+    done = run_tool(CHECK, tmp_path)
+    assert done.returncode == 65
+    assert "its sharding never finished" in the_error(done)
+
+
+READERS = {
+    "webdataset": """
+import sys, webdataset
+for s in webdataset.WebDataset(sys.argv[1:], shardshuffle=False):
+    print(s["__key__"], int(s["cls"]), len(s["jpg"]))
+""",
+    "timm": """
+import sys
+from timm.data.readers import create_reader
+reader = create_reader("wds/" , sys.argv[1], split="train", is_training=False, batch_size=1)
+for image, label in reader:
+    print(image.size, label)
+""",
+}
+
+
+def test_plain_webdataset_reads_every_sample_with_its_label(whole):
+    shards = sorted(map(str, whole.glob("*-train-*.tar")))
+    done = alone(READERS["webdataset"], *shards)
+    expected = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for m in tar:
+                key, kind = m.name.split(".")
+                expected.setdefault(key, {})[kind] = tar.extractfile(m).read()
+    read = [line.split() for line in done.splitlines()]
+    assert {key: (label, size) for key, label, size in read} == {
+        key: (of["cls"].decode(), str(len(of["jpg"]))) for key, of in expected.items()
+    }
+    assert len(read) == 1438
+
+
+def alone(script: str, *args: str) -> str:
+    """What a script prints that knows nothing of ours."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, cwd="/", env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

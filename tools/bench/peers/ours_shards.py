@@ -1,0 +1,44 @@
+"""imagenet-express's sharder, from class folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+from pipeline.write import pixels
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.images import Encoding
+from pipeline.write.sources import ImageFolder
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--images", type=Path, required=True)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--workers", type=int, required=True)
+    p.add_argument("--encode", default="keep")
+    p.add_argument("--stats", default="on")
+    p.add_argument("--check", default="full")
+    a = p.parse_args()
+    shutil.rmtree(a.out, ignore_errors=True)
+    plan = Plan(ImageFolder(a.images), Options(Encoding(a.encode), stats=a.stats == "on", check=a.check))
+    images = len(plan.tasks) and plan.samples
+    pixels.prepare()
+    started = time.perf_counter()
+    build(plan, a.out, workers=a.workers)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(a.out)
+    who = resource.RUSAGE_CHILDREN if a.workers > 1 else resource.RUSAGE_SELF
+    megabytes = resource.getrusage(who).ru_maxrss / 1024
+    print(json.dumps({"images": images, "seconds": seconds, "megabytes": megabytes}))
+
+
+if __name__ == "__main__":
+    main()
