@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class ImageFolder:
     val_fraction: float = 0.0
 
     def __post_init__(self) -> None:
+        self._opened: dict[str, int] = {}  # of this process: what was asked for and not read yet
         folders = {"train": self.train} | ({"val": self.val} if self.val else {})
         self.classes = _class_names(self.train)
         self.splits = {split: self._items(split, folder) for split, folder in folders.items()}
@@ -194,25 +196,32 @@ class ImageFolder:
         keys = unique_keys([_readable_key(path) for path, _ in found])
         return Items(Item(key, label, f"{split}/{path}") for key, (path, label) in zip(keys, found, strict=True))
 
-    def _path(self, item: Item) -> Path:
+    def _path(self, item: Item) -> str:
         split, _, path = item.where.partition("/")
-        folder = self.train if split == "train" else self.val
-        assert folder is not None
-        return folder / path
+        # An image held out as validation keeps its place in the folder of all.
+        return f"{self.train if split == 'train' else self.val}/{path}"
 
     def ahead(self, item: Item) -> None:
-        try:
+        with contextlib.suppress(OSError):  # read() will say why
             fd = os.open(self._path(item), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return  # read() will say why
-        advise(fd, 0, 0)
-        os.close(fd)
+            advise(fd, 0, 0)
+            self._opened[item.where] = fd
 
     def read(self, item: Item) -> bytes:
-        path = self._path(item)
-        if not path.is_file():
-            raise BadImage("neither a file nor a link to one")
-        return path.read_bytes()
+        fd = self._opened.pop(item.where, None)
+        try:
+            if fd is None:
+                fd = os.open(self._path(item), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise BadImage("neither a file nor a link to one")
+            with open(fd, "rb", buffering=0) as file:
+                fd = None
+                return file.readall()
+        except FileNotFoundError as err:
+            raise BadImage("neither a file nor a link to one") from err
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "imagefolder"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
