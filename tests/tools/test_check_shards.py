@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import sys
 import tarfile
 
 import pytest
+from PIL import Image
 
 from pipeline import Loader, LoaderConfig, open_dataset
 from pipeline.errors import DataError
@@ -155,11 +158,12 @@ for s in webdataset.WebDataset(sys.argv[1:], shardshuffle=False):
     print(s["__key__"], int(s["cls"]), len(s["jpg"]))
 """,
     "timm": """
-import sys
+import hashlib, sys
 from timm.data.readers import create_reader
-reader = create_reader("wds/" , sys.argv[1], split="train", is_training=False, batch_size=1)
-for image, label in reader:
-    print(image.size, label)
+for split in ("train", "val"):
+    reader = create_reader("wds/", sys.argv[1], split=split, is_training=False, batch_size=1)
+    for image, label in reader:
+        print(split, label, hashlib.sha256(image.tobytes()).hexdigest())
 """,
 }
 
@@ -178,6 +182,23 @@ def test_plain_webdataset_reads_every_sample_with_its_label(whole):
         key: (of["cls"].decode(), str(len(of["jpg"]))) for key, of in expected.items()
     }
     assert len(read) == 1438
+
+
+def test_timm_reads_every_sample_with_its_label(whole):
+    pytest.importorskip("timm", reason="timm is not installed")
+    read = sorted(line.split() for line in alone(READERS["timm"], str(whole)).splitlines())
+    expected = []
+    for split in ("train", "val"):
+        for path in whole.glob(f"*-{split}-*.tar"):
+            with tarfile.open(path) as tar:
+                labels, images = {}, {}
+                for m in tar:
+                    key, kind = m.name.split(".")
+                    (labels if kind == "cls" else images)[key] = tar.extractfile(m).read()
+            for key, data in images.items():
+                pixels = Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+                expected.append([split, labels[key].decode(), hashlib.sha256(pixels).hexdigest()])
+    assert read == sorted(expected)
 
 
 def alone(script: str, *args: str) -> str:
