@@ -49,7 +49,7 @@ faults: $(INSTALLED)
 
 simd: $(INSTALLED)
 	$(BIN)/python -m pip uninstall --yes --quiet pillow
-	CC="$${CC:-cc} -mavx2" $(BIN)/python -m pip install --no-binary :all: --no-deps --force-reinstall pillow-simd
+	CC="$${CC:-cc} -mavx2" $(BIN)/python -m pip install --no-deps --no-cache-dir pillow-simd
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench loader --images $(IMAGES) $(ARGS)

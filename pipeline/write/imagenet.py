@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..files import write_json
 from ..tar import Member, members
 from .images import BadImage
-from .sources import Item, Items, advise, unique_keys
+from .sources import Item, Items, UniqueKeys, advise
 
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
 HASH_CHUNK = 8 << 20
@@ -138,16 +138,19 @@ class ImageNet:
         number = self._archive(path)
         return {os.path.basename(m.name): (number, m.offset, m.size) for m in members(path)}
 
-    def _item(self, path: Path, member: Member, split: str, label: int) -> Item:
+    def _item(self, path: Path, member: Member, split: str, label: int, unique: UniqueKeys) -> Item:
         name = os.path.basename(member.name)
         extent = (self._archive(path), member.offset, member.size)
         if name in self._patches:
             self._unused.discard(name)
             extent = self._patches[name]
-        return Item(os.path.splitext(name)[0], label, f"{split}/{name}", extent)
+        return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", extent)
 
     def _training(self, path: Path, kit: _Kit) -> Items:
-        items: list[Item] = []
+        return Items(self._training_items(path, kit))
+
+    def _training_items(self, path: Path, kit: _Kit) -> Iterator[Item]:
+        unique = UniqueKeys()
         label_of = {wnid: label for label, wnid in enumerate(self.classes)}
         left = set(self.classes)
         for inner in members(path):
@@ -158,14 +161,14 @@ class ImageNet:
                 raise DataError(f"{path}: holds {wnid} twice; download it again")
             left.remove(wnid)
             label = label_of[wnid]
-            before = len(items)
-            items += [self._item(path, m, "train", label) for m in members(path, inner.offset, inner.size)]
-            self._compare(path, wnid, len(items) - before, kit.train_counts.get(wnid))
+            images = list(members(path, inner.offset, inner.size))
+            self._compare(path, wnid, len(images), kit.train_counts.get(wnid))
+            for member in images:
+                yield self._item(path, member, "train", label, unique)
         if left:
             raise DataError(
                 f"{path}: {len(left)} of {len(self.classes)} classes are missing, {min(left)} first; download it again"
             )
-        return _with_unique_keys(items)
 
     def _labelled(self, path: Path, split: str, labels: list[int] | None) -> Items:
         """Labels belong to the images in the order of their names, not in that of the archive."""
@@ -176,8 +179,8 @@ class ImageNet:
             raise DataError(
                 f"{path}: holds {len(found):,} images, but there are {len(labels):,} labels; download it again"
             )
-        of = labels or [-1] * len(found)
-        return _with_unique_keys([self._item(path, m, split, label) for m, label in zip(found, of, strict=True)])
+        of, unique = labels or [-1] * len(found), UniqueKeys()
+        return Items(self._item(path, m, split, label, unique) for m, label in zip(found, of, strict=True))
 
     def _compare(self, path: Path, wnid: str, found: int, expected: int | None) -> None:
         if self.counts and expected is not None and found != expected:
@@ -237,11 +240,6 @@ class ImageNet:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.edition.name}
-
-
-def _with_unique_keys(items: list[Item]) -> Items:
-    keys = unique_keys([item.key for item in items])
-    return Items(item._replace(key=key) for item, key in zip(items, keys, strict=True))
 
 
 class _Kit:

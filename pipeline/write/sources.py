@@ -11,6 +11,7 @@ import io
 import os
 import re
 import stat
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ class Item(NamedTuple):
 class Names(Sequence[str]):
     """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([0] + [len(name) for name in encoded])
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, name: str) -> None:
+        self._bytes += name.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -51,13 +54,18 @@ class Names(Sequence[str]):
 
 
 class Items(Sequence[Item]):
-    """A split's images."""
+    """A split's images: 100 bytes each."""
 
     def __init__(self, items: Iterable[Item]) -> None:
-        rows = list(items)
-        self.keys, self.where = Names(item.key for item in rows), Names(item.where for item in rows)
-        self.labels = np.array([item.label for item in rows], np.int32)
-        self.extents = np.array([item.extent for item in rows], np.int64).reshape(-1, 3)
+        self.keys, self.where = Names(), Names()
+        labels, extents = array("i"), array("q")
+        for item in items:
+            self.keys.append(item.key)
+            self.where.append(item.where)
+            labels.append(item.label)
+            extents.extend(item.extent)
+        self.labels = np.array(labels, np.int32)
+        self.extents = np.array(extents, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,21 +102,22 @@ class Source(Protocol):
         """What the manifest says of the source: nothing that differs from machine to machine."""
 
 
-def unique_keys(names: list[str]) -> list[str]:
-    """Tar keys for `names`: ASCII, no dots or slashes, at most MAX_KEY + a counter long, each one once.
+class UniqueKeys:
+    """Tar keys for names: ASCII, no dots or slashes, at most MAX_KEY + a counter long, each one once.
 
     webdataset cuts a key at its first dot, so that "a.b.jpg" and "a.c.jpg" would be one sample.
     """
-    slugs = [re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_" for name in names]
-    # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
-    # A slug holds no "~", so a counter behind one never meets another slug.
-    seen: Counter[str] = Counter()
-    keys = []
-    for slug in slugs:
-        seen[slug.lower()] += 1
-        n = seen[slug.lower()]
-        keys.append(slug if n == 1 else f"{slug}~{n}")
-    return keys
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def __call__(self, name: str) -> str:
+        slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_"
+        # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
+        # A slug holds no "~", so a counter behind one never meets another slug.
+        self._seen[slug.lower()] += 1
+        n = self._seen[slug.lower()]
+        return slug if n == 1 else f"{slug}~{n}"
 
 
 @dataclass
@@ -186,15 +195,17 @@ class ImageFolder:
                 f"{folder / foreign[0]}: this class is not among those of {self.train};"
                 " validation needs the training classes"
             )
-        found: list[tuple[str, int]] = []
-        for name in names:
+        return Items(self._found(split, folder, {name: label_of[name] for name in names}))
+
+    def _found(self, split: str, folder: Path, labels: dict[str, int]) -> Iterator[Item]:
+        unique = UniqueKeys()
+        for name, label in labels.items():
             files = sorted(_files(folder / name))
             if not files:
                 raise DataError(f"{folder / name}: no image in this class folder; fill or remove it")
-            paths = [_refuse_undecodable(os.path.relpath(file, folder)) for file in files]
-            found += [(path, label_of[name]) for path in paths]
-        keys = unique_keys([_readable_key(path) for path, _ in found])
-        return Items(Item(key, label, f"{split}/{path}") for key, (path, label) in zip(keys, found, strict=True))
+            for file in files:
+                path = _refuse_undecodable(os.path.relpath(file, folder))
+                yield Item(unique(_readable_key(path)), label, f"{split}/{path}")
 
     def _path(self, item: Item) -> str:
         split, _, path = item.where.partition("/")

@@ -27,6 +27,7 @@ from train import environment
 PEERS = Path(peers.__file__).parent
 JPEG, KEEP = ["--encode", "jpeg"], ["--encode", "keep"]
 NO_STATS = ["--stats", "off"]
+SMALL = ["--samples-per-shard", "100"]
 
 
 @dataclass
@@ -129,7 +130,9 @@ def prepare(images: Path, many: Path, scratch: Path, args: argparse.Namespace) -
         Cell("ours, keep, no statistics", [*ours, *workers, *KEEP, *NO_STATS], decode),
         Cell("ours, keep, headers only, no statistics", [*ours, *workers, *KEEP, *NO_STATS, "--check", "header"], copy),
         Cell("ours, jpeg 256, one worker", [*ours, "--workers", "1", *JPEG], "ours, jpeg 256"),
-        Cell("ours, keep, a tenth of the images", [*ours, "--images", str(images), *workers, *KEEP], "ours, keep"),
+        Cell(
+            "ours, keep, a tenth of the images", [*ours, "--images", str(images), *workers, *KEEP, *SMALL], "ours, keep"
+        ),
     ]
     one = python("resizers.py")
     for name, kind in (("ours", "ours"), ("Pillow", "pillow"), ("torchvision.io", "torchvision")):

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+# The page cache is warm, but a process's own caches and the memory behind a file that nobody read for minutes are not.
+WARM_SECONDS = 2.0
+
+
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser()
     p.add_argument("--data", type=Path, required=True, help="shard folder, or image folder for the seed's loader")
@@ -28,7 +32,10 @@ def arguments() -> argparse.Namespace:
 
 def measure(next_batch: Callable[[], int], seconds: float, warm_up: int = 8) -> None:
     """Prints images and seconds as JSON. `next_batch` makes one batch and returns its size."""
+    warm = time.perf_counter() + WARM_SECONDS
     for _ in range(warm_up):
+        next_batch()
+    while time.perf_counter() < warm:
         next_batch()
     images, cpu, started = 0, time.process_time(), time.perf_counter()
     while (now := time.perf_counter()) - started < seconds:

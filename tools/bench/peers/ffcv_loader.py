@@ -79,7 +79,10 @@ def main() -> None:
         pipelines={"image": [crop, RandomHorizontalFlip(), ToTensor(), ToTorchImage()], "label": None},
     )
     stream = iter(loader)
-    for _ in range(8):  # compiles, and warms up
+    warm = time.perf_counter() + 2.0
+    for _ in range(8):  # compiles
+        next(stream)
+    while time.perf_counter() < warm:  # as the others: see common.py
         next(stream)
     images, cpu, started = 0, time.process_time(), time.perf_counter()
     while time.perf_counter() - started < a.seconds:

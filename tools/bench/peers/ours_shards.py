@@ -26,9 +26,11 @@ def main() -> None:
     p.add_argument("--encode", default="keep")
     p.add_argument("--stats", default="on")
     p.add_argument("--check", default="full")
+    p.add_argument("--samples-per-shard", type=int, default=1000)
     a = p.parse_args()
     shutil.rmtree(a.out, ignore_errors=True)
-    plan = Plan(ImageFolder(a.images), Options(Encoding(a.encode), stats=a.stats == "on", check=a.check))
+    options = Options(Encoding(a.encode), a.samples_per_shard, stats=a.stats == "on", check=a.check)
+    plan = Plan(ImageFolder(a.images), options)
     images = len(plan.tasks) and plan.samples
     pixels.prepare()
     started = time.perf_counter()
