@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-
 # The page cache is warm, but a process's own caches and the memory behind a file that nobody read for minutes are not.
 WARM_SECONDS = 2.0
 

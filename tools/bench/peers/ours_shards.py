@@ -37,8 +37,10 @@ def main() -> None:
     build(plan, a.out, workers=a.workers)
     seconds = time.perf_counter() - started
     shutil.rmtree(a.out)
-    who = resource.RUSAGE_CHILDREN if a.workers > 1 else resource.RUSAGE_SELF
-    megabytes = resource.getrusage(who).ru_maxrss / 1024
+    megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    if a.workers == 1:  # getrusage would name what the process that started this one had
+        (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        megabytes = int(peak.split()[1]) / 1024
     print(json.dumps({"images": images, "seconds": seconds, "megabytes": megabytes}))
 
 
