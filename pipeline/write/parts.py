@@ -47,8 +47,9 @@ def save(out: Path, part: Part) -> None:
     if (s := part.sums) is not None:
         arrays |= {"image": s.image, "channels": s.channels, "products": s.products}
         arrays |= {"counts": np.array([s.size, s.images, s.pixels])}
+    # Not compressed: 0.8 MB beside a shard of a hundred; zlib would take as long as forty images do.
     with atomic_write(path_of(out, part.shard.name)) as file:
-        np.savez_compressed(file, **arrays)
+        np.savez(file, **arrays)
 
 
 def load(out: Path, shard: str) -> Part | None:
