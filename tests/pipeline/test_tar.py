@@ -76,11 +76,14 @@ def test_a_flipped_bit_is_found_unless_it_is_in_a_member(tmp_path_factory, byte,
     data = bytearray(WHOLE)
     data[byte] ^= 1 << bit
     path.write_bytes(data)
-    if byte % (3 * BLOCK) < BLOCK:
-        with pytest.raises(DataError):
-            list(members(path))
-    else:
-        assert [m.name for m in members(path)] == list(FILES)
+    at = byte % (3 * BLOCK)
+    try:
+        names = [m.name for m in members(path)]
+    except DataError:
+        assert at < BLOCK
+    else:  # a blank for a leading zero, or behind the number, is the same checksum
+        assert names == list(FILES)
+        assert at >= BLOCK or at in (148, 154, 155)
 
 
 @pytest.mark.parametrize(
