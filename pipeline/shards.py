@@ -85,7 +85,7 @@ def _blank_header() -> tuple[bytes, int]:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: USTAR, nothing in them but name and size. 3 µs, where TarWriter takes 40."""
+    """The 512 bytes before a member: USTAR, nothing in them but name and size."""
     blank, total = _blank_header()
     encoded, digits = name.encode("ascii"), b"%011o" % size
     assert len(encoded) <= 100

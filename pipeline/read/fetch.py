@@ -1,7 +1,7 @@
 """The reader's inner loop: bytes from an open file, verified, without the GIL; compiled by Numba.
 
-A thread that reads, checks and decodes image by image asks for the interpreter's lock five times an image, and on two
-cores waits for the other thread often enough to lose a tenth of its time. Here a block of images costs one call.
+A thread that reads, checks and crops image by image asks for the interpreter's lock after each step, and waits for the
+other threads. Here a block of images costs one call.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Preparer:
             try:
                 if self.check == "full":
                     # All of the data is decoded, but an eighth of the pixels is made: what is damaged shows all the
-                    # same, in less than half the time.
+                    # same, and sooner.
                     decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
                 return Prepared(data, *header, None, None)
             except ValueError:

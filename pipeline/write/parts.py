@@ -47,7 +47,7 @@ def save(out: Path, part: Part) -> None:
     if (s := part.sums) is not None:
         arrays |= {"image": s.image, "channels": s.channels, "products": s.products}
         arrays |= {"counts": np.array([s.size, s.images, s.pixels])}
-    # Not compressed: 0.8 MB beside a shard of a hundred; zlib would take as long as forty images do.
+    # Not compressed: it is 0.8 MB, gone when the manifest is there, and zlib would cost more than writing it.
     with atomic_write(path_of(out, part.shard.name)) as file:
         np.savez(file, **arrays)
 

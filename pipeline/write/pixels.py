@@ -1,6 +1,6 @@
 """The sharder's inner loops: resizing and adding up, in whole numbers, compiled by Numba.
 
-The resize is Pillow's antialiased bilinear one, down and then across, at a quarter of the time. Whole numbers, because
+The resize is Pillow's antialiased bilinear one, down and then across, and faster. Whole numbers, because
 floating point differs by a grey level where one processor joins a product and a sum and another does not, and then
 shards made on two machines would not be the same bytes; whole numbers in float32, because vectors multiply those twice
 as fast as integers.

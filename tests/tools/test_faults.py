@@ -133,13 +133,21 @@ def test_two_at_once_in_one_folder_do_not_harm_each_other(job, tmp_path):
     assert folder_bytes(out) == clean
 
 
-def test_a_full_disk_is_one_line_with_74_and_the_run_goes_on_later(job, tmp_path):
-    args, clean = job
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(small)], capture_output=True).returncode:
+@contextlib.contextmanager
+def tmpfs(folder: Path, options: str):
+    """A filesystem of its own, for as long as the block lasts."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_with_74_and_the_run_goes_on_later(job, tmp_path):
+    args, clean = job
+    with tmpfs(tmp_path / "small", "size=6m") as small:
         done = run_tool(MAKE, *args, "--out", small / "d", "--workers", 2)
         assert done.returncode == 74
         assert "No space left on device" in the_error(done)
@@ -151,22 +159,14 @@ def test_a_full_disk_is_one_line_with_74_and_the_run_goes_on_later(job, tmp_path
         assert run_tool(MAKE, *args, "--out", small / "d", "--workers", 2).returncode == 0
         assert all((small / "d" / path.stem).stat().st_mtime_ns == before[path.stem] for path in whole)
         assert folder_bytes(small / "d") == clean
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_read_only_folder_is_one_line_with_74(job, tmp_path):
     args, _ = job
-    readonly = tmp_path / "readonly"
-    readonly.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(readonly)], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
+    with tmpfs(tmp_path / "readonly", "ro") as readonly:
         done = run_tool(MAKE, *args, "--out", readonly / "d")
         assert done.returncode == 74
         assert "Read-only file system" in the_error(done)
-    finally:
-        subprocess.run(["umount", str(readonly)], check=True)
 
 
 def test_a_repaired_image_is_looked_at_again(image_folder, tmp_path):
