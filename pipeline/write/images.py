@@ -12,8 +12,8 @@ from PIL import Image
 from simplejpeg import decode_jpeg, decode_jpeg_header, encode_jpeg
 
 from ..errors import ConfigError
-from ..geometry import centre_offset, resized
-from .pixels import SLACK, Resizer, resize_short_side, resized_square
+from ..geometry import resized
+from .pixels import SLACK, Resizer, Square, resize_short_side, resized_square
 
 MAX_PIXELS = 100_000_000  # refused from the header: 300 MB decoded, 5 times ImageNet's largest
 MAX_SIDE = 65_500  # libjpeg's limit
@@ -49,8 +49,8 @@ class Encoding:
 class Measured(NamedTuple):
     """What statistics are made of; valid until the next image is prepared."""
 
-    square: np.ndarray  # (size · size · 3,) uint8: the centre square as training sees it
-    pixels: np.ndarray  # (m · 3,) uint8: the same, but of smaller images only the pixels that are there
+    square: Square  # of `size`, as training sees it
+    pixels: Square  # the same, but of smaller images only the pixels that are there
 
 
 class Prepared(NamedTuple):
@@ -98,14 +98,13 @@ class Preparer:
             return Prepared(stored, width, height, self._measured(size) if self.measure else None, converted)
         _refuse_slivers(size, encoding.size)
         if encoding.square:
-            pixels = square = resized_square(self._resizer, self._pixels, size, encoding.size)
+            pixels = resized_square(self._resizer, self._pixels, size, encoding.size)
         else:
             pixels = resize_short_side(self._resizer, self._pixels, size, encoding.size)
-            square = _centre(pixels, encoding.size) if self.measure else pixels
         stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
-        flat = np.ascontiguousarray(square).reshape(-1)
+        centre = Square.centre(pixels, encoding.size)
         return Prepared(
-            stored, pixels.shape[1], pixels.shape[0], Measured(flat, flat) if self.measure else None, converted
+            stored, pixels.shape[1], pixels.shape[0], Measured(centre, centre) if self.measure else None, converted
         )
 
     def _decode(self, data: bytes, header: tuple[int, int] | None) -> tuple[tuple[int, int], str | None]:
@@ -137,12 +136,12 @@ class Preparer:
 
     def _measured(self, size: tuple[int, int]) -> Measured:
         """The centre square, its short side encoding.size; pixels are counted at their own size where it is smaller."""
-        short = min(size)
-        square = resized_square(self._resizer, self._pixels, size, self.encoding.size).reshape(-1)
-        if short >= self.encoding.size:
+        short, wanted = min(size), self.encoding.size
+        square = Square.centre(resized_square(self._resizer, self._pixels, size, wanted), wanted)
+        if short >= wanted:
             return Measured(square, square)
         whole = self._pixels[: 3 * size[0] * size[1]].reshape(size[1], size[0], 3)
-        return Measured(square, np.ascontiguousarray(_centre(whole, short)).reshape(-1))
+        return Measured(square, Square.centre(whole, short))
 
 
 def prepare(data: bytes, encoding: Encoding) -> Prepared:
@@ -161,12 +160,6 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
     if colours not in ("YCbCr", "RGB", "Gray") or _untidy(data):
         return None
     return (width, height) if _size_fault(width, height) is None else None
-
-
-def _centre(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The centre side² pixels of (h, w, 3); where a margin is odd, as torchvision's CenterCrop."""
-    top, left = (int(centre_offset(length, side)) for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
 
 
 def _open(data: bytes) -> Image.Image:

@@ -44,9 +44,8 @@ def save(out: Path, part: Part) -> None:
     """Publishes the record: from now on the shard is whole."""
     meta = {"shard": asdict(part.shard), "converted": part.converted, "bad": part.bad}
     arrays: dict[str, Any] = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8), "rows": part.rows}
-    if (s := part.sums) is not None:
-        arrays |= {"image": s.image, "channels": s.channels, "products": s.products}
-        arrays |= {"counts": np.array([s.size, s.images, s.pixels])}
+    if part.sums is not None:
+        arrays |= part.sums.arrays()
     # Not compressed: it is 0.8 MB, gone when the manifest is there, and zlib would cost more than writing it.
     with atomic_write(path_of(out, part.shard.name)) as file:
         np.savez(file, **arrays)
@@ -57,12 +56,7 @@ def load(out: Path, shard: str) -> Part | None:
     try:
         with np.load(path_of(out, shard), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
-            sums = None
-            if "image" in file:
-                size, images, pixels = file["counts"].tolist()
-                sums = Sums(size)
-                sums.images, sums.pixels = images, pixels
-                sums.image, sums.channels, sums.products = file["image"], file["channels"], file["products"]
+            sums = Sums.restored(file) if "image" in file else None
             part = Part(Shard(**meta["shard"]), file["rows"], sums, meta["converted"], meta["bad"])
         whole = (out / shard).stat().st_size == part.shard.bytes and (out / shard).with_suffix(".idx").is_file()
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):

@@ -8,6 +8,7 @@ as fast as integers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -77,12 +78,12 @@ def _resize(
 
 
 @compiled
-def _add(pixels: np.ndarray, count: int, sums: np.ndarray, products: np.ndarray) -> None:
-    """Adds each channel's sum, and the sum of each pair's products (rr, rg, rb, gg, gb, bb), of `count` pixels."""
-    for start in range(0, count, 4096):  # so many products of bytes fit 32 bits
+def _add(pixels: np.ndarray, start: int, stride: int, side: int, sums: np.ndarray) -> None:
+    """Adds up side² pixels: each channel, and each pair's products (rr, rg, rb, gg, gb, bb), into nine int64."""
+    for y in range(side):  # so many products of bytes fit 32 bits: a line has at most 8,192 pixels
         s0 = s1 = s2 = rr = rg = rb = gg = gb = bb = np.uint32(0)
-        p = u(3 * start)
-        for _ in range(u(min(4096, count - start))):
+        p = u(start + y * stride)
+        for _ in range(u(side)):
             r, g, b = np.uint32(pixels[p]), np.uint32(pixels[p + u(1)]), np.uint32(pixels[p + u(2)])
             s0 += r
             s1 += g
@@ -97,18 +98,22 @@ def _add(pixels: np.ndarray, count: int, sums: np.ndarray, products: np.ndarray)
         sums[0] += s0
         sums[1] += s1
         sums[2] += s2
-        products[0] += rr
-        products[1] += rg
-        products[2] += rb
-        products[3] += gg
-        products[4] += gb
-        products[5] += bb
+        sums[3] += rr
+        sums[4] += rg
+        sums[5] += rb
+        sums[6] += gg
+        sums[7] += gb
+        sums[8] += bb
 
 
 @compiled
-def _add_image(pixels: np.ndarray, sums: np.ndarray) -> None:
-    for j in range(u(len(sums))):
-        sums[j] += np.uint32(pixels[j])
+def _add_image(pixels: np.ndarray, start: int, stride: int, side: int, image: np.ndarray) -> None:
+    q = u(0)
+    for y in range(side):
+        p = u(start + y * stride)
+        for j in range(u(3 * side)):
+            image[q + j] += np.uint16(pixels[p + j])
+        q += u(3 * side)
 
 
 class Resizer:
@@ -155,21 +160,76 @@ def resized_square(resizer: Resizer, pixels: np.ndarray, size: tuple[int, int], 
     return resizer(pixels, size, (to[0], to[1]), (left, top, left + short, top + short))
 
 
+class Square(NamedTuple):
+    """The centre pixels of an image, in place."""
+
+    pixels: np.ndarray  # (n,) uint8: the image, RGB
+    start: int  # of the first, in bytes
+    stride: int  # from one line to the next, in bytes
+    side: int  # pixels
+
+    @staticmethod
+    def centre(pixels: np.ndarray, side: int) -> Square:
+        """pixels: (h, w, 3), contiguous. Where a margin is odd, as torchvision's CenterCrop."""
+        height, width, _ = pixels.shape
+        top, left = (int(centre_offset(length, side)) for length in (height, width))
+        return Square(pixels.reshape(-1), 3 * (top * width + left), 3 * width, side)
+
+
 class Sums:
     """Of one shard's images, in whole numbers: see measures.Statistics."""
 
+    FLUSH = 257  # images whose sum fits 16 bits, which are half the memory to go through for each
+
     def __init__(self, size: int) -> None:
         self.size, self.images, self.pixels = size, 0, 0
-        self.image = np.zeros(3 * size * size, np.uint32)  # enough for 16 million images
-        self.channels = np.zeros(3, np.int64)
-        self.products = np.zeros(6, np.int64)  # rr, rg, rb, gg, gb, bb
+        self._image = np.zeros(3 * size * size, np.uint32)  # enough for 16 million images
+        self._latest, self._in_latest = np.zeros(3 * size * size, np.uint16), 0
+        self._sums = np.zeros(9, np.int64)
 
-    def add(self, square: np.ndarray, pixels: np.ndarray) -> None:
-        """square: size² pixels of the mean image. pixels: those that mean and covariance are made of; flat uint8."""
-        _add_image(square, self.image)
-        _add(pixels, len(pixels) // 3, self.channels, self.products)
+    def add(self, square: Square, pixels: Square) -> None:
+        """square: size² pixels of the mean image. pixels: those that mean and covariance are made of."""
+        assert square.side == self.size
+        if self._in_latest == self.FLUSH:
+            self._flush()
+        _add_image(*square, self._latest)
+        _add(*pixels, self._sums)
+        self._in_latest += 1
         self.images += 1
-        self.pixels += len(pixels) // 3
+        self.pixels += pixels.side**2
+
+    def _flush(self) -> None:
+        self._image += self._latest
+        self._latest[:], self._in_latest = 0, 0
+
+    @property
+    def image(self) -> np.ndarray:
+        """(3 · size²,) uint32: all squares added up."""
+        self._flush()
+        return self._image
+
+    @property
+    def channels(self) -> np.ndarray:
+        """(3,) int64"""
+        return self._sums[:3]
+
+    @property
+    def products(self) -> np.ndarray:
+        """(6,) int64: rr, rg, rb, gg, gb, bb"""
+        return self._sums[3:]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, to be stored."""
+        return {"image": self.image, "sums": self._sums, "counts": np.array([self.size, self.images, self.pixels])}
+
+    @staticmethod
+    def restored(arrays: Mapping[str, np.ndarray]) -> Sums:
+        """Raises KeyError or ValueError where they are not what `arrays` gave."""
+        size, images, pixels = arrays["counts"].tolist()
+        sums = Sums(size)
+        sums.images, sums.pixels = images, pixels
+        sums._image[:], sums._sums[:] = arrays["image"], arrays["sums"]
+        return sums
 
 
 def prepare() -> None:
@@ -177,4 +237,5 @@ def prepare() -> None:
     with straight_lines_vectorised():
         pixels = np.zeros(3 * 40 * 40 + SLACK, np.uint8)
         square = resized_square(Resizer(), pixels, (40, 40), 8)
-        Sums(8).add(square.reshape(-1), square.reshape(-1))
+        centre = Square.centre(square, 8)
+        Sums(8).add(centre, centre)

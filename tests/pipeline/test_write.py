@@ -125,18 +125,33 @@ def test_resizing_is_pillows_but_for_a_grey_level_and_exact_in_whole_numbers(wid
     assert np.array_equal(square, expected[top : top + short, left : left + short])
 
 
-@given(st.integers(1, 20_000), st.integers(0, 9))
-def test_sums_are_numpys(count, seed):
-    image = np.random.default_rng(seed).integers(0, 256, (count, 3), dtype=np.uint8)
-    sums = pixels.Sums(8)
+@given(st.integers(1, 300), st.integers(0, 40), st.integers(0, 40), st.integers(0, 9))
+def test_sums_are_numpys(side, more_lines, more_columns, seed):
+    image = np.random.default_rng(seed).integers(0, 256, (side + more_lines, side + more_columns, 3), dtype=np.uint8)
+    top, left = (int(centre_offset(length, side)) for length in image.shape[:2])
+    wide = image[top : top + side, left : left + side].astype(np.int64)
+    square = pixels.Square.centre(image, side)
+    sums = pixels.Sums(side)
     for _ in range(2):
-        sums.add(np.full(192, 7, np.uint8), image.reshape(-1))
-    wide = image.astype(np.int64)
-    products = wide.T @ wide
-    assert (sums.channels == 2 * wide.sum(0)).all()
+        sums.add(square, square)
+    products = np.einsum("hwi,hwj->ij", wide, wide)
+    assert (sums.channels == 2 * wide.sum((0, 1))).all()
     assert (sums.products == 2 * products[np.triu_indices(3)]).all()
-    assert (sums.image == 14).all()
-    assert (sums.images, sums.pixels) == (2, 2 * count)
+    assert (sums.image == 2 * wide.reshape(-1)).all()
+    assert (sums.images, sums.pixels) == (2, 2 * side * side)
+
+
+def test_sums_of_many_white_images_overflow_nothing():
+    white = pixels.Square.centre(np.full((8, 8, 3), 255, np.uint8), 8)
+    sums = pixels.Sums(8)
+    for number in range(1, 800):
+        sums.add(white, white)
+        if number in (100, 257, 258):
+            assert (sums.image == 255 * number).all()
+    assert (sums.image == 255 * 799).all()
+    again = pixels.Sums.restored(sums.arrays())
+    assert (again.image == sums.image).all()
+    assert (again.channels == 255 * 799 * 64).all()
 
 
 def test_dali_index_lists_every_member_at_its_place(shards):
