@@ -2,59 +2,117 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def local_response_norm(x: Tensor, *, size: int, alpha: float, beta: float, k: float) -> Tensor:
+class Window(NamedTuple):
+    """Which neighbours are added up, and what comes of the sum s: x · (k + alpha · s)^-beta."""
+
+    size: int
+    dims: tuple[int, ...]
+    alpha: float
+    beta: float
+    k: float
+
+
+def local_response_norm(
+    x: Tensor, *, size: int, alpha: float, beta: float, k: float, towers: int = 1, compiled: bool = False
+) -> Tensor:
     """Divides each channel by its neighbours' energy (Krizhevsky et al. 2012, section 3.3).
 
-    x: (N, C, ...), any float dtype; computed in float32 (float64 stays), returned in x's dtype.
-    alpha is divided by `size`, as in the original code and in torch.
-    Raises ValueError when size is even.
+    x: (N, C, ...), any float dtype; computed in float32 (float64 stays), returned in x's dtype and memory format.
+    alpha is divided by `size`, as in the original code and in torch: the paper's formula is alpha = size · 1e-4.
+    towers: equal parts of the channels that do not see each other. compiled: by torch.compile, where it can.
+    Raises ValueError when size is even or C does not divide.
     """
-    if size % 2 == 0:
+    _refuse_even(size)
+    if x.shape[1] % towers:
+        raise ValueError(f"towers={towers}: {x.shape[1]} channels do not divide")
+    if towers == 1:
+        return _normalise(x, Window(size, (1,), alpha / size, beta, k), compiled)
+    apart = x.view(x.shape[0], towers, -1, *x.shape[2:])
+    normalised = _normalise(apart, Window(size, (2,), alpha / size, beta, k), compiled)
+    return normalised.flatten(1, 2)
+
+
+def spatial_response_norm(
+    x: Tensor, *, size: int, alpha: float, beta: float, k: float, compiled: bool = False
+) -> Tensor:
+    """The same within each channel, over `size` × `size` pixels: what the original code has after its second LRN.
+
+    x: (N, C, H, W). alpha is divided by size². Raises ValueError when size is even.
+    """
+    _refuse_even(size)
+    return _normalise(x, Window(size, (2, 3), alpha / size**2, beta, k), compiled)
+
+
+def _refuse_even(size: int) -> None:
+    if size < 1 or size % 2 == 0:
         raise ValueError(f"size={size}: must be odd, so that a channel is the middle of its neighbours")
+
+
+def _normalise(x: Tensor, window: Window, compiled: bool) -> Tensor:
     # Autocast would put the casts elsewhere: the function does its own.
-    with torch.autocast(x.device.type, enabled=False):
-        normalised: Tensor = _LocalResponseNorm.apply(x, size, alpha / size, beta, k)
+    device = "cpu" if x.is_meta else x.device.type
+    with torch.autocast(device, enabled=False):
+        normalised: Tensor = _Normalise.apply(x, window, compiled)
     return normalised
 
 
-class _LocalResponseNorm(torch.autograd.Function):
-    """y = x · s^-β with s = k + α Σ x², the sum over a window of channels.
+class _Normalise(torch.autograd.Function):
+    """y = x · s^-β with s = k + α Σ x², the sum over a window.
 
     dx = g · s^-β - 2αβ x Σ (g · x · s^(-β-1)): the window is symmetric, so the sum's transpose is the sum itself.
-    torch's own goes through square, pad, avg_pool3d, pow and div, and keeps all of them for the backward pass: twice
-    the time of this one on a CPU.
+    torch's own goes through square, pad, avg_pool3d, pow and div, and keeps all of them for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = window_sum(wide * wide, size).mul_(alpha).add_(k)
+    def forward(ctx: Any, x: Tensor, window: Window, compiled: bool) -> Tensor:
+        y: Tensor
+        y, scale = _form(forward, compiled)(x, window)
         ctx.save_for_backward(x, scale)
-        ctx.size, ctx.alpha, ctx.beta = size, alpha, beta
-        return (wide * inverse_power(scale, beta)).to(x.dtype)
+        ctx.window, ctx.compiled = window, compiled
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
-        direct = inverse_power(scale, ctx.beta).mul_(grad)
-        through = window_sum((direct * wide).div_(scale), ctx.size)
-        return direct.sub_(through.mul_(wide), alpha=2 * ctx.alpha * ctx.beta).to(x.dtype), None, None, None, None
+        dx: Tensor = _form(backward, ctx.compiled)(grad, x, scale, ctx.window)
+        return dx, None, None
 
 
-def window_sum(x: Tensor, size: int) -> Tensor:
-    """Sums each channel with its size // 2 neighbours on either side; there are none beyond the edges."""
-    total = x.clone()
-    for shift in range(1, min(size // 2, x.shape[1] - 1) + 1):
-        total[:, shift:] += x[:, :-shift]
-        total[:, :-shift] += x[:, shift:]
-    return total
+def forward(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """(y, s): y in x's dtype, s in float32, or float64 where x is."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = window_sum(wide * wide, window) * window.alpha + window.k
+    return (wide * inverse_power(scale, window.beta)).to(x.dtype), scale
+
+
+def backward(grad: Tensor, x: Tensor, scale: Tensor, window: Window) -> Tensor:
+    """dx, in x's dtype."""
+    wide = x.to(scale.dtype)
+    direct = inverse_power(scale, window.beta) * grad.to(scale.dtype)
+    through = window_sum(direct * wide / scale, window)
+    return (direct - 2 * window.alpha * window.beta * wide * through).to(x.dtype)
+
+
+def window_sum(x: Tensor, window: Window) -> Tensor:
+    """Sums each element with its size // 2 neighbours on either side; there are none beyond the edges."""
+    for dim in window.dims:
+        reach, length = min(window.size // 2, x.shape[dim] - 1), x.shape[dim]
+        # Slices of a padded copy, not sums in place: a compiler joins them into one loop.
+        padded = F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [reach, reach])
+        total = padded.narrow(dim, 0, length)
+        for shift in range(1, 2 * reach + 1):
+            total = total + padded.narrow(dim, shift, length)
+        x = total
+    return x
 
 
 def inverse_power(scale: Tensor, beta: float) -> Tensor:
@@ -65,15 +123,46 @@ def inverse_power(scale: Tensor, beta: float) -> Tensor:
     return root * root.sqrt()
 
 
+def _form(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    # Inside a compiled model the formula is traced like everything else.
+    return _compiled(function) if compiled and not torch.compiler.is_compiling() else function
+
+
+@lru_cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    form: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return form
+
+
 class LocalResponseNorm(nn.Module):
     """`local_response_norm` as a layer."""
 
-    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
+    def __init__(
+        self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0, *, towers: int = 1
+    ) -> None:
         super().__init__()
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.size, self.alpha, self.beta, self.k, self.towers, self.compiled = size, alpha, beta, k, towers, False
 
     def forward(self, x: Tensor) -> Tensor:
-        return local_response_norm(x, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k)
+        return local_response_norm(
+            x, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, towers=self.towers, compiled=self.compiled
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, towers={self.towers}"
+
+
+class SpatialResponseNorm(nn.Module):
+    """`spatial_response_norm` as a layer."""
+
+    def __init__(self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k, self.compiled = size, alpha, beta, k, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return spatial_response_norm(
+            x, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, compiled=self.compiled
+        )
 
     def extra_repr(self) -> str:
         return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"

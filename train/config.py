@@ -51,10 +51,14 @@ class TrainConfig:
     """Images a step in evaluation, over all ranks; changes nothing but memory and speed."""
     precision: Literal["launcher", "fp32", "bf16", "fp16"] = "launcher"
     """launcher: what accelerate launch --mixed_precision says."""
+    compile: Literal["auto", "off", "norm", "model"] = "auto"
+    """What torch.compile gets: the whole model (auto on a GPU), response normalisation alone (auto elsewhere, where it
+    is faster), nothing."""
 
     def __post_init__(self) -> None:
         _at_least(self, "train", epochs=1, batch=1, eval_batch=1)
         _one_of(self, "train", precision=("launcher", "fp32", "bf16", "fp16"))
+        _one_of(self, "train", compile=("auto", "off", "norm", "model"))
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,15 @@ class OptimConfig:
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine falls towards zero over the run."""
+    biases: Literal["variant", "weights"] = "variant"
+    """How biases are trained: as the variant's source does (original and caffe: twice the rate, no decay), or like
+    weights."""
     warmup_epochs: float = 0.0
     """Linear rise from zero at the start."""
 
     def __post_init__(self) -> None:
         _at_least(self, "optim", lr=0.0, momentum=0.0, weight_decay=0.0, warmup_epochs=0.0)
-        _one_of(self, "optim", schedule=("constant", "cosine"))
+        _one_of(self, "optim", schedule=("constant", "cosine"), biases=("variant", "weights"))
         if self.momentum >= 1:
             raise ConfigError(f"optim.momentum={self.momentum}: must be below 1")
 
@@ -111,6 +118,13 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     resume: str = ""
     """Go on from a checkpoint folder, or, as bare --resume, from the run folder's newest."""
+    overfit: int = 0
+    """A check of the net: train on so many images alone, without augmentation and dropout, at a rate of at most 0.003,
+    until all of them are right; exit code 1 if they never are."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overfit <= 100_000:
+            raise ConfigError(f"overfit={self.overfit}: choose 1 to 100,000 images, such as 64, or 0 for a real run")
 
 
 def _at_least(config: Any, group: str, **least: float) -> None:
@@ -155,10 +169,46 @@ def parse(argv: list[str], presets: dict[str, Config], *, prog: str) -> Config:
     _refuse_unknown(flags, presets[preset])
     config = _tyro(flags, presets[preset], prog=f"{prog} {preset}")
     if not config.run.dir:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{preset}"))
+        folder = f"runs/{preset}-overfit" if config.overfit else f"runs/{preset}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
     if not config.data.shards:
         raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
-    return config
+    return overfitting(config) if config.overfit else config
+
+
+OVERFIT_EPOCHS = 400  # at least, of few images
+# A net that sees the same few images at every step diverges at rates that many images bear: after a step or two every
+# ReLU may be silent for good.
+OVERFIT_RATE, OVERFIT_WARMUP = 0.003, 20  # at most; epochs
+
+
+def overfitting(config: Config) -> Config:
+    """The same run on few images: every epoch shows them alike, so that only the net and its training are tried."""
+    a = config.augment
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, val_split=config.data.train_split, partitions=1, window=0),
+        train=dataclasses.replace(
+            config.train,
+            batch=min(config.train.batch, config.overfit),
+            epochs=max(config.train.epochs, OVERFIT_EPOCHS),
+        ),
+        optim=dataclasses.replace(
+            config.optim,
+            lr=min(config.optim.lr, OVERFIT_RATE),
+            schedule="constant",
+            warmup_epochs=OVERFIT_WARMUP,
+            weight_decay=0.0,
+        ),
+        augment=dataclasses.replace(
+            a,
+            resize=a.crop,
+            flip=False,
+            colour=0.0,
+            scale_jitter=None,
+            normalize="mean" if a.normalize == "mean-image" else a.normalize,
+        ),
+    )
 
 
 def _help(presets: dict[str, Config], prog: str) -> str:

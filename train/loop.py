@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from model import AlexNet
 from pipeline import cores
-from pipeline.errors import ConfigError, ExpressError
+from pipeline.errors import CHECK_FAILED, ConfigError, ExpressError
 from pipeline.files import write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
@@ -26,6 +27,7 @@ from pipeline.read.loader import Batch, Loader
 
 from . import checkpoint, environment, tracking
 from .config import RESUME_NEWEST, Config, flatten
+from .networks import compile_net, load_weights, make_net, set_training, without_dropout
 from .optim import learning_rate, make_optimizer, set_learning_rate
 from .validation import Result, evaluate
 
@@ -50,6 +52,12 @@ class LossNotFinite(ExpressError):
     code = 76
 
 
+class NotOverfitted(ExpressError):
+    """A net that cannot learn a few images by heart."""
+
+    code = CHECK_FAILED
+
+
 @dataclass
 class State:
     """All that changes while the loop runs, beside weights and optimiser."""
@@ -67,7 +75,7 @@ class Run:
         self.state = State()
         self.cores = take_cores(accelerator.device)
         self.dataset = open_dataset(config.data.shards)
-        samples = self.dataset.split(config.data.train_split).samples
+        samples = config.overfit or self.dataset.split(config.data.train_split).samples
         order.check_batch(
             config.train.batch,
             samples=samples,
@@ -80,13 +88,20 @@ class Run:
         self.total_steps = self.steps_per_epoch * config.train.epochs
         resume_from = self._resume_from()
         torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
-        try:
-            net = AlexNet(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
-        except ValueError as err:
-            raise ConfigError(str(err)) from err
+        net = make_net(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
+        if config.model.init and not resume_from:
+            note = load_weights(net, Path(config.model.init))
+            if note and accelerator.is_main_process:
+                print(note, flush=True)
+        if config.overfit:
+            without_dropout(net)
         # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
         net = net.to(memory_format=torch.channels_last)
+        # Before it is wrapped, in place: names of weights stay.
+        self.compiled = compile_net(net, config.train.compile, accelerator.device)
+        self.takes_rows = isinstance(net, AlexNet)
         self.net, self.optimizer = accelerator.prepare(net, make_optimizer(net, config.optim))
+        set_training(accelerator.unwrap_model(self.net), config.model)
         self.checkpoints = checkpoint.Checkpoints(self.folder, keep=config.run.keep_checkpoints)
         if resume_from:
             self._restore(resume_from)
@@ -106,6 +121,7 @@ class Run:
             seed=c.run.seed,
             partitions=c.data.partitions,
             window=c.data.window,
+            first=c.overfit,
             rank=a.process_index,
             world=a.num_processes,
             local_world=local_world(),
@@ -126,6 +142,7 @@ class Run:
                 "backend": self.loader.backend,
                 "backend_reason": self.loader.backend_reason,
                 "threads": self.cores,
+                "compiled": self.compiled,
                 "command": environment.command(),
                 "environment": environment.describe(),
             }
@@ -200,10 +217,21 @@ class Run:
         result = None
         threads = self.loader.threads
         self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
+        self.record.say(f"compiled: {self.compiled}")
         while self.state.epoch < self.config.train.epochs:
             self._train_epoch()
             result = self._evaluate()
+            if self.config.overfit:
+                if result.top1 == 1:
+                    return result
+                continue
             self._save()
+        if self.config.overfit:
+            assert result is not None
+            raise NotOverfitted(
+                f"after {self.state.epoch} epochs {result.top1:.1%} of {self.config.overfit} images are right;"
+                " try more train.epochs or another optim.lr, or look for a mistake in the net"
+            )
         return result or evaluate(self.accelerator.unwrap_model(self.net), self.val_loader, self.accelerator)
 
     def _train_epoch(self) -> None:
@@ -240,14 +268,24 @@ class Run:
 
     def _step(self, batch: Batch, rate: float) -> Tensor:
         """One optimiser step; returns this rank's mean loss, on the device and unread."""
-        # Dropout's generator is set anew from coordinates, so there is no state of it to save.
-        torch.manual_seed(draws.key(self.config.run.seed, self.state.step, self.accelerator.process_index) >> 1)
         set_learning_rate(self.optimizer, rate)
-        loss = F.cross_entropy(self.net(batch.images), batch.labels)
+        loss = F.cross_entropy(self._logits(batch), batch.labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
+
+    def _logits(self, batch: Batch) -> Tensor:
+        seed, step = self.config.run.seed, self.state.step
+        if self.takes_rows:  # masks from coordinates: the same at any world size
+            rows = draws.bits(batch.ids.cpu().numpy(), seed=seed, epoch=step, stream=draws.DROPOUT)
+            upper = torch.from_numpy((rows >> np.uint64(32)).astype(np.uint32).view(np.int32))
+            logits: Tensor = self.net(batch.images, upper.to(batch.images.device, non_blocking=True))
+            return logits
+        # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
+        torch.manual_seed(draws.key(seed, step, self.accelerator.process_index) >> 1)
+        logits = self.net(batch.images)
+        return logits
 
     def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
         self._refuse_not_finite("loss", metrics["loss"])

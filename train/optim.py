@@ -7,11 +7,21 @@ import math
 import torch
 from torch import nn
 
+from model.alexnet import AlexNet, param_groups
+
 from .config import OptimConfig
 
 
 def make_optimizer(net: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    """SGD over the net's trainable parameters; biases as the net's source treats them, or like weights."""
+    bias_lr, bias_decay = 1.0, 1.0
+    if isinstance(net, AlexNet) and config.biases == "variant":
+        bias_lr, bias_decay = net.variant.bias_lr, net.variant.bias_decay
+    groups = param_groups(net, bias_lr=bias_lr, bias_decay=bias_decay)
+    for group in groups:
+        group["weight_decay"] = config.weight_decay * group["decay_scale"]
+        group["lr"] = config.lr * group["lr_scale"]
+    return torch.optim.SGD(groups, momentum=config.momentum)
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total_steps: int) -> float:
@@ -27,4 +37,4 @@ def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]

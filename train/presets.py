@@ -17,7 +17,7 @@ def seed() -> Config:
     return Config(
         train=TrainConfig(epochs=15, batch=128),
         optim=OptimConfig(lr=0.01, momentum=0.9),
-        model=ModelConfig(name="seed", weight_init="torch"),
+        model=ModelConfig(name="seed"),
         augment=AugmentConfig(resize=256, crop=224, normalize="mean-std", statistics="imagenet"),
     )
 
@@ -30,7 +30,7 @@ def demo() -> Config:
     He's initialisation, since the paper's is for the full width. No flips: a mirrored 2 is no digit.
     """
     return Config(
-        train=TrainConfig(epochs=12, batch=64),
+        train=TrainConfig(epochs=12, batch=64, compile="off"),
         optim=OptimConfig(lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=3),
         model=ModelConfig(name="small", width=0.25, weight_init="he"),
         augment=AugmentConfig(resize=36, crop=32, flip=False, normalize="mean-std"),

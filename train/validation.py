@@ -38,6 +38,7 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(net: nn.Module, loader: Loader, accelerator: Accelerator) -> Result:
     """Runs `net` over this rank's part and sums over the ranks. No rank waits for another before the end."""
+    training = [module for module in net.modules() if module.training]  # frozen layers are not
     net.eval()
     hits = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -48,7 +49,8 @@ def evaluate(net: nn.Module, loader: Loader, accelerator: Accelerator) -> Result
         hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         seen += len(labels)
-    net.train()
+    for module in training:
+        module.training = True
     # float64 holds whole numbers to 9e15, so one reduction carries all four sums.
     sums = torch.cat([hits.double(), loss_sum[None], torch.full_like(loss_sum[None], seen)])
     top1, top5, loss, images = accelerator.reduce(sums, "sum").tolist()

@@ -91,6 +91,7 @@ class Loader:
     train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
         over all ranks, so that ranks may differ by one sample and by one batch.
     partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
+    first: only so many samples, the first as stored; 0: all.
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
     channels_last: memory format of `images`; the shape is (n, 3, crop, crop) either way.
 
@@ -108,6 +109,7 @@ class Loader:
         seed: int = 0,
         partitions: int = 1,
         window: int = 0,
+        first: int = 0,
         rank: int = 0,
         world: int = 1,
         local_world: int | None = None,
@@ -135,8 +137,10 @@ class Loader:
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         self.batch, self.train, self.seed, self.rank, self.world = batch, train, seed, rank, world
-        self.partitions, self.window = partitions, window
-        self.samples = self.split.samples
+        self.partitions, self.window, self.first = partitions, window, first
+        if not 0 <= first <= self.split.samples:
+            raise ConfigError(f"first={first}: the split {split} has {self.split.samples} samples")
+        self.samples = first or self.split.samples
         if train:
             order.check_batch(batch, samples=self.samples, world=world, partitions=partitions)
         elif batch < 1:
@@ -184,7 +188,8 @@ class Loader:
             mine = order.evaluation_range(self.samples, rank=self.rank, world=self.world)
             return np.array(mine[step * self._part : (step + 1) * self._part], dtype=np.int64)
         if self._order is None or self._order[0] != epoch:
-            sizes = np.array([shard.samples for shard in self.split.shards])
+            ends = np.cumsum([shard.samples for shard in self.split.shards])
+            sizes = np.diff(np.minimum(ends, self.samples), prepend=0)
             self._order = (
                 epoch,
                 order.epoch_order(
@@ -213,6 +218,7 @@ class Loader:
             "batch": self.batch,
             "partitions": self.partitions,
             "window": self.window,
+            "first": self.first,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

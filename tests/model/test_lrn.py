@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.lrn import local_response_norm
+from model.lrn import local_response_norm, spatial_response_norm
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
@@ -40,6 +41,57 @@ def test_low_precision_is_computed_in_float32(dtype):
     assert ours.dtype is dtype
     exact = F.local_response_norm(x.double(), 5, 1.0, 0.75, 2.0)
     assert (ours.double() - exact).norm() <= 1e-2 * exact.norm()
+
+
+def by_the_formula(x, grad, *, size, alpha, beta, k):
+    """(y, dx) in float64 NumPy, one channel after another: Krizhevsky et al. 2012, section 3.3, and its derivative."""
+    channels, half = x.shape[1], size // 2
+    windows = [slice(max(0, i - half), min(channels, i + half + 1)) for i in range(channels)]
+    scale = np.stack([k + alpha / size * (x[:, w] ** 2).sum(1) for w in windows], axis=1)
+    direct = grad * scale**-beta
+    inner = grad * x * scale ** (-beta - 1)
+    through = np.stack([inner[:, w].sum(1) for w in windows], axis=1)
+    return x * scale**-beta, direct - 2 * alpha / size * beta * x * through
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("channels", [1, 3, 7, 33])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_it_is_the_formula_in_float64(dtype, tolerance, channels, size, compiled):
+    torch.manual_seed(channels * size)
+    x, grad = ((torch.randn(2, channels, 5, 6) * 20).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    # alpha so large that the neighbours matter
+    settings = {"size": size, "alpha": 1e-2, "beta": 0.75, "k": 2.0}
+    y = local_response_norm(x, **settings, compiled=compiled)
+    y.backward(grad)
+    assert y.dtype is x.grad.dtype is dtype
+    expected = by_the_formula(x.detach().double().numpy(), grad.double().numpy(), **settings)
+    for ours, exact in zip((y.detach(), x.grad), expected, strict=True):
+        assert np.linalg.norm(ours.double().numpy() - exact) <= tolerance * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_the_memory_format_stays(towers):
+    x = torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    for compiled in (False, True):
+        y = local_response_norm(x, size=5, alpha=1e-2, beta=0.75, k=2.0, towers=towers, compiled=compiled)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_spatial_gradients_by_formula_are_those_by_differences(size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: spatial_response_norm(x, size=size, alpha=0.7, beta=0.75, k=1.5), x)
+
+
+def test_channels_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="towers=2: 3 channels"):
+        local_response_norm(torch.zeros(1, 3, 2, 2), size=5, alpha=1.0, beta=0.75, k=2.0, towers=2)
 
 
 def test_an_even_window_is_refused():

@@ -1,0 +1,62 @@
+"""Dropout whose masks come from coordinates: the same on one rank and on eight, and no generator's state to save."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # Wellons's lowbias32, as int32: products wrap on every device
+_LAYER = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio: the units of two layers lie far apart
+
+
+def keep_mask(rows: Tensor, units: int, *, layer: int, p: float) -> Tensor:
+    """(N, units) bool: which units live, each with probability 1 - p, by a hash of (row, layer, unit).
+
+    rows: (N,) int32, a hash of (seed, step, sample id) for each row, so that equal rows have equal masks wherever they
+    are. p is rounded to a multiple of 2^-32.
+    """
+    unit = torch.arange(units, dtype=torch.int32, device=rows.device) + _signed(layer * _LAYER)
+    # The last steps of a mixing hash move low bits only, which the comparison hardly sees: they are left out.
+    x = rows[:, None] ^ _mix(unit)[None, :]
+    x = (x ^ _shifted(x, 16)) * _M1
+    x = (x ^ _shifted(x, 15)) * _M2
+    return x >= min(round(p * (1 << 32)), (1 << 32) - 1) - (1 << 31)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 16)) * _M1
+    x = (x ^ _shifted(x, 15)) * _M2
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """To the right, zeros coming in, as torch has no shift of unsigned numbers everywhere."""
+    return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+class Dropout(nn.Module):
+    """Zeroes units with probability p while training and scales the others by 1 / (1 - p).
+
+    forward: x (N, ...), rows (N,) int32 or None. With rows the mask is `keep_mask`'s, without it is torch's dropout.
+    layer: tells the masks of a net's dropout layers apart.
+    """
+
+    def __init__(self, p: float, *, layer: int) -> None:
+        super().__init__()
+        self.p, self.layer = p, layer
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if rows is None:
+            return F.dropout(x, self.p)
+        keep = keep_mask(rows, x[0].numel(), layer=self.layer, p=self.p).view(x.shape)
+        return x * (keep.to(x.dtype) * (1 / (1 - self.p)))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, layer={self.layer}"
