@@ -34,11 +34,13 @@ def local_response_norm(
     _refuse_even(size)
     if x.shape[1] % towers:
         raise ValueError(f"towers={towers}: {x.shape[1]} channels do not divide")
-    if towers == 1:
-        return _normalise(x, Window(size, (1,), alpha / size, beta, k), compiled)
-    apart = x.view(x.shape[0], towers, -1, *x.shape[2:])
-    normalised = _normalise(apart, Window(size, (2,), alpha / size, beta, k), compiled)
-    return normalised.flatten(1, 2)
+    # As the memory lies, so that padding and sums go along whole lines: channels last is a contiguous (N, H, W, C).
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    lying = x.permute(0, 2, 3, 1) if last else x
+    before, after = (lying.shape[:3], ()) if last else (lying.shape[:1], lying.shape[2:])
+    window = Window(size, (len(before) + 1,), alpha / size, beta, k)
+    normalised = _normalise(lying.reshape(*before, towers, -1, *after), window, compiled).view(lying.shape)
+    return normalised.permute(0, 3, 1, 2) if last else normalised
 
 
 def spatial_response_norm(
@@ -61,7 +63,7 @@ def _normalise(x: Tensor, window: Window, compiled: bool) -> Tensor:
     # Autocast would put the casts elsewhere: the function does its own.
     device = "cpu" if x.is_meta else x.device.type
     with torch.autocast(device, enabled=False):
-        normalised: Tensor = _Normalise.apply(x, window, compiled)
+        normalised: Tensor = _Normalise.apply(x, window, compiled and torch.is_grad_enabled())
     return normalised
 
 
@@ -124,7 +126,8 @@ def inverse_power(scale: Tensor, beta: float) -> Tensor:
 
 
 def _form(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    # Inside a compiled model the formula is traced like everything else.
+    # Inside a compiled model the formula is traced like everything else. For evaluation, whose batches differ in size,
+    # nothing is compiled: each size would be a kernel of its own.
     return _compiled(function) if compiled and not torch.compiler.is_compiling() else function
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from model import AlexNet, ModelConfig
 from model.dropout import Dropout, keep_mask
 
-
 GOLDEN = [
     "00100101010110111100010011100000",
     "00010101111001111100001000101000",

@@ -78,7 +78,7 @@ def test_the_memory_format_stays(towers):
     for compiled in (False, True):
         y = local_response_norm(x, size=5, alpha=1e-2, beta=0.75, k=2.0, towers=towers, compiled=compiled)
         assert y.is_contiguous(memory_format=torch.channels_last)
-        (dx,) = torch.autograd.grad(y.sum(), x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
