@@ -41,6 +41,7 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
 from tools import cli
+from tools.bench import train as bench_train
 from tools.bench.loader import unpacked
 from train import environment
 
@@ -145,6 +146,14 @@ def training_step(proof: Proof) -> dict[str, Any]:
     }
 
 
+def training_table(proof: Proof) -> dict[str, Any]:
+    """tools/bench train: steps on synthetic images beside the seed's own net, and each layer's share."""
+    batch, seconds, rounds = (2, 0.01, 1) if proof.tiny else (512, 2.0, 3)
+    result = bench_train.measure(str(proof.device), batch=batch, seconds=seconds, rounds=rounds)
+    print(result.pop("table"), flush=True)
+    return result
+
+
 def rate(proof: Proof, step: Callable[[], None]) -> float:
     """Images a second of `step`, after a warm-up."""
     for _ in range(1 if proof.tiny else 10):
@@ -225,7 +234,13 @@ def recorded_losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-STEPS = {"tests": tests, "loader": loader_rates, "step": training_step, "ranks": two_ranks}
+STEPS = {
+    "tests": tests,
+    "loader": loader_rates,
+    "step": training_step,
+    "ranks": two_ranks,
+    "train": training_table,
+}
 
 
 def made_images(folder: Path, count: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path / checkpoint.MODEL)
         if path.suffix == ".safetensors":
             return load_file(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: it is read or refused, and that is told
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as err:
         raise DataError(f"model.init={path}: no such file") from err
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as err:

@@ -1,0 +1,226 @@
+"""Whose nets train, from which weights, frozen and compiled how."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from model import AlexNet, ModelConfig
+from pipeline.errors import ConfigError, DataError
+from tests.conftest import the_error
+from tests.train.test_run import alone, metrics
+from train.config import OptimConfig
+from train.networks import compile_net, features, load_weights, make_net, set_training
+from train.optim import make_optimizer, set_learning_rate
+
+SMALL = ModelConfig("small", width=0.1)
+
+
+def small(classes: int = 10) -> nn.Module:
+    return make_net(SMALL, classes=classes, crop=32)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in a if torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("kind", ["pth", "wrapped", "ddp", "safetensors"])
+def test_weights_come_from_every_usual_file(kind, tmp_path):
+    given = small().state_dict()
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        save_file(given, path)
+    elif kind == "ddp":
+        torch.save({f"module.{name}": w for name, w in given.items()}, path)
+    else:
+        torch.save({"state_dict": given} if kind == "wrapped" else given, path)
+    net = small()
+    assert load_weights(net, path) is None
+    assert equal(net.state_dict(), given) == list(given)
+
+
+def test_another_number_of_classes_gets_a_new_output_layer(tmp_path):
+    torch.save(small(classes=7).state_dict(), tmp_path / "seven.pth")
+    net = small(classes=10)
+    before = {name: w.clone() for name, w in net.state_dict().items()}
+    note = load_weights(net, tmp_path / "seven.pth")
+    assert note == f"{tmp_path / 'seven.pth'} is of 7 classes: the output layer classifier.fc8 starts anew with 10"
+    after = net.state_dict()
+    assert torch.equal(after["classifier.fc8.weight"], before["classifier.fc8.weight"])
+    assert after["classifier.fc8.weight"].shape[0] == 10
+    assert not torch.equal(after["features.conv1.weight"], before["features.conv1.weight"])
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_file_that_would_run_something_runs_nothing(how, tmp_path):
+    path, touched = tmp_path / "weights.pth", tmp_path / "touched"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Payload(touched)))
+    else:
+        torch.save({"weight": Payload(touched)}, path)
+    with pytest.raises(DataError, match=r"weights.pth: holds more or less than weights"):
+        load_weights(small(), path)
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "holds more or less than weights"),
+        (b"hello", "holds more or less than weights"),
+        ([1, 2], "holds no state_dict"),
+        ({"lr": 0.1}, "holds no state_dict"),
+        ("narrower", r"features.conv1.weight is \(\d+, 3, 5, 5\) where this net has"),
+        ("missing", "has no features.conv2.weight"),
+        ("more", "has extra, which this net has not"),
+    ],
+)
+def test_what_does_not_fit_is_named(content, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    weights = small().state_dict()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "narrower":
+        torch.save(AlexNet(ModelConfig("small", width=0.05), classes=10, crop=32).state_dict(), path)
+    elif content == "missing":
+        torch.save({n: w for n, w in weights.items() if n != "features.conv2.weight"}, path)
+    elif content == "more":
+        torch.save(weights | {"extra": torch.zeros(1)}, path)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(DataError, match=message):
+        load_weights(small(), path)
+
+
+def test_frozen_features_keep_weights_and_statistics():
+    config = ModelConfig("modern", width=0.1, norm="bn", init="weights.pth", freeze="features")
+    net = make_net(config, classes=10, crop=64)
+    set_training(net, config)
+    with torch.no_grad():
+        nn.init.normal_(net.head.weight)
+    optimizer = make_optimizer(net, OptimConfig(lr=0.1, weight_decay=0.1))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net(torch.randn(8, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    moved = set(before) - set(equal(net.state_dict(), before))
+    assert moved == {name for name in before if name.startswith("classifier.")}
+
+
+def test_of_other_nets_all_but_the_last_layer_is_frozen():
+    net = make_net(ModelConfig("torchvision:resnet18", init="x", freeze="features"), classes=3, crop=64)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
+    assert any(m.training for m in features(net))
+    set_training(net, ModelConfig("torchvision:resnet18", init="x", freeze="features"))
+    assert not net.bn1.training
+
+
+def test_biases_follow_the_variant_or_the_weights():
+    net = AlexNet(ModelConfig("original", width=0.125), classes=10, crop=67)
+    config = OptimConfig(lr=0.1, weight_decay=5e-4)
+    weights, biases = make_optimizer(net, config).param_groups
+    assert (weights["lr"], weights["weight_decay"], biases["lr"], biases["weight_decay"]) == (0.1, 5e-4, 0.2, 0)
+    optimizer = make_optimizer(net, OptimConfig(lr=0.1, weight_decay=5e-4, biases="weights"))
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.1, 5e-4)] * 2
+    optimizer = make_optimizer(net, config)
+    set_learning_rate(optimizer, 0.01)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("name", "crop", "message"),
+    [
+        ("torchvision:resnet51", 64, r"no classifier 'resnet51' \(did you mean resnet50\?\)"),
+        ("torchvision:raft_large", 64, "no classifier"),
+        ("timm:nothing", 64, "timm has no classifier"),
+        ("keras:vgg16", 64, "choose torchvision:NAME or timm:NAME"),
+        ("torchvision:vit_b_16", 64, "augment.crop=64 does not suit model.name=torchvision:vit_b_16"),
+    ],
+)
+def test_other_nets_that_cannot_be_are_refused(name, crop, message):
+    with pytest.raises(ConfigError, match=message):
+        make_net(ModelConfig(name), classes=10, crop=crop)
+
+
+@pytest.mark.parametrize("name", ["torchvision:googlenet", "torchvision:mobilenet_v3_small", "timm:resnet18"])
+def test_other_libraries_nets_give_logits_in_training(name):
+    net = make_net(ModelConfig(name), classes=7, crop=96)
+    assert net.training
+    assert net(torch.randn(2, 3, 96, 96)).shape == (2, 7)
+
+
+FAST = ["--train.epochs", 1, "--augment.resize", 32, "--train.batch", 256, "--run.log-every", 1]
+
+
+def test_another_net_trains_through_the_same_loop_and_its_weights_start_the_next(digits, tmp_path):
+    net = ["--model.name", "torchvision:shufflenet_v2_x0_5", "--model.weight-init", "variant", "--model.width", 1]
+    args = ["demo", "--data.shards", digits, *FAST, "--train.batch", 64, "--optim.warmup-epochs", 0, *net]
+    done = alone(*args, "--run.dir", tmp_path / "first")
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in metrics(tmp_path / "first", "train")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    (folder,) = (tmp_path / "first" / "checkpoints").glob("step-*")
+    tuned = ["--model.init", folder, "--model.freeze", "features", "--run.dir", tmp_path / "second"]
+    done = alone(*args, *tuned)
+    assert done.returncode == 0, done.stderr
+    weights = [torch_load(run) for run in (tmp_path / "first", tmp_path / "second")]
+    assert set(weights[0]) - set(equal(*weights)) == {"fc.weight", "fc.bias"}
+
+
+def torch_load(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (folder,) = (run / "checkpoints").glob("step-*")
+    return load_file(folder / "model.safetensors")
+
+
+VARIANT_CROPS = {"seed": 64, "paper": 64, "original": 64, "caffe": 67, "torchvision": 64, "modern": 64, "small": 32}
+
+
+@pytest.mark.parametrize("name", VARIANT_CROPS)
+def test_every_variant_learns_64_images_by_heart(name, digits, tmp_path):
+    net = ["--model.name", name, "--model.width", 0.125, "--model.weight-init", "he"]
+    args = ["demo", "--data.shards", digits, "--overfit", 64, *net, "--augment.resize", 72]
+    done = alone(*args, "--augment.crop", VARIANT_CROPS[name], "--run.dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "val top1=1.0000 top5=1.0000 images=64"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_net_that_cannot_learn_fails_the_check(digits, tmp_path):
+    args = ["demo", "--data.shards", digits, "--overfit", 16, "--optim.lr", 0, "--run.dir", tmp_path]
+    done = alone(*args)
+    assert done.returncode == 1
+    assert "of 16 images are right" in the_error(done)
+
+
+@pytest.mark.parametrize("how", ["norm", "model"])
+def test_without_a_compiler_a_line_says_so_and_training_goes_on(how, digits, tmp_path):
+    broken = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    args = ["demo", "--data.shards", digits, *FAST, "--train.compile", how, "--run.dir", tmp_path / "run"]
+    done = alone(*args, **broken)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("compiled: ")]
+    assert len(said) == 1
+    assert said[0].startswith("compiled: nothing: torch.compile does not work here (")
+
+
+def test_auto_compiles_the_norms_on_a_cpu():
+    net = small()
+    assert compile_net(net, "auto", torch.device("cpu")) == "response normalisation"
+    assert all(m.compiled for m in net.modules() if hasattr(m, "compiled"))
+    assert compile_net(small(), "off", torch.device("cpu")) == "nothing"

@@ -1,0 +1,132 @@
+"""Training steps a second on synthetic images: ours, and the seed's own net; interleaved, each in a process of its own.
+
+Compiling and the first two steps are not in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.cores import usable_cores
+from pipeline.errors import ExpressError
+from pipeline.files import write_json
+from tools.bench import peers
+from train import environment
+
+STEP = Path(peers.__file__).parent / "step.py"
+SEEDS, TORCHS = "the seed's own net, fp32", "torch's LRN"
+
+
+@dataclass
+class Cell:
+    """One kind of step, and its measured rates."""
+
+    what: str
+    arguments: list[str]
+    against: str = ""
+    rates: list[float] = field(default_factory=list)
+
+    def measure(self, common: list[str]) -> None:
+        result = run_step([*self.arguments, *common], self.what)
+        self.rates.append(result["images"] / result["seconds"])
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "images_per_second": round(self.rate, 1),
+            "rates": [round(rate, 1) for rate in self.rates],
+            **({"against": self.against} if self.against else {}),
+        }
+
+
+def run_step(arguments: list[str], what: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, str(STEP), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ExpressError(f"{what}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--rounds", type=int, default=3, help="measurements of each, in turn (%(default)s)")
+    p.add_argument("--seconds", type=float, default=6.0, help="of each measurement (%(default)s)")
+    p.add_argument("--batch", type=int, default=64, help="images a step (%(default)s)")
+    p.add_argument("--device", default="cpu", help="(%(default)s)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    result = measure(args.device, batch=args.batch, seconds=args.seconds, rounds=args.rounds)
+    print(result.pop("table"))
+    if args.json:
+        described = {
+            "what": "training steps on synthetic images; medians over interleaved rounds",
+            "command": "python tools/bench train",
+            "settings": {name: getattr(args, name) for name in ("rounds", "seconds", "batch", "device")},
+            "environment": environment.describe(),
+        }
+        write_json(args.json, described | result)
+
+
+def measure(device: str, *, batch: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """All cells in turn, and the layers of the seed variant; `table` is for people."""
+    common = ["--device", device, "--batch", str(batch), "--seconds", str(seconds)]
+    if device == "cpu":
+        common += ["--threads", str(usable_cores())]
+    steps = cells()
+    for number in range(rounds):
+        for cell in steps:
+            cell.measure(common)
+        print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
+    shares = {
+        precision: run_step(["seed", "--layers", "--compile", "norm", "--precision", precision, *common], "layers")[
+            "layers"
+        ]
+        for precision in ("fp32", "bf16")
+    }
+    return {"results": [cell.record() for cell in steps], "layers": shares, "table": table(steps, shares)}
+
+
+def cells() -> list[Cell]:
+    bf16 = ["--precision", "bf16"]
+    steps = [Cell(SEEDS, ["seeds-own", "--layout", "channels-first"])]
+    for compiled in ("off", "norm", "model"):
+        how = {"off": "eager", "norm": "LRN compiled", "model": "all compiled"}[compiled]
+        steps.append(Cell(f"ours, seed, fp32, {how}", ["seed", "--compile", compiled], SEEDS))
+        steps.append(Cell(f"ours, seed, bf16, {how}", ["seed", "--compile", compiled, *bf16], SEEDS))
+    for precision in ("fp32", "bf16"):
+        without = ["seed", "--norm", "none", "--precision", precision]
+        steps.append(Cell(f"ours, seed without LRN, {precision}, eager", without, SEEDS))
+    for name in ("paper", "original", "caffe", "torchvision", "modern"):
+        steps.append(Cell(f"ours, {name}, bf16, LRN compiled", [name, "--compile", "norm", *bf16], SEEDS))
+    for layout in ("channels-first", "channels-last"):
+        at = ["lrn", "--layout", layout]
+        steps.append(Cell(f"{TORCHS}, {layout}", [*at, "--form", "torch"]))
+        for form in ("eager", "compiled"):
+            steps.append(Cell(f"our LRN, {form}, {layout}", [*at, "--form", form], f"{TORCHS}, {layout}"))
+    return steps
+
+
+def table(steps: list[Cell], shares: dict[str, list[dict[str, Any]]]) -> str:
+    by_name = {cell.what: cell for cell in steps}
+    lines = ["| step | img/s, median | against |", "| --- | ---: | --- |"]
+    for cell in steps:
+        other = by_name.get(cell.against)
+        ratio = f"{cell.rate / other.rate:.2f} × {other.what}" if other else ""
+        lines.append(f"| {cell.what} | {cell.rate:,.1f} | {ratio} |")
+    for precision, layers in shares.items():
+        lines += ["", f"| layer, {precision} | ms | share |", "| --- | ---: | ---: |"]
+        lines += [f"| {row['layer']} | {row['milliseconds']:.1f} | {row['share']:.1%} |" for row in layers]
+    return "\n".join(lines)
