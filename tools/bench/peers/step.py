@@ -150,7 +150,8 @@ def layers(net: AlexNet, images: Tensor, precision: str) -> list[dict[str, Any]]
         milliseconds = timed(lambda step=step: step(), 0.2, images.device)["seconds"] * 1e3
         if milliseconds > 0.05 and not isinstance(module, nn.Flatten | nn.Identity):
             compiled = isinstance(module, LocalResponseNorm) and module.compiled
-            found.append({"layer": names[module], "milliseconds": milliseconds, "compiled": compiled})
+            name = f"{names[module]} {type(module).__name__}"
+            found.append({"layer": name, "milliseconds": milliseconds, "compiled": compiled})
     total = sum(row["milliseconds"] for row in found)
     return [
         row | {"milliseconds": round(row["milliseconds"], 2), "share": round(row["milliseconds"] / total, 3)}
