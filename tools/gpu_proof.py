@@ -149,7 +149,7 @@ def training_step(proof: Proof) -> dict[str, Any]:
 def training_table(proof: Proof) -> dict[str, Any]:
     """tools/bench train: steps on synthetic images beside the seed's own net, and each layer's share."""
     batch, seconds, rounds = (2, 0.01, 1) if proof.tiny else (512, 2.0, 3)
-    result = bench_train.measure(str(proof.device), batch=batch, seconds=seconds, rounds=rounds)
+    result = bench_train.measure(str(proof.device), batch=batch, seconds=seconds, rounds=rounds, few=proof.tiny)
     print(result.pop("table"), flush=True)
     return result
 
