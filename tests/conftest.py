@@ -87,6 +87,17 @@ def imagenet_sample(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Skips where torch.compile does not work: it needs a C++ compiler."""
+    import torch
+
+    from train.networks import no_compiler
+
+    if reason := no_compiler(torch.device("cpu")):
+        pytest.skip(f"torch.compile does not work here: {reason}")
+
+
 def run_tool(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Runs a script of the repository in a process of its own, from a foreign folder."""
     command = [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]

@@ -180,7 +180,7 @@ def compile_net(net: nn.Module, how: str, device: torch.device) -> str:
     norms = [m for m in net.modules() if isinstance(m, LocalResponseNorm | SpatialResponseNorm)]
     if how == "off" or (how == "norm" and not norms):
         return "nothing"
-    if reason := _no_compiler(device):
+    if reason := no_compiler(device):
         return f"nothing: torch.compile does not work here ({reason}); --train.compile off leaves it out"
     if how == "norm":
         for module in norms:
@@ -194,7 +194,7 @@ def _add_one(x: Tensor) -> Tensor:
     return x + 1
 
 
-def _no_compiler(device: torch.device) -> str | None:
+def no_compiler(device: torch.device) -> str | None:
     """Why torch.compile cannot work, by trying it on the smallest of functions."""
     try:
         torch.compile(_add_one)(torch.zeros(2, device=device))

@@ -77,7 +77,7 @@ def test_the_mask_of_a_sample_depends_on_nobody_else():
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_compiled_masks_are_the_same():
+def test_compiled_masks_are_the_same(compiler):
     rows = rows_of(16)
     assert torch.equal(torch.compile(keep_mask)(rows, 1000, layer=7, p=0.3), keep_mask(rows, 1000, layer=7, p=0.3))
 

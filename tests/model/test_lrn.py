@@ -58,7 +58,9 @@ def by_the_formula(x, grad, *, size, alpha, beta, k):
 @pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("channels", [1, 3, 7, 33])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_it_is_the_formula_in_float64(dtype, tolerance, channels, size, compiled):
+def test_it_is_the_formula_in_float64(dtype, tolerance, channels, size, compiled, request):
+    if compiled:
+        request.getfixturevalue("compiler")
     torch.manual_seed(channels * size)
     x, grad = ((torch.randn(2, channels, 5, 6) * 20).to(dtype) for _ in range(2))
     x.requires_grad_()
@@ -73,7 +75,7 @@ def test_it_is_the_formula_in_float64(dtype, tolerance, channels, size, compiled
 
 
 @pytest.mark.parametrize("towers", [1, 2])
-def test_the_memory_format_stays(towers):
+def test_the_memory_format_stays(towers, compiler):
     x = torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
     for compiled in (False, True):
         y = local_response_norm(x, size=5, alpha=1e-2, beta=0.75, k=2.0, towers=towers, compiled=compiled)

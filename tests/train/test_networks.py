@@ -219,7 +219,7 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on(how, digits, tmp
     assert said[0].startswith("compiled: nothing: torch.compile does not work here (")
 
 
-def test_auto_compiles_the_norms_on_a_cpu():
+def test_auto_compiles_the_norms_on_a_cpu(compiler):
     net = small()
     assert compile_net(net, "auto", torch.device("cpu")) == "response normalisation"
     assert all(m.compiled for m in net.modules() if hasattr(m, "compiled"))

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.cores import usable_cores
 from pipeline.errors import ExpressError
 from pipeline.files import write_json
 from tools.bench import peers
 from train import environment
+from train.networks import no_compiler
 
 STEP = Path(peers.__file__).parent / "step.py"
 SEEDS, TORCHS = "the seed's own net, fp32", "torch's LRN"
@@ -86,12 +89,17 @@ def measure(device: str, *, batch: int, seconds: float, rounds: int, few: bool =
     if device == "cpu":
         common += ["--threads", str(usable_cores())]
     steps = [cell for i, cell in enumerate(cells()) if not few or i % 5 == 0]
+    reason = no_compiler(torch.device(device))
+    if reason:
+        steps = [cell for cell in steps if not {"norm", "model", "compiled"} & set(cell.arguments)]
+        print(f"nothing is compiled here: {reason}", file=sys.stderr, flush=True)
     for number in range(rounds):
         for cell in steps:
             cell.measure(common)
         print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
+    how = "off" if reason else "norm"
     shares = {
-        precision: run_step(["seed", "--layers", "--compile", "norm", "--precision", precision, *common], "layers")[
+        precision: run_step(["seed", "--layers", "--compile", how, "--precision", precision, *common], "layers")[
             "layers"
         ]
         for precision in ("fp32", "bf16")[few:]
