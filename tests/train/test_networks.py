@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import AlexNet, ModelConfig
+from pipeline import AugmentConfig, Loader
 from pipeline.errors import ConfigError, DataError
 from tests.conftest import the_error
 from tests.train.test_run import alone, metrics
@@ -224,3 +225,32 @@ def test_auto_compiles_the_norms_on_a_cpu(compiler):
     assert compile_net(net, "auto", torch.device("cpu")) == "response normalisation"
     assert all(m.compiled for m in net.modules() if hasattr(m, "compiled"))
     assert compile_net(small(), "off", torch.device("cpu")) == "nothing"
+
+
+def losses_in_parts(digits: Path, parts: int) -> list[float]:
+    """50 steps of the demo net in float64 at lr 0.01, each batch in equal parts whose gradients are averaged."""
+    torch.manual_seed(0)
+    net = make_net(ModelConfig("small", width=0.25, weight_init="he"), classes=10, crop=32).double()
+    optimizer = make_optimizer(net, OptimConfig(lr=0.01))
+    losses: list[float] = []
+    augment = AugmentConfig(resize=36, crop=32, flip=False, normalize="mean-std")
+    with Loader(digits, batch=64, augment=augment) as loader:
+        while len(losses) < 50:
+            for images, labels, ids in loader:
+                rows = (ids * 2654435761 + len(losses)).to(torch.int32)
+                set_learning_rate(optimizer, 0.01 * min(1, (len(losses) + 1) / 66))
+                loss = 0.0
+                for x, y, r in zip(images.double().chunk(parts), labels.chunk(parts), rows.chunk(parts)):
+                    part = nn.functional.cross_entropy(net(x, r), y) / parts
+                    part.backward()
+                    loss += part.item()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss)
+    return losses[:50]
+
+
+def test_in_float64_a_batch_in_parts_is_the_batch_at_the_rate_where_float32_is_not(digits):
+    one, two = (losses_in_parts(digits, parts) for parts in (1, 2))
+    assert one[-1] < one[0] - 0.5
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-12
