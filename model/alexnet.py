@@ -41,7 +41,7 @@ class ModelConfig:
     towers: int = 0
     """Parts of the net that meet only at conv3 and the fully connected layers; 0: as many as the variant has."""
     drop: tuple[str, ...] = ()
-    """Convolutions left out, with their activations: conv2 … conv5."""
+    """Convolutions left out, with their activations: of conv1 … conv5."""
     weight_init: Literal["variant", "he", "torch"] = "variant"
     """variant: its source's; he: for any width, biases and output layer zero; torch: its own defaults."""
     init: str = ""
@@ -293,13 +293,6 @@ class AlexNet(nn.Module):
     def feature_layers(self) -> list[nn.Module]:
         """What comes before the fully connected layers."""
         return list(self.in_order())[: self._before_fc]
-
-    @property
-    def head(self) -> nn.Linear:
-        """The output layer."""
-        last = list(self.in_order())[-1]
-        assert isinstance(last, nn.Linear)
-        return last
 
 
 class _Builder:

@@ -113,7 +113,7 @@ def test_frozen_features_keep_weights_and_statistics():
     net = make_net(config, classes=10, crop=64)
     set_training(net, config)
     with torch.no_grad():
-        nn.init.normal_(net.head.weight)
+        nn.init.normal_(list(net.in_order())[-1].weight)
     optimizer = make_optimizer(net, OptimConfig(lr=0.1, weight_decay=0.1))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     net(torch.randn(8, 3, 64, 64)).square().sum().backward()

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from pipeline.cores import usable_cores
 from pipeline.errors import ExpressError
 from pipeline.files import write_json
 from tools.bench import peers
+from tools.bench.shards import Cell
 from train import environment
 from train.networks import no_compiler
 
@@ -27,38 +26,12 @@ STEP = Path(peers.__file__).parent / "step.py"
 SEEDS, TORCHS = "the seed's own net, fp32", "torch's LRN"
 
 
-@dataclass
-class Cell:
-    """One kind of step, and its measured rates."""
-
-    what: str
-    arguments: list[str]
-    against: str = ""
-    rates: list[float] = field(default_factory=list)
-
-    def measure(self, common: list[str]) -> None:
-        result = run_step([*self.arguments, *common], self.what)
-        self.rates.append(result["images"] / result["seconds"])
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "what": self.what,
-            "images_per_second": round(self.rate, 1),
-            "rates": [round(rate, 1) for rate in self.rates],
-            **({"against": self.against} if self.against else {}),
-        }
-
-
-def run_step(arguments: list[str], what: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, str(STEP), *arguments], capture_output=True, text=True)
+def layers(arguments: list[str]) -> list[dict[str, Any]]:
+    done = subprocess.run([sys.executable, str(STEP), "seed", "--layers", *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise ExpressError(f"{what}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+        raise ExpressError(f"layers: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["layers"]
+    return found
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -88,42 +61,42 @@ def measure(device: str, *, batch: int, seconds: float, rounds: int, few: bool =
     common = ["--device", device, "--batch", str(batch), "--seconds", str(seconds)]
     if device == "cpu":
         common += ["--threads", str(usable_cores())]
-    steps = [cell for i, cell in enumerate(cells()) if not few or i % 5 == 0]
+    steps = [cell for i, cell in enumerate(cells(common)) if not few or i % 5 == 0]
     reason = no_compiler(torch.device(device))
     if reason:
-        steps = [cell for cell in steps if not {"norm", "model", "compiled"} & set(cell.arguments)]
+        steps = [cell for cell in steps if not {"norm", "model", "compiled"} & set(cell.command)]
         print(f"nothing is compiled here: {reason}", file=sys.stderr, flush=True)
     for number in range(rounds):
         for cell in steps:
-            cell.measure(common)
+            cell.measure()
         print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     how = "off" if reason else "norm"
     shares = {
-        precision: run_step(["seed", "--layers", "--compile", how, "--precision", precision, *common], "layers")[
-            "layers"
-        ]
-        for precision in ("fp32", "bf16")[few:]
+        precision: layers(["--compile", how, "--precision", precision, *common]) for precision in ("fp32", "bf16")[few:]
     }
     return {"results": [cell.record() for cell in steps], "layers": shares, "table": table(steps, shares)}
 
 
-def cells() -> list[Cell]:
+def cells(common: list[str]) -> list[Cell]:
+    def step(what: str, arguments: list[str], against: str = "") -> Cell:
+        return Cell(what, [sys.executable, str(STEP), *arguments, *common], against)
+
     bf16 = ["--precision", "bf16"]
-    steps = [Cell(SEEDS, ["seeds-own", "--layout", "channels-first"])]
+    steps = [step(SEEDS, ["seeds-own", "--layout", "channels-first"])]
     for compiled in ("off", "norm", "model"):
         how = {"off": "eager", "norm": "LRN compiled", "model": "all compiled"}[compiled]
-        steps.append(Cell(f"ours, seed, fp32, {how}", ["seed", "--compile", compiled], SEEDS))
-        steps.append(Cell(f"ours, seed, bf16, {how}", ["seed", "--compile", compiled, *bf16], SEEDS))
+        steps.append(step(f"ours, seed, fp32, {how}", ["seed", "--compile", compiled], SEEDS))
+        steps.append(step(f"ours, seed, bf16, {how}", ["seed", "--compile", compiled, *bf16], SEEDS))
     for precision in ("fp32", "bf16"):
         without = ["seed", "--norm", "none", "--precision", precision]
-        steps.append(Cell(f"ours, seed without LRN, {precision}, eager", without, SEEDS))
+        steps.append(step(f"ours, seed without LRN, {precision}, eager", without, SEEDS))
     for name in ("paper", "original", "caffe", "torchvision", "modern"):
-        steps.append(Cell(f"ours, {name}, bf16, LRN compiled", [name, "--compile", "norm", *bf16], SEEDS))
+        steps.append(step(f"ours, {name}, bf16, LRN compiled", [name, "--compile", "norm", *bf16], SEEDS))
     for layout in ("channels-first", "channels-last"):
         at = ["lrn", "--layout", layout]
-        steps.append(Cell(f"{TORCHS}, {layout}", [*at, "--form", "torch"]))
+        steps.append(step(f"{TORCHS}, {layout}", [*at, "--form", "torch"]))
         for form in ("eager", "compiled"):
-            steps.append(Cell(f"our LRN, {form}, {layout}", [*at, "--form", form], f"{TORCHS}, {layout}"))
+            steps.append(step(f"our LRN, {form}, {layout}", [*at, "--form", form], f"{TORCHS}, {layout}"))
     return steps
 
 
