@@ -53,13 +53,13 @@ def _claimed(partial: Path) -> int:
     return fd
 
 
-def locked(path: Path, *, shared: bool = False) -> int:
+def locked(path: Path, *, shared: bool = False, wait_seconds: float = LOCK_SECONDS) -> int:
     """A descriptor of the file, made if need be, that holds its lock until it is closed.
 
-    Raises StorageError where another process holds it for longer than LOCK_SECONDS. Where the filesystem knows no
+    Raises StorageError where another process holds it for longer than `wait_seconds`. Where the filesystem knows no
     locks, there is none.
     """
-    deadline = time.monotonic() + LOCK_SECONDS
+    deadline = time.monotonic() + wait_seconds
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

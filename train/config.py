@@ -99,10 +99,33 @@ class RunConfig:
     """Write each rank's sample ids of every step to ids/, to compare runs."""
     ddp_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: NCCL between GPUs, gloo between CPUs; gloo also joins two ranks on one GPU."""
+    deterministic: bool = False
+    """On GPUs: kernels that give the same bits each time, slower. CPUs always do."""
 
     def __post_init__(self) -> None:
         _at_least(self, "run", seed=0, log_every=1, save_every=0, keep_checkpoints=1)
         _one_of(self, "run", ddp_backend=("auto", "nccl", "gloo"))
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a run does when something goes wrong; see docs/failures.md."""
+
+    on_bad_numbers: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is NaN or infinite: end with 76; leave the update out; or go back to the last checkpoint
+    and leave that batch out. skip and rollback wait for a GPU at every step."""
+    max_bad_steps: int = 10
+    """Batches that skip and rollback may leave out over the run."""
+    hang_seconds: float = 600.0
+    """A rank that makes no step for so long is named, all stacks are kept, the run ends with 77; 0: waits for ever."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """A checkpoint or record that cannot be written: end with 74, or say so, train on and try again at the next one."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "guard", max_bad_steps=0, hang_seconds=0.0)
+        _one_of(self, "guard", on_bad_numbers=("stop", "skip", "rollback"), on_save_error=("stop", "continue"))
+        if 0 < self.hang_seconds < 2:
+            raise ConfigError(f"guard.hang_seconds={self.hang_seconds:g}: at least 2, or 0 to wait for ever")
 
 
 @dataclass(frozen=True)
@@ -115,9 +138,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
     resume: str = ""
-    """Go on from a checkpoint folder, or, as bare --resume, from the run folder's newest."""
+    """A checkpoint folder to go on from. Without it the newest in the run folder that verifies, if there is one;
+    with a bare --resume there must be one."""
     overfit: int = 0
     """A check of the net: train on so many images alone, without augmentation and dropout, at a rate of at most 0.003,
     until all of them are right; exit code 1 if they never are."""

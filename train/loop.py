@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,50 @@ from torch import Tensor
 
 from model import AlexNet
 from pipeline import cores
-from pipeline.errors import CHECK_FAILED, ConfigError, ExpressError
+from pipeline.errors import CHECK_FAILED, ConfigError, DataError, ExpressError, StorageError
 from pipeline.files import write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from pipeline.read import draws, order
 from pipeline.read.loader import Batch, Loader
 
-from . import checkpoint, environment, tracking
-from .config import RESUME_NEWEST, Config, flatten
+from . import checkpoint, environment, preempt, tracking, watchdog
+from .agreement import Agreement
+from .checkpoint import Saved
+from .config import RESUME_NEWEST, Config
+from .finite import Finite
+from .folder import RunFolder
+from .meter import Meter
 from .networks import compile_net, load_weights, make_net, set_training, without_dropout
 from .optim import learning_rate, make_optimizer, set_learning_rate
+from .preempt import Preempted, Stop
+from .same import refuse_another_run, what_must_stay
 from .validation import Result, evaluate
 
 INIT = 1_000_000  # draw streams of training, away from the loader's
-# A changed value of these would go on with another run: another net, other crops, another order.
-FIXED_ON_RESUME = (
-    "optim.",
-    "train.precision",
-    "model.",
-    "augment.",
-    "train.batch",
-    "data.train_split",
-    "data.partitions",
-    "data.window",
-    "run.seed",
-)
+DATA, TRAINING, EVALUATING, SAVING = range(len(watchdog.PHASES))
+RANKS = 1 << 20  # a request to stop and the rank that has it travel as one number
 
 
 class LossNotFinite(ExpressError):
-    """The loss became NaN or infinite."""
+    """A loss or a gradient became NaN or infinite. `step` is the first bad one, `ids` are its global batch."""
 
     code = 76
+
+    def __init__(self, message: str, *, step: int = 0, ids: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.step, self.ids = step, ids or []
+
+
+class SaveFailed(StorageError):
+    """A checkpoint or a record could not be written, and the run must not go on without."""
+
+
+class _RollBack(Exception):
+    """To the last checkpoint, because of the bad numbers of `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
 
 
 class NotOverfitted(ExpressError):
@@ -62,17 +74,22 @@ class NotOverfitted(ExpressError):
 class State:
     """All that changes while the loop runs, beside weights and optimiser."""
 
-    step: int = 0  # optimiser steps done
-    epoch: int = 0  # epochs done
+    step: int = 0  # steps done
+    epoch: int = 0  # epochs done, their evaluation with them
     best_top1: float = 0.0
+    best_step: int | None = None
+    left_out: list[int] = field(default_factory=list)  # steps, counted from 1, that update nothing: bad numbers
 
 
 class Run:
     """A run's parts, put together. `state` is public, so that the end can be told with its step."""
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
-        self.config, self.accelerator, self.folder = config, accelerator, Path(config.run.dir)
-        self.state = State()
+    def __init__(
+        self, config: Config, accelerator: Accelerator, *, folder: RunFolder | None = None, stop: Stop | None = None
+    ) -> None:
+        self.config, self.accelerator, self.path = config, accelerator, Path(config.run.dir)
+        self.folder, self.stop, self.state = folder or RunFolder(self.path), stop or Stop(), State()
+        self.agreement = Agreement(accelerator.num_processes, timeout_seconds=timeout_seconds(config))
         self.cores = take_cores(accelerator.device)
         self.dataset = open_dataset(config.data.shards)
         samples = config.overfit or self.dataset.split(config.data.train_split).samples
@@ -86,10 +103,11 @@ class Run:
         self.loader, self.val_loader = (self._loader(self.dataset, train=t) for t in (True, False))
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs
-        resume_from = self._resume_from()
+        self.checkpoints = checkpoint.Checkpoints(self.path, keep=config.run.keep_checkpoints)
+        saved = self._choose()
         torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
         net = make_net(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
-        if config.model.init and not resume_from:
+        if config.model.init and not saved:
             note = load_weights(net, Path(config.model.init))
             if note and accelerator.is_main_process:
                 print(note, flush=True)
@@ -101,15 +119,24 @@ class Run:
         self.compiled = compile_net(net, config.train.compile, accelerator.device)
         self.takes_rows = isinstance(net, AlexNet)
         self.net, self.optimizer = accelerator.prepare(net, make_optimizer(net, config.optim))
-        set_training(accelerator.unwrap_model(self.net), config.model)
-        self.checkpoints = checkpoint.Checkpoints(self.folder, keep=config.run.keep_checkpoints)
-        if resume_from:
-            self._restore(resume_from)
+        self.bare = accelerator.unwrap_model(self.net)
+        set_training(self.bare, config.model)
+        policy = config.guard.on_bad_numbers
+        self.finite = Finite(
+            self.bare.parameters(),
+            late=accelerator.device.type == "cuda" and policy == "stop",
+            gradients=accelerator.scaler is None,
+        )
+        self.meter = Meter(accelerator, config.train.batch)
+        if saved:
+            self._restore(saved)
+            self._say(f"going on from {saved.path}: {self._done()} done")
         self._open_folder()
         self.record = tracking.Record(
-            self.folder, accelerator, resumed_at=self.state.step, record_ids=config.run.record_ids
+            self.path, accelerator, resumed_at=self.state.step, record_ids=config.run.record_ids
         )
         self.record.write("start", self.state.step, {"ranks": accelerator.num_processes})
+        self.watchdog = self._make_watchdog()
 
     def _loader(self, dataset: Dataset, *, train: bool) -> Loader:
         c, a = self.config, self.accelerator
@@ -133,7 +160,6 @@ class Run:
 
     def _open_folder(self) -> None:
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             described = {
                 "config": dataclasses.asdict(self.config),
                 "fingerprint": self.dataset.fingerprint,
@@ -146,80 +172,121 @@ class Run:
                 "command": environment.command(),
                 "environment": environment.describe(),
             }
-            write_json(self.folder / "config.json", described)
+            write_json(self.path / "config.json", described)
         self.accelerator.init_trackers("tensorboard")
         self.accelerator.wait_for_everyone()
 
+    def _make_watchdog(self) -> watchdog.Watchdog:
+        a = self.accelerator
+        return watchdog.Watchdog(
+            self.path,
+            a.process_index,
+            a.num_processes,
+            self.config.guard.hang_seconds,
+            on_orphan=lambda: self.stop.request(preempt.ORPHAN),
+            on_hang=self._told_of_hang,
+        )
+
+    def _told_of_hang(self, reason: str) -> None:
+        """From the watchdog's thread, before the process ends."""
+        print(f"error: [rank {self.accelerator.process_index}] {reason}", file=sys.stderr, flush=True)
+        self.folder.write_end(code=watchdog.CODE, reason=reason, step=self.state.step)
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            print(line, flush=True)
+
     # Resuming
 
-    def _resume_from(self) -> Path | None:
-        """The checkpoint to go on from. Refuses to start anew where a run is kept already."""
+    def _choose(self) -> Saved | None:
+        """The checkpoint to go on from, which rank 0 chooses for all; None: from the start.
+
+        Only here the folder is made and claimed: what was refused before leaves nothing behind.
+        """
+        chosen: tuple[Path | None, ExpressError | None] = (None, None)
+        saved = None
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.claim()
+                saved = self._choose_here()
+                if saved:
+                    refuse_another_run(self.config, self.dataset, saved, steps_per_epoch=self.steps_per_epoch)
+                chosen = (saved.path if saved else None, None)
+            except ExpressError as err:
+                chosen = (None, err)
+            except OSError as err:
+                chosen = (None, StorageError(f"{err.filename or self.path}: {err.strerror or err}"))
+        path, error = self.agreement.from_first(chosen)
+        if error:
+            raise error
+        return saved or (checkpoint.load(path) if path else None)
+
+    def _choose_here(self) -> Saved | None:
         resume = self.config.resume
-        kept = checkpoint.Checkpoints(self.folder, keep=1)
-        newest = kept.newest()
         if resume and resume != RESUME_NEWEST:
-            named = Path(resume)
-            # Going back would leave two runs' checkpoints in one folder, and the next resume would take the old one's.
-            if later := kept.whole_after(named):
+            # Going back would leave two runs' checkpoints in one folder, and the next start would take the other one's.
+            if later := self.checkpoints.whole_after(Path(resume)):
                 raise ConfigError(
-                    f"--resume {named}: {self.folder} goes on to {later[-1].name};"
+                    f"--resume {resume}: {self.path} goes on to {later[-1].name};"
                     " to branch off an earlier checkpoint, choose another --run.dir"
                 )
-            return named
-        if newest and not resume:
-            raise ConfigError(
-                f"{self.folder}: holds a run already ({newest.name}); go on with it by --resume,"
-                " or choose another --run.dir"
-            )
-        if resume and not newest:
-            raise ConfigError(f"{self.folder}: no checkpoint to resume from; start without --resume")
-        return newest
+            return checkpoint.load(Path(resume))
+        saved, damaged = self.checkpoints.newest()
+        for line in damaged:
+            print(f"passed over: {line.removesuffix('; resume from another one')}", flush=True)
+        if damaged and not saved:
+            print(f"{self.path}: no checkpoint is whole; starting anew", flush=True)
+        if resume and not saved:
+            raise ConfigError(f"{self.path}: no checkpoint to resume from; start without --resume")
+        self.checkpoints.set_aside_after(saved.state["step"] if saved else -1)
+        return saved
 
-    def _restore(self, path: Path) -> None:
-        model, optimizer, state = checkpoint.load(path)
-        self._refuse_other_run(path, state)
-        self.accelerator.unwrap_model(self.net).load_state_dict(model)
-        checkpoint.restore_optimizer(self.optimizer, optimizer)
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.state = State(state["step"], state["epoch"], state["best_top1"])
-        if self.state.epoch < self.config.train.epochs:
-            self.loader.load_state_dict(state["loader"])
-        if self.accelerator.is_main_process:
-            print(f"resuming from {path}: {self._done()} done", flush=True)
+    def _restore(self, saved: Saved) -> None:
+        state = saved.state
+        try:
+            self.bare.load_state_dict(saved.model)
+            checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.state = State(**{f.name: state[f.name] for f in dataclasses.fields(State)})
+            self.meter = Meter(self.accelerator, self.config.train.batch)
+            self.meter.load_state_dict(state["meter"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as err:
+            reason = str(err).splitlines()[0]
+            raise DataError(f"{saved.path}: does not fit this net ({reason}); choose another --run.dir") from err
+        self.loader.load_state_dict(state["loader"])
 
     def _done(self) -> str:
         steps = self.state.step - self.state.epoch * self.steps_per_epoch
         more = f" and {steps} of {self.steps_per_epoch} steps" if steps else ""
         return f"{self.state.epoch} of {self.config.train.epochs} epochs{more}"
 
-    def _refuse_other_run(self, path: Path, state: dict[str, Any]) -> None:
-        saved, now = state["config"], self._fixed()
-        for name in sorted(saved.keys() | now.keys()):
-            if saved.get(name) != now.get(name):
-                raise ConfigError(
-                    f"{name}={now.get(name)} but {path} was trained with {saved.get(name)};"
-                    " resume with that value, or start a new run"
-                )
-
-    def _fixed(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run."""
-        flat = flatten(self.config)
-        fixed = {k: v for k, v in flat.items() if k.startswith(FIXED_ON_RESUME)}
-        if self.config.optim.schedule != "constant":
-            fixed["train.epochs"] = self.config.train.epochs  # the rate of every step depends on the last one
-        return fixed | {"the dataset's fingerprint": self.dataset.fingerprint}
-
     # Training
 
     def train(self) -> Result:
         """Trains the epochs that are left and evaluates after each; returns the last figures."""
-        result = None
         threads = self.loader.threads
         self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
         self.record.say(f"compiled: {self.compiled}")
+        self._tick(DATA)
+        self.watchdog.start()
+        self.stop.running = True
+        if self.config.guard.on_bad_numbers == "rollback" and not self.state.step:
+            self._save()
+        while True:
+            try:
+                result = self._train()
+                break
+            except _RollBack as back:
+                self._roll_back(back.step)
+        self._save_is_done()
+        return result
+
+    def _train(self) -> Result:
+        result = None
         while self.state.epoch < self.config.train.epochs:
-            self._train_epoch()
+            if self.loader.state_dict()["epoch"] == self.state.epoch:  # else its evaluation alone is missing
+                self._train_epoch()
             result = self._evaluate()
             if self.config.overfit:
                 if result.top1 == 1:
@@ -232,7 +299,7 @@ class Run:
                 f"after {self.state.epoch} epochs {result.top1:.1%} of {self.config.overfit} images are right;"
                 " try more train.epochs or another optim.lr, or look for a mistake in the net"
             )
-        return result or evaluate(self.accelerator.unwrap_model(self.net), self.val_loader, self.accelerator)
+        return result or evaluate(self.bare, self.val_loader, self.accelerator, between=self._between_evaluations)
 
     def _train_epoch(self) -> None:
         c, state, number = self.config, self.state, self.state.epoch + 1
@@ -242,43 +309,153 @@ class Run:
             steps_left * c.train.batch,
             enabled=self.accelerator.is_main_process,
         )
-        meter = Meter(self.accelerator, c.train.batch)
         self.loader.stats()
+        rate = 0.0
         for batch in self.loader:
             rate = learning_rate(
                 c.optim, step=state.step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
             )
-            loss = self._step(batch, rate)
-            state.step += 1
-            meter.add(loss)
-            self.record.ids(state.step, batch.ids)
+            stop = self._step(batch, rate)
             note = ""
-            if state.step % c.run.log_every == 0:
-                note = self._log(meter.read(self.loader), rate, number)
+            if state.step % c.run.log_every == 0 and self.meter.steps:
+                note = self._log(self.meter.read(self.loader), rate, number)
             progress.update(c.train.batch, note or progress.note)
             within = state.step % self.steps_per_epoch  # at an epoch's end, evaluation comes before the checkpoint
+            if stop:
+                self._end_by(stop)
             if c.run.save_every and state.step % c.run.save_every == 0 and within:
-                self._refuse_not_finite("loss", float(self.accelerator.reduce(loss, "mean")))
                 self._save()
+            self._tick(DATA)
         progress.close()
-        state.epoch = number
-        if meter.steps:
-            self._log(meter.read(self.loader), rate, number)
-        self.record.say(tracking.summary(number, c.train.epochs, meter.whole() | {"lr": rate}, meter.seconds))
+        self._refuse_bad(self.finite.rest())
+        if self.meter.steps:
+            self._log(self.meter.read(self.loader), rate, number)
+        if self.meter.all_steps:
+            self.record.say(
+                tracking.summary(number, c.train.epochs, self.meter.whole() | {"lr": rate}, self.meter.seconds)
+            )
+        self.meter = Meter(self.accelerator, c.train.batch)
 
-    def _step(self, batch: Batch, rate: float) -> Tensor:
-        """One optimiser step; returns this rank's mean loss, on the device and unread."""
+    def _step(self, batch: Batch, rate: float) -> int:
+        """One step, with its update if its numbers allow; returns the request to stop that any rank has, or 0."""
+        self._tick(TRAINING)
         set_learning_rate(self.optimizer, rate)
-        loss = F.cross_entropy(self._logits(batch), batch.labels)
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+        number = self.state.step + 1
+        ids = self.loader.ids(*self._coordinates(number))
+        stop = self._asked_to_stop()
+        if number in self.state.left_out:  # by a roll-back
+            stop, _, broken = self.agreement.largest(stop, 0, self._broken())
+        else:
+            buffers = self._buffers()
+            loss = F.cross_entropy(self._logits(batch, ids), batch.labels)
+            self.accelerator.backward(loss)
+            bad = self.finite.bad_step(number, loss)
+            stop, bad, broken = self.agreement.largest(stop, bad, self._broken())
+            if bad:
+                self._leave_out(bad, buffers)
+            else:
+                self.optimizer.step()
+                self.meter.add(loss.detach())
+            self.optimizer.zero_grad()
+        self.state.step = number
+        self.record.ids(number, ids)
+        if broken:
+            self._save_failed()
+        return stop
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _coordinates(self, number: int) -> tuple[int, int]:
+        """(epoch, step), from 0, of the step that is the number'th of the run."""
+        return divmod(number - 1, self.steps_per_epoch)
+
+    def _asked_to_stop(self) -> int:
+        if self.accelerator.is_main_process:
+            self.stop.look_for_file(self.path)
+        return self.stop.code * RANKS + self.accelerator.process_index if self.stop.code else 0
+
+    def _end_by(self, stop: int) -> None:
+        """All ranks are at the same step: saves, waits until that is on the disk, and ends."""
+        reason = preempt.name(stop // RANKS)
+        rank = f" at rank {stop % RANKS}" if stop // RANKS > preempt.FIRST_SIGNAL and self._world > 1 else ""
+        self._refuse_bad(self.finite.rest())
+        self._save()
+        self._save_is_done()
+        self.stop.done()
+        if self.accelerator.is_main_process:
+            self.folder.write_end(code=Preempted.code, reason=f"stopped by {reason}{rank}", step=self.state.step)
+        self.agreement.largest(0)  # a rank that ends early makes launchers end the others
+        raise Preempted(
+            f"stopped by {reason}{rank}; step {self.state.step} is saved, and the same command goes on from there"
+        )
+
+    @property
+    def _world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    def _tick(self, phase: int) -> None:
+        self.watchdog.tick(self.state.step, phase)
+
+    # Bad numbers
+
+    def _buffers(self) -> list[Tensor]:
+        """What the forward pass itself changes, to be put back: a batch that is left out must not stay in averages."""
+        return [b.clone() for b in self.bare.buffers()] if self.config.guard.on_bad_numbers == "skip" else []
+
+    def _leave_out(self, bad: int, buffers: list[Tensor]) -> None:
+        guard = self.config.guard
+        if guard.on_bad_numbers == "stop":
+            self._refuse_bad(bad)
+        if len(self.state.left_out) >= guard.max_bad_steps:
+            self._refuse_bad(bad, f"guard.max_bad_steps={guard.max_bad_steps} batches were left out before; ")
+        if guard.on_bad_numbers == "rollback":
+            raise _RollBack(bad)
+        self.state.left_out.append(bad)
+        for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self.record.write("left out", bad, {"ids": self._ids_of(bad)})
+        self.record.say(f"step {bad}: loss or gradients not finite; its update is left out")
+
+    def _ids_of(self, number: int) -> list[int]:
+        """The whole global batch."""
+        return [int(i) for i in self.loader.ids(*self._coordinates(number), whole=True)]
+
+    def _refuse_bad(self, bad: int, why: str = "") -> None:
+        bad = self.agreement.largest(bad)[0] if self.finite.late else bad
+        if bad:
+            raise LossNotFinite(
+                f"the loss or a gradient is not finite at step {bad}; {why}"
+                f"tools/replay.py {self.path} {bad} shows it again; try a lower optim.lr than {self.config.optim.lr},"
+                " or leave such batches out by --guard.on-bad-numbers skip or rollback",
+                step=bad,
+                ids=self._ids_of(bad),
+            )
+
+    def _roll_back(self, bad: int) -> None:
+        """To the newest checkpoint, and from there again without the batch of step `bad`."""
+        self._save_is_done()
+        path = None
+        if self.accelerator.is_main_process:
+            saved = self.checkpoints.newest()[0]
+            path = saved.path if saved else None
+        path = self.agreement.from_first(path)
+        if path is None:
+            self._refuse_bad(bad, "there is no checkpoint to roll back to; ")
+        left_out = self.state.left_out
+        self.optimizer.zero_grad()
+        self._restore(checkpoint.load(path))
+        self.state.left_out = [*left_out, bad]
+        self.record.rewind(self.state.step)
+        self.record.write("left out", self.state.step, {"bad_step": bad, "ids": self._ids_of(bad)})
+        self.record.say(
+            f"step {bad}: loss or gradients not finite; back to step {self.state.step}, and on without that batch"
+        )
+
+    # The step's parts
+
+    def _logits(self, batch: Batch, ids: np.ndarray) -> Tensor:
+        """ids: the batch's, on the host; asking the device for them would wait for all it has to do."""
         seed, step = self.config.run.seed, self.state.step
         if self.takes_rows:  # masks from coordinates: the same at any world size
-            rows = draws.bits(batch.ids.cpu().numpy(), seed=seed, epoch=step, stream=draws.DROPOUT)
+            rows = draws.bits(ids, seed=seed, epoch=step, stream=draws.DROPOUT)
             upper = torch.from_numpy((rows >> np.uint64(32)).astype(np.uint32).view(np.int32))
             logits: Tensor = self.net(batch.images, upper.to(batch.images.device, non_blocking=True))
             return logits
@@ -288,81 +465,102 @@ class Run:
         return logits
 
     def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
-        self._refuse_not_finite("loss", metrics["loss"])
         self.record.write("train", self.state.step, {"epoch": epoch, **metrics, "lr": rate})
         return f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.0%}"
 
-    def _refuse_not_finite(self, what: str, value: float) -> None:
-        """Before anything is recorded or saved: a checkpoint of a broken net would only break what resumes from it."""
-        if not math.isfinite(value):
-            raise LossNotFinite(
-                f"the {what} is {value} at step {self.state.step};"
-                f" start anew with a lower optim.lr than {self.config.optim.lr}"
-            )
-
     def _evaluate(self) -> Result:
-        result = evaluate(self.accelerator.unwrap_model(self.net), self.val_loader, self.accelerator)
-        self._refuse_not_finite("validation loss", result.loss)
-        self.state.best_top1 = max(self.state.best_top1, result.top1)
-        self.record.write("val", self.state.step, {"epoch": self.state.epoch, **dataclasses.asdict(result)})
+        """Of the epoch that was trained; then the epoch is done."""
+        result = evaluate(self.bare, self.val_loader, self.accelerator, between=self._between_evaluations)
+        state = self.state
+        if not math.isfinite(result.loss):  # never saved: a checkpoint of a broken net breaks what resumes from it
+            raise LossNotFinite(
+                f"the validation loss is {result.loss} at step {state.step};"
+                f" try a lower optim.lr than {self.config.optim.lr}",
+                step=state.step,
+            )
+        state.epoch += 1
+        if state.best_step is None or result.top1 > state.best_top1:
+            state.best_top1, state.best_step = result.top1, state.step
+        self.record.write("val", state.step, {"epoch": state.epoch, **dataclasses.asdict(result)})
         return result
 
+    def _between_evaluations(self) -> None:
+        """After each batch that all ranks have."""
+        self._tick(EVALUATING)
+        (stop,) = self.agreement.largest(self._asked_to_stop())
+        if stop:
+            self._end_by(stop)
+
+    # Saving
+
     def _save(self) -> None:
+        """Copies what is to be saved; it is written while training goes on."""
+        self._tick(SAVING)
+        self._refuse_bad(self.finite.rest())
+        meter = self.meter.state_dict()
         if self.accelerator.is_main_process:
+            self._tell_of_save_error()
             scaler = self.accelerator.scaler
             self.checkpoints.save(
                 self.state.step,
-                model=self.accelerator.unwrap_model(self.net).state_dict(),
+                model=self.bare.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 state={
-                    "epoch": self.state.epoch,
-                    "best_top1": self.state.best_top1,
+                    **dataclasses.asdict(self.state),
                     "loader": self.loader.state_dict(),
+                    "meter": meter,
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "config": self._fixed(),
+                    "config": what_must_stay(self.config, self.dataset),
+                    "epochs": self.config.train.epochs,
+                    "ranks": self._world,
                 },
             )
-        self.accelerator.wait_for_everyone()
+
+    def _save_is_done(self) -> None:
+        """Waits for what is being written. Raises SaveFailed, at all ranks, where it could not be."""
+        self._tick(SAVING)
+        self._tell_of_save_error()
+        if self.agreement.largest(int(self._save_error is not None))[0]:
+            self._save_failed()
+
+    _save_error: str | None = None  # what the last save, or a record, met
+
+    def _tell_of_save_error(self) -> None:
+        """Of the save before: waits for its end."""
+        self._save_error = None
+        try:
+            self.checkpoints.wait()
+        except OSError as err:
+            self._save_error = f"{err.filename or self.checkpoints.folder}: {err.strerror or err}"
+            kept = self.checkpoints.all()
+            last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
+            print(f"could not save: {self._save_error}; {last}", file=sys.stderr, flush=True)
+
+    def _broken(self) -> int:
+        """Whether something could not be written that must be."""
+        if self.record.error is not None:
+            err, self.record.error = self.record.error, None
+            self._save_error = f"{err.filename or self.path}: {err.strerror or err}"
+            print(f"could not record: {self._save_error}", file=sys.stderr, flush=True)
+        elif self.checkpoints.failed:
+            self._tell_of_save_error()
+        else:
+            return 0
+        return int(self.config.guard.on_save_error == "stop")
+
+    def _save_failed(self) -> None:
+        raise SaveFailed(f"{self._save_error or 'another rank could not write'}; step {self.state.step} is not saved")
 
     def close(self) -> None:
+        self.watchdog.close()
         self.loader.close()
         self.val_loader.close()
         self.record.close()
 
 
-class Meter:
-    """Loss, rate and waiting since the last reading, and over the whole epoch. Reading it waits for the device."""
-
-    def __init__(self, accelerator: Accelerator, batch: int) -> None:
-        self.accelerator, self.batch = accelerator, batch
-        self.started = self.last = time.perf_counter()
-        self.steps = self.all_steps = 0
-        self.loss: Tensor | float = 0.0
-        self.all_loss = self.all_wait = 0.0
-
-    def add(self, loss: Tensor) -> None:
-        self.loss = self.loss + loss
-        self.steps += 1
-
-    def read(self, loader: Loader) -> dict[str, float]:
-        """Means over the steps since the last reading; the loss over all ranks. The one host-device synchronisation."""
-        loss = float(self.accelerator.reduce(self.loss / self.steps, "mean"))
-        now, wait = time.perf_counter(), loader.stats()["wait_seconds"]
-        metrics = self._metrics(loss, self.steps, now - self.last, wait)
-        self.all_loss, self.all_wait = self.all_loss + loss * self.steps, self.all_wait + wait
-        self.all_steps, self.steps, self.loss, self.last = self.all_steps + self.steps, 0, 0.0, now
-        return metrics
-
-    @property
-    def seconds(self) -> float:
-        return self.last - self.started
-
-    def whole(self) -> dict[str, float]:
-        """The same over all readings."""
-        return self._metrics(self.all_loss / self.all_steps, self.all_steps, self.seconds, self.all_wait)
-
-    def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
-        return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}
+def timeout_seconds(config: Config) -> float:
+    """How long a rank waits for another: the watchdog, which knows more, must come first."""
+    return max(1800.0, 2 * config.guard.hang_seconds)
 
 
 def local_world() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as deserialise
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -122,8 +123,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.is_dir():
-            checkpoint.verify(path)
-            return load_file(path / checkpoint.MODEL)
+            return deserialise(checkpoint.verified(path)[checkpoint.MODEL])
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():

@@ -3,15 +3,22 @@
     accelerate launch train/run.py demo --data.shards shards/digits
     accelerate launch train/run.py seed --data.shards /data/shards --train.batch 1024 --optim.lr 0.08
 
+The same command again goes on from the newest checkpoint that verifies. SIGTERM, SIGUSR1, SIGINT or a file named
+`stop` in the run folder: saves at the next step and ends with 75.
+
 The last line on success: val top1=… top5=… images=… (fractions, and how many images were counted).
-Exit codes of each process: 0 done, 2 usage, 65 bad data, 74 I/O failed, 76 loss not finite.
+Exit codes of each process, and in exit.json: 0 done, 1 a check failed or a rank was lost, 2 usage, 65 bad data,
+74 I/O failed or disk full, 75 stopped and saved, 76 bad numbers, 77 hang.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +32,7 @@ if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answer
     from accelerate import Accelerator
 
     from train.config import Config
+    from train.folder import RunFolder
     from train.loop import Run
 
 
@@ -41,29 +49,33 @@ def main(argv: list[str]) -> int:
 
 
 def start(config: Config) -> int:
+    from train.folder import RunFolder
     from train.loop import Run
-    from train.tracking import EXIT, write_exit
+    from train.preempt import Stop
 
-    run, folder = None, Path(config.run.dir)
-    if rank() == 0:
-        with contextlib.suppress(OSError):  # of an earlier attempt: nobody must take its end for ours
-            (folder / EXIT).unlink()
+    run, folder, stop = None, RunFolder(Path(config.run.dir)), Stop()
+    stop.install()
     try:
         accelerator = make_accelerator(config)
-        run = Run(config, accelerator)
+        run = Run(config, accelerator, folder=folder, stop=stop)
+        stop.at_second = lambda reason: folder.write_end(code=1, reason=reason, step=step_of(run))
         result = run.train()
     except OSError as err:
-        return end(folder, run, StorageError(f"{err.filename or folder}: {err.strerror or err}"))
+        return end(folder, run, StorageError(f"{err.filename or folder.path}: {err.strerror or err}"))
     except ExpressError as err:
         return end(folder, run, err)
     except RuntimeError as err:
         if not is_lost_connection(err):
+            tell_of_crash(folder, run, err)
             raise
         return end(folder, run, LostRank(f"another rank ended; its own line says why ({str(err).splitlines()[0]})"))
     except KeyboardInterrupt:
-        return end(folder, run, Interrupted("interrupted; --resume goes on from the last whole epoch, if there is one"))
+        return end(folder, run, Interrupted("stopped before the first step; the same command starts again"))
+    except Exception as err:
+        tell_of_crash(folder, run, err)
+        raise
     if accelerator.is_main_process:
-        write_exit(folder, code=0, reason="done", step=run.state.step)
+        folder.write_end(code=0, reason="done", step=run.state.step)
     run.close()
     if accelerator.is_main_process:
         print(result, flush=True)
@@ -71,11 +83,15 @@ def start(config: Config) -> int:
 
 
 class Interrupted(ExpressError):
-    code = 130
+    code = 75
 
 
 class LostRank(ExpressError):
     code = 1
+
+
+def step_of(run: Run | None) -> int:
+    return run.state.step if run else 0
 
 
 def rank() -> int:
@@ -95,14 +111,27 @@ def is_lost_connection(err: RuntimeError) -> bool:
 
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
+
+    from train.loop import timeout_seconds
 
     precision = {"launcher": None, "fp32": "no"}.get(config.train.precision, config.train.precision)
     handlers: list[Any] = []
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.run.ddp_backend != "auto" and world > 1:  # one process joins no group
-        handlers.append(InitProcessGroupKwargs(backend=config.run.ddp_backend))
+    if world > 1:  # one process joins no group
+        backend = None if config.run.ddp_backend == "auto" else config.run.ddp_backend
+        timeout = datetime.timedelta(seconds=timeout_seconds(config))
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+        # Otherwise DDP orders its buckets anew after the first step, and a resumed run, which has another first step,
+        # would add gradients in another order: at three and more ranks other bits. Costs a walk over the graph.
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
@@ -121,23 +150,67 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def end(folder: Path, run: Run | None, err: ExpressError) -> int:
+def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
-    from train.tracking import EXIT, write_exit
+    from train import watchdog
+    from train.loop import LossNotFinite, SaveFailed
+    from train.preempt import Preempted
 
-    # A lost rank's neighbours know less than it does: its own exit.json stands.
-    if folder.is_dir() and (rank() == 0 or not (folder / EXIT).exists()) and not isinstance(err, LostRank):
-        with contextlib.suppress(OSError):  # the folder may be what failed: the line and the exit code still tell it
-            write_exit(folder, code=err.code, reason=str(err), step=run.state.step if run else 0)
-    # Before the run stands, all ranks of a machine meet the same error: one line is enough.
-    return fail(err, only_rank0=run is None)
+    if isinstance(err, LostRank) and (hang := watchdog.read_hang(folder.path)):
+        # The peer was lost because it hung: whoever noticed has said so.
+        watchdog.dump_stacks(folder.path, rank(), hang)
+        err = Hang(hang)
+    if run is not None:
+        run.watchdog.close()
+        with contextlib.suppress(Exception):  # a save of an earlier step is worth waiting for
+            run.checkpoints.wait()
+    # What all ranks end by together is told once, and what all meet before the run stands.
+    together = run is None or isinstance(err, Preempted | LossNotFinite | SaveFailed)
+    write_end(folder, run, err)
+    return fail(err, only_rank0=together)
+
+
+def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
+    """exit.json, by the rank that knows: a folder that another run holds is left alone."""
+    from train.loop import LossNotFinite
+    from train.preempt import Preempted
+
+    if isinstance(err, Preempted) or (rank() and run is None) or not folder.path.is_dir():
+        return  # written already, or told by rank 0
+    with contextlib.suppress(OSError, ExpressError):  # the folder may be what failed: line and exit code still tell it
+        if run is None and not folder.is_ours:
+            folder.claim(wait_seconds=0)
+        if isinstance(err, LostRank):
+            time.sleep(LOST_SECONDS)  # the rank that ended knows more, if it was not killed
+            if folder.has_end:
+                return
+        more = {"ids": err.ids} if isinstance(err, LossNotFinite) else {}
+        if rank() and more:
+            return  # rank 0 writes the same
+        step = err.step if isinstance(err, LossNotFinite) and err.step else step_of(run)
+        folder.write_end(code=err.code, reason=str(err), step=step, **more)
+
+
+LOST_SECONDS = 1.0
+
+
+class Hang(ExpressError):
+    code = 77
+
+
+def tell_of_crash(folder: RunFolder, run: Run | None, err: Exception) -> None:
+    """Of what nobody has thought of: exit.json names it, the traceback follows."""
+    if run is not None:
+        with contextlib.suppress(OSError):
+            folder.write_end(code=1, reason=f"{type(err).__name__}: {err}", step=step_of(run))
 
 
 def fail(err: ExpressError, *, only_rank0: bool) -> int:
     """One line on stderr, with the rank where only one may have met it."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank == 0 or not only_rank0:
-        print(f"error: {f'[rank {rank()}] ' if rank() else ''}{err}", file=sys.stderr, flush=True)
+        kind = "" if err.code == 75 else "error: "
+        print(f"{kind}{f'[rank {rank()}] ' if rank() else ''}{err}", file=sys.stderr, flush=True)
     return err.code
 
 

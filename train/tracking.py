@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard events, recorded ids, exit.json, and lines for people."""
+"""What a run leaves behind: metrics.jsonl, TensorBoard events, recorded ids, and lines for people."""
 
 from __future__ import annotations
 
@@ -9,57 +9,82 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from pipeline.files import atomic_write, write_json
+from pipeline.files import atomic_write
 from pipeline.progress import clock
 
-METRICS, EXIT, IDS = "metrics.jsonl", "exit.json", "ids"
+METRICS, IDS = "metrics.jsonl", "ids"
 
 
 class Record:
-    """The run's records; only the main rank writes metrics, every rank writes its ids."""
+    """The run's records; only the main rank writes metrics, every rank writes its ids.
+
+    What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
+    """
 
     def __init__(self, run: Path, accelerator: Accelerator, *, resumed_at: int, record_ids: bool) -> None:
         self.run, self.accelerator = run, accelerator
-        self.main = accelerator.is_main_process
+        self.main, self.record_ids = accelerator.is_main_process, record_ids
+        self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
+        self.rewind(resumed_at)
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was written of steps after `step`; all ranks together."""
+        self._close_files()
         if self.main:
-            _trim(run / METRICS, resumed_at)
-            self._metrics = open(run / METRICS, "a")  # noqa: SIM115 (until close)
+            _trim(self.run / METRICS, step)
+            self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
             # Of all ranks that ever were: the run may go on with fewer.
-            for path in (run / IDS).glob("rank-*.jsonl"):
-                _trim(path, resumed_at)
-            if record_ids:
-                (run / IDS).mkdir(exist_ok=True)
-        accelerator.wait_for_everyone()
-        if record_ids:
-            self._ids = open(run / IDS / f"rank-{accelerator.process_index:05d}.jsonl", "a")  # noqa: SIM115 (until close)
+            for path in (self.run / IDS).glob("rank-*.jsonl"):
+                _trim(path, step)
+            if self.record_ids:
+                (self.run / IDS).mkdir(exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        if self.record_ids:
+            path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
+            self._ids = open(path, "a")  # noqa: SIM115 (until close)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one point of each TensorBoard curve."""
         if self._metrics is None:
             return
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
         numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
-        self.accelerator.log(numbers, step=step)
+        try:
+            self._append(self._metrics, line)
+            self.accelerator.log(numbers, step=step)
+        except OSError as err:
+            self.error = self.error or err
 
     def ids(self, step: int, ids: Any) -> None:
         """The samples of this rank at optimiser step `step`."""
         if self._ids is not None:
-            self._ids.write(json.dumps({"step": step, "ids": ids.tolist()}) + "\n")
-            self._ids.flush()
+            try:
+                self._append(self._ids, {"step": step, "ids": ids.tolist()})
+            except OSError as err:
+                self.error = self.error or err
+
+    def _append(self, file: Any, line: dict[str, Any]) -> None:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
 
     def say(self, line: str) -> None:
         if self.main:
             print(line, flush=True)
 
     def close(self) -> None:
+        self._close_files()
+        self.accelerator.end_training()
+
+    def _close_files(self) -> None:
         for file in (self._metrics, self._ids):
             if file is not None:
-                file.close()
-        self.accelerator.end_training()
+                try:
+                    file.close()
+                except OSError as err:  # of what was still to be written
+                    self.error = self.error or err
+        self._metrics = self._ids = None
 
 
 def _trim(path: Path, resumed_at: int) -> None:
@@ -76,12 +101,6 @@ def _is_before(line: bytes, step: int) -> bool:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
         return False  # the line that a kill cut in two
-
-
-def write_exit(run: Path, *, code: int, reason: str, step: int) -> None:
-    """How the run ended; launchers turn every exit code into 1, this file keeps it."""
-    if run.is_dir():
-        write_json(run / EXIT, {"code": code, "reason": reason, "step": step})
 
 
 def summary(epoch: int, epochs: int, metrics: dict[str, float], seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,19 +37,26 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader: Loader, accelerator: Accelerator) -> Result:
-    """Runs `net` over this rank's part and sums over the ranks. No rank waits for another before the end."""
+def evaluate(
+    net: nn.Module, loader: Loader, accelerator: Accelerator, *, between: Callable[[], None] = lambda: None
+) -> Result:
+    """Runs `net` over this rank's part and sums over the ranks.
+
+    between: called after each batch that all ranks have; it may ask the other ranks, and end the evaluation by raising.
+    """
     training = [module for module in net.modules() if module.training]  # frozen layers are not
     net.eval()
     hits = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     seen = 0
-    for images, labels, _ in loader:
+    for number, (images, labels, _) in enumerate(loader):
         logits = net(images).float()
         ranks = rank_of_label(logits, labels)
         hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         seen += len(labels)
+        if number < loader.common_steps:
+            between()
     for module in training:
         module.training = True
     # float64 holds whole numbers to 9e15, so one reduction carries all four sums.

@@ -182,8 +182,16 @@ class Loader:
         mine = order.evaluation_range(self.samples, rank=self.rank, world=self.world)
         return -(-len(mine) // self._part)
 
-    def ids(self, epoch: int, step: int) -> np.ndarray:
-        """The samples of this rank at a step: a function of its arguments and the loader's configuration."""
+    @property
+    def common_steps(self) -> int:
+        """Batches that every rank has in an epoch: in evaluation some may have one more."""
+        return len(self) if self.train else -(-(self.samples // self.world) // self._part)
+
+    def ids(self, epoch: int, step: int, *, whole: bool = False) -> np.ndarray:
+        """The samples of this rank at a step: a function of its arguments and the loader's configuration.
+
+        whole: those of all ranks, in order; of training.
+        """
         if not self.train:
             mine = order.evaluation_range(self.samples, rank=self.rank, world=self.world)
             return np.array(mine[step * self._part : (step + 1) * self._part], dtype=np.int64)
@@ -201,7 +209,8 @@ class Loader:
                     window=self.window,
                 ),
             )
-        return order.train_ids(self._order[1], step=step, batch=self.batch, rank=self.rank, world=self.world)
+        rank, world = (0, 1) if whole else (self.rank, self.world)
+        return order.train_ids(self._order[1], step=step, batch=self.batch, rank=rank, world=world)
 
     # State: what was consumed
 

@@ -1,0 +1,80 @@
+"""The run folder: one run at a time, what it goes on from, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, StorageError
+from pipeline.files import locked, write_json
+
+from . import watchdog
+
+EXIT, LOCK = "exit.json", "run.lock"
+WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
+
+
+class RunFolder:
+    """A run's claim on its folder, held by rank 0 until the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = -1
+
+    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
+        """Makes the folder and locks it. Raises ConfigError where another run holds it, OSError where it cannot."""
+        if self._lock >= 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        deadline, told = time.monotonic() + wait_seconds, False
+        while True:
+            try:
+                self._lock = locked(self.path / LOCK, wait_seconds=min(1.0, wait_seconds))
+                break
+            except StorageError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"{self.path}: {self._holder()} trains there; wait for its end, or choose another --run.dir"
+                    ) from None
+            if not told:
+                print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
+                told = True
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        watchdog.clean(self.path)
+        self.forget_end()
+
+    @property
+    def is_ours(self) -> bool:
+        return self._lock >= 0
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads((self.path / LOCK).read_text())
+            return f"process {holder['pid']} of {holder['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another run"
+
+    def release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # exit.json: launchers turn every exit code into 1, this file keeps it
+
+    def forget_end(self) -> None:
+        """Of an earlier attempt: nobody must take its end for ours."""
+        with contextlib.suppress(OSError):
+            (self.path / EXIT).unlink()
+
+    def write_end(self, *, code: int, reason: str, step: int, **more: Any) -> None:
+        write_json(self.path / EXIT, {"code": code, "reason": reason, "step": step, **more})
+
+    @property
+    def has_end(self) -> bool:
+        return (self.path / EXIT).exists()

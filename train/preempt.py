@@ -1,0 +1,99 @@
+"""Being asked to stop: by a signal, by a file, by a launcher that is gone. The run ends at its next step boundary.
+
+A second signal ends the process at once; copies of one signal, which launchers and schedulers send on, do not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ExpressError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+COPY_SECONDS = 2.0  # a launcher's copy of a signal comes within milliseconds
+FILE_SECONDS = 1.0  # between two looks for the stop file
+STOP_FILE = "stop"
+FILE, ORPHAN = 1, 2  # reasons beside the signals' numbers
+FIRST_SIGNAL = 10  # codes of signals are their number and this
+
+
+class Preempted(ExpressError):
+    """Stopped on request; what was trained is saved."""
+
+    code = 75
+
+
+class Stop:
+    """The request to stop of this process. `code` is 0 until there is one, then what `reason` puts into words."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.at = 0.0
+        self.at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
+        self.running = False  # before, a signal breaks off what is being done
+        self._file: Path | None = None
+        self._looked = 0.0
+
+    def install(self) -> None:
+        """Takes the signals over; from the main thread."""
+        mine, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        for number in SIGNALS:
+            signal.signal(number, self._interrupt)
+        # Handlers in Python wait for the end of a call into C, which may be a collective that never ends; the
+        # number of the signal comes through this descriptor at once.
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._sockets = (mine, theirs)
+        threading.Thread(target=self._listen, args=(mine,), name="signals", daemon=True).start()
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self.request(FIRST_SIGNAL + number)
+        if not self.running:
+            self.running = True  # once: what ends must not be broken off again
+            raise KeyboardInterrupt
+
+    def _listen(self, mine: socket.socket) -> None:
+        while numbers := mine.recv(64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self.request(FIRST_SIGNAL + number)
+
+    def request(self, code: int) -> None:
+        """Asks to stop; a second time, after the copies of the first request, ends the process at once."""
+        now = time.monotonic()
+        if not self.code:
+            self.code, self.at = code, now
+        elif code > FIRST_SIGNAL and self.code != ORPHAN and now - self.at > COPY_SECONDS:
+            with contextlib.suppress(Exception):
+                self.at_second(f"a second {name(code)}: ended at once, without saving")
+            os._exit(128 + code - FIRST_SIGNAL)
+
+    def look_for_file(self, folder: Path) -> None:
+        """Asks to stop where somebody has put a file named `stop` into the run folder; looks once a second."""
+        if (now := time.monotonic()) - self._looked >= FILE_SECONDS:
+            self._looked, self._file = now, folder / STOP_FILE
+            if self._file.exists():
+                self.request(FILE)
+
+    def done(self) -> None:
+        """The request was honoured: the next run must not end by the same file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+
+def name(code: int) -> str:
+    """What a code of `Stop` says."""
+    if code == FILE:
+        return f"the file {STOP_FILE!r} in the run folder"
+    if code == ORPHAN:
+        return "the end of its launcher"
+    return signal.Signals(code - FIRST_SIGNAL).name

@@ -1,0 +1,233 @@
+"""A run that makes no step: who is silent, where everyone stands, and an end in place of waiting for ever.
+
+Each rank's watchdog is a thread that writes a heartbeat into the run folder, `heartbeat/rank-NNNNN.json`: step, phase,
+host, process. A rank that makes no step for `hang_seconds` reads the others', names those that are silent or behind,
+leaves the stacks of its threads in `stacks/` and ends with 77; so do all that can still be reached. A stopped process
+of the same host is killed, since it keeps memory, devices and perhaps the run's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
+CODE = 77
+LOOK_SECONDS = 0.5
+DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
+ORPHAN_SECONDS = 20.0  # that a rank without launcher may go on without a step, to save
+PHASES = ("waiting for data", "training", "evaluating", "saving")
+
+
+@dataclass
+class Watchdog:
+    """Watches this process and, through the run folder, the others.
+
+    on_orphan: called once when the launcher is gone. on_hang: called with the reason before the process ends.
+    """
+
+    folder: Path
+    rank: int
+    world: int
+    hang_seconds: float
+    on_orphan: Callable[[], None]
+    on_hang: Callable[[str], None]
+    step: int = 0
+    phase: int = 0
+    _at: float = field(default_factory=time.monotonic)
+    _beats: int = 0
+    _beat_at: float = 0.0
+    _orphan_at: float = 0.0
+    _parent: int = field(default_factory=lambda: os.getppid() if is_launched() else 0)
+    _seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank → beats, and when they last rose
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / HEARTBEATS).mkdir(exist_ok=True)
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def tick(self, step: int, phase: int) -> None:
+        """A step was made, or the next part of one begins."""
+        self.step, self.phase, self._at = step, phase, time.monotonic()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    # The thread
+
+    @property
+    def beat_seconds(self) -> float:
+        return min(max(self.hang_seconds / 10, LOOK_SECONDS), 10.0) if self.hang_seconds else 10.0
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            stalled = now - self._at
+            if now - self._beat_at >= self.beat_seconds:
+                self._beat_at = now
+                self._beat()
+            self._look_after_launcher(now, stalled)
+            if not self.hang_seconds:
+                continue
+            if stalled > self.hang_seconds / 2:
+                self._listen(now)
+            if stalled > min(LOOK_SECONDS * 4, self.hang_seconds / 2) and (reason := read_hang(self.folder)):
+                self._end(reason, first=False)
+            if stalled > self.hang_seconds:
+                self._declare(now)
+
+    def _look_after_launcher(self, now: float, stalled: float) -> None:
+        if self._parent and os.getppid() != self._parent:
+            if not self._orphan_at:
+                self._orphan_at = now
+                self.on_orphan()
+            elif now - self._orphan_at > ORPHAN_SECONDS and stalled > ORPHAN_SECONDS:
+                self._end(f"rank {self.rank} has lost its launcher and makes no step", first=True)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        beat = {
+            "rank": self.rank,
+            "step": self.step,
+            "phase": PHASES[self.phase],
+            "beats": self._beats,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "time": round(time.time(), 3),
+        }
+        path = _beat_path(self.folder, self.rank)
+        partial = path.with_suffix(".partial")
+        with contextlib.suppress(OSError):  # a full disk is told by whoever has something to lose
+            partial.write_text(json.dumps(beat) + "\n")
+            os.replace(partial, path)
+
+    def _listen(self, now: float) -> None:
+        for rank in range(self.world):
+            beats = _read_beat(self.folder, rank).get("beats", 0)
+            if rank not in self._seen or self._seen[rank][0] != beats:
+                self._seen[rank] = (beats, now)
+
+    def _declare(self, now: float) -> None:
+        """This rank is the first to notice, unless another one is as quick."""
+        beats = {rank: _read_beat(self.folder, rank) for rank in range(self.world)}
+        patience = max(3 * self.beat_seconds, 1.5)
+        silent = [
+            r
+            for r in beats
+            if r != self.rank and now - self._seen.get(r, (0, now))[1] > min(patience, self.hang_seconds / 3)
+        ]
+        reason = describe(beats, silent, self.hang_seconds)
+        with contextlib.suppress(OSError), open(self.folder / HANG, "x") as file:
+            json.dump({"reason": reason, "silent": silent}, file)
+        self._end(read_hang(self.folder) or reason, first=True, silent=silent, beats=beats)
+
+    def _end(
+        self, reason: str, *, first: bool, silent: Any = (), beats: dict[int, dict[str, Any]] | None = None
+    ) -> None:
+        dump_stacks(self.folder, self.rank, reason)
+        if first and beats:
+            reachable = [r for r in beats if r not in silent]
+            deadline = time.monotonic() + DUMP_SECONDS
+            while time.monotonic() < deadline and not all(_stack_path(self.folder, r).exists() for r in reachable):
+                time.sleep(0.05)
+            for rank in silent:
+                _kill(beats[rank])
+        with contextlib.suppress(Exception):
+            self.on_hang(reason)
+        os._exit(CODE)
+
+
+def describe(beats: dict[int, dict[str, Any]], silent: list[int], seconds: float) -> str:
+    """Who keeps the others waiting: those without a heartbeat, or those that are behind."""
+    steps = {r: (b.get("step", 0), PHASES.index(b.get("phase", PHASES[0]))) for r, b in beats.items()}
+    where = f"no step for {seconds:g} seconds"
+    if silent:
+        who = ", ".join(_who(r, beats[r]) for r in silent)
+        return f"{where}: {who} gave no sign of life since step {min(steps[r][0] for r in silent)}"
+    behind = [r for r, s in steps.items() if s == min(steps.values())]
+    place = f"{beats[behind[0]].get('phase', PHASES[0])} after step {steps[behind[0]][0]}"
+    if len(behind) == len(beats):
+        return f"{where}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}"
+    return f"{where}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
+
+
+def _who(rank: int, beat: dict[str, Any]) -> str:
+    return f"rank {rank} (process {beat.get('pid', 'unknown')} on {beat.get('host', 'an unknown host')})"
+
+
+def dump_stacks(folder: Path, rank: int, reason: str) -> None:
+    """All threads of this process, into `stacks/rank-NNNNN.txt`."""
+    with contextlib.suppress(OSError):
+        (folder / STACKS).mkdir(exist_ok=True)
+    with contextlib.suppress(OSError), open(_stack_path(folder, rank), "w") as file:
+        print(reason, file=file, flush=True)
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
+def read_hang(folder: Path) -> str:
+    """What a rank has declared; empty where none has."""
+    try:
+        return str(json.loads((folder / HANG).read_text())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def clean(folder: Path) -> None:
+    """Takes away what an earlier start left: a rank must not be judged by it."""
+    for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process and should outlive it; a shell that goes away need not."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _beat_path(folder: Path, rank: int) -> Path:
+    return folder / HEARTBEATS / f"rank-{rank:05d}.json"
+
+
+def _stack_path(folder: Path, rank: int) -> Path:
+    return folder / STACKS / f"rank-{rank:05d}.txt"
+
+
+def _read_beat(folder: Path, rank: int) -> dict[str, Any]:
+    try:
+        beat = json.loads(_beat_path(folder, rank).read_text())
+        return beat if isinstance(beat, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _started(pid: int) -> str:
+    """When a process began, as the kernel counts: a number that was used again is another process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _kill(beat: dict[str, Any]) -> None:
+    """Ends the process of a heartbeat if it runs here: one that is stopped answers no other signal."""
+    pid, started = beat.get("pid"), beat.get("started")
+    if beat.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
+        return
+    if started and _started(pid) == started:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            print(f"killed process {pid}, which had stopped answering", file=sys.stderr, flush=True)
