@@ -186,6 +186,11 @@ class Checkpoints:
                 damaged.append(str(err))
         return None, damaged
 
+    def newest_before(self, step: int) -> Path | None:
+        """The newest that verifies of a step before `step`."""
+        whole = (path for path in reversed(self.all()) if _step(path) < step and _is_whole(path))
+        return next(whole, None)
+
     def whole_after(self, path: Path) -> list[Path]:
         """Those of later steps than `path` that verify, oldest first; none where `path` is of another folder."""
         if path.resolve().parent != self.folder.resolve():

@@ -18,18 +18,27 @@ class Finite:
     def __init__(self, parameters: Iterable[Tensor], *, late: bool, gradients: bool = True) -> None:
         self.parameters = [p for p in parameters if p.requires_grad] if gradients else []
         self.late = late
-        self._before: tuple[int, Tensor] | None = None
+        self.loss: Tensor | float = 0.0  # of the step that was told of
+        self._before: tuple[int, Tensor, Tensor] | None = None
 
     def bad_step(self, step: int, loss: Tensor) -> int:
-        """Of `step`, counted from 1, and of earlier ones that were not told of: the one with bad numbers, or 0."""
-        now = (step, self._is_bad(loss))
-        told, self._before = (self._before, now) if self.late else (now, None)
-        return told[0] if told is not None and bool(told[1]) else 0
+        """Of `step`, counted from 1, or late of the one before: its number if it was bad, else 0."""
+        now = (step, self._is_bad(loss), loss.detach())
+        if not self.late:
+            return self._tell(now)
+        before, self._before = self._before, now
+        return self._tell(before)
 
     def rest(self) -> int:
         """The last step, if it was bad and not told of."""
-        told, self._before = self._before, None
-        return told[0] if told is not None and bool(told[1]) else 0
+        before, self._before = self._before, None
+        return self._tell(before)
+
+    def _tell(self, told: tuple[int, Tensor, Tensor] | None) -> int:
+        if told is None:
+            return 0
+        number, bad, self.loss = told
+        return number if bool(bad) else 0
 
     def _is_bad(self, loss: Tensor) -> Tensor:
         bad = ~torch.isfinite(loss.detach())

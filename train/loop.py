@@ -39,7 +39,7 @@ from .same import refuse_another_run, what_must_stay
 from .validation import Result, evaluate
 
 INIT = 1_000_000  # draw streams of training, away from the loader's
-DATA, TRAINING, EVALUATING, SAVING = range(len(watchdog.PHASES))
+DATA, FORWARD, BACKWARD, EVALUATING, SAVING = range(len(watchdog.PHASES))
 RANKS = 1 << 20  # a request to stop and the rank that has it travel as one number
 
 
@@ -48,9 +48,9 @@ class LossNotFinite(ExpressError):
 
     code = 76
 
-    def __init__(self, message: str, *, step: int = 0, ids: list[int] | None = None) -> None:
+    def __init__(self, message: str, *, step: int, loss: float, ids: list[int] | None = None) -> None:
         super().__init__(message)
-        self.step, self.ids = step, ids or []
+        self.step, self.loss, self.ids = step, loss, ids or []
 
 
 class SaveFailed(StorageError):
@@ -79,6 +79,16 @@ class State:
     best_top1: float = 0.0
     best_step: int | None = None
     left_out: list[int] = field(default_factory=list)  # steps, counted from 1, that update nothing: bad numbers
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step's numbers: of its global batch, and the loss of each of its samples."""
+
+    ids: list[int]
+    loss: float
+    gradient_norm: float
+    losses: list[float]
 
 
 class Run:
@@ -338,7 +348,7 @@ class Run:
 
     def _step(self, batch: Batch, rate: float) -> int:
         """One step, with its update if its numbers allow; returns the request to stop that any rank has, or 0."""
-        self._tick(TRAINING)
+        self._tick(FORWARD)
         set_learning_rate(self.optimizer, rate)
         number = self.state.step + 1
         ids = self.loader.ids(*self._coordinates(number))
@@ -347,7 +357,8 @@ class Run:
             stop, _, broken = self.agreement.largest(stop, 0, self._broken())
         else:
             buffers = self._buffers()
-            loss = F.cross_entropy(self._logits(batch, ids), batch.labels)
+            loss = F.cross_entropy(self._logits(batch.images, ids), batch.labels)
+            self._tick(BACKWARD)  # where ranks wait for each other
             self.accelerator.backward(loss)
             bad = self.finite.bad_step(number, loss)
             stop, bad, broken = self.agreement.largest(stop, bad, self._broken())
@@ -411,8 +422,13 @@ class Run:
         self.state.left_out.append(bad)
         for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self.record.write("left out", bad, {"ids": self._ids_of(bad)})
-        self.record.say(f"step {bad}: loss or gradients not finite; its update is left out")
+        loss = self._bad_loss()
+        self.record.write("left out", bad, {"bad_step": bad, "loss": _text(loss), "ids": self._ids_of(bad)})
+        self.record.say(f"step {bad}: {what_is_bad(loss)}; its update is left out")
+
+    def _bad_loss(self) -> float:
+        """The loss, over all ranks, of the step that was told of."""
+        return float(self.accelerator.reduce(torch.as_tensor(self.finite.loss), "mean"))
 
     def _ids_of(self, number: int) -> list[int]:
         """The whole global batch."""
@@ -421,11 +437,13 @@ class Run:
     def _refuse_bad(self, bad: int, why: str = "") -> None:
         bad = self.agreement.largest(bad)[0] if self.finite.late else bad
         if bad:
+            loss = self._bad_loss()
             raise LossNotFinite(
-                f"the loss or a gradient is not finite at step {bad}; {why}"
+                f"{what_is_bad(loss)} at step {bad}; {why}"
                 f"tools/replay.py {self.path} {bad} shows it again; try a lower optim.lr than {self.config.optim.lr},"
                 " or leave such batches out by --guard.on-bad-numbers skip or rollback",
                 step=bad,
+                loss=loss,
                 ids=self._ids_of(bad),
             )
 
@@ -439,30 +457,62 @@ class Run:
         path = self.agreement.from_first(path)
         if path is None:
             self._refuse_bad(bad, "there is no checkpoint to roll back to; ")
-        left_out = self.state.left_out
+        left_out, loss = self.state.left_out, self._bad_loss()
         self.optimizer.zero_grad()
         self._restore(checkpoint.load(path))
         self.state.left_out = [*left_out, bad]
         self.record.rewind(self.state.step)
-        self.record.write("left out", self.state.step, {"bad_step": bad, "ids": self._ids_of(bad)})
-        self.record.say(
-            f"step {bad}: loss or gradients not finite; back to step {self.state.step}, and on without that batch"
-        )
+        told = {"bad_step": bad, "loss": _text(loss), "ids": self._ids_of(bad)}
+        self.record.write("left out", self.state.step, told)
+        self.record.say(f"step {bad}: {what_is_bad(loss)}; back to step {self.state.step}, and on without that batch")
 
     # The step's parts
 
-    def _logits(self, batch: Batch, ids: np.ndarray) -> Tensor:
+    def _logits(self, images: Tensor, ids: np.ndarray) -> Tensor:
         """ids: the batch's, on the host; asking the device for them would wait for all it has to do."""
         seed, step = self.config.run.seed, self.state.step
         if self.takes_rows:  # masks from coordinates: the same at any world size
             rows = draws.bits(ids, seed=seed, epoch=step, stream=draws.DROPOUT)
             upper = torch.from_numpy((rows >> np.uint64(32)).astype(np.uint32).view(np.int32))
-            logits: Tensor = self.net(batch.images, upper.to(batch.images.device, non_blocking=True))
+            logits: Tensor = self.net(images, upper.to(images.device, non_blocking=True))
             return logits
         # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
         torch.manual_seed(draws.key(seed, step, self.accelerator.process_index) >> 1)
-        logits = self.net(batch.images)
+        logits = self.net(images)
         return logits
+
+    # One step again
+
+    def replay(self, step: int) -> Replayed:
+        """Trains up to `step`, counted from 1, and tells of its numbers in place of an update. Nothing is recorded."""
+        while self.state.step < step:
+            for batch in self.loader:
+                number = self.state.step + 1
+                if number == step:
+                    return self._look_at(batch)
+                rate = learning_rate(
+                    self.config.optim,
+                    step=number - 1,
+                    steps_per_epoch=self.steps_per_epoch,
+                    total_steps=self.total_steps,
+                )
+                self._step(batch, rate)
+        raise AssertionError(f"step {step} is behind step {self.state.step}")
+
+    def _look_at(self, batch: Batch) -> Replayed:
+        number = self.state.step + 1
+        ids = self.loader.ids(*self._coordinates(number))
+        logits = self._logits(batch.images, ids)
+        each = F.cross_entropy(logits.detach(), batch.labels, reduction="none")
+        loss = F.cross_entropy(logits, batch.labels)
+        self.accelerator.backward(loss)
+        gradients = [p.grad for p in self.bare.parameters() if p.grad is not None]
+        return Replayed(
+            ids=self._ids_of(number),
+            loss=float(self.accelerator.reduce(loss.detach(), "mean")),
+            gradient_norm=float(torch.nn.utils.get_total_norm(gradients)),
+            losses=self.accelerator.gather(each.float()).tolist(),
+        )
 
     def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
         self.record.write("train", self.state.step, {"epoch": epoch, **metrics, "lr": rate})
@@ -477,6 +527,7 @@ class Run:
                 f"the validation loss is {result.loss} at step {state.step};"
                 f" try a lower optim.lr than {self.config.optim.lr}",
                 step=state.step,
+                loss=result.loss,
             )
         state.epoch += 1
         if state.best_step is None or result.top1 > state.best_top1:
@@ -556,6 +607,15 @@ class Run:
         self.loader.close()
         self.val_loader.close()
         self.record.close()
+
+
+def what_is_bad(loss: float) -> str:
+    return f"the loss is {loss:.6g}{', a gradient is not finite' if math.isfinite(loss) else ''}"
+
+
+def _text(loss: float) -> float | str:
+    """JSON knows no NaN."""
+    return loss if math.isfinite(loss) else str(loss)
 
 
 def timeout_seconds(config: Config) -> float:

@@ -184,7 +184,7 @@ def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
             time.sleep(LOST_SECONDS)  # the rank that ended knows more, if it was not killed
             if folder.has_end:
                 return
-        more = {"ids": err.ids} if isinstance(err, LossNotFinite) else {}
+        more = {"loss": repr(err.loss), "ids": err.ids} if isinstance(err, LossNotFinite) else {}
         if rank() and more:
             return  # rank 0 writes the same
         step = err.step if isinstance(err, LossNotFinite) and err.step else step_of(run)

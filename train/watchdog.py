@@ -27,7 +27,7 @@ CODE = 77
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
 ORPHAN_SECONDS = 20.0  # that a rank without launcher may go on without a step, to save
-PHASES = ("waiting for data", "training", "evaluating", "saving")
+PHASES = ("waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving")
 
 
 @dataclass

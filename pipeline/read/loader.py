@@ -212,6 +212,10 @@ class Loader:
         rank, world = (0, 1) if whole else (self.rank, self.world)
         return order.train_ids(self._order[1], step=step, batch=self.batch, rank=rank, world=world)
 
+    def describe(self, sample: int) -> str:
+        """Where a sample of `ids` lies: shard, key, offset."""
+        return self._reader.describe(sample)
+
     # State: what was consumed
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Runs a script of ours with a fault at one step of one rank: PLANT=nan:RANK:STEP or sleep:RANK:STEP, steps from 1.
+
+A rank of -1 means all.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from train.loop import Run  # noqa: E402 (the path comes first)
+
+what, rank, step = os.environ["PLANT"].split(":")
+untouched = Run._logits
+
+
+def faulty(self, images, ids):
+    logits = untouched(self, images, ids)
+    if self.state.step + 1 != int(step) or int(rank) not in (-1, self.accelerator.process_index):
+        return logits
+    if what == "sleep":
+        time.sleep(600)
+    return logits * float("nan")
+
+
+Run._logits = faulty
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")

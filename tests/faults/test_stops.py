@@ -1,0 +1,314 @@
+"""Signals, stop files, hangs, bad numbers, other numbers of ranks, two runs in one folder: real processes all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, the_error
+from tests.faults.job import SCRIPT, SMALL, Job, global_ids, lines, losses, quiet, run, traces
+
+PLANTED = ROOT / "tests" / "faults" / "planted.py"
+
+
+@pytest.fixture(scope="module")
+def clean(digits, tmp_path_factory):
+    """Two epochs of two ranks, never disturbed."""
+    folder = tmp_path_factory.mktemp("clean") / "run"
+    return run(folder, *SMALL, "--train.epochs", 2, "--data.shards", digits, ranks=2).folder
+
+
+def two(digits) -> list[object]:
+    return [*SMALL, "--train.epochs", 2, "--data.shards", digits]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number, clean, digits, tmp_path):
+    folder = tmp_path / "run"
+    job = Job(folder, *two(digits), ranks=2)
+    assert job.wait_for(lambda: job.step >= 6)
+    job.ranks()[1].send_signal(number)
+    seen = job.step
+    job.wait()
+    assert job.exit["code"] == 75
+    assert job.exit["reason"] == f"stopped by {number.name} at rank 1"
+    assert seen <= job.exit["step"] <= seen + 2  # the one under way, and one that was recorded while we looked
+    assert (folder / "checkpoints" / f"step-{job.exit['step']:08d}").is_dir()
+    saved = job.exit["step"]
+    assert max(global_ids(folder)) == saved
+    assert 'train/run.py", line' not in job.said  # no traceback through our files
+    again = run(folder, *two(digits), ranks=2)
+    assert f"going on from {folder}/checkpoints/step-{saved:08d}" in again.said
+    assert traces(folder) == traces(clean)
+
+
+def test_a_stop_file_stops_the_run_once(clean, digits, tmp_path):
+    folder = tmp_path / "run"
+    job = Job(folder, *two(digits), ranks=2)
+    assert job.wait_for(lambda: job.step >= 3)
+    (folder / "stop").touch()
+    job.wait()
+    assert job.exit["code"] == 75
+    assert "stop" in job.exit["reason"]
+    assert not (folder / "stop").exists()
+    run(folder, *two(digits), ranks=2)
+    assert traces(folder) == traces(clean)
+
+
+def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_at_once(digits, tmp_path):
+    folder = tmp_path / "run"
+    argv = [sys.executable, str(SCRIPT), *map(str, two(digits)), "--run.dir", str(folder)]
+    env = os.environ | {"PLANT": "sleep:0:12"}
+    for planted, code in (([], 75), ([str(PLANTED)], 128 + signal.SIGTERM)):
+        process = psutil.Popen([argv[0], *planted, *argv[1:]], stderr=subprocess.PIPE, text=True, cwd="/", env=env)
+        while max(losses(folder), default=0) < (11 if planted else 5):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        if planted:  # it sleeps within a step and would never come to its end
+            time.sleep(2.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == code, said
+        assert "Traceback" not in said
+    assert json.loads((folder / "exit.json").read_text())["reason"].startswith("a second SIGTERM")
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_free(clean, digits, tmp_path):
+    folder = tmp_path / "run"
+    job = Job(folder, *two(digits), ranks=2)
+    assert job.wait_for(lambda: job.step >= 5)
+    ranks = job.ranks()
+    job.process.kill()
+    again = run(folder, *two(digits), ranks=2)  # at once: it waits for what is left of the first
+    assert not any(r.is_running() for r in ranks)
+    assert "going on from" in again.said
+    assert traces(folder) == traces(clean)
+
+
+def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on(digits, tmp_path):
+    folder = tmp_path / "run"
+    env = os.environ | {"PLANT": "sleep:0:4"}
+    argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(digits)), "--run.dir", str(folder)]
+    first = psutil.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env)
+    try:
+        while not losses(folder):
+            assert first.poll() is None
+            time.sleep(0.02)
+        second = quiet(SCRIPT, *two(digits), "--run.dir", folder)
+        assert second.returncode == 2
+        assert f"{folder}: process {first.pid} of {socket.gethostname()} trains there" in the_error(second)
+        assert first.is_running()
+        assert not (folder / "exit.json").exists()  # the first has not ended
+    finally:
+        first.kill()
+        first.wait()
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, digits, tmp_path):
+    folder = tmp_path / "run"
+    job = Job(folder, *two(digits), "--guard.hang-seconds", 4, ranks=3)
+    assert job.wait_for(lambda: job.step >= 5)
+    ranks = job.ranks()
+    ranks[victim].suspend()
+    stopped = time.monotonic()
+    others = [r for i, r in enumerate(ranks) if i != victim]
+    while any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in others):
+        assert time.monotonic() - stopped < 4 + 5, job.said
+        time.sleep(0.02)
+    job.wait(seconds=20)
+    assert not ranks[victim].is_running()
+    assert job.exit["code"] == 77
+    assert f"rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) gave no sign" in job.exit["reason"]
+    stacks = sorted(p.name for p in (folder / "stacks").iterdir())
+    assert stacks == [f"rank-{i:05d}.txt" for i in range(3) if i != victim]
+    for path in (folder / "stacks").iterdir():
+        assert "in _step" in path.read_text()
+        assert "Thread" in path.read_text()
+    codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", job.said))
+    assert codes <= {"77", "-9"}
+    assert "77" in codes
+    run(folder, *two(digits), ranks=3)
+
+
+def test_a_rank_that_hangs_by_itself_is_named_with_what_it_was_doing(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANT", "sleep:1:7")
+    job = Job(tmp_path / "run", SCRIPT, *two(digits), "--guard.hang-seconds", 4, ranks=2, script=PLANTED)
+    job.wait(seconds=60)
+    assert job.exit["code"] == 77
+    assert re.search(r"the others wait for rank 1 \(process \d+ on .*\), in the forward pass after step 6", job.said)
+    assert "faulty" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.parametrize("rank", [1, -1])
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_planted_bad_numbers_are_met_by_all_ranks_alike(policy, rank, clean, digits, tmp_path, monkeypatch):
+    bad = 11  # three steps after a checkpoint
+    monkeypatch.setenv("PLANT", f"nan:{rank}:{bad}")
+    folder = tmp_path / "run"
+    job = Job(folder, SCRIPT, *two(digits), "--guard.on-bad-numbers", policy, ranks=2, script=PLANTED)
+    code = job.wait()
+    undisturbed = losses(clean)
+    before = {step: loss for step, loss in losses(folder).items() if step < bad}
+    assert before == {step: loss for step, loss in undisturbed.items() if step < bad}
+    ids = global_ids(clean)[bad]
+    if policy == "stop":
+        assert code != 0
+        assert (job.exit["code"], job.exit["step"], job.exit["loss"]) == (76, bad, "nan")
+        assert job.exit["ids"] == ids
+        assert set(re.findall(r"exitcode\s*:\s*(-?\d+)", job.said)) <= {"76", "-15"}
+        assert not list((folder / "checkpoints").glob(f"step-{bad:08d}"))
+    else:
+        assert code == 0, job.said
+        (left_out,) = lines(folder, "left out")
+        assert (left_out["bad_step"], left_out["ids"]) == (bad, ids)
+        assert global_ids(folder) == global_ids(clean)
+        after = losses(folder)
+        assert bad not in after
+        assert after.keys() | {bad} == undisturbed.keys()
+        assert after[bad + 1] != undisturbed[bad + 1]
+        assert all(loss == loss for loss in after.values())
+        assert ("back to step 8" in job.said) == (policy == "rollback")
+
+
+def test_skip_and_rollback_leave_the_same_weights_behind_and_survive_a_kill(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANT", "nan:0:11")
+    found = {}
+    for policy in ("skip", "rollback"):
+        folder = tmp_path / policy
+        args = [SCRIPT, *two(digits), "--guard.on-bad-numbers", policy]
+        job = Job(folder, *args, ranks=2, script=PLANTED)
+        assert job.wait_for(lambda job=job: job.step >= 14)
+        job.ranks()[0].kill()
+        job.wait()
+        run(folder, *args, ranks=2, script=PLANTED)
+        found[policy] = traces(folder)
+    assert found["skip"] == found["rollback"]
+
+
+def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, digits, tmp_path, monkeypatch):
+    replay = ROOT / "tools" / "replay.py"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    argv = [sys.executable, *launcher, str(replay), str(clean), "33"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd="/", env=env)
+    assert done.returncode == 0, done.stderr
+    assert f"loss {losses(clean)[33]:.9g} (recorded {losses(clean)[33]:.9g}: equal)" in done.stdout
+    alone = quiet(replay, clean, 33, "--json", tmp_path / "step.json")
+    assert alone.returncode == 0, alone.stderr
+    told = json.loads((tmp_path / "step.json").read_text())
+    assert told["ids"] == global_ids(clean)[33]
+    assert told["loss"] == pytest.approx(losses(clean)[33], abs=1e-4)
+    monkeypatch.setenv("PLANT", "nan:0:11")
+    folder = tmp_path / "run"
+    stopped = quiet(PLANTED, SCRIPT, *two(digits), "--run.dir", folder)
+    assert stopped.returncode == 76
+    again = quiet(PLANTED, replay, folder, 11)
+    assert "loss nan (recorded nan: equal)" in again.stdout, again.stderr
+    assert "after step 8" in again.stdout
+    for step, message in (("0", "steps count from 1"), ("59", "the run has 58 steps")):
+        refused = quiet(replay, folder, step)
+        assert refused.returncode == 2
+        assert message in the_error(refused)
+    assert "no run folder" in the_error(quiet(replay, tmp_path / "nowhere", 3))
+
+
+# Where rounding is not amplified: see tests/train/test_run.py
+CALM = ["--optim.lr", 0.003, "--model.dropout", 0.5]
+
+
+def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(digits, tmp_path):
+    args = [*SMALL, *CALM, "--train.epochs", 3, "--data.shards", digits]
+    whole = run(tmp_path / "whole", *args, ranks=4).folder
+    folder, begun = tmp_path / "run", 0
+    changes = []
+    for ranks, until in ((4, 20), (2, 42), (1, 64), (4, None)):
+        job = Job(folder, *args, ranks=ranks)
+        if until is not None:
+            assert job.wait_for(lambda job=job, until=until: job.step >= until)
+            job.ranks()[0].send_signal(signal.SIGTERM)
+        job.wait()
+        assert job.exit["code"] == (0 if until is None else 75), job.said
+        changes.append(begun)
+        begun = job.exit["step"]
+    assert global_ids(folder) == global_ids(whole)
+    assert traces(folder)["rates"] == traces(whole)["rates"]
+    ours, theirs = losses(folder), losses(whole)
+    for change in changes:
+        for step in range(change + 1, min(change + 21, len(theirs) + 1)):
+            assert abs(ours[step] - theirs[step]) < 1e-4, (change, step)
+
+
+def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(digits, tmp_path):
+    """Two agents on one machine stand for two nodes; one of them is killed with its rank."""
+    folder = tmp_path / "run"
+    args = [*two(digits), *CALM]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (
+        "-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc_per_node", "1", "--max-restarts", "3",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "elastic",
+        "--rdzv_conf", "last_call_timeout=3,timeout=60",
+    )  # fmt: skip
+    agents = [Job(folder, *args, ranks=1, launcher=launcher)]
+    time.sleep(1.0)  # the first holds the rendezvous
+    agents.append(Job(folder, *args, ranks=1, launcher=launcher))
+    assert agents[0].wait_for(lambda: agents[0].step >= 6)
+    described = json.loads((folder / "config.json").read_text())
+    assert described["ranks"] == 2
+    agents[1].ranks()
+    agents[1].end()
+    assert agents[0].wait(seconds=150) == 0, agents[0].said
+    assert json.loads((folder / "config.json").read_text())["ranks"] == 1
+    whole = run(tmp_path / "whole", *args, ranks=2).folder
+    assert global_ids(folder) == global_ids(whole)
+    assert traces(folder)["rates"] == traces(whole)["rates"]
+
+
+def test_what_may_change_changes_and_what_may_not_is_refused_by_field(clean, digits, tmp_path):
+    folder = shutil.copytree(clean, tmp_path / "run")
+    same = [*two(digits), "--run.dir", folder]
+    allowed = [
+        "--loader.prefetch-batches",
+        3,
+        "--guard.hang-seconds",
+        99,
+        "--run.log-every",
+        7,
+        "--train.eval-batch",
+        64,
+    ]
+    done = quiet(SCRIPT, *same, *allowed)
+    assert done.returncode == 0, done.stderr
+    refused = quiet(SCRIPT, *same, "--run.seed", 5, "--model.dropout", 0.25)
+    assert refused.returncode == 2
+    line = the_error(refused)
+    assert "model.dropout=0.25 but it was 0.5" in line
+    assert "run.seed=5 but it was 0" in line
+    longer = quiet(SCRIPT, *same, "--train.epochs", 3)  # cosine: every rate would have been another
+    assert longer.returncode == 2
+    assert "train.epochs=3 but it was 2: with optim.schedule=cosine" in the_error(longer)
+
+
+def test_a_constant_rate_may_go_on_for_more_epochs(digits, tmp_path):
+    args = [*SMALL, "--optim.schedule", "constant", "--data.shards", digits, "--run.dir", tmp_path / "run"]
+    assert quiet(SCRIPT, *args, "--train.epochs", 1).returncode == 0
+    more = quiet(SCRIPT, *args, "--train.epochs", 2)
+    assert more.returncode == 0, more.stderr
+    assert "1 of 2 epochs done" in more.stdout
+    fewer = quiet(SCRIPT, *args, "--train.epochs", 1)
+    assert fewer.returncode == 2
+    assert "train.epochs=1 but" in the_error(fewer)
