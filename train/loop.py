@@ -138,6 +138,8 @@ class Run:
             gradients=accelerator.scaler is None,
         )
         self.meter = Meter(accelerator, config.train.batch)
+        if self._world > 1:
+            self._settle_buckets()
         if saved:
             self._restore(saved)
             self._say(f"going on from {saved.path}: {self._done()} done")
@@ -167,6 +169,24 @@ class Run:
             augment=c.augment,
             config=c.loader,
         )
+
+    def _settle_buckets(self) -> None:
+        """A pass over nothing, before the first step.
+
+        After its first backward pass DDP orders its buckets anew. A resumed run has another first step, and would add
+        up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
+        """
+        ids, crop = self.loader.ids(0, 0), self.config.augment.crop
+        images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device)
+        buffers = [b.clone() for b in self.bare.buffers()]
+        logits = self._logits(images.to(memory_format=torch.channels_last), ids)
+        self.accelerator.backward(logits.sum() * 0)
+        self.optimizer.zero_grad()
+        self._put_back(buffers)
+
+    def _put_back(self, buffers: list[Tensor]) -> None:
+        for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def _open_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -420,8 +440,7 @@ class Run:
         if guard.on_bad_numbers == "rollback":
             raise _RollBack(bad)
         self.state.left_out.append(bad)
-        for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        self._put_back(buffers)
         loss = self._bad_loss()
         self.record.write("left out", bad, {"bad_step": bad, "loss": _text(loss), "ids": self._ids_of(bad)})
         self.record.say(f"step {bad}: {what_is_bad(loss)}; its update is left out")

@@ -18,7 +18,6 @@ import datetime
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +111,7 @@ def is_lost_connection(err: RuntimeError) -> bool:
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import ProjectConfiguration
 
     from train.loop import timeout_seconds
@@ -124,10 +123,6 @@ def make_accelerator(config: Config) -> Accelerator:
         backend = None if config.run.ddp_backend == "auto" else config.run.ddp_backend
         timeout = datetime.timedelta(seconds=timeout_seconds(config))
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-        # Otherwise DDP orders its buckets anew after the first step, and a resumed run, which has another first step,
-        # would add gradients in another order: at three and more ranks other bits. Costs a walk over the graph.
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

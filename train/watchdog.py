@@ -56,6 +56,7 @@ class Watchdog:
     def start(self) -> None:
         with contextlib.suppress(OSError):
             (self.folder / HEARTBEATS).mkdir(exist_ok=True)
+        self._beat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def tick(self, step: int, phase: int) -> None:
@@ -129,7 +130,7 @@ class Watchdog:
             for r in beats
             if r != self.rank and now - self._seen.get(r, (0, now))[1] > min(patience, self.hang_seconds / 3)
         ]
-        reason = describe(beats, silent, self.hang_seconds)
+        reason = describe(beats, silent, seconds=self.hang_seconds, step=self.step)
         with contextlib.suppress(OSError), open(self.folder / HANG, "x") as file:
             json.dump({"reason": reason, "silent": silent}, file)
         self._end(read_hang(self.folder) or reason, first=True, silent=silent, beats=beats)
@@ -150,15 +151,14 @@ class Watchdog:
         os._exit(CODE)
 
 
-def describe(beats: dict[int, dict[str, Any]], silent: list[int], seconds: float) -> str:
+def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: float, step: int) -> str:
     """Who keeps the others waiting: those without a heartbeat, or those that are behind."""
     steps = {r: (b.get("step", 0), PHASES.index(b.get("phase", PHASES[0]))) for r, b in beats.items()}
-    where = f"no step for {seconds:g} seconds"
+    where = f"no step for {seconds:g} seconds after step {step}"
     if silent:
-        who = ", ".join(_who(r, beats[r]) for r in silent)
-        return f"{where}: {who} gave no sign of life since step {min(steps[r][0] for r in silent)}"
+        return f"{where}: {', '.join(_who(r, beats[r]) for r in silent)} gives no sign of life"
     behind = [r for r, s in steps.items() if s == min(steps.values())]
-    place = f"{beats[behind[0]].get('phase', PHASES[0])} after step {steps[behind[0]][0]}"
+    place = f"{beats[behind[0]].get('phase', PHASES[0])} of step {steps[behind[0]][0] + 1}"
     if len(behind) == len(beats):
         return f"{where}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}"
     return f"{where}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"

@@ -131,11 +131,11 @@ def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, d
     job.wait(seconds=20)
     assert not ranks[victim].is_running()
     assert job.exit["code"] == 77
-    assert f"rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) gave no sign" in job.exit["reason"]
+    assert f"rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) gives no sign" in job.exit["reason"]
     stacks = sorted(p.name for p in (folder / "stacks").iterdir())
     assert stacks == [f"rank-{i:05d}.txt" for i in range(3) if i != victim]
     for path in (folder / "stacks").iterdir():
-        assert "in _step" in path.read_text()
+        assert "in _train" in path.read_text()
         assert "Thread" in path.read_text()
     codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", job.said))
     assert codes <= {"77", "-9"}
@@ -148,7 +148,7 @@ def test_a_rank_that_hangs_by_itself_is_named_with_what_it_was_doing(digits, tmp
     job = Job(tmp_path / "run", SCRIPT, *two(digits), "--guard.hang-seconds", 4, ranks=2, script=PLANTED)
     job.wait(seconds=60)
     assert job.exit["code"] == 77
-    assert re.search(r"the others wait for rank 1 \(process \d+ on .*\), in the forward pass after step 6", job.said)
+    assert re.search(r"the others wait for rank 1 \(process \d+ on .*\), in the forward pass of step 7", job.said)
     assert "faulty" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
 
 
