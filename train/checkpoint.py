@@ -82,9 +82,12 @@ class Checkpoints:
         """Copies what is given and publishes it in the background as the checkpoint of `step`.
 
         optimizer: its `state_dict()`. state: JSON; where it holds "best_step", that step's checkpoint is kept.
-        Raises OSError where the save before this one failed; `wait` tells of this one.
+        One that stands already is left as it is: the run went on from it, or has made it. Raises OSError where the save
+        before this one failed; `wait` tells of this one.
         """
         self.wait()
+        if self.path(step).is_dir():  # saved in the middle of the evaluation, which is over now
+            return self._remove_old(step, state.get("best_step"))
         started = time.perf_counter()
         tensors, numbers = _split_optimizer(optimizer)
         staged = self._stage({MODEL: model, OPTIMIZER: tensors})

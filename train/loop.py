@@ -54,7 +54,11 @@ class LossNotFinite(ExpressError):
 
 
 class SaveFailed(StorageError):
-    """A checkpoint or a record could not be written, and the run must not go on without."""
+    """A checkpoint or a record could not be written, `here` or by another rank, and the run must not go on without."""
+
+    def __init__(self, message: str, *, here: bool = True) -> None:
+        super().__init__(message)
+        self.here = here
 
 
 class _RollBack(Exception):
@@ -145,7 +149,7 @@ class Run:
             self._say(f"going on from {saved.path}: {self._done()} done")
         self._open_folder()
         self.record = tracking.Record(
-            self.path, accelerator, resumed_at=self.state.step, record_ids=config.run.record_ids
+            self.path, accelerator, resumed_at=self._resumed_at(), record_ids=config.run.record_ids
         )
         self.record.write("start", self.state.step, {"ranks": accelerator.num_processes})
         self.watchdog = self._make_watchdog()
@@ -169,6 +173,10 @@ class Run:
             augment=c.augment,
             config=c.loader,
         )
+
+    def _resumed_at(self) -> tuple[int, int]:
+        """Steps and evaluations that records may tell of."""
+        return self.state.step, self.state.epoch
 
     def _settle_buckets(self) -> None:
         """A pass over nothing, before the first step.
@@ -470,9 +478,9 @@ class Run:
         """To the newest checkpoint, and from there again without the batch of step `bad`."""
         self._save_is_done()
         path = None
-        if self.accelerator.is_main_process:
-            saved = self.checkpoints.newest()[0]
-            path = saved.path if saved else None
+        if self.accelerator.is_main_process and (saved := self.checkpoints.newest()[0]):
+            path = saved.path
+            self.checkpoints.set_aside_after(saved.state["step"])
         path = self.agreement.from_first(path)
         if path is None:
             self._refuse_bad(bad, "there is no checkpoint to roll back to; ")
@@ -480,7 +488,7 @@ class Run:
         self.optimizer.zero_grad()
         self._restore(checkpoint.load(path))
         self.state.left_out = [*left_out, bad]
-        self.record.rewind(self.state.step)
+        self.record.rewind(*self._resumed_at())
         told = {"bad_step": bad, "loss": _text(loss), "ids": self._ids_of(bad)}
         self.record.write("left out", self.state.step, told)
         self.record.say(f"step {bad}: {what_is_bad(loss)}; back to step {self.state.step}, and on without that batch")
@@ -619,7 +627,10 @@ class Run:
         return int(self.config.guard.on_save_error == "stop")
 
     def _save_failed(self) -> None:
-        raise SaveFailed(f"{self._save_error or 'another rank could not write'}; step {self.state.step} is not saved")
+        step = f"step {self.state.step} is not saved"
+        if self._save_error:
+            raise SaveFailed(f"{self._save_error}; {step}")
+        raise SaveFailed(f"another rank could not write; {step}", here=False)
 
     def close(self) -> None:
         self.watchdog.close()

@@ -167,7 +167,7 @@ def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
 
 def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
     """exit.json, by the rank that knows: a folder that another run holds is left alone."""
-    from train.loop import LossNotFinite
+    from train.loop import LossNotFinite, SaveFailed
     from train.preempt import Preempted
 
     if isinstance(err, Preempted) or (rank() and run is None) or not folder.path.is_dir():
@@ -180,8 +180,8 @@ def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
             if folder.has_end:
                 return
         more = {"loss": repr(err.loss), "ids": err.ids} if isinstance(err, LossNotFinite) else {}
-        if rank() and more:
-            return  # rank 0 writes the same
+        if (rank() and more) or (isinstance(err, SaveFailed) and not err.here):
+            return  # another rank writes it
         step = err.step if isinstance(err, LossNotFinite) and err.step else step_of(run)
         folder.write_end(code=err.code, reason=str(err), step=step, **more)
 

@@ -21,23 +21,23 @@ class Record:
     What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, *, resumed_at: int, record_ids: bool) -> None:
+    def __init__(self, run: Path, accelerator: Accelerator, *, resumed_at: tuple[int, int], record_ids: bool) -> None:
         self.run, self.accelerator = run, accelerator
         self.main, self.record_ids = accelerator.is_main_process, record_ids
         self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
-        self.rewind(resumed_at)
+        self.rewind(*resumed_at)
 
-    def rewind(self, step: int) -> None:
-        """Forgets what was written of steps after `step`; all ranks together."""
+    def rewind(self, step: int, epoch: int) -> None:
+        """Forgets what was written of steps after `step`, and evaluations after `epoch`; all ranks together."""
         self._close_files()
         if self.main:
-            _trim(self.run / METRICS, step)
+            _trim(self.run / METRICS, step, epoch)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
             # Of all ranks that ever were: the run may go on with fewer.
             for path in (self.run / IDS).glob("rank-*.jsonl"):
-                _trim(path, step)
+                _trim(path, step, epoch)
             if self.record_ids:
                 (self.run / IDS).mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
@@ -87,19 +87,20 @@ class Record:
         self._metrics = self._ids = None
 
 
-def _trim(path: Path, resumed_at: int) -> None:
-    """Takes from a .jsonl what a killed run wrote after the checkpoint that it goes on from; all of it at 0."""
+def _trim(path: Path, step: int, epoch: int) -> None:
+    """Takes from a .jsonl what a killed run wrote after the checkpoint that it goes on from; all of it at step 0."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True) if resumed_at else []
+    lines = path.read_bytes().splitlines(keepends=True) if step else []
     with atomic_write(path) as file:
-        file.write(b"".join(line for line in lines if _is_before(line, resumed_at)))
+        file.write(b"".join(line for line in lines if _is_before(line, step, epoch)))
 
 
-def _is_before(line: bytes, step: int) -> bool:
+def _is_before(line: bytes, step: int, epoch: int) -> bool:
     try:
-        return int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+        told = json.loads(line)
+        return int(told["step"]) <= step and (told.get("kind") != "val" or int(told["epoch"]) <= epoch)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two
 
 
