@@ -79,7 +79,12 @@ def test_a_run_leaves_its_records(one):
     train = metrics(one, "train")[-1]
     assert train["images_per_second"] > 0
     assert 0 <= train["data_wait"] <= 1
-    assert sorted(p.name for p in (one / "checkpoints").iterdir()) == ["latest", "step-00000022", "step-00000044"]
+    assert sorted(p.name for p in (one / "checkpoints").iterdir()) == [
+        "best",
+        "latest",
+        "step-00000022",
+        "step-00000044",
+    ]
     assert json.loads((one / "exit.json").read_text()) == {"code": 0, "reason": "done", "step": 44}
     described = json.loads((one / "config.json").read_text())
     assert described["config"]["train"]["batch"] == 64
@@ -111,8 +116,10 @@ def test_two_ranks_see_the_same_ids_and_losses_as_one(one, digits, tmp_path):
     assert len(pairs) == 20
 
 
-# At a rate where rounding is not amplified: He's initialisation at 0.01 makes 1e-2 of 1e-7 in 50 steps.
-CALM = ["--train.epochs", 3, "--optim.lr", 0.003, "--run.log-every", 1, "--run.record-ids"]
+FEW = ["--train.epochs", 3, "--run.log-every", 1, "--run.record-ids"]
+# Where rounding is not amplified: He's initialisation at 0.01 makes 1e-2 of 1e-7 in 50 steps, torch's does not.
+CALM = [*FEW, "--optim.lr", 0.003]
+FASTER = [*FEW, "--optim.lr", 0.01, "--optim.warmup-epochs", 0, "--model.weight-init", "torch"]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +133,27 @@ def calm(digits, tmp_path_factory) -> Path:
     return run
 
 
+def assert_losses_agree(a: Path, b: Path) -> None:
+    """To what was asked of them: 1e-4 over 20 steps, 1e-3 over 50."""
+    losses = [[line["loss"] for line in metrics(r, "train")] for r in (a, b)]
+    differences = [abs(x - y) for x, y in zip(*losses, strict=True)]
+    assert len(differences) == 3 * STEPS
+    assert max(differences[:20]) < 1e-4
+    assert max(differences[:50]) < 1e-3
+
+
+def test_with_dropout_losses_of_ranks_agree_at_the_seeds_rate(digits, tmp_path):
+    for ranks in (1, 2, 4):
+        done = launch("demo", "--data.shards", digits, "--run.dir", tmp_path / str(ranks), *FASTER, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert_losses_agree(tmp_path / "1", tmp_path / str(ranks))
+    # Other masks would be seen: they change the first loss by more than is allowed.
+    other = launch("demo", "--data.shards", digits, "--run.dir", tmp_path / "other", *FASTER, "--model.dropout", 0.4)
+    assert other.returncode == 0, other.stderr
+    first, second = (metrics(tmp_path / name, "train")[0]["loss"] for name in ("1", "other"))
+    assert abs(first - second) > 2e-4
+
+
 @pytest.mark.parametrize(
     ("ranks", "compiled"), [(2, "off"), (4, "off"), (1, "norm"), (1, "model")], ids=["2", "4", "norm", "model"]
 )
@@ -135,10 +163,7 @@ def test_with_dropout_losses_of_ranks_and_of_compiled_nets_agree(ranks, compiled
     done = launch(*args, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert global_ids(run) == global_ids(calm)
-    losses = [[line["loss"] for line in metrics(r, "train")] for r in (calm, run)]
-    differences = [abs(a - b) for a, b in zip(*losses, strict=True)]
-    assert max(differences[:20]) < 1e-4
-    assert max(differences[:50]) < 1e-3
+    assert_losses_agree(calm, run)
 
 
 def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, digits, tmp_path):
@@ -155,17 +180,12 @@ def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, digits, tm
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    again = launch(*args)
-    assert again.returncode != 0
-    assert "holds a run already (step-00000022); go on with it by --resume" in again.stderr
-    resumed = launch(*args, "--resume")
+    resumed = launch(*args)  # the same command
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from" in resumed.stdout
+    assert f"going on from {run / 'checkpoints' / 'step-00000022'}: 1 of 2 epochs done" in resumed.stdout
     assert global_ids(run) == global_ids(one)
-    ours, theirs = metrics(run, "train"), metrics(one, "train")
-    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
-    assert [m["lr"] for m in ours] == [m["lr"] for m in theirs]
-    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], abs=1e-4)
+    for field in ("step", "lr", "loss"):
+        assert [m[field] for m in metrics(run, "train")] == [m[field] for m in metrics(one, "train")]
     finished = alone(*args, "--resume")
     assert finished.stdout.splitlines()[-1] == resumed.stdout.splitlines()[-1]
 
@@ -187,7 +207,7 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one
     process.wait()
     resumed = launch(*args, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"resuming from .*: 1 of 2 epochs and \d+ of 22 steps done", resumed.stdout)
+    assert re.search(r"going on from .*: 1 of 2 epochs and \d+ of 22 steps done", resumed.stdout)
     assert global_ids(run) == global_ids(one)
     ours, theirs = metrics(run, "train"), metrics(one, "train")
     assert [m["step"] for m in ours] == [m["step"] for m in theirs]
@@ -196,15 +216,13 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one
 
 def test_resuming_another_run_is_refused_with_both_values(one, digits):
     for flag, value, message in (
-        ("--train.batch", 32, r"train.batch=32 but .* was trained with 64"),
-        ("--run.seed", 5, r"run.seed=5 but .* was trained with 0"),
-        ("--model.width", 0.5, r"model.width=0.5 but .* was trained with 0.25"),
-        ("--train.epochs", 3, r"train.epochs=3 but .* was trained with 2"),
-        ("--optim.weight-decay", 0, r"optim.weight_decay=0.0 but .* was trained with 0.0005"),
+        ("--train.batch", 32, "train.batch=32 but it was 64"),
+        ("--run.seed", 5, "run.seed=5 but it was 0"),
+        ("--model.width", 0.5, "model.width=0.5 but it was 0.25"),
+        ("--train.epochs", 3, "train.epochs=3 but it was 2"),
+        ("--optim.weight-decay", 0, r"optim.weight_decay=0.0 but it was 0.0005"),
     ):
-        done = alone(
-            "demo", "--data.shards", digits, "--run.dir", one, "--train.epochs", 2, *EXACT, flag, value, "--resume"
-        )
+        done = alone("demo", "--data.shards", digits, "--run.dir", one, "--train.epochs", 2, *EXACT, flag, value)
         assert done.returncode == 2
         assert re.search(message, the_error(done))
 
@@ -285,13 +303,14 @@ def test_a_diverged_run_ends_with_its_own_code(digits, tmp_path):
     done = alone("demo", "--data.shards", digits, "--run.dir", run, "--optim.lr", "1e6", "--train.epochs", 3)
     assert done.returncode == 76
     assert "Traceback" not in done.stderr
-    assert re.search(
-        r"error: the (validation )?loss is (nan|inf) at step \d+; start anew with a lower optim.lr than 1000000.0",
-        done.stderr,
-    )
     ended = json.loads((run / "exit.json").read_text())
     assert ended["code"] == 76
-    assert ended["step"] > 0
+    assert len(ended["ids"]) == 64
+    assert re.search(
+        rf"error: the loss is \S+?(, a gradient is not finite)? at step {ended['step']}; tools/replay.py {run}"
+        rf" {ended['step']} shows it again; try a lower optim.lr than 1000000.0",
+        done.stderr,
+    )
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once(digits, tmp_path):

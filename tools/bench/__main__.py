@@ -3,6 +3,7 @@
     python tools/bench loader --images imagenet-sample.tar
     python tools/bench shards --images imagenet-sample.tar
     python tools/bench train
+    python tools/bench saves
     python tools/bench order
 
 Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command.
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools import cli
-from tools.bench import loader, order, shards, train
+from tools.bench import loader, order, saves, shards, train
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     loader.add_arguments(kinds.add_parser("loader", help="images a second, decoded and cropped"))
     shards.add_arguments(kinds.add_parser("shards", help="images a second, from class folders to verified shards"))
     train.add_arguments(kinds.add_parser("train", help="training steps on synthetic images"))
+    saves.add_arguments(kinds.add_parser("saves", help="what a checkpoint costs a run"))
     order.add_arguments(kinds.add_parser("order", help="what the order costs and how well a window mixes"))
     args = p.parse_args()
     args.run(args)
