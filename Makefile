@@ -1,6 +1,6 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
 # make test    format, lint and tests
-# make faults  the sharder killed 50 times, and everything else that can go wrong with a disk
+# make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make simd    Pillow-SIMD instead of Pillow, built here: needs a compiler and the headers of libjpeg and zlib
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
 # make gpu-proof   what only a GPU can show; ARGS='--device cpu --tiny' walks the same steps without one
@@ -45,7 +45,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 faults: $(INSTALLED)
-	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py $(ARGS)
+	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py tests/faults $(ARGS)
 
 simd: $(INSTALLED)
 	$(BIN)/python -m pip uninstall --yes --quiet pillow

@@ -84,7 +84,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def configured(described: dict[str, Any], shards: str, scratch: Path, *, resume: str) -> Any:
     """The run's configuration; only where it reads from and writes to is another."""
     from train.config import Config
-    from train.same import as_saved
+    from train.resume import as_saved
 
     config = as_saved(Config(), described["config"])
     # A roll-back ends as a step that was left out; there is nothing here to roll back to.

@@ -194,12 +194,6 @@ class Checkpoints:
         whole = (path for path in reversed(self.all()) if _step(path) < step and _is_whole(path))
         return next(whole, None)
 
-    def whole_after(self, path: Path) -> list[Path]:
-        """Those of later steps than `path` that verify, oldest first; none where `path` is of another folder."""
-        if path.resolve().parent != self.folder.resolve():
-            return [p for p in self.all() if _is_whole(p)]
-        return [later for later in self.all() if _step(later) > _step(path) and _is_whole(later)]
-
     def set_aside_after(self, step: int) -> None:
         """Takes the names of damaged ones of later steps away, so that this run can give them anew."""
         for path in self.all():

@@ -18,24 +18,24 @@ from torch import Tensor
 
 from model import AlexNet
 from pipeline import cores
-from pipeline.errors import CHECK_FAILED, ConfigError, DataError, ExpressError, StorageError
+from pipeline.errors import CHECK_FAILED, DataError, ExpressError
 from pipeline.files import write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from pipeline.read import draws, order
 from pipeline.read.loader import Batch, Loader
 
-from . import checkpoint, environment, preempt, tracking, watchdog
+from . import checkpoint, environment, preempt, resume, tracking, watchdog
 from .agreement import Agreement
 from .checkpoint import Saved
-from .config import RESUME_NEWEST, Config
+from .config import Config
 from .finite import Finite
 from .folder import RunFolder
 from .meter import Meter
 from .networks import compile_net, load_weights, make_net, set_training, without_dropout
 from .optim import learning_rate, make_optimizer, set_learning_rate
 from .preempt import Preempted, Stop
-from .same import refuse_another_run, what_must_stay
+from .saving import Saver
 from .validation import Result, evaluate
 
 INIT = 1_000_000  # draw streams of training, away from the loader's
@@ -51,14 +51,6 @@ class LossNotFinite(ExpressError):
     def __init__(self, message: str, *, step: int, loss: float, ids: list[int] | None = None) -> None:
         super().__init__(message)
         self.step, self.loss, self.ids = step, loss, ids or []
-
-
-class SaveFailed(StorageError):
-    """A checkpoint or a record could not be written, `here` or by another rank, and the run must not go on without."""
-
-    def __init__(self, message: str, *, here: bool = True) -> None:
-        super().__init__(message)
-        self.here = here
 
 
 class _RollBack(Exception):
@@ -118,7 +110,16 @@ class Run:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self.checkpoints = checkpoint.Checkpoints(self.path, keep=config.run.keep_checkpoints)
-        saved = self._choose()
+        self.saver = Saver(self.checkpoints, self.agreement, on_error=config.guard.on_save_error)
+        saved = resume.choose(
+            config,
+            self.dataset,
+            folder=self.folder,
+            checkpoints=self.checkpoints,
+            agreement=self.agreement,
+            first=accelerator.is_main_process,
+            steps_per_epoch=self.steps_per_epoch,
+        )
         torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
         net = make_net(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
         if config.model.init and not saved:
@@ -236,49 +237,6 @@ class Run:
 
     # Resuming
 
-    def _choose(self) -> Saved | None:
-        """The checkpoint to go on from, which rank 0 chooses for all; None: from the start.
-
-        Only here the folder is made and claimed: what was refused before leaves nothing behind.
-        """
-        chosen: tuple[Path | None, ExpressError | None] = (None, None)
-        saved = None
-        if self.accelerator.is_main_process:
-            try:
-                self.folder.claim()
-                saved = self._choose_here()
-                if saved:
-                    refuse_another_run(self.config, self.dataset, saved, steps_per_epoch=self.steps_per_epoch)
-                chosen = (saved.path if saved else None, None)
-            except ExpressError as err:
-                chosen = (None, err)
-            except OSError as err:
-                chosen = (None, StorageError(f"{err.filename or self.path}: {err.strerror or err}"))
-        path, error = self.agreement.from_first(chosen)
-        if error:
-            raise error
-        return saved or (checkpoint.load(path) if path else None)
-
-    def _choose_here(self) -> Saved | None:
-        resume = self.config.resume
-        if resume and resume != RESUME_NEWEST:
-            # Going back would leave two runs' checkpoints in one folder, and the next start would take the other one's.
-            if later := self.checkpoints.whole_after(Path(resume)):
-                raise ConfigError(
-                    f"--resume {resume}: {self.path} goes on to {later[-1].name};"
-                    " to branch off an earlier checkpoint, choose another --run.dir"
-                )
-            return checkpoint.load(Path(resume))
-        saved, damaged = self.checkpoints.newest()
-        for line in damaged:
-            print(f"passed over: {line.removesuffix('; resume from another one')}", flush=True)
-        if damaged and not saved:
-            print(f"{self.path}: no checkpoint is whole; starting anew", flush=True)
-        if resume and not saved:
-            raise ConfigError(f"{self.path}: no checkpoint to resume from; start without --resume")
-        self.checkpoints.set_aside_after(saved.state["step"] if saved else -1)
-        return saved
-
     def _restore(self, saved: Saved) -> None:
         state = saved.state
         try:
@@ -348,6 +306,7 @@ class Run:
             enabled=self.accelerator.is_main_process,
         )
         self.loader.stats()
+        self._tick(DATA)
         rate = 0.0
         for batch in self.loader:
             rate = learning_rate(
@@ -382,14 +341,14 @@ class Run:
         ids = self.loader.ids(*self._coordinates(number))
         stop = self._asked_to_stop()
         if number in self.state.left_out:  # by a roll-back
-            stop, _, broken = self.agreement.largest(stop, 0, self._broken())
+            stop, _, broken = self.agreement.largest(stop, 0, self.saver.is_broken(self.record))
         else:
             buffers = self._buffers()
             loss = F.cross_entropy(self._logits(batch.images, ids), batch.labels)
             self._tick(BACKWARD)  # where ranks wait for each other
             self.accelerator.backward(loss)
             bad = self.finite.bad_step(number, loss)
-            stop, bad, broken = self.agreement.largest(stop, bad, self._broken())
+            stop, bad, broken = self.agreement.largest(stop, bad, self.saver.is_broken(self.record))
             if bad:
                 self._leave_out(bad, buffers)
             else:
@@ -399,7 +358,7 @@ class Run:
         self.state.step = number
         self.record.ids(number, ids)
         if broken:
-            self._save_failed()
+            self.saver.refuse(number)
         return stop
 
     def _coordinates(self, number: int) -> tuple[int, int]:
@@ -476,7 +435,7 @@ class Run:
 
     def _roll_back(self, bad: int) -> None:
         """To the newest checkpoint, and from there again without the batch of step `bad`."""
-        self._save_is_done()
+        self.saver.settle()
         path = None
         if self.accelerator.is_main_process and (saved := self.checkpoints.newest()[0]):
             path = saved.path
@@ -569,17 +528,14 @@ class Run:
         if stop:
             self._end_by(stop)
 
-    # Saving
-
     def _save(self) -> None:
         """Copies what is to be saved; it is written while training goes on."""
         self._tick(SAVING)
         self._refuse_bad(self.finite.rest())
         meter = self.meter.state_dict()
         if self.accelerator.is_main_process:
-            self._tell_of_save_error()
             scaler = self.accelerator.scaler
-            self.checkpoints.save(
+            self.saver.save(
                 self.state.step,
                 model=self.bare.state_dict(),
                 optimizer=self.optimizer.state_dict(),
@@ -588,49 +544,16 @@ class Run:
                     "loader": self.loader.state_dict(),
                     "meter": meter,
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "config": what_must_stay(self.config, self.dataset),
+                    "config": resume.what_must_stay(self.config, self.dataset),
                     "epochs": self.config.train.epochs,
                     "ranks": self._world,
                 },
             )
 
     def _save_is_done(self) -> None:
-        """Waits for what is being written. Raises SaveFailed, at all ranks, where it could not be."""
+        """Waits, at all ranks, for what is being written."""
         self._tick(SAVING)
-        self._tell_of_save_error()
-        if self.agreement.largest(int(self._save_error is not None))[0]:
-            self._save_failed()
-
-    _save_error: str | None = None  # what the last save, or a record, met
-
-    def _tell_of_save_error(self) -> None:
-        """Of the save before: waits for its end."""
-        self._save_error = None
-        try:
-            self.checkpoints.wait()
-        except OSError as err:
-            self._save_error = f"{err.filename or self.checkpoints.folder}: {err.strerror or err}"
-            kept = self.checkpoints.all()
-            last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
-            print(f"could not save: {self._save_error}; {last}", file=sys.stderr, flush=True)
-
-    def _broken(self) -> int:
-        """Whether something could not be written that must be."""
-        if self.record.error is not None:
-            err, self.record.error = self.record.error, None
-            self._save_error = f"{err.filename or self.path}: {err.strerror or err}"
-            print(f"could not record: {self._save_error}", file=sys.stderr, flush=True)
-        elif self.checkpoints.failed:
-            self._tell_of_save_error()
-        else:
-            return 0
-        return int(self.config.guard.on_save_error == "stop")
-
-    def _save_failed(self) -> None:
-        step = f"step {self.state.step} is not saved"
-        if self._save_error:
-            raise SaveFailed(f"{self._save_error}; {step}")
-        raise SaveFailed(f"another rank could not write; {step}", here=False)
+        self.saver.finish(self.state.step)
 
     def close(self) -> None:
         self.watchdog.close()

@@ -148,8 +148,9 @@ def make_accelerator(config: Config) -> Accelerator:
 def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
     from train import watchdog
-    from train.loop import LossNotFinite, SaveFailed
+    from train.loop import LossNotFinite
     from train.preempt import Preempted
+    from train.saving import SaveFailed
 
     if isinstance(err, LostRank) and (hang := watchdog.read_hang(folder.path)):
         # The peer was lost because it hung: whoever noticed has said so.
@@ -167,8 +168,9 @@ def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
 
 def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
     """exit.json, by the rank that knows: a folder that another run holds is left alone."""
-    from train.loop import LossNotFinite, SaveFailed
+    from train.loop import LossNotFinite
     from train.preempt import Preempted
+    from train.saving import SaveFailed
 
     if isinstance(err, Preempted) or (rank() and run is None) or not folder.path.is_dir():
         return  # written already, or told by rank 0

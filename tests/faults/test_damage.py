@@ -194,3 +194,15 @@ def test_a_run_folder_that_cannot_be_written_is_one_line_with_74(digits, tmp_pat
     done = again(tmp_path / "blocked" / "run", digits)
     assert done.returncode == 74
     assert "blocked" in the_error(done)
+
+
+def test_a_branch_goes_on_by_the_same_command(clean, digits, tmp_path):
+    begun = clean / "checkpoints" / "step-00000024"
+    branch = tmp_path / "branch"
+    done = again(branch, digits, "--resume", begun)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {begun}" in done.stdout
+    assert traces(branch)["weights"] == traces(clean)["weights"]
+    done = again(branch, digits, "--resume", begun)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {branch / 'checkpoints' / 'step-00000029'}" in done.stdout

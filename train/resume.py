@@ -1,15 +1,18 @@
-"""Whether a run is the same run: what may differ between a checkpoint and the configuration that goes on from it."""
+"""What a run goes on from, and whether that is the same run: what may differ from how the checkpoint was trained."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ExpressError, StorageError
 from pipeline.manifest import Dataset
 
-from .checkpoint import Saved
-from .config import Config, flatten
+from .agreement import Agreement
+from .checkpoint import Checkpoints, Saved, load
+from .config import RESUME_NEWEST, Config, flatten
+from .folder import RunFolder
 from .optim import learning_rate
 
 # These change nothing of what is trained, or are meant to be changed: where the data lie, how they are read, what is
@@ -28,6 +31,65 @@ MAY_CHANGE = (
     "train.epochs",
     "train.eval_batch",
 )
+
+
+def choose(
+    config: Config,
+    dataset: Dataset,
+    *,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    agreement: Agreement,
+    first: bool,
+    steps_per_epoch: int,
+) -> Saved | None:
+    """The checkpoint to go on from, which rank 0, the `first`, chooses for all; None: from the start.
+
+    Only here the folder is made and claimed: what was refused before leaves nothing behind. Raises ConfigError,
+    DataError or StorageError, the same at all ranks.
+    """
+    path: Path | None = None
+    saved: Saved | None = None
+    error: ExpressError | None = None
+    if first:
+        try:
+            folder.claim()
+            saved = _choose(config.resume, checkpoints)
+            if saved:
+                path = saved.path
+                refuse_another_run(config, dataset, saved, steps_per_epoch=steps_per_epoch)
+            here = saved is not None and saved.path.parent.resolve() == checkpoints.folder.resolve()
+            checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
+        except ExpressError as err:
+            error = err
+        except OSError as err:
+            error = StorageError(f"{err.filename or folder.path}: {err.strerror or err}")
+    path, error = agreement.from_first((path, error))
+    if error:
+        raise error
+    return saved or (load(path) if path else None)
+
+
+def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
+    saved, damaged = checkpoints.newest()
+    for line in damaged:
+        print(f"passed over: {line.removesuffix('; resume from another one')}", flush=True)
+    if asked and asked != RESUME_NEWEST:
+        named = Path(asked)
+        if named.resolve().parent != checkpoints.folder.resolve():
+            return saved or load(named)  # the branch that was begun there goes on
+        if saved and saved.path.name > named.name:
+            # Going back would leave two runs' checkpoints in one folder, and the next start would take the other one's.
+            raise ConfigError(
+                f"--resume {asked}: {checkpoints.run} goes on to {saved.path.name};"
+                " to branch off an earlier checkpoint, choose another --run.dir"
+            )
+        return load(named)
+    if damaged and not saved:
+        print(f"{checkpoints.run}: no checkpoint is whole; starting anew", flush=True)
+    if asked and not saved:
+        raise ConfigError(f"{checkpoints.run}: no checkpoint to resume from; start without --resume")
+    return saved
 
 
 def what_must_stay(config: Config, dataset: Dataset) -> dict[str, Any]:

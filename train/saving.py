@@ -1,0 +1,75 @@
+"""Saving behind the run's back, and what is told and done when that fails."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pipeline.errors import StorageError
+
+from .agreement import Agreement
+from .checkpoint import Checkpoints
+from .tracking import Record
+
+
+class SaveFailed(StorageError):
+    """A checkpoint or a record could not be written, `here` or by another rank, and the run must not go on without."""
+
+    def __init__(self, message: str, *, here: bool = True) -> None:
+        super().__init__(message)
+        self.here = here
+
+
+class Saver:
+    """Checkpoints of a run, written by rank 0; all ranks learn of what could not be written.
+
+    on_error: whether a run ends, or goes on and tries again at its next save.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, agreement: Agreement, *, on_error: Literal["stop", "continue"]
+    ) -> None:
+        self.checkpoints, self.agreement, self.on_error = checkpoints, agreement, on_error
+        self._error = ""  # what this rank met last
+
+    def save(self, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
+        """At rank 0: copies what is given, and returns while it is being written."""
+        self.settle()
+        self.checkpoints.save(step, model=model, optimizer=optimizer, state=state)
+
+    def settle(self) -> None:
+        """Waits for the save before; says what went wrong with it."""
+        self._error = ""
+        try:
+            self.checkpoints.wait()
+        except OSError as err:
+            self._error = f"{err.filename or self.checkpoints.folder}: {err.strerror or err}"
+            kept = self.checkpoints.all()
+            last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
+            print(f"could not save: {self._error}; {last}", file=sys.stderr, flush=True)
+
+    def is_broken(self, record: Record) -> int:
+        """1 where this rank has met something that the run must not go on without; says it in any case."""
+        if record.error is not None:
+            err, record.error = record.error, None
+            self._error = f"{err.filename or record.run}: {err.strerror or err}"
+            print(f"could not record: {self._error}", file=sys.stderr, flush=True)
+        elif self.checkpoints.failed:
+            self.settle()
+        else:
+            return 0
+        return int(self.on_error == "stop")
+
+    def finish(self, step: int) -> None:
+        """Waits until the last save is on the disk. Raises SaveFailed, at all ranks, where it could not be written."""
+        self.settle()
+        if self.agreement.largest(int(bool(self._error)))[0]:
+            self.refuse(step)
+
+    def refuse(self, step: int) -> None:
+        """Raises SaveFailed; at all ranks together."""
+        if self._error:
+            raise SaveFailed(f"{self._error}; step {step} is not saved")
+        raise SaveFailed(f"another rank could not write; step {step} is not saved", here=False)
