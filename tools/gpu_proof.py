@@ -3,7 +3,8 @@
     python tools/gpu_proof.py --out docs/results
     python tools/gpu_proof.py --device cpu --tiny        the same steps without a GPU, to try them out
 
-Steps: tests marked gpu; loader rate for keep and jpeg; the training step, synthetic and fed; two ranks on one device.
+Steps: tests marked gpu; loader rate for keep and jpeg; the training step, synthetic and fed; two ranks on one device;
+a kill and the same command again; what checkpoints cost.
 Exit codes: 0 all steps passed, 1 a step failed (the others ran all the same), 2 usage, 65 bad data.
 """
 
@@ -37,10 +38,12 @@ from pipeline import AugmentConfig, Loader
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
+from pipeline.shards import file_sha256
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
 from tools import cli
+from tools.bench import saves as bench_saves
 from tools.bench import train as bench_train
 from tools.bench.loader import unpacked
 from train import environment
@@ -230,8 +233,61 @@ def recorded_ids(run: Path) -> dict[int, list[int]]:
 
 
 def recorded_losses(run: Path) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def resume(proof: Proof) -> dict[str, Any]:
+    """A deterministic run that is killed between two saves, and the same command again, against one left alone."""
+    shards = proof.scratch / "digits"
+    if not shards.is_dir():
+        build(Plan(Digits(side=36), Options()), shards, workers=1)
+    runs = {kind: proof.scratch / f"resume-{kind}" for kind in ("whole", "killed")}
+    killed_at = train_until(proof, shards, runs["killed"], step=10)
+    for run in runs.values():
+        train_until(proof, shards, run)
+    found = {kind: (recorded_losses(run), weights_of(run)) for kind, run in runs.items()}
+    if found["whole"] != found["killed"]:
+        pairs = zip(found["whole"][0], found["killed"][0], strict=True)
+        first = next((i + 1 for i, (a, b) in enumerate(pairs) if a != b), None)
+        raise ExpressError(f"killed after step {killed_at}: not the undisturbed run's bits, from step {first} on")
+    return {"killed_after_step": killed_at, "steps": len(found["whole"][0]), "weights_and_losses": "equal"}
+
+
+def train_until(proof: Proof, shards: Path, run: Path, *, step: int = 0) -> int:
+    """One epoch of the digits, deterministic; killed once `step` is recorded. Returns the last recorded step."""
+    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if proof.device.type == "cpu" else {})
+    command = [sys.executable, str(ROOT / "train" / "run.py"), "demo", "--data.shards", str(shards)]
+    command += ["--run.dir", str(run), "--train.epochs", "1", "--run.log-every", "1", "--run.save-every", "7"]
+    command += ["--run.deterministic"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    while step and process.poll() is None and not (run / "checkpoints" / "step-00000007").is_dir():
+        time.sleep(0.001)
+    while step and process.poll() is None and len(recorded_losses(run)) < step:
+        time.sleep(0.001)
+    if step:
+        process.kill()
+    said = process.communicate(timeout=300)[1].decode(errors="replace")
+    if not step and process.returncode:
+        raise ExpressError("\n".join(said.strip().splitlines()[-15:]))
+    return len(recorded_losses(run))
+
+
+def weights_of(run: Path) -> list[str]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return [file_sha256(newest / f"{name}.safetensors") for name in ("model", "optimizer")]
+
+
+def save_costs(proof: Proof) -> dict[str, Any]:
+    """What checkpoints cost: tools/bench saves, here."""
+    few = argparse.Namespace(
+        blocks=1 if proof.tiny else 5, seconds=proof.seconds, batch=proof.batch, device=str(proof.device)
+    )
+    folder = proof.scratch / "saves"
+    nets = ["demo"] if proof.tiny else list(bench_saves.NETS)
+    return {"results": [bench_saves.measure(name, few, folder / name) for name in nets]}
 
 
 STEPS = {
@@ -240,6 +296,8 @@ STEPS = {
     "step": training_step,
     "ranks": two_ranks,
     "train": training_table,
+    "resume": resume,
+    "saves": save_costs,
 }
 
 

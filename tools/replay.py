@@ -46,6 +46,7 @@ def main() -> None:
 
 
 def replay(args: argparse.Namespace, scratch: Path) -> None:
+    from train import again
     from train.checkpoint import Checkpoints
     from train.loop import Run
     from train.run import make_accelerator
@@ -58,7 +59,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step
-    found = run.replay(args.step)
+    found = again.replay(run, args.step)
     if accelerator.is_main_process:
         names = [run.loader.describe(id_) for id_ in found.ids]
         epoch, within = divmod(args.step - 1, run.steps_per_epoch)

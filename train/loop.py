@@ -77,16 +77,6 @@ class State:
     left_out: list[int] = field(default_factory=list)  # steps, counted from 1, that update nothing: bad numbers
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """A step's numbers: of its global batch, and the loss of each of its samples."""
-
-    ids: list[int]
-    loss: float
-    gradient_norm: float
-    losses: list[float]
-
-
 class Run:
     """A run's parts, put together. `state` is public, so that the end can be told with its step."""
 
@@ -188,7 +178,7 @@ class Run:
         ids, crop = self.loader.ids(0, 0), self.config.augment.crop
         images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device)
         buffers = [b.clone() for b in self.bare.buffers()]
-        logits = self._logits(images.to(memory_format=torch.channels_last), ids)
+        logits = self.logits(images.to(memory_format=torch.channels_last), ids)
         self.accelerator.backward(logits.sum() * 0)
         self.optimizer.zero_grad()
         self._put_back(buffers)
@@ -309,10 +299,8 @@ class Run:
         self._tick(DATA)
         rate = 0.0
         for batch in self.loader:
-            rate = learning_rate(
-                c.optim, step=state.step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
-            )
-            stop = self._step(batch, rate)
+            rate = self.rate(state.step)
+            stop = self.step(batch)
             note = ""
             if state.step % c.run.log_every == 0 and self.meter.steps:
                 note = self._log(self.meter.read(self.loader), rate, number)
@@ -333,22 +321,26 @@ class Run:
             )
         self.meter = Meter(self.accelerator, c.train.batch)
 
-    def _step(self, batch: Batch, rate: float) -> int:
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return learning_rate(
+            self.config.optim, step=step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
+        )
+
+    def step(self, batch: Batch) -> int:
         """One step, with its update if its numbers allow; returns the request to stop that any rank has, or 0."""
         self._tick(FORWARD)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, self.rate(self.state.step))
         number = self.state.step + 1
-        ids = self.loader.ids(*self._coordinates(number))
-        stop = self._asked_to_stop()
+        ids = self.loader.ids(*self.coordinates(number))
         if number in self.state.left_out:  # by a roll-back
-            stop, _, broken = self.agreement.largest(stop, 0, self.saver.is_broken(self.record))
+            stop, _, broken = self._agree(0)
         else:
             buffers = self._buffers()
-            loss = F.cross_entropy(self._logits(batch.images, ids), batch.labels)
+            loss = F.cross_entropy(self.logits(batch.images, ids), batch.labels)
             self._tick(BACKWARD)  # where ranks wait for each other
             self.accelerator.backward(loss)
-            bad = self.finite.bad_step(number, loss)
-            stop, bad, broken = self.agreement.largest(stop, bad, self.saver.is_broken(self.record))
+            stop, bad, broken = self._agree(self.finite.bad_step(number, loss))
             if bad:
                 self._leave_out(bad, buffers)
             else:
@@ -361,7 +353,11 @@ class Run:
             self.saver.refuse(number)
         return stop
 
-    def _coordinates(self, number: int) -> tuple[int, int]:
+    def _agree(self, bad: int) -> list[int]:
+        """Of all ranks: the request to stop, the step with bad numbers, whether something could not be written."""
+        return self.agreement.largest(self._asked_to_stop(), bad, self.saver.is_broken(self.record))
+
+    def coordinates(self, number: int) -> tuple[int, int]:
         """(epoch, step), from 0, of the step that is the number'th of the run."""
         return divmod(number - 1, self.steps_per_epoch)
 
@@ -409,16 +405,16 @@ class Run:
         self.state.left_out.append(bad)
         self._put_back(buffers)
         loss = self._bad_loss()
-        self.record.write("left out", bad, {"bad_step": bad, "loss": _text(loss), "ids": self._ids_of(bad)})
+        self.record.write("left out", bad, {"bad_step": bad, "loss": _text(loss), "ids": self.ids_of(bad)})
         self.record.say(f"step {bad}: {what_is_bad(loss)}; its update is left out")
 
     def _bad_loss(self) -> float:
         """The loss, over all ranks, of the step that was told of."""
         return float(self.accelerator.reduce(torch.as_tensor(self.finite.loss), "mean"))
 
-    def _ids_of(self, number: int) -> list[int]:
+    def ids_of(self, number: int) -> list[int]:
         """The whole global batch."""
-        return [int(i) for i in self.loader.ids(*self._coordinates(number), whole=True)]
+        return [int(i) for i in self.loader.ids(*self.coordinates(number), whole=True)]
 
     def _refuse_bad(self, bad: int, why: str = "") -> None:
         bad = self.agreement.largest(bad)[0] if self.finite.late else bad
@@ -430,7 +426,7 @@ class Run:
                 " or leave such batches out by --guard.on-bad-numbers skip or rollback",
                 step=bad,
                 loss=loss,
-                ids=self._ids_of(bad),
+                ids=self.ids_of(bad),
             )
 
     def _roll_back(self, bad: int) -> None:
@@ -448,13 +444,13 @@ class Run:
         self._restore(checkpoint.load(path))
         self.state.left_out = [*left_out, bad]
         self.record.rewind(*self._resumed_at())
-        told = {"bad_step": bad, "loss": _text(loss), "ids": self._ids_of(bad)}
+        told = {"bad_step": bad, "loss": _text(loss), "ids": self.ids_of(bad)}
         self.record.write("left out", self.state.step, told)
         self.record.say(f"step {bad}: {what_is_bad(loss)}; back to step {self.state.step}, and on without that batch")
 
     # The step's parts
 
-    def _logits(self, images: Tensor, ids: np.ndarray) -> Tensor:
+    def logits(self, images: Tensor, ids: np.ndarray) -> Tensor:
         """ids: the batch's, on the host; asking the device for them would wait for all it has to do."""
         seed, step = self.config.run.seed, self.state.step
         if self.takes_rows:  # masks from coordinates: the same at any world size
@@ -466,39 +462,6 @@ class Run:
         torch.manual_seed(draws.key(seed, step, self.accelerator.process_index) >> 1)
         logits = self.net(images)
         return logits
-
-    # One step again
-
-    def replay(self, step: int) -> Replayed:
-        """Trains up to `step`, counted from 1, and tells of its numbers in place of an update. Nothing is recorded."""
-        while self.state.step < step:
-            for batch in self.loader:
-                number = self.state.step + 1
-                if number == step:
-                    return self._look_at(batch)
-                rate = learning_rate(
-                    self.config.optim,
-                    step=number - 1,
-                    steps_per_epoch=self.steps_per_epoch,
-                    total_steps=self.total_steps,
-                )
-                self._step(batch, rate)
-        raise AssertionError(f"step {step} is behind step {self.state.step}")
-
-    def _look_at(self, batch: Batch) -> Replayed:
-        number = self.state.step + 1
-        ids = self.loader.ids(*self._coordinates(number))
-        logits = self._logits(batch.images, ids)
-        each = F.cross_entropy(logits.detach(), batch.labels, reduction="none")
-        loss = F.cross_entropy(logits, batch.labels)
-        self.accelerator.backward(loss)
-        gradients = [p.grad for p in self.bare.parameters() if p.grad is not None]
-        return Replayed(
-            ids=self._ids_of(number),
-            loss=float(self.accelerator.reduce(loss.detach(), "mean")),
-            gradient_norm=float(torch.nn.utils.get_total_norm(gradients)),
-            losses=self.accelerator.gather(each.float()).tolist(),
-        )
 
     def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
         self.record.write("train", self.state.step, {"epoch": epoch, **metrics, "lr": rate})

@@ -64,6 +64,11 @@ def start(config: Config) -> int:
     except ExpressError as err:
         return end(folder, run, err)
     except RuntimeError as err:
+        if "does not have a deterministic implementation" in str(err):
+            what = str(err).split()[0]
+            return end(
+                folder, run, ConfigError(f"run.deterministic=True: {what} has no kernel for it; choose a net without")
+            )
         if not is_lost_connection(err):
             tell_of_crash(folder, run, err)
             raise

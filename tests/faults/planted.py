@@ -17,7 +17,7 @@ sys.path[0] = str(ROOT)
 from train.loop import Run  # noqa: E402 (the path comes first)
 
 what, rank, step = os.environ["PLANT"].split(":")
-untouched = Run._logits
+untouched = Run.logits
 
 
 def faulty(self, images, ids):
@@ -29,6 +29,6 @@ def faulty(self, images, ids):
     return logits * float("nan")
 
 
-Run._logits = faulty
+Run.logits = faulty
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
