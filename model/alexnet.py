@@ -174,6 +174,11 @@ class Variant:
     bias_lr: float = 1.0
     bias_decay: float = 1.0
 
+    @property
+    def any_crop(self) -> bool:
+        """Whether its last pool gives the same size for every crop."""
+        return Pool6 in self.layers
+
 
 VARIANTS: dict[str, Variant] = {
     # The document that this project comes from: one tower, torch's initialisation.
@@ -306,6 +311,7 @@ class _Builder:
         if not places.get(self.norm, BatchNorm in self.variant.layers):
             raise ValueError(f"model.norm={self.norm}: model.name={config.name} has no place for it")
         self.channels, self.side, self.features = 3, crop, 0
+        self.seen = False  # the image, by a convolution
         self.counts: dict[str, int] = {}
         self.modules: list[tuple[str, nn.Module]] = []
 
@@ -368,11 +374,14 @@ class _Builder:
 
     def _conv(self, row: Conv) -> None:
         out = _scaled(row.channels, self.config.width)
-        towers = self.towers if row.in_tower else 1
+        # Every tower sees the whole image, also where the first convolution is left out.
+        towers = self.towers if row.in_tower and self.seen else 1
+        self.seen = True
         name = self._name("conv")
         for what, count in (("input", self.channels), ("output", out)):
             if count % towers:
-                raise ValueError(f"model.towers={towers}: {name}'s {count} {what} channels do not divide")
+                width = f" at model.width={self.config.width}" if self.config.width != 1 else ""
+                raise ValueError(f"model.towers={towers}: {name}'s {count} {what} channels{width} do not divide")
         beyond = 0
         if row.ceil and self.side >= row.kernel:
             beyond = -(self.side - row.kernel) % row.stride
@@ -386,7 +395,7 @@ class _Builder:
 
     def _lrn(self, row: Norm) -> LocalResponseNorm:
         alpha = row.alpha if self.config.lrn_alpha == "variant" else ALPHAS[self.config.lrn_alpha]
-        towers = self.towers if row.in_tower else 1
+        towers = self.towers if row.in_tower and self.seen else 1
         if self.channels % towers:
             raise ValueError(f"model.towers={towers}: {self.channels} channels do not divide")
         return LocalResponseNorm(row.size, alpha, row.beta, row.k, towers=towers)

@@ -55,7 +55,7 @@ class Dropout(nn.Module):
             return x
         if rows is None:
             return F.dropout(x, self.p)
-        keep = keep_mask(rows, x[0].numel(), layer=self.layer, p=self.p).view(x.shape)
+        keep = keep_mask(rows, x.shape[1:].numel(), layer=self.layer, p=self.p).view(x.shape)
         return x * (keep.to(x.dtype) * (1 / (1 - self.p)))
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Window(NamedTuple):
@@ -39,7 +40,9 @@ def local_response_norm(
     lying = x.permute(0, 2, 3, 1) if last else x
     before, after = (lying.shape[:3], ()) if last else (lying.shape[:1], lying.shape[2:])
     window = Window(size, (len(before) + 1,), alpha / size, beta, k)
-    normalised = _normalise(lying.reshape(*before, towers, -1, *after), window, compiled).view(lying.shape)
+    normalised = _normalise(lying.reshape(*before, towers, x.shape[1] // towers, *after), window, compiled).view(
+        lying.shape
+    )
     return normalised.permute(0, 3, 1, 2) if last else normalised
 
 
@@ -83,6 +86,7 @@ class _Normalise(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # the sum s is a constant here: a second derivative would silently be another one
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         dx: Tensor = _form(backward, ctx.compiled)(grad, x, scale, ctx.window)
@@ -107,7 +111,7 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, window: Window) -> Tensor:
 def window_sum(x: Tensor, window: Window) -> Tensor:
     """Sums each element with its size // 2 neighbours on either side; there are none beyond the edges."""
     for dim in window.dims:
-        reach, length = min(window.size // 2, x.shape[dim] - 1), x.shape[dim]
+        reach, length = max(0, min(window.size // 2, x.shape[dim] - 1)), x.shape[dim]
         # Slices of a padded copy, not sums in place: a compiler joins them into one loop.
         padded = F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [reach, reach])
         total = padded.narrow(dim, 0, length)

@@ -48,8 +48,8 @@ def main() -> None:
 def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train import again
     from train.checkpoint import Checkpoints
+    from train.launch import make_accelerator
     from train.loop import Run
-    from train.run import make_accelerator
 
     described = read_run(args.run)
     saved = Checkpoints(args.run, keep=1).newest_before(args.step)

@@ -34,3 +34,8 @@ class Agreement:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+
+def timeout_seconds(hang_seconds: float) -> float:
+    """How long a rank waits for another: the watchdog, which knows more, must come first."""
+    return max(1800.0, 2 * hang_seconds)

@@ -192,7 +192,7 @@ def parse(argv: list[str], presets: dict[str, Config], *, prog: str) -> Config:
         raise ConfigError(f"unknown preset {preset!r}{_did_you_mean(preset, presets)}; presets: {', '.join(presets)}")
     flags = _expand_resume(flags)
     _refuse_unknown(flags, presets[preset])
-    config = _tyro(flags, presets[preset], prog=f"{prog} {preset}")
+    config = _tyro(flags, _for_net_of(flags, presets[preset]), prog=f"{prog} {preset}")
     if not config.run.dir:
         folder = f"runs/{preset}-overfit" if config.overfit else f"runs/{preset}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
@@ -270,8 +270,23 @@ def _did_you_mean(name: str, known: Any) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def _for_net_of(flags: list[str], preset: Config) -> Config:
+    """Where a flag asks for another library's net, without the preset's switches of an AlexNet."""
+    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
+        name, _, value = flag.partition("=")
+        if name == "--model.name" and ":" in (value or following):
+            return dataclasses.replace(preset, model=ModelConfig())
+    return preset
+
+
+class _Box(io.StringIO):
+    """What tyro prints into; it draws frames of dashes where it is told of no encoding."""
+
+    encoding = "utf-8"
+
+
 def _tyro(flags: list[str], preset: Config, *, prog: str) -> Config:
-    printed = io.StringIO()
+    printed = _Box()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(Config, default=preset, args=flags, prog=prog)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from model import AlexNet
+from model.alexnet import count_parameters
 from pipeline import cores
 from pipeline.errors import CHECK_FAILED, DataError, ExpressError
 from pipeline.files import write_json
@@ -26,7 +27,7 @@ from pipeline.read import draws, order
 from pipeline.read.loader import Batch, Loader
 
 from . import checkpoint, environment, preempt, resume, tracking, watchdog
-from .agreement import Agreement
+from .agreement import Agreement, timeout_seconds
 from .checkpoint import Saved
 from .config import Config
 from .finite import Finite
@@ -85,7 +86,9 @@ class Run:
     ) -> None:
         self.config, self.accelerator, self.path = config, accelerator, Path(config.run.dir)
         self.folder, self.stop, self.state = folder or RunFolder(self.path), stop or Stop(), State()
-        self.agreement = Agreement(accelerator.num_processes, timeout_seconds=timeout_seconds(config))
+        self.agreement = Agreement(
+            accelerator.num_processes, timeout_seconds=timeout_seconds(config.guard.hang_seconds)
+        )
         self.cores = take_cores(accelerator.device)
         self.dataset = open_dataset(config.data.shards)
         samples = config.overfit or self.dataset.split(config.data.train_split).samples
@@ -116,6 +119,9 @@ class Run:
             note = load_weights(net, Path(config.model.init))
             if note and accelerator.is_main_process:
                 print(note, flush=True)
+        if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:
+            made_for = f"model.name={config.model.name} is made for augment.crop={net.variant.crop}"
+            self._say(f"{made_for}; at {config.augment.crop} it has {count_parameters(net):,} parameters")
         if config.overfit:
             without_dropout(net)
         # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
@@ -532,11 +538,6 @@ def what_is_bad(loss: float) -> str:
 def _text(loss: float) -> float | str:
     """JSON knows no NaN."""
     return loss if math.isfinite(loss) else str(loss)
-
-
-def timeout_seconds(config: Config) -> float:
-    """How long a rank waits for another: the watchdog, which knows more, must come first."""
-    return max(1800.0, 2 * config.guard.hang_seconds)
 
 
 def local_world() -> int:

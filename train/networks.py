@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,7 @@ def make_net(config: ModelConfig, *, classes: int, crop: int) -> nn.Module:
         raise ConfigError(str(err)) from err
     _refuse_unsuitable(net, config.name, crop)
     if config.freeze == "features":
-        for module in features(net):
-            module.requires_grad_(False)
+        _freeze(net)
     return net
 
 
@@ -91,29 +91,44 @@ def _refuse_unsuitable(net: nn.Module, name: str, crop: int) -> None:
 def load_weights(net: nn.Module, path: Path) -> str | None:
     """Loads weights of the same net; where the number of classes differs, the output layer stays new.
 
-    Returns what is worth telling. Raises DataError where names or shapes differ otherwise.
+    Returns what is worth telling. Raises DataError where names, shapes or kinds of numbers differ otherwise.
     """
-    weights = read_weights(path)
-    head, layer = _head(net)
-    wanted = net.state_dict()
-    left_out = [n for n in (f"{head}.weight", f"{head}.bias") if n in wanted and n in weights]
+    weights, wanted = read_weights(path), net.state_dict()
     note = None
-    if left_out and weights[left_out[0]].shape != wanted[left_out[0]].shape:
-        classes = len(weights[left_out[0]])
-        note = f"{path} is of {classes} classes: the output layer {head} starts anew with {len(layer.weight)}"
-        weights = {name: w for name, w in weights.items() if name not in left_out}
-    else:
-        left_out = []
+    for head, layer in _heads(net):
+        if classes := _other_classes(weights, wanted, head):
+            note = f"{path} is of {classes} classes: the output layer {head} starts anew with {len(layer.weight)}"
+            weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
-        if name not in weights and name not in left_out:
+        if name not in weights:
             raise DataError(f"{path}: has no {name}; it holds another net's weights, choose its model.name")
-        if name in weights and weights[name].shape != w.shape:
-            theirs, ours = tuple(weights[name].shape), tuple(w.shape)
-            raise DataError(f"{path}: {name} is {theirs} where this net has {ours}; choose its model.name and width")
+        _refuse_unlike(path, name, weights[name], w)
     if unknown := [name for name in weights if name not in wanted]:
-        raise DataError(f"{path}: has {unknown[0]}, which this net has not; choose its model.name")
-    net.load_state_dict(weights, strict=False)
+        raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; choose its model.name")
+    net.load_state_dict(weights)
     return note
+
+
+def _other_classes(weights: dict[str, Tensor], wanted: dict[str, Tensor], head: str) -> int:
+    """How many classes the output layer in the file is of, where that alone makes it another one; else 0."""
+    weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
+    ours = wanted[f"{head}.weight"]
+    if weight is None or weight.dim() != ours.dim() or weight.shape[1:] != ours.shape[1:]:
+        return 0
+    classes = len(weight)
+    fits = bias is None or bias.shape == (classes,)
+    return classes if classes not in (0, len(ours)) and fits else 0
+
+
+def _refuse_unlike(path: Path, name: str, theirs: Tensor, ours: Tensor) -> None:
+    if theirs.shape != ours.shape:
+        both = f"{tuple(theirs.shape)} where this net has {tuple(ours.shape)}"
+        raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
+    if theirs.is_floating_point() != ours.is_floating_point():
+        kinds = f"{theirs.dtype} where this net has {ours.dtype}"
+        raise DataError(f"{path}: {name} is of {kinds}; save the weights as floating-point numbers")
+    if theirs.is_floating_point() and not bool(theirs.isfinite().all()):
+        raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -122,46 +137,89 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Nothing is unpickled but tensors. Raises DataError for anything else.
     """
     try:
-        if path.is_dir():
-            return deserialise(checkpoint.verified(path)[checkpoint.MODEL])
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: it is read or refused, and that is told
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = _read(path)
     except FileNotFoundError as err:
         raise DataError(f"model.init={path}: no such file") from err
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as err:
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        raise DataError(f"{path}: holds more or less than weights ({reason[:120]}); nothing of it was run") from err
-    for name in ("state_dict", "model"):  # as many training scripts wrap them
-        if isinstance(saved, dict) and isinstance(saved.get(name), dict):
-            saved = saved[name]
+    except DataError as err:
+        raise DataError(f"model.init: {err}") from err
+    except OSError:
+        raise
+    except Exception as err:  # the reader of damaged pickles raises whatever comes of executing them in its own way
+        raise DataError(f"{path}: {_why_unreadable(err)}; nothing of it was run") from err
+    while isinstance(saved, dict) and len(inner := [saved[n] for n in WRAPPERS if isinstance(saved.get(n), dict)]) == 1:
+        saved = inner[0]
     if not isinstance(saved, dict) or not saved or not all(isinstance(w, Tensor) for w in saved.values()):
         raise DataError(f"{path}: holds no state_dict: names and tensors")
-    return {str(name).removeprefix("module."): w for name, w in saved.items()}  # DDP's prefix
+    weights = {str(name).removeprefix("module."): w for name, w in saved.items()}  # DDP's prefix
+    if len(weights) < len(saved):
+        raise DataError(f"{path}: holds weights twice, with and without 'module.' before their names")
+    for name, w in weights.items():
+        if w.is_meta or w.layout is not torch.strided or w.is_quantized or w.is_complex():
+            raise DataError(f"{path}: {_plain(name)} is no plain tensor of numbers; save the weights as such")
+    return weights
 
 
-def _head(net: nn.Module) -> tuple[str, Any]:
-    """Name and module of the output layer: the last one with weights."""
+WRAPPERS = ("state_dict", "model")  # as many training scripts save them
+
+
+def _read(path: Path) -> Any:
+    if path.is_dir():
+        return deserialise(checkpoint.verified(path)[checkpoint.MODEL])
+    if path.suffix.lower() == ".safetensors":
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            # torch.save never compresses; what inflates to more than the file may be more than the memory.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise DataError(f"{path}: is compressed, which torch.save does not do; save the weights again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols: it is read or refused, and that is told
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _why_unreadable(err: Exception) -> str:
+    if (found := re.search(r"GLOBAL:? ([\w.]+)", str(err))) is not None:
+        return f"holds {found[1]}, which is no part of weights"
+    if not isinstance(err, SafetensorError | RuntimeError):
+        return "damaged, or more than weights"
+    first = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+    return f"cannot be read as weights ({_plain(first)[:120]})"
+
+
+def _plain(text: str) -> str:
+    """On one line, without what would steer a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).encode("unicode_escape").decode()
+
+
+def _heads(net: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of the output layers: what timm calls a net's classifier, else the last layer with weights."""
     weighted = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return weighted[-1]
+    get: Any = getattr(net, "get_classifier", tuple)
+    told = get()
+    told = told if isinstance(told, tuple | list) else (told,)
+    return [(n, m) for n, m in weighted if any(m is t for t in told)] or weighted[-1:]
 
 
-def features(net: nn.Module) -> list[nn.Module]:
-    """What model.freeze=features freezes: all before an AlexNet's fully connected layers, of others all but one."""
+def _freeze(net: nn.Module) -> None:
+    """As model.freeze=features says: all before an AlexNet's fully connected layers, of others all but the last."""
     if isinstance(net, AlexNet):
-        return net.feature_layers()
-    _, head = _head(net)
-    return [m for m in net.modules() if m is not head and not list(m.children())]
+        for module in net.feature_layers():
+            module.requires_grad_(False)
+        return
+    net.requires_grad_(False)  # parameters that no layer holds, such as a class token, with it
+    for _, head in _heads(net):
+        head.requires_grad_(True)
 
 
 def set_training(net: nn.Module, config: ModelConfig) -> None:
     """Training mode; batch normalisation of frozen layers keeps its statistics."""
     net.train()
     if config.freeze == "features":
-        for module in features(net):
-            module.eval()
+        frozen = net.feature_layers() if isinstance(net, AlexNet) else net.modules()
+        for module in frozen:
+            module.training = False
+        for _, head in [] if isinstance(net, AlexNet) else _heads(net):
+            head.train()
 
 
 def without_dropout(net: nn.Module) -> None:

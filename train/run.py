@@ -14,12 +14,11 @@ Exit codes of each process, and in exit.json: 0 done, 1 a check failed or a rank
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
@@ -28,8 +27,6 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 from pipeline.errors import ConfigError, ExpressError, StorageError
 
 if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answered before torch is loaded
-    from accelerate import Accelerator
-
     from train.config import Config
     from train.folder import RunFolder
     from train.loop import Run
@@ -49,6 +46,7 @@ def main(argv: list[str]) -> int:
 
 def start(config: Config) -> int:
     from train.folder import RunFolder
+    from train.launch import make_accelerator
     from train.loop import Run
     from train.preempt import Stop
 
@@ -63,21 +61,14 @@ def start(config: Config) -> int:
         return end(folder, run, StorageError(f"{err.filename or folder.path}: {err.strerror or err}"))
     except ExpressError as err:
         return end(folder, run, err)
-    except RuntimeError as err:
-        if "does not have a deterministic implementation" in str(err):
-            what = str(err).split()[0]
-            return end(
-                folder, run, ConfigError(f"run.deterministic=True: {what} has no kernel for it; choose a net without")
-            )
-        if not is_lost_connection(err):
-            tell_of_crash(folder, run, err)
-            raise
-        return end(folder, run, LostRank(f"another rank ended; its own line says why ({str(err).splitlines()[0]})"))
     except KeyboardInterrupt:
         return end(folder, run, Interrupted("stopped before the first step; the same command starts again"))
     except Exception as err:
-        tell_of_crash(folder, run, err)
-        raise
+        known = what_torch_means(err, config)
+        if known is None:
+            tell_of_crash(folder, run, err)
+            raise
+        return end(folder, run, known)
     if accelerator.is_main_process:
         folder.write_end(code=0, reason="done", step=run.state.step)
     run.close()
@@ -92,6 +83,21 @@ class Interrupted(ExpressError):
 
 class LostRank(ExpressError):
     code = 1
+
+
+def what_torch_means(err: Exception, config: Config) -> ExpressError | None:
+    """An error of torch's that is no bug of ours, in the run's own words."""
+    text = str(err)
+    if isinstance(err, RuntimeError) and is_lost_connection(err):
+        return LostRank(f"another rank ended; its own line says why ({text.splitlines()[0]})")
+    if "does not have a deterministic implementation" in text:
+        return ConfigError(f"run.deterministic=True: {text.split()[0]} has no kernel for it; choose a net without")
+    if "more than 1 value per channel" in text:
+        return ConfigError(
+            f"train.batch={config.train.batch}, augment.crop={config.augment.crop}: a rank's images leave batch"
+            " normalisation one value a channel; choose a larger batch or crop"
+        )
+    return None
 
 
 def step_of(run: Run | None) -> int:
@@ -111,43 +117,6 @@ def is_lost_connection(err: RuntimeError) -> bool:
     text = str(err).lower()
     gone = ("connection closed", "connection reset", "broken pipe", "connection refused")
     return isinstance(err, DistError) or any(words in text for words in gone)
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import ProjectConfiguration
-
-    from train.loop import timeout_seconds
-
-    precision = {"launcher": None, "fp32": "no"}.get(config.train.precision, config.train.precision)
-    handlers: list[Any] = []
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:  # one process joins no group
-        backend = None if config.run.ddp_backend == "auto" else config.run.ddp_backend
-        timeout = datetime.timedelta(seconds=timeout_seconds(config))
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with="tensorboard",
-            project_config=ProjectConfiguration(config.run.dir, logging_dir=config.run.dir),
-            kwargs_handlers=handlers,
-        )
-    except ValueError as err:
-        chosen = f"train.precision={config.train.precision}, run.ddp_backend={config.run.ddp_backend}"
-        raise ConfigError(f"{chosen}: {err}") from err
-    if world != accelerator.num_processes:
-        raise ConfigError(
-            f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
-            f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
-        )
-    return accelerator
 
 
 def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:

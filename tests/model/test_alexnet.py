@@ -225,7 +225,7 @@ def test_the_papers_experiments_are_switches():
     assert [m.p for m in meta(replace(paper, dropout=0.3)).in_order() if hasattr(m, "p")] == [0.3, 0.3]
 
 
-@pytest.mark.parametrize("dropped", ["conv2", "conv3", "conv4", "conv5"])
+@pytest.mark.parametrize("dropped", ["conv1", "conv2", "conv3", "conv4", "conv5"])
 @pytest.mark.parametrize("name", ["paper", "original", "caffe", "torchvision", "seed", "modern"])
 def test_any_convolution_can_be_left_out(name, dropped):
     config = ModelConfig(name, width=0.125, drop=(dropped,), weight_init="variant")

@@ -99,3 +99,18 @@ def test_channels_that_do_not_divide_are_refused():
 def test_an_even_window_is_refused():
     with pytest.raises(ValueError, match="size=4: must be odd"):
         local_response_norm(torch.zeros(1, 3, 2, 2), size=4, alpha=1.0, beta=0.75, k=2.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (2, 4, 0, 3), (2, 0, 3, 3)])
+def test_nothing_in_is_nothing_out(shape):
+    x = torch.zeros(shape)
+    assert local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0).shape == shape
+    assert spatial_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0).shape == shape
+
+
+def test_a_second_derivative_is_refused_and_not_silently_another_one():
+    x = torch.randn(2, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+    y = local_response_norm(x, size=5, alpha=0.5, beta=0.75, k=2.0)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()

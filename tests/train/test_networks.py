@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,7 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from tests.conftest import the_error
 from tests.train.test_run import alone, metrics
 from train.config import OptimConfig
-from train.networks import compile_net, features, load_weights, make_net, set_training
+from train.networks import compile_net, load_weights, make_net, read_weights, set_training
 from train.optim import make_optimizer, set_learning_rate
 
 SMALL = ModelConfig("small", width=0.1)
@@ -73,7 +76,7 @@ def test_a_file_that_would_run_something_runs_nothing(how, tmp_path):
         path.write_bytes(pickle.dumps(Payload(touched)))
     else:
         torch.save({"weight": Payload(touched)}, path)
-    with pytest.raises(DataError, match=r"weights.pth: holds more or less than weights"):
+    with pytest.raises(DataError, match=r"weights.pth: .*; nothing of it was run"):
         load_weights(small(), path)
     assert not touched.exists()
 
@@ -82,8 +85,8 @@ def test_a_file_that_would_run_something_runs_nothing(how, tmp_path):
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"", "holds more or less than weights"),
-        (b"hello", "holds more or less than weights"),
+        (b"", "damaged, or more than weights"),
+        (b"hello", "damaged, or more than weights"),
         ([1, 2], "holds no state_dict"),
         ({"lr": 0.1}, "holds no state_dict"),
         ("narrower", r"features.conv1.weight is \(\d+, 3, 5, 5\) where this net has"),
@@ -125,9 +128,88 @@ def test_frozen_features_keep_weights_and_statistics():
 def test_of_other_nets_all_but_the_last_layer_is_frozen():
     net = make_net(ModelConfig("torchvision:resnet18", init="x", freeze="features"), classes=3, crop=64)
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
-    assert any(m.training for m in features(net))
     set_training(net, ModelConfig("torchvision:resnet18", init="x", freeze="features"))
     assert not net.bn1.training
+
+
+@pytest.mark.parametrize("name", ["torchvision:vit_b_16", "torchvision:swin_t", "timm:mobilenetv3_small_050"])
+def test_what_no_layer_holds_is_frozen_too_and_statistics_of_any_kind_stay(name):
+    config = ModelConfig(name, init="x", freeze="features")
+    net = make_net(config, classes=3, crop=224)
+    set_training(net, config)
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert len(trained) == 2
+    before = {n: b.clone() for n, b in net.named_buffers()}
+    assert net(torch.randn(2, 3, 224, 224)).requires_grad
+    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
+
+
+def test_both_output_layers_of_a_distilled_net_are_made_anew(tmp_path):
+    name = "timm:deit_tiny_distilled_patch16_224"
+    config = ModelConfig(name, init="x", freeze="features")
+    torch.save(make_net(ModelConfig(name), classes=5, crop=224).state_dict(), tmp_path / "w.pth")
+    net = make_net(config, classes=3, crop=224)
+    assert "starts anew with 3" in load_weights(net, tmp_path / "w.pth")
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def weights_with(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    return small().state_dict() | {name.replace("__", "."): w for name, w in changed.items()}
+
+
+HEAD = "classifier__fc8__"
+ODD = {
+    "columns": (weights_with(**{f"{HEAD}weight": torch.zeros(10, 3)}), "fc8.weight is"),
+    "one dimension": (weights_with(**{f"{HEAD}weight": torch.zeros(10)}), "fc8.weight is"),
+    "no dimension": (weights_with(**{f"{HEAD}weight": torch.tensor(1.0)}), "fc8.weight is"),
+    "no class": (weights_with(**{f"{HEAD}weight": torch.zeros(0, 409)}), "fc8.weight is"),
+    "bias of others": (weights_with(**{f"{HEAD}weight": torch.zeros(7, 409)}), "fc8.weight is"),
+    "whole numbers": ({n: w.to(torch.int8) for n, w in weights_with().items()}, "is of torch.int8 where"),
+    "complex": ({n: w.to(torch.complex64) for n, w in weights_with().items()}, "is no plain tensor of numbers"),
+    "meta": ({n: w.to("meta") for n, w in weights_with().items()}, "is no plain tensor of numbers"),
+    "sparse": ({n: w.to_sparse() for n, w in weights_with().items()}, "is no plain tensor of numbers"),
+    "nan": (weights_with(**{f"{HEAD}bias": torch.full((10,), torch.nan)}), "fc8.bias holds NaN or infinity"),
+    "twice": (weights_with(**{f"module__{HEAD}bias": torch.zeros(10)}), "holds weights twice"),
+    "steering": (weights_with(**{"a\nb\x1b[1m": torch.zeros(1)}), r"has a\\nb, which this net has not"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_weights_that_are_none_of_this_net_are_refused_in_one_line(kind, tmp_path):
+    content, message = ODD[kind]
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=message) as caught:
+        load_weights(small(), tmp_path / "w.pth")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.binary(max_size=60), st.booleans())
+def test_bytes_of_any_kind_are_refused_in_one_line(tmp_path_factory, content, as_pickle):
+    path = tmp_path_factory.mktemp("any") / "w.pth"
+    path.write_bytes(b"\x80\x02" * as_pickle + content)
+    with pytest.raises(DataError) as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+
+
+EVIL = [b"\x80\x02.", b"\x80\x02RRR.", b"\x80\x02ccollections\nOrderedDict\nK\x05\x85R.", b"\x80\x02cposix\nsystem\n."]
+
+
+@pytest.mark.parametrize("content", EVIL)
+def test_pickles_that_break_their_reader_are_refused_in_one_line(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(DataError, match="nothing of it was run"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_compressed_file_is_refused_before_it_can_fill_the_memory(tmp_path):
+    torch.save(small().state_dict(), tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as source, zipfile.ZipFile(tmp_path / "z.pth", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(DataError, match="is compressed"):
+        read_weights(tmp_path / "z.pth")
 
 
 def test_biases_follow_the_variant_or_the_weights():

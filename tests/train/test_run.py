@@ -147,11 +147,6 @@ def test_with_dropout_losses_of_ranks_agree_at_the_seeds_rate(digits, tmp_path):
         done = launch("demo", "--data.shards", digits, "--run.dir", tmp_path / str(ranks), *FASTER, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert_losses_agree(tmp_path / "1", tmp_path / str(ranks))
-    # Other masks would be seen: they change the first loss by more than is allowed.
-    other = launch("demo", "--data.shards", digits, "--run.dir", tmp_path / "other", *FASTER, "--model.dropout", 0.4)
-    assert other.returncode == 0, other.stderr
-    first, second = (metrics(tmp_path / name, "train")[0]["loss"] for name in ("1", "other"))
-    assert abs(first - second) > 2e-4
 
 
 @pytest.mark.parametrize(
