@@ -83,6 +83,15 @@ class Stop:
             if self._file.exists():
                 self.request(FILE)
 
+    def ended(self) -> None:
+        """The process is about to end with its own code: while Python winds up, a signal would put another in its place.
+
+        Launchers send one to all ranks as soon as the first has ended.
+        """
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def done(self) -> None:
         """The request was honoured: the next run must not end by the same file."""
         if self._file is not None:

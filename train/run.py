@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answer
     from train.config import Config
     from train.folder import RunFolder
     from train.loop import Run
+    from train.preempt import Stop
 
 
 def main(argv: list[str]) -> int:
@@ -46,12 +47,22 @@ def main(argv: list[str]) -> int:
 
 def start(config: Config) -> int:
     from train.folder import RunFolder
-    from train.launch import make_accelerator
-    from train.loop import Run
     from train.preempt import Stop
 
-    run, folder, stop = None, RunFolder(Path(config.run.dir)), Stop()
+    stop = Stop()
     stop.install()
+    try:
+        return attempt(config, RunFolder(Path(config.run.dir)), stop)
+    finally:
+        stop.ended()
+
+
+def attempt(config: Config, folder: RunFolder, stop: Stop) -> int:
+    """From building the run to its end; returns the exit code."""
+    from train.launch import make_accelerator
+    from train.loop import Run
+
+    run = None
     try:
         accelerator = make_accelerator(config)
         run = Run(config, accelerator, folder=folder, stop=stop)
