@@ -84,7 +84,7 @@ class Stop:
                 self.request(FILE)
 
     def ended(self) -> None:
-        """The process is about to end with its own code: while Python winds up, a signal would put another in its place.
+        """The process is about to end with its own code: while Python winds up, a signal would put another there.
 
         Launchers send one to all ranks as soon as the first has ended.
         """
