@@ -100,7 +100,9 @@ def what_torch_means(err: Exception, config: Config) -> ExpressError | None:
     """An error of torch's that is no bug of ours, in the run's own words."""
     text = str(err)
     if isinstance(err, RuntimeError) and is_lost_connection(err):
-        return LostRank(f"another rank ended; its own line says why ({text.splitlines()[0]})")
+        lost = LostRank(f"another rank ended; its own line says why ({text.splitlines()[0]})")
+        lost.__cause__ = err
+        return lost
     if "does not have a deterministic implementation" in text:
         return ConfigError(f"run.deterministic=True: {text.split()[0]} has no kernel for it; choose a net without")
     if "more than 1 value per channel" in text:
@@ -139,7 +141,7 @@ def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
 
     if isinstance(err, LostRank) and (hang := watchdog.read_hang(folder.path)):
         # The peer was lost because it hung: whoever noticed has said so.
-        watchdog.dump_stacks(folder.path, rank(), hang)
+        watchdog.dump_stacks(folder.path, rank(), hang, error=err.__cause__)
         err = Hang(hang)
     if run is not None:
         run.watchdog.close()

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,12 +169,15 @@ def _who(rank: int, beat: dict[str, Any]) -> str:
     return f"rank {rank} (process {beat.get('pid', 'unknown')} on {beat.get('host', 'an unknown host')})"
 
 
-def dump_stacks(folder: Path, rank: int, reason: str) -> None:
-    """All threads of this process, into `stacks/rank-NNNNN.txt`."""
+def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | None = None) -> None:
+    """All threads of this process, into `stacks/rank-NNNNN.txt`, once; before them where `error` came from."""
     with contextlib.suppress(OSError):
         (folder / STACKS).mkdir(exist_ok=True)
-    with contextlib.suppress(OSError), open(_stack_path(folder, rank), "w") as file:
+    with contextlib.suppress(OSError), open(_stack_path(folder, rank), "x") as file:
         print(reason, file=file, flush=True)
+        if error is not None:
+            traceback.print_exception(error, file=file)
+            file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
 
 
