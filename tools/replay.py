@@ -53,7 +53,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
 
     described = read_run(args.run)
     saved = Checkpoints(args.run, keep=1).newest_before(args.step)
-    config = configured(described, args.shards, scratch, resume=str(saved) if saved else "")
+    config = configured(described, args.shards or described["shards"], scratch, resume=str(saved) if saved else "")
     accelerator = make_accelerator(config)
     run = Run(config, accelerator)
     if args.step > run.total_steps:
@@ -75,7 +75,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
 def read_run(folder: Path) -> dict[str, Any]:
     try:
         described = json.loads((folder / "config.json").read_text())
-        return {"config": dict(described["config"]), "ranks": int(described["ranks"])}
+        return {name: described[name] for name in ("config", "ranks", "shards")}
     except FileNotFoundError as err:
         raise DataError(f"{folder}: no run folder: it has no config.json") from err
     except (OSError, ValueError, KeyError, TypeError) as err:
@@ -92,7 +92,7 @@ def configured(described: dict[str, Any], shards: str, scratch: Path, *, resume:
     bad_numbers = "stop" if config.guard.on_bad_numbers == "stop" else "skip"
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, shards=os.path.abspath(shards or config.data.shards)),
+        data=dataclasses.replace(config.data, shards=os.path.abspath(shards)),
         guard=dataclasses.replace(config.guard, on_bad_numbers=bad_numbers),
         run=dataclasses.replace(config.run, dir=str(scratch / "run"), record_ids=False),
         resume=resume,
@@ -119,14 +119,15 @@ def tell(folder: Path, step: int, found: Any, same_ranks: bool, names: list[str]
 def recorded_loss(folder: Path, step: int) -> float | None:
     """The step's own loss: of a step that ended the run, that was left out, or, where each was recorded, of any."""
     ended = read_lines(folder / "exit.json", whole=True)
-    if ended and ended[0].get("code") == 76 and ended[0].get("step") == step:
+    if ended and "ids" in ended[0] and ended[0].get("step") == step:
         return float(ended[0]["loss"])
     lines = read_lines(folder / "metrics.jsonl")
     for line in lines:
         if line["kind"] == "left out" and line["bad_step"] == step:
             return float(line["loss"])
     losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-    alone = step == 1 or step - 1 in losses
+    left_out = {line["bad_step"] for line in lines if line["kind"] == "left out"}
+    alone = step == 1 or step - 1 in losses or step - 1 in left_out
     return losses.get(step) if alone else None
 
 

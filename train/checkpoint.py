@@ -87,7 +87,11 @@ class Checkpoints:
         """
         self.wait()
         if self.path(step).is_dir():  # saved in the middle of the evaluation, which is over now
-            return self._remove_old(step, state.get("best_step"))
+            try:
+                self._remove_old(step, state.get("best_step"))
+            except OSError as err:
+                self._error = err
+            return
         started = time.perf_counter()
         tensors, numbers = _split_optimizer(optimizer)
         staged = self._stage({MODEL: model, OPTIMIZER: tensors})
@@ -138,7 +142,7 @@ class Checkpoints:
         path = self.path(step)
         partial = path.with_name(path.name + PARTIAL)
         for stale in self.folder.glob(f"step-*{PARTIAL}"):  # of a killed run: as large as a checkpoint, and no use
-            shutil.rmtree(stale)
+            _remove(stale)
         partial.mkdir(parents=True)
         try:
             record = {name: _write_tensors(partial / name, tensors) for name, tensors in staged.items()}
@@ -162,7 +166,7 @@ class Checkpoints:
         for old in [p for p in self.all() if p.name not in kept] + aside:
             gone = old.with_name(old.name + PARTIAL)  # half removed, it must not look like a damaged one
             os.rename(old, gone)
-            shutil.rmtree(gone)
+            _remove(gone)
 
     def _point(self, name: str, target: str) -> None:
         with atomic_write(self.folder / name) as file:
@@ -177,7 +181,7 @@ class Checkpoints:
         """All that were published, oldest first, whole or not."""
         if not self.folder.is_dir():
             return []
-        return sorted((p for p in self.folder.iterdir() if NAME.fullmatch(p.name)), key=_step)
+        return sorted((p for p in self.folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir()), key=_step)
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest that verifies, and a line for each newer one that does not."""
@@ -199,8 +203,16 @@ class Checkpoints:
         for path in self.all():
             if _step(path) > step:
                 aside = path.with_name(path.name + DAMAGED)
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 os.rename(path, aside)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; of a link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _step(path: Path) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
@@ -82,13 +83,20 @@ class Run:
     """A run's parts, put together. `state` is public, so that the end can be told with its step."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, *, folder: RunFolder | None = None, stop: Stop | None = None
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        *,
+        folder: RunFolder | None = None,
+        stop: Stop | None = None,
+        parent: int = 0,
     ) -> None:
         self.config, self.accelerator, self.path = config, accelerator, Path(config.run.dir)
         self.folder, self.stop, self.state = folder or RunFolder(self.path), stop or Stop(), State()
         self.agreement = Agreement(
             accelerator.num_processes, timeout_seconds=timeout_seconds(config.guard.hang_seconds)
         )
+        self.precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         self.cores = take_cores(accelerator.device)
         self.dataset = open_dataset(config.data.shards)
         samples = config.overfit or self.dataset.split(config.data.train_split).samples
@@ -111,6 +119,7 @@ class Run:
             checkpoints=self.checkpoints,
             agreement=self.agreement,
             first=accelerator.is_main_process,
+            precision=self.precision,
             steps_per_epoch=self.steps_per_epoch,
         )
         torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
@@ -146,10 +155,13 @@ class Run:
             self._say(f"going on from {saved.path}: {self._done()} done")
         self._open_folder()
         self.record = tracking.Record(
-            self.path, accelerator, resumed_at=self._resumed_at(), record_ids=config.run.record_ids
+            self.path,
+            accelerator,
+            resumed_at=self._resumed_at() if saved else (-1, -1),
+            record_ids=config.run.record_ids,
         )
         self.record.write("start", self.state.step, {"ranks": accelerator.num_processes})
-        self.watchdog = self._make_watchdog()
+        self.watchdog = self._make_watchdog(parent)
 
     def _loader(self, dataset: Dataset, *, train: bool) -> Loader:
         c, a = self.config, self.accelerator
@@ -197,6 +209,7 @@ class Run:
         if self.accelerator.is_main_process:
             described = {
                 "config": dataclasses.asdict(self.config),
+                "shards": os.path.abspath(self.config.data.shards),
                 "fingerprint": self.dataset.fingerprint,
                 "ranks": self.accelerator.num_processes,
                 "precision": self.accelerator.mixed_precision,
@@ -211,7 +224,7 @@ class Run:
         self.accelerator.init_trackers("tensorboard")
         self.accelerator.wait_for_everyone()
 
-    def _make_watchdog(self) -> watchdog.Watchdog:
+    def _make_watchdog(self, parent: int) -> watchdog.Watchdog:
         a = self.accelerator
         return watchdog.Watchdog(
             self.path,
@@ -220,6 +233,7 @@ class Run:
             self.config.guard.hang_seconds,
             on_orphan=lambda: self.stop.request(preempt.ORPHAN),
             on_hang=self._told_of_hang,
+            parent=parent if watchdog.is_launched() else 0,
         )
 
     def _told_of_hang(self, reason: str) -> None:
@@ -263,7 +277,8 @@ class Run:
         self._tick(DATA)
         self.watchdog.start()
         self.stop.running = True
-        if self.config.guard.on_bad_numbers == "rollback" and not self.state.step:
+        nothing = self.agreement.from_first(not self.checkpoints.all())
+        if self.config.guard.on_bad_numbers == "rollback" and nothing:
             self._save()
         while True:
             try:
@@ -279,6 +294,7 @@ class Run:
         while self.state.epoch < self.config.train.epochs:
             if self.loader.state_dict()["epoch"] == self.state.epoch:  # else its evaluation alone is missing
                 self._train_epoch()
+            self._end_epoch()
             result = self._evaluate()
             if self.config.overfit:
                 if result.top1 == 1:
@@ -291,7 +307,7 @@ class Run:
                 f"after {self.state.epoch} epochs {result.top1:.1%} of {self.config.overfit} images are right;"
                 " try more train.epochs or another optim.lr, or look for a mistake in the net"
             )
-        return result or evaluate(self.bare, self.val_loader, self.accelerator, between=self._between_evaluations)
+        return result or self._count()
 
     def _train_epoch(self) -> None:
         c, state, number = self.config, self.state, self.state.epoch + 1
@@ -303,7 +319,6 @@ class Run:
         )
         self.loader.stats()
         self._tick(DATA)
-        rate = 0.0
         for batch in self.loader:
             rate = self.rate(state.step)
             stop = self.step(batch)
@@ -318,6 +333,10 @@ class Run:
                 self._save()
             self._tick(DATA)
         progress.close()
+
+    def _end_epoch(self) -> None:
+        """What was not yet read of its losses is recorded, also where the run was stopped just before."""
+        c, number, rate = self.config, self.state.epoch + 1, self.rate(self.state.step - 1)
         self._refuse_bad(self.finite.rest())
         if self.meter.steps:
             self._log(self.meter.read(self.loader), rate, number)
@@ -475,7 +494,7 @@ class Run:
 
     def _evaluate(self) -> Result:
         """Of the epoch that was trained; then the epoch is done."""
-        result = evaluate(self.bare, self.val_loader, self.accelerator, between=self._between_evaluations)
+        result = self._count()
         state = self.state
         if not math.isfinite(result.loss):  # never saved: a checkpoint of a broken net breaks what resumes from it
             raise LossNotFinite(
@@ -489,6 +508,12 @@ class Run:
             state.best_top1, state.best_step = result.top1, state.step
         self.record.write("val", state.step, {"epoch": state.epoch, **dataclasses.asdict(result)})
         return result
+
+    def _count(self) -> Result:
+        if self._world > 1:
+            for buffer in self.bare.buffers():  # batch statistics are each rank's own; saved and judged are rank 0's
+                dist.broadcast(buffer, 0)
+        return evaluate(self.bare, self.val_loader, self.accelerator, between=self._between_evaluations)
 
     def _between_evaluations(self) -> None:
         """After each batch that all ranks have."""
@@ -513,7 +538,7 @@ class Run:
                     "loader": self.loader.state_dict(),
                     "meter": meter,
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "config": resume.what_must_stay(self.config, self.dataset),
+                    "config": resume.what_must_stay(self.config, self.dataset, precision=self.precision),
                     "epochs": self.config.train.epochs,
                     "ranks": self._world,
                 },

@@ -36,7 +36,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.code = 0
-        self.at = 0.0
+        self.at = 0.0  # of the first signal
         self.at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
         self.running = False  # before, a signal breaks off what is being done
         self._file: Path | None = None
@@ -68,10 +68,12 @@ class Stop:
 
     def request(self, code: int) -> None:
         """Asks to stop; a second time, after the copies of the first request, ends the process at once."""
+        self.code = self.code or code
+        if code < FIRST_SIGNAL:
+            return
         now = time.monotonic()
-        if not self.code:
-            self.code, self.at = code, now
-        elif code > FIRST_SIGNAL and self.code != ORPHAN and now - self.at > COPY_SECONDS:
+        self.at = self.at or now
+        if now - self.at > COPY_SECONDS:
             with contextlib.suppress(Exception):
                 self.at_second(f"a second {name(code)}: ended at once, without saving")
             os._exit(128 + code - FIRST_SIGNAL)

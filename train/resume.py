@@ -41,6 +41,7 @@ def choose(
     checkpoints: Checkpoints,
     agreement: Agreement,
     first: bool,
+    precision: str,
     steps_per_epoch: int,
 ) -> Saved | None:
     """The checkpoint to go on from, which rank 0, the `first`, chooses for all; None: from the start.
@@ -57,7 +58,7 @@ def choose(
             saved = _choose(config.resume, checkpoints)
             if saved:
                 path = saved.path
-                refuse_another_run(config, dataset, saved, steps_per_epoch=steps_per_epoch)
+                refuse_another_run(config, dataset, saved, precision=precision, steps_per_epoch=steps_per_epoch)
             here = saved is not None and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
         except ExpressError as err:
@@ -92,15 +93,18 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     return saved
 
 
-def what_must_stay(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Fields and values that a checkpoint and what goes on from it have in common."""
+def what_must_stay(config: Config, dataset: Dataset, *, precision: str) -> dict[str, Any]:
+    """Fields and values that a checkpoint and what goes on from it have in common.
+
+    precision: what train.precision came to, with the launcher's word.
+    """
     fixed = {name: value for name, value in flatten(config).items() if not name.startswith(MAY_CHANGE)}
-    return fixed | {"the dataset's fingerprint": dataset.fingerprint}
+    return fixed | {"train.precision": precision, "the dataset's fingerprint": dataset.fingerprint}
 
 
-def refuse_another_run(config: Config, dataset: Dataset, saved: Saved, *, steps_per_epoch: int) -> None:
+def refuse_another_run(config: Config, dataset: Dataset, saved: Saved, *, precision: str, steps_per_epoch: int) -> None:
     """Raises ConfigError that names every field whose value would make this another run, with both values."""
-    before, now = saved.state["config"], what_must_stay(config, dataset)
+    before, now = saved.state["config"], what_must_stay(config, dataset, precision=precision)
     differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differing:
         both = "; ".join(f"{name}={now.get(name)} but it was {before.get(name)}" for name in differing)
@@ -115,8 +119,9 @@ def _refuse_other_rates(config: Config, saved: Saved, steps_per_epoch: int) -> N
     epochs, done = saved.state.get("epochs", config.train.epochs), saved.state["step"]
     if epochs == config.train.epochs:
         return
-    if config.train.epochs < saved.state["epoch"]:
-        raise ConfigError(f"train.epochs={config.train.epochs} but {saved.path} has {saved.state['epoch']} behind it")
+    if config.train.epochs * steps_per_epoch < done:
+        behind = f"{done // steps_per_epoch} epochs and {done % steps_per_epoch} steps behind it"
+        raise ConfigError(f"train.epochs={config.train.epochs} but {saved.path} has {behind}")
     for step in range(done):
         then, now = (
             learning_rate(config.optim, step=step, steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * e)

@@ -33,28 +33,39 @@ if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answer
     from train.preempt import Stop
 
 
+PARENT = os.getppid()  # the launcher, where there is one; it may be gone before the run stands
+
+
 def main(argv: list[str]) -> int:
     """Parses, trains and tells the end; returns the process's exit code."""
-    from train.config import parse
-    from train.presets import PRESETS
-
-    try:
-        config = parse(argv, PRESETS, prog="train/run.py")
-    except ExpressError as err:
-        return fail(err, only_rank0=True)
-    return start(config)
-
-
-def start(config: Config) -> int:
-    from train.folder import RunFolder
     from train.preempt import Stop
 
     stop = Stop()
     stop.install()
     try:
-        return attempt(config, RunFolder(Path(config.run.dir)), stop)
+        from train.config import parse
+        from train.presets import PRESETS
+
+        return start(parse(argv, PRESETS, prog="train/run.py"), stop)
+    except ExpressError as err:
+        return fail(err, only_rank0=True)
+    except KeyboardInterrupt:
+        return fail(Interrupted(NOT_BEGUN), only_rank0=True)
     finally:
         stop.ended()
+
+
+def start(config: Config, stop: Stop) -> int:
+    from train.folder import RunFolder
+
+    folder = RunFolder(Path(config.run.dir))
+    try:
+        return attempt(config, folder, stop)
+    except KeyboardInterrupt:
+        return end(folder, None, Interrupted(NOT_BEGUN))
+
+
+NOT_BEGUN = "stopped before it went on with training; the same command starts again"
 
 
 def attempt(config: Config, folder: RunFolder, stop: Stop) -> int:
@@ -65,27 +76,24 @@ def attempt(config: Config, folder: RunFolder, stop: Stop) -> int:
     run = None
     try:
         accelerator = make_accelerator(config)
-        run = Run(config, accelerator, folder=folder, stop=stop)
+        run = Run(config, accelerator, folder=folder, stop=stop, parent=PARENT)
         stop.at_second = lambda reason: folder.write_end(code=1, reason=reason, step=step_of(run))
         result = run.train()
+        run.close()
+        if accelerator.is_main_process:
+            folder.write_end(code=0, reason="done", step=run.state.step)
+            print(result, flush=True)
+        return 0
     except OSError as err:
-        return end(folder, run, StorageError(f"{err.filename or folder.path}: {err.strerror or err}"))
+        return end(folder, run, StorageError(f"{os.fsdecode(err.filename or folder.path)}: {err.strerror or err}"))
     except ExpressError as err:
         return end(folder, run, err)
-    except KeyboardInterrupt:
-        return end(folder, run, Interrupted("stopped before the first step; the same command starts again"))
     except Exception as err:
         known = what_torch_means(err, config)
         if known is None:
             tell_of_crash(folder, run, err)
             raise
         return end(folder, run, known)
-    if accelerator.is_main_process:
-        folder.write_end(code=0, reason="done", step=run.state.step)
-    run.close()
-    if accelerator.is_main_process:
-        print(result, flush=True)
-    return 0
 
 
 class Interrupted(ExpressError):
@@ -128,7 +136,7 @@ def is_lost_connection(err: RuntimeError) -> bool:
     from torch.distributed import DistError
 
     text = str(err).lower()
-    gone = ("connection closed", "connection reset", "broken pipe", "connection refused")
+    gone = ("connection closed", "connection reset", "broken pipe", "connection refused", "timed out")
     return isinstance(err, DistError) or any(words in text for words in gone)
 
 
@@ -168,7 +176,7 @@ def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
             time.sleep(LOST_SECONDS)  # the rank that ended knows more, if it was not killed
             if folder.has_end:
                 return
-        more = {"loss": repr(err.loss), "ids": err.ids} if isinstance(err, LossNotFinite) else {}
+        more = {"loss": repr(err.loss), "ids": err.ids} if isinstance(err, LossNotFinite) and err.ids else {}
         if (rank() and more) or (isinstance(err, SaveFailed) and not err.here):
             return  # another rank writes it
         step = err.step if isinstance(err, LossNotFinite) and err.step else step_of(run)
@@ -184,7 +192,7 @@ class Hang(ExpressError):
 
 def tell_of_crash(folder: RunFolder, run: Run | None, err: Exception) -> None:
     """Of what nobody has thought of: exit.json names it, the traceback follows."""
-    if run is not None:
+    if run is not None or folder.is_ours:
         with contextlib.suppress(OSError):
             folder.write_end(code=1, reason=f"{type(err).__name__}: {err}", step=step_of(run))
 

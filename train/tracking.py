@@ -88,10 +88,10 @@ class Record:
 
 
 def _trim(path: Path, step: int, epoch: int) -> None:
-    """Takes from a .jsonl what a killed run wrote after the checkpoint that it goes on from; all of it at step 0."""
+    """Takes from a .jsonl what a killed run wrote after the checkpoint that it goes on from; all of it below step 0."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True) if step else []
+    lines = path.read_bytes().splitlines(keepends=True) if step >= 0 else []
     with atomic_write(path) as file:
         file.write(b"".join(line for line in lines if _is_before(line, step, epoch)))
 
@@ -99,6 +99,8 @@ def _trim(path: Path, step: int, epoch: int) -> None:
 def _is_before(line: bytes, step: int, epoch: int) -> bool:
     try:
         told = json.loads(line)
+        if not line.endswith(b"\n"):
+            return False
         return int(told["step"]) <= step and (told.get("kind") != "val" or int(told["epoch"]) <= epoch)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two

@@ -28,7 +28,12 @@ CODE = 77
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
 ORPHAN_SECONDS = 20.0  # that a rank without launcher may go on without a step, to save
+PAUSE_SECONDS = 1.0
+SAVING_FACTOR = 10  # a disk may be slow, and what is being written would be lost
 PHASES = ("waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving")
+
+
+SAVING = PHASES.index("saving")
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Watchdog:
     """Watches this process and, through the run folder, the others.
 
     on_orphan: called once when the launcher is gone. on_hang: called with the reason before the process ends.
+    parent: the launcher's process id, 0 where there is none.
     """
 
     folder: Path
@@ -44,13 +50,13 @@ class Watchdog:
     hang_seconds: float
     on_orphan: Callable[[], None]
     on_hang: Callable[[str], None]
+    parent: int = 0
     step: int = 0
     phase: int = 0
     _at: float = field(default_factory=time.monotonic)
     _beats: int = 0
     _beat_at: float = 0.0
     _orphan_at: float = 0.0
-    _parent: int = field(default_factory=lambda: os.getppid() if is_launched() else 0)
     _seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank → beats, and when they last rose
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -74,8 +80,14 @@ class Watchdog:
         return min(max(self.hang_seconds / 10, LOOK_SECONDS), 10.0) if self.hang_seconds else 10.0
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
+            if (paused := now - before - LOOK_SECONDS) > PAUSE_SECONDS:
+                # The whole process stood still, as jobs do that are suspended: that is no hang of its own.
+                self._at += paused
+                self._seen.clear()
+            before = now
             stalled = now - self._at
             if now - self._beat_at >= self.beat_seconds:
                 self._beat_at = now
@@ -87,11 +99,11 @@ class Watchdog:
                 self._listen(now)
             if stalled > min(LOOK_SECONDS * 4, self.hang_seconds / 2) and (reason := read_hang(self.folder)):
                 self._end(reason, first=False)
-            if stalled > self.hang_seconds:
+            if stalled > self.hang_seconds * (SAVING_FACTOR if self.phase == SAVING else 1):
                 self._declare(now)
 
     def _look_after_launcher(self, now: float, stalled: float) -> None:
-        if self._parent and os.getppid() != self._parent:
+        if self.parent and os.getppid() != self.parent:
             if not self._orphan_at:
                 self._orphan_at = now
                 self.on_orphan()
@@ -159,7 +171,8 @@ def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: fl
     if silent:
         return f"{where}: {', '.join(_who(r, beats[r]) for r in silent)} gives no sign of life"
     behind = [r for r, s in steps.items() if s == min(steps.values())]
-    place = f"{beats[behind[0]].get('phase', PHASES[0])} of step {steps[behind[0]][0] + 1}"
+    phase, step = beats[behind[0]].get("phase", PHASES[0]), steps[behind[0]][0]
+    place = f"{phase} of step {step + 1}" if PHASES.index(phase) < 3 else f"{phase} after step {step}"
     if len(behind) == len(beats):
         return f"{where}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}"
     return f"{where}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
