@@ -50,7 +50,7 @@ class Job:
         found = {}
         for child in self.process.children(recursive=True) if self.process.is_running() else []:
             try:
-                if str(SCRIPT.name) in " ".join(child.cmdline()) or "run.py" in " ".join(child.cmdline()):
+                if SCRIPT.name in " ".join(child.cmdline()):
                     found[int(child.environ().get("RANK", "0"))] = child
                     self.family[child.pid] = child
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):

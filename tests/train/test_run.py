@@ -19,6 +19,7 @@ import pytest
 from pipeline import open_dataset
 from pipeline.read import order
 from tests.conftest import ROOT, the_error
+from tests.faults.job import global_ids
 
 # Exact agreement needs what does not depend on the number of ranks: no dropout, and a small learning rate.
 EXACT = ["--model.dropout", "0", "--optim.lr", "0.01", "--run.log-every", "1", "--run.record-ids"]
@@ -47,18 +48,6 @@ def alone(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
 def metrics(run: Path, kind: str) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
-
-
-def global_ids(run: Path) -> dict[int, list[int]]:
-    """Step → the ids of all ranks, in order of rank; each step once."""
-    steps: dict[int, list[int]] = {}
-    for path in sorted((run / "ids").glob("rank-*.jsonl")):
-        seen = set()
-        for line in map(json.loads, path.read_text().splitlines()):
-            assert line["step"] not in seen
-            seen.add(line["step"])
-            steps.setdefault(line["step"], []).extend(line["ids"])
-    return steps
 
 
 @pytest.fixture(scope="module")
