@@ -44,6 +44,6 @@ class Finite:
         bad = ~torch.isfinite(loss.detach())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:
-            # One number of all gradients: NaN and infinity survive every sum. 1 % of a step of AlexNet at 64 images.
+            # One number of all gradients: NaN and infinity survive every sum.
             bad = bad | ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         return bad

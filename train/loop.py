@@ -126,8 +126,8 @@ class Run:
         net = make_net(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
         if config.model.init and not saved:
             note = load_weights(net, Path(config.model.init))
-            if note and accelerator.is_main_process:
-                print(note, flush=True)
+            if note:
+                self._say(note)
         if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:
             made_for = f"model.name={config.model.name} is made for augment.crop={net.variant.crop}"
             self._say(f"{made_for}; at {config.augment.crop} it has {count_parameters(net):,} parameters")
@@ -310,21 +310,20 @@ class Run:
         return result or self._count()
 
     def _train_epoch(self) -> None:
-        c, state, number = self.config, self.state, self.state.epoch + 1
+        c, state = self.config, self.state
         steps_left = self.steps_per_epoch - self.loader.state_dict()["step"]
         progress = Progress(
-            f"epoch {number}/{c.train.epochs}",
+            f"epoch {state.epoch + 1}/{c.train.epochs}",
             steps_left * c.train.batch,
             enabled=self.accelerator.is_main_process,
         )
         self.loader.stats()
         self._tick(DATA)
         for batch in self.loader:
-            rate = self.rate(state.step)
             stop = self.step(batch)
             note = ""
             if state.step % c.run.log_every == 0 and self.meter.steps:
-                note = self._log(self.meter.read(self.loader), rate, number)
+                note = self._log()
             progress.update(c.train.batch, note or progress.note)
             within = state.step % self.steps_per_epoch  # at an epoch's end, evaluation comes before the checkpoint
             if stop:
@@ -336,15 +335,15 @@ class Run:
 
     def _end_epoch(self) -> None:
         """What was not yet read of its losses is recorded, also where the run was stopped just before."""
-        c, number, rate = self.config, self.state.epoch + 1, self.rate(self.state.step - 1)
         self._refuse_bad(self.finite.rest())
         if self.meter.steps:
-            self._log(self.meter.read(self.loader), rate, number)
+            self._log()
         if self.meter.all_steps:
+            metrics = self.meter.whole() | {"lr": self.rate(self.state.step - 1)}
             self.record.say(
-                tracking.summary(number, c.train.epochs, self.meter.whole() | {"lr": rate}, self.meter.seconds)
+                tracking.summary(self.state.epoch + 1, self.config.train.epochs, metrics, self.meter.seconds)
             )
-        self.meter = Meter(self.accelerator, c.train.batch)
+        self.meter = Meter(self.accelerator, self.config.train.batch)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -395,7 +394,6 @@ class Run:
         """All ranks are at the same step: saves, waits until that is on the disk, and ends."""
         reason = preempt.name(stop // RANKS)
         rank = f" at rank {stop % RANKS}" if stop // RANKS > preempt.FIRST_SIGNAL and self._world > 1 else ""
-        self._refuse_bad(self.finite.rest())
         self._save()
         self._save_is_done()
         self.stop.done()
@@ -488,8 +486,10 @@ class Run:
         logits = self.net(images)
         return logits
 
-    def _log(self, metrics: dict[str, float], rate: float, epoch: int) -> str:
-        self.record.write("train", self.state.step, {"epoch": epoch, **metrics, "lr": rate})
+    def _log(self) -> str:
+        """Reads and records what was added up; returns it for the progress line."""
+        metrics, rate = self.meter.read(self.loader), self.rate(self.state.step - 1)
+        self.record.write("train", self.state.step, {"epoch": self.state.epoch + 1, **metrics, "lr": rate})
         return f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.0%}"
 
     def _evaluate(self) -> Result:
