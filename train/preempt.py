@@ -55,7 +55,8 @@ class Stop:
         threading.Thread(target=self._listen, args=(mine,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        self.request(FIRST_SIGNAL + number)
+        # Not counted: the thread has heard of it already, and after a long call into C it would pass for a second one.
+        self.code = self.code or FIRST_SIGNAL + number
         if not self.running:
             self.running = True  # once: what ends must not be broken off again
             raise KeyboardInterrupt

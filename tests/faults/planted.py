@@ -1,10 +1,11 @@
-"""Runs a script of ours with a fault at one step of one rank: PLANT=nan:RANK:STEP or sleep:RANK:STEP, steps from 1.
+"""Runs a script of ours with a fault at one step of one rank: PLANT=WHAT:RANK:STEP, steps from 1.
 
-A rank of -1 means all.
+WHAT: nan; sleep, for good; busy, some seconds within one call into C, as a long backward pass. A rank of -1 means all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import runpy
 import sys
@@ -26,6 +27,9 @@ def faulty(self, images, ids):
         return logits
     if what == "sleep":
         time.sleep(600)
+    if what == "busy":
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 24_000_000)  # longer than what two signals are told apart by
+        return logits
     return logits * float("nan")
 
 

@@ -85,6 +85,22 @@ def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_a
     assert json.loads((folder / "exit.json").read_text())["reason"].startswith("a second SIGTERM")
 
 
+def test_a_signal_within_a_long_call_is_one_signal(digits, tmp_path):
+    """Python's own handler runs only when the call is over, seconds after the signal was noted."""
+    folder = tmp_path / "run"
+    argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(digits)), "--run.dir", str(folder)]
+    env = os.environ | {"PLANT": "busy:0:6"}
+    process = psutil.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd="/", env=env)
+    while max(losses(folder), default=0) < 5:
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.3)  # into the sixth
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert json.loads((folder / "exit.json").read_text())["step"] == 6
+
+
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_free(clean, digits, tmp_path):
     folder = tmp_path / "run"
     job = Job(folder, *two(digits), ranks=2)
