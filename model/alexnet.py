@@ -23,7 +23,7 @@ class ModelConfig:
     """Which net, how wide, how initialised. The number of classes comes from the data, the input size from the crop."""
 
     name: str = "seed"
-    """A variant: seed, paper, original, caffe, torchvision, modern, small (for crops of about 32 pixels); or
+    """A variant: seed, paper, original, caffe, torchvision, modern, small and fig1 (for crops of about 32 pixels); or
     torchvision:NAME, timm:NAME for any classifier of theirs, to which no other field of this group applies but init
     and freeze."""
     width: float = 1.0
@@ -31,7 +31,7 @@ class ModelConfig:
     dropout: float = 0.5
     """Share of units dropped at each of the table's two places, while training."""
     norm: Literal["variant", "lrn", "bn", "none"] = "variant"
-    """Normalisation: the variant's own, local response, batch (modern only) or none."""
+    """Normalisation: the variant's own, local response, batch (modern and small only) or none."""
     lrn_alpha: Literal["variant", "mean", "sum"] = "variant"
     """How LRN weighs its neighbours' energy: their mean times 1e-4, as the original code, Caffe and torch do, or their
     sum, as the paper's formula says: five times as much."""
@@ -244,14 +244,20 @@ VARIANTS: dict[str, Variant] = {
     ], weight_init="he"),
     # For crops of about 32 pixels: the first convolution keeps the resolution, the rest is AlexNet's.
     "small": Variant([
-        Conv(96, 5, padding=2), Act, Norm(), Pool(),  # 96 × 15 × 15
-        Conv(256, 5, padding=2, in_tower=True, bias=1), Act, Norm(), Pool(),  # 256 × 7 × 7
-        Conv(384, 3, padding=1), Act,
-        Conv(384, 3, padding=1, in_tower=True, bias=1), Act,
-        Conv(256, 3, padding=1, in_tower=True, bias=1), Act, Pool(),  # 256 × 3 × 3
+        Conv(96, 5, padding=2), Act, Norm(), Pool(), BatchNorm,  # 96 × 15 × 15
+        Conv(256, 5, padding=2, in_tower=True, bias=1), Act, Norm(), Pool(), BatchNorm,  # 256 × 7 × 7
+        Conv(384, 3, padding=1), Act, BatchNorm,
+        Conv(384, 3, padding=1, in_tower=True, bias=1), Act, BatchNorm,
+        Conv(256, 3, padding=1, in_tower=True, bias=1), Act, Pool(), BatchNorm,  # 256 × 3 × 3
         Drop, Linear(4096, bias=1), Act,
         Drop, Linear(4096, bias=1), Act,
     ], crop=32),
+    # The four layers of the paper's figure 1, which does not give their sizes: those of its author's CIFAR-10 nets.
+    "fig1": Variant([
+        Conv(32, 5, padding=2), Act, Pool(),  # 32 × 15 × 15
+        Conv(32, 5, padding=2), Act, Pool(),  # 32 × 7 × 7
+        Conv(64, 5, padding=2), Act, Pool(),  # 64 × 3 × 3
+    ], crop=32, norm="none", weight_init="he"),
 }  # fmt: skip
 
 
@@ -332,8 +338,15 @@ class _Builder:
                     f"augment.crop={self.crop} is too small for model.name={self.config.name}:"
                     " its pools shrink it to nothing"
                 )
+        if self.config.drop and (missing := set(self.config.drop) - {f"conv{n}" for n in range(1, self._convs + 1)}):
+            raise ValueError(f"model.drop={sorted(missing)[0]}: model.name={self.config.name} has no such convolution")
+        self._flatten()
         self.modules.append((self._name("fc"), nn.Linear(self.features, classes)))
         return self.modules
+
+    @property
+    def _convs(self) -> int:
+        return sum(isinstance(row, Conv) for row in self.variant.layers)
 
     def _name(self, kind: str) -> str:
         """conv1, conv2 …; fully connected layers count on from the convolutions: fc6, fc7, fc8."""
@@ -459,19 +472,36 @@ def _normal(module: nn.Conv2d | nn.Linear, std: float, bias: float) -> None:
     nn.init.constant_(module.bias, bias)
 
 
-def param_groups(net: nn.Module, *, bias_lr: float, bias_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters for an optimiser, weights and biases apart.
+def param_groups(
+    net: nn.Module,
+    *,
+    bias_lr: float = 1.0,
+    bias_decay: float = 1.0,
+    norm_decay: float = 1.0,
+    first_apart: bool = False,
+) -> list[dict[str, Any]]:
+    """The trainable parameters for an optimiser, by how they are treated: weights, biases, normalisation's own.
 
-    lr_scale and decay_scale of each group are what the run's learning rate and weight decay are multiplied with.
+    lr_scale and decay_scale of each group are what the run's learning rate and weight decay are multiplied with;
+    kind is "weight", "bias" or "norm". first_apart: the first convolution's in groups of their own, `first` in them,
+    so that they can be frozen by their rate.
     """
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    biases = [p for name, p in named if name.split(".")[-1] == "bias"]
-    weights = [p for name, p in named if name.split(".")[-1] != "bias"]
-    groups = [
-        {"params": weights, "lr_scale": 1.0, "decay_scale": 1.0},
-        {"params": biases, "lr_scale": bias_lr, "decay_scale": bias_decay},
-    ]
-    return [group for group in groups if group["params"]]
+    norms = {id(p) for m in net.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None) if first_apart else None
+    at_first = {id(p) for p in first.parameters()} if first is not None else set()
+    scales = {"weight": (1.0, 1.0), "bias": (bias_lr, bias_decay), "norm": (bias_lr, norm_decay)}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for kind, (lr, decay) in scales.items():
+        for apart in (True, False):
+            groups[kind, apart] = {"params": [], "lr_scale": lr, "decay_scale": decay, "kind": kind, "first": apart}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            kind = "norm" if id(p) in norms else "bias" if name.split(".")[-1] == "bias" else "weight"
+            groups[kind, id(p) in at_first]["params"].append(p)
+    return [group for group in groups.values() if group["params"]]
+
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def count_parameters(net: nn.Module) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from pipeline.read.loader import Batch
 
@@ -26,6 +25,7 @@ def replay(run: Run, step: int) -> Replayed:
     """Trains up to `step`, counted from 1, and tells of its numbers in place of an update; all ranks together."""
     assert run.state.step < step <= run.total_steps
     while True:
+        run.enter_epoch()
         for batch in run.loader:  # an epoch
             if run.state.step + 1 == step:
                 return _look_at(run, batch, step)
@@ -33,14 +33,11 @@ def replay(run: Run, step: int) -> Replayed:
 
 
 def _look_at(run: Run, batch: Batch, step: int) -> Replayed:
-    logits = run.logits(batch.images, run.loader.ids(*run.coordinates(step)))
-    each = F.cross_entropy(logits.detach(), batch.labels, reduction="none")
-    loss = F.cross_entropy(logits, batch.labels)
-    run.accelerator.backward(loss)
+    loss, each = run.stepper.backward(batch, run.loader.ids(*run.coordinates(step)), step=step - 1)
     gradients = [p.grad for p in run.bare.parameters() if p.grad is not None]
     return Replayed(
         ids=run.ids_of(step),
-        loss=float(run.accelerator.reduce(loss.detach(), "mean")),
+        loss=float(run.accelerator.reduce(loss, "mean")),
         gradient_norm=float(torch.nn.utils.get_total_norm(gradients)),
         losses=run.accelerator.gather(each.float()).tolist(),
     )

@@ -1,7 +1,8 @@
 """Checkpoints: a folder with safetensors and JSON that exists whole or not at all. Nothing is ever unpickled.
 
-`checkpoints/step-NNNNNNNN/` holds model.safetensors, optimizer.safetensors, state.json and, written last, record.json
-with the sha256 of the others. `checkpoints/latest` and `checkpoints/best` hold the names of the newest and of the best.
+`checkpoints/step-NNNNNNNN/` holds model.safetensors, optimizer.safetensors, state.json, where weights are averaged
+average.safetensors, and, written last, record.json with the sha256 of the others. `checkpoints/latest` and
+`checkpoints/best` hold the names of the newest and of the best.
 What did not verify is kept aside as `step-NNNNNNNN.damaged` until a later one is whole.
 """
 
@@ -29,6 +30,7 @@ from pipeline.files import PARTIAL, atomic_write, fsync_path, write_json
 
 LATEST, BEST, RECORD, STATE = "latest", "best", "record.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 FILES = (MODEL, OPTIMIZER, STATE)
 DAMAGED = ".damaged"
 NAME = re.compile(r"step-(\d{8,})")
@@ -56,6 +58,7 @@ class Saved:
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,12 +81,20 @@ class Checkpoints:
 
     # Writing
 
-    def save(self, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        *,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Any],
+        state: dict[str, Any],
+        average: dict[str, Tensor] | None = None,
+    ) -> None:
         """Copies what is given and publishes it in the background as the checkpoint of `step`.
 
-        optimizer: its `state_dict()`. state: JSON; where it holds "best_step", that step's checkpoint is kept.
-        One that stands already is left as it is: the run went on from it, or has made it. Raises OSError where the save
-        before this one failed; `wait` tells of this one.
+        optimizer: its `state_dict()`. average: of the weights, if there is one. state: JSON; where it holds
+        "best_step", that step's checkpoint is kept. One that stands already is left as it is: the run went on from it,
+        or has made it. Raises OSError where the save before this one failed; `wait` tells of this one.
         """
         self.wait()
         if self.path(step).is_dir():  # saved in the middle of the evaluation, which is over now
@@ -94,7 +105,7 @@ class Checkpoints:
             return
         started = time.perf_counter()
         tensors, numbers = _split_optimizer(optimizer)
-        staged = self._stage({MODEL: model, OPTIMIZER: tensors})
+        staged = self._stage({MODEL: model, OPTIMIZER: tensors} | ({AVERAGE: average} if average else {}))
         state = {**state, "step": step, "optimizer": numbers}
         self._writer = threading.Thread(target=self._write, args=(step, staged, state), name="checkpoint")
         self._writer.start()
@@ -279,7 +290,8 @@ def load(path: Path) -> Saved:
         state = json.loads(files[STATE])
         optimizer = _join_optimizer(deserialise(files[OPTIMIZER]), state.pop("optimizer"))
         _require(state, step=int, epoch=int, best_top1=float, config=dict, loader=dict)
-        return Saved(path, deserialise(files[MODEL]), optimizer, state)
+        average = deserialise(files[AVERAGE]) if AVERAGE in files else {}
+        return Saved(path, deserialise(files[MODEL]), optimizer, state, average)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise DataError(f"{path}: cannot be read ({err}); resume from another one") from err
 
@@ -290,7 +302,8 @@ def verified(path: Path) -> dict[str, bytes]:
         raise DataError(f"{path}: no such checkpoint; name a folder checkpoints/step-NNNNNNNN")
     try:
         record = json.loads((path / RECORD).read_bytes())
-        files = {name: (path / name).read_bytes() for name in FILES}
+        names = FILES + ((AVERAGE,) if AVERAGE in record else ())
+        files = {name: (path / name).read_bytes() for name in names}
         damaged = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != record[name]]
     except KeyError as err:
         raise DataError(f"{path}: {RECORD} does not tell of {err.args[0]}; resume from another one") from err

@@ -5,19 +5,15 @@ Order of precedence: preset < flags. Every error names the field and its value.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import math
-import re
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import pairwise
 from typing import Any, Literal
 
-import tyro
-
 from model import ModelConfig
+from model.alexnet import VARIANTS
 from pipeline.errors import ConfigError
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import LoaderConfig
@@ -40,47 +36,145 @@ class DataConfig:
         _at_least(self, "data", partitions=1, window=0)
 
 
+PRECISIONS = ("launcher", "fp32", "tf32", "bf16", "fp16")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, in what portions, in which precision."""
+    """How long, in what portions, in which precision, and what changes with the epochs."""
 
     epochs: int = 15
     batch: int = 128
-    """Global batch: images a step over all ranks."""
+    """Global batch: images an update, over all ranks."""
+    accumulate: int = 1
+    """Passes that a rank's part of the batch is cut into, for less memory; ids, rates and mean gradient stay."""
     eval_batch: int = 256
     """Images a step in evaluation, over all ranks; changes nothing but memory and speed."""
-    precision: Literal["launcher", "fp32", "bf16", "fp16"] = "launcher"
-    """launcher: what accelerate launch --mixed_precision says."""
+    eval_every: int = 1
+    """Epochs between evaluations; after the last one it is evaluated in any case."""
+    stop_at: float = 0.0
+    """End as soon as an evaluation's top-1 reaches this share; 0: train all epochs."""
+    precision: Literal["launcher", "fp32", "tf32", "bf16", "fp16"] = "launcher"
+    """launcher: what accelerate launch --mixed_precision says. tf32: fp32 with rounded products, on NVIDIA GPUs."""
     compile: Literal["auto", "off", "norm", "model"] = "auto"
     """What torch.compile gets: the whole model (auto on a GPU), response normalisation alone (auto elsewhere, where it
     is faster), nothing."""
+    compress: Literal["none", "bf16", "fp16"] = "none"
+    """What gradients are sent as between ranks: half the bytes, rounded."""
+    crop_sizes: tuple[int, ...] = ()
+    """Smaller crops for the first epochs (progressive resolution), then augment.crop; augment.resize shrinks alike."""
+    crop_until: tuple[int, ...] = ()
+    """The epoch that each of crop_sizes is used up to."""
+    colour_epochs: int = 0
+    """Epochs after which augment.colour is off, as in the original code's last third; 0: always on."""
+    conv1_epochs: int = 0
+    """Epochs after which the first convolution is frozen, as in the original code's last fifth; 0: never."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "train", epochs=1, batch=1, eval_batch=1)
-        _one_of(self, "train", precision=("launcher", "fp32", "bf16", "fp16"))
-        _one_of(self, "train", compile=("auto", "off", "norm", "model"))
+        _at_least(self, "train", epochs=1, batch=1, accumulate=1, eval_batch=1, eval_every=1, stop_at=0.0)
+        _at_least(self, "train", colour_epochs=0, conv1_epochs=0)
+        _at_most(self, "train", stop_at=1.0)
+        _one_of(self, "train", precision=PRECISIONS, compile=("auto", "off", "norm", "model"))
+        _one_of(self, "train", compress=("none", "bf16", "fp16"))
+        if len(self.crop_sizes) != len(self.crop_until):
+            raise ConfigError(
+                f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}:"
+                " give one epoch for each size"
+            )
+        if self.crop_sizes and not (self.crop_until[0] > 0 and _rises(self.crop_until)):
+            raise ConfigError(f"train.crop_until={_plain(self.crop_until)}: epochs that rise, from 1")
+
+
+SCHEDULES = ("constant", "step", "plateau", "poly", "cosine", "exponential")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum, and the learning rate over time."""
+    """The optimiser, and the learning rate over time."""
 
+    name: Literal["sgd", "velocity", "lars"] = "sgd"
+    """sgd: with momentum, as torch's; velocity: the paper's form of it, with the rate inside the velocity; lars: a rate
+    for each layer, for large batches."""
     lr: float = 0.01
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    """cosine falls towards zero over the run."""
-    biases: Literal["variant", "weights"] = "variant"
-    """How biases are trained: as the variant's source does (original and caffe: twice the rate, no decay), or like
-    weights."""
+    clip_norm: float = 0.0
+    """Greatest norm of the gradient; 0: any."""
+    schedule: Literal["constant", "step", "plateau", "poly", "cosine", "exponential"] = "constant"
+    """step: by milestones; plateau: where evaluation stalls; poly, cosine: towards zero over the run; exponential: by
+    factor at each epoch."""
+    milestones: tuple[float, ...] = ()
+    """Of step: epochs at which the rate is multiplied by factor."""
+    factor: float = 0.1
+    """What step, plateau and exponential multiply the rate by."""
+    plateau_patience: int = 5
+    """Of plateau: evaluations without a better top-1 before the rate is lowered."""
+    plateau_drops: int = 3
+    """Of plateau: how often it is lowered at most."""
+    power: float = 2.0
+    """Of poly: (1 - progress) to this power."""
     warmup_epochs: float = 0.0
-    """Linear rise from zero at the start."""
+    """Linear rise at the start."""
+    warmup_from: float = 0.0
+    """The rate that the rise begins at."""
+    scale_lr: Literal["none", "linear", "sqrt"] = "none"
+    """How lr follows train.batch: lr is for base_batch."""
+    base_batch: int = 256
+    biases: Literal["variant", "weights", "no-decay"] = "variant"
+    """How biases are trained: as the variant's source does (original and caffe: twice the rate, no decay), like
+    weights, or without decay."""
+    norms: Literal["weights", "no-decay"] = "weights"
+    """How normalisation's own parameters are trained."""
+    lars_eta: float = 0.001
+    """Of lars: a layer's step as a share of its weights' norm."""
+    lars_clip: bool = False
+    """Of lars: take the smaller of lr and the layer's own rate (LARC), not their product."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "optim", lr=0.0, momentum=0.0, weight_decay=0.0, warmup_epochs=0.0)
-        _one_of(self, "optim", schedule=("constant", "cosine"), biases=("variant", "weights"))
+        zeros = dict.fromkeys(("lr", "momentum", "weight_decay", "clip_norm", "warmup_epochs", "warmup_from"), 0.0)
+        _at_least(self, "optim", **zeros, power=0.0, plateau_patience=1, plateau_drops=0, base_batch=1)
+        _one_of(self, "optim", name=("sgd", "velocity", "lars"), schedule=SCHEDULES)
+        _one_of(self, "optim", scale_lr=("none", "linear", "sqrt"), norms=("weights", "no-decay"))
+        _one_of(self, "optim", biases=("variant", "weights", "no-decay"))
+        for name, most in (("factor", 1.0), ("lars_eta", 1.0)):
+            if not 0 < getattr(self, name) <= most:
+                raise ConfigError(f"optim.{name}={getattr(self, name)}: must be above 0 and at most {most:g}")
         if self.momentum >= 1:
             raise ConfigError(f"optim.momentum={self.momentum}: must be below 1")
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise ConfigError(f"optim.nesterov=True: goes with optim.name=sgd and a momentum, not {self.name}")
+        if self.schedule == "step" and not self.milestones:
+            raise ConfigError("optim.milestones is empty: optim.schedule=step needs epochs, such as 30 60")
+        if not (all(0 < m < math.inf for m in self.milestones) and _rises(self.milestones)):
+            raise ConfigError(f"optim.milestones={_plain(self.milestones)}: epochs that rise, above 0")
+        if self.warmup_from and not self.warmup_epochs:
+            raise ConfigError(f"optim.warmup_from={self.warmup_from}: set optim.warmup_epochs too")
+
+
+@dataclass(frozen=True)
+class RegularizeConfig:
+    """What keeps a net from learning its images by heart, beside dropout, weight decay and crops."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that all classes have alike."""
+    mixup: float = 0.0
+    """α of Beta(α, α), the share of a neighbour in the batch that an image is mixed with; 0: none."""
+    cutmix: float = 0.0
+    """α of Beta(α, α), the share of the area that a neighbour's pixels replace; with mixup, each half of the time."""
+    ema: float = 0.0
+    """Decay, at each update, of a moving average of the weights, which is evaluated and saved too; 0: none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "regularize", label_smoothing=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
+        _at_most(self, "regularize", mixup=100.0, cutmix=100.0)
+        for name in ("label_smoothing", "ema"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"regularize.{name}={getattr(self, name)}: must be below 1")
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True)
@@ -95,6 +189,8 @@ class RunConfig:
     save_every: int = 0
     """Steps between checkpoints within an epoch; 0: only at its end. A run goes on from any of them."""
     keep_checkpoints: int = 3
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Who gets the figures beside metrics.jsonl, by the names that Accelerate knows: tensorboard, wandb, mlflow …"""
     record_ids: bool = False
     """Write each rank's sample ids of every step to ids/, to compare runs."""
     ddp_backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -105,6 +201,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least(self, "run", seed=0, log_every=1, save_every=0, keep_checkpoints=1)
         _one_of(self, "run", ddp_backend=("auto", "nccl", "gloo"))
+        for name in self.trackers:
+            _check_tracker(name)
 
 
 @dataclass(frozen=True)
@@ -135,6 +233,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    regularize: RegularizeConfig = field(default_factory=RegularizeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -147,9 +246,76 @@ class Config:
     """A check of the net: train on so many images alone, without augmentation and dropout, at a rate of at most 0.003,
     until all of them are right; exit code 1 if they never are."""
 
+    limit_steps: int = 0
+    """End after so many steps of the run, evaluated and saved; without it the same command goes on. 0: all epochs."""
+    profile: int = 0
+    """Steps of which torch's profiler makes a trace and a table in the run folder; 0: none."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.overfit <= 100_000:
             raise ConfigError(f"overfit={self.overfit}: choose 1 to 100,000 images, such as 64, or 0 for a real run")
+        if self.limit_steps < 0:
+            raise ConfigError(f"limit_steps={self.limit_steps}: choose a number of steps, or 0 for all epochs")
+        if not 0 <= self.profile <= 1000:
+            raise ConfigError(f"profile={self.profile}: choose 1 to 1000 steps, such as 10, or 0 for none")
+        self._check_crops()
+
+    def _check_crops(self) -> None:
+        sizes = self.train.crop_sizes
+        if not sizes:
+            return
+        if not (sizes[0] > 0 and _rises((*sizes, self.augment.crop))):
+            raise ConfigError(
+                f"train.crop_sizes={_plain(sizes)}: sizes that rise, all below augment.crop={self.augment.crop}"
+            )
+        if self.augment.normalize == "mean-image":
+            raise ConfigError(
+                f"train.crop_sizes={_plain(sizes)}: augment.normalize=mean-image is of one size; use mean or mean-std"
+            )
+        if ":" not in self.model.name and not VARIANTS[self.model.name].any_crop:
+            raise ConfigError(
+                f"train.crop_sizes={_plain(sizes)}: model.name={self.model.name} takes one size; use modern"
+            )
+
+
+def _plain(numbers: tuple[Any, ...]) -> str:
+    return " ".join(map(str, numbers)) or "none"
+
+
+def _rises(numbers: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in pairwise(numbers))
+
+
+def _check_tracker(name: str) -> None:
+    if name == "tensorboard":  # comes with us; the import costs a second
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [logger.value for logger in LoggerType if logger.value != "all"]
+    if name not in known:
+        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose of {', '.join(known)}")
+    if name not in map(str, get_available_trackers()):
+        raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
+
+
+def _at_most(config: Any, group: str, **most: float) -> None:
+    for name, maximum in most.items():
+        if getattr(config, name) > maximum:
+            raise ConfigError(f"{group}.{name}={getattr(config, name)}: must be at most {maximum:g}")
+
+
+def augment_at(config: Config, epoch: int) -> AugmentConfig:
+    """How training images are seen in an epoch, from 0: crops may grow, colours be left alone after a time."""
+    train, augment = config.train, config.augment
+    for size, until in zip(train.crop_sizes, train.crop_until):
+        if epoch < until:
+            resize = round(augment.resize * size / augment.crop)
+            augment = dataclasses.replace(augment, crop=size, resize=resize)
+            break
+    if train.colour_epochs and epoch >= train.colour_epochs:
+        augment = dataclasses.replace(augment, colour=0.0)
+    return augment
 
 
 def _at_least(config: Any, group: str, **least: float) -> None:
@@ -181,26 +347,6 @@ def _as_json(value: Any) -> Any:
 
 RESUME_NEWEST = "newest"
 
-
-def parse(argv: list[str], presets: dict[str, Config], *, prog: str) -> Config:
-    """The configuration that `argv` (preset first, then flags) asks for. Raises ConfigError; exits for --help."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_help(presets, prog))
-        raise SystemExit(0 if argv else 2)
-    preset, *flags = argv
-    if preset not in presets:
-        raise ConfigError(f"unknown preset {preset!r}{_did_you_mean(preset, presets)}; presets: {', '.join(presets)}")
-    flags = _expand_resume(flags)
-    _refuse_unknown(flags, presets[preset])
-    config = _tyro(flags, _for_net_of(flags, presets[preset]), prog=f"{prog} {preset}")
-    if not config.run.dir:
-        folder = f"runs/{preset}-overfit" if config.overfit else f"runs/{preset}"
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
-    if not config.data.shards:
-        raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
-    return overfitting(config) if config.overfit else config
-
-
 OVERFIT_EPOCHS = 400  # at least, of few images
 # A net that sees the same few images at every step diverges at rates that many images bear: after a step or two every
 # ReLU may be silent for good.
@@ -217,14 +363,24 @@ def overfitting(config: Config) -> Config:
             config.train,
             batch=min(config.train.batch, config.overfit),
             epochs=max(config.train.epochs, OVERFIT_EPOCHS),
+            eval_every=1,
+            stop_at=0.0,
+            crop_sizes=(),
+            crop_until=(),
+            colour_epochs=0,
+            conv1_epochs=0,
         ),
         optim=dataclasses.replace(
             config.optim,
             lr=min(config.optim.lr, OVERFIT_RATE),
             schedule="constant",
+            milestones=(),
+            scale_lr="none",
             warmup_epochs=OVERFIT_WARMUP,
+            warmup_from=0.0,
             weight_decay=0.0,
         ),
+        regularize=RegularizeConfig(),
         augment=dataclasses.replace(
             a,
             resize=a.crop,
@@ -236,75 +392,6 @@ def overfitting(config: Config) -> Config:
     )
 
 
-def _help(presets: dict[str, Config], prog: str) -> str:
-    return (
-        f"usage: accelerate launch {prog} PRESET --data.shards DIR [--group.field VALUE ...]\n\n"
-        f"presets: {', '.join(presets)}\n"
-        f"fields and their values in a preset: python {prog} PRESET --help"
-    )
-
-
-def _expand_resume(flags: list[str]) -> list[str]:
-    """A bare --resume means the newest checkpoint; the command line library knows no optional values."""
-    out = []
-    for flag, following in zip_longest(flags, flags[1:], fillvalue="--"):
-        out.append(flag)
-        if flag == "--resume" and following.startswith("--"):
-            out.append(RESUME_NEWEST)
-    return out
-
-
-def _refuse_unknown(flags: list[str], preset: Config) -> None:
-    """Names an unknown field before the parser does, with the nearest known one."""
-    known = flatten(preset)
-    negations = [re.sub(r"([^.]+)$", r"no_\1", name) for name, value in known.items() if isinstance(value, bool)]
-    names = {*known, *negations, "help"}
-    for flag in flags:
-        name = flag[2:].split("=")[0].replace("-", "_")
-        if flag.startswith("--") and name not in names:
-            raise ConfigError(f"unknown field {flag.split('=')[0]}{_did_you_mean(name, names)}")
-
-
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _for_net_of(flags: list[str], preset: Config) -> Config:
-    """Where a flag asks for another library's net, without the preset's switches of an AlexNet."""
-    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
-        name, _, value = flag.partition("=")
-        if name == "--model.name" and ":" in (value or following):
-            return dataclasses.replace(preset, model=ModelConfig())
-    return preset
-
-
-class _Box(io.StringIO):
-    """What tyro prints into; it draws frames of dashes where it is told of no encoding."""
-
-    encoding = "utf-8"
-
-
-def _tyro(flags: list[str], preset: Config, *, prog: str) -> Config:
-    printed = _Box()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(Config, default=preset, args=flags, prog=prog)
-    except ValueError as err:  # of packages that know no ConfigError of ours
-        raise ConfigError(str(err)) from err
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise ConfigError(_first_sentence(printed.getvalue())) from end
-
-
-def _first_sentence(box: str) -> str:
-    """What stands between the frame's top and its first rule, on one line."""
-    lines = []
-    for line in box.splitlines():
-        text = line.strip("│ ")
-        if text.startswith("─"):
-            break
-        if not line.startswith("╭"):
-            lines.append(text)
-    return " ".join(lines) or box.strip()

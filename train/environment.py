@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,16 @@ def describe() -> dict[str, Any]:
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
         "commit": git_commit(),
     }
+
+
+def memory_gb(device: Any) -> float:
+    """The greatest use so far: of the GPU's memory by tensors, or of this process's."""
+    if device.type == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 def command() -> str:

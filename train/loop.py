@@ -1,4 +1,4 @@
-"""One run from its configuration to its final figures: the step and its rhythm."""
+"""One run from its configuration to its final figures: the rhythm of its steps."""
 
 from __future__ import annotations
 
@@ -10,56 +10,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import nn
 
-from model import AlexNet
-from model.alexnet import count_parameters
-from pipeline import cores
 from pipeline.errors import CHECK_FAILED, DataError, ExpressError
 from pipeline.files import write_json
-from pipeline.manifest import Dataset, open_dataset
-from pipeline.progress import Progress
-from pipeline.read import draws, order
+from pipeline.manifest import open_dataset
+from pipeline.progress import Progress, clock
+from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import Batch, Loader
 
-from . import checkpoint, environment, preempt, resume, tracking, watchdog
+from . import checkpoint, environment, launch, parts, preempt, resume, tracking, watchdog
 from .agreement import Agreement, timeout_seconds
+from .bad_numbers import BadNumbers, LossNotFinite, RollBack
 from .checkpoint import Saved
-from .config import Config
+from .config import Config, augment_at
 from .finite import Finite
 from .folder import RunFolder
+from .launch import take_cores
 from .meter import Meter
-from .networks import compile_net, load_weights, make_net, set_training, without_dropout
-from .optim import learning_rate, make_optimizer, set_learning_rate
+from .optim import Plateau, learning_rate, scaled_to_batch, set_learning_rate
 from .preempt import Preempted, Stop
+from .profiling import Profile
 from .saving import Saver
-from .validation import Result, evaluate
+from .validation import Evaluation, Result, evaluate
 
-INIT = 1_000_000  # draw streams of training, away from the loader's
 DATA, FORWARD, BACKWARD, EVALUATING, SAVING = range(len(watchdog.PHASES))
 RANKS = 1 << 20  # a request to stop and the rank that has it travel as one number
-
-
-class LossNotFinite(ExpressError):
-    """A loss or a gradient became NaN or infinite. `step` is the first bad one, `ids` are its global batch."""
-
-    code = 76
-
-    def __init__(self, message: str, *, step: int, loss: float, ids: list[int] | None = None) -> None:
-        super().__init__(message)
-        self.step, self.loss, self.ids = step, loss, ids or []
-
-
-class _RollBack(Exception):
-    """To the last checkpoint, because of the bad numbers of `step`."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
 
 
 class NotOverfitted(ExpressError):
@@ -74,9 +52,18 @@ class State:
 
     step: int = 0  # steps done
     epoch: int = 0  # epochs done, their evaluation with them
+    updates: int = 0  # steps that moved the weights
+    overflows: int = 0  # steps that the loss scaler skipped: the schedule waits for them
+    rate: float = 0.0  # of the last step
     best_top1: float = 0.0
     best_step: int | None = None
     left_out: list[int] = field(default_factory=list)  # steps, counted from 1, that update nothing: bad numbers
+    plateau: Plateau = field(default_factory=Plateau)
+
+    @classmethod
+    def saved(cls, state: dict[str, Any]) -> State:
+        values = {f.name: state[f.name] for f in dataclasses.fields(cls)}
+        return cls(**{**values, "plateau": Plateau(**values["plateau"])})
 
 
 class Run:
@@ -93,21 +80,14 @@ class Run:
     ) -> None:
         self.config, self.accelerator, self.path = config, accelerator, Path(config.run.dir)
         self.folder, self.stop, self.state = folder or RunFolder(self.path), stop or Stop(), State()
-        self.agreement = Agreement(
-            accelerator.num_processes, timeout_seconds=timeout_seconds(config.guard.hang_seconds)
-        )
-        self.precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        self.optim = scaled_to_batch(config.optim, config.train.batch)
+        self.agreement = Agreement(self._world, timeout_seconds=timeout_seconds(config.guard.hang_seconds))
+        self.precision = launch.resolved_precision(config, accelerator)
         self.cores = take_cores(accelerator.device)
         self.dataset = open_dataset(config.data.shards)
         samples = config.overfit or self.dataset.split(config.data.train_split).samples
-        order.check_batch(
-            config.train.batch,
-            samples=samples,
-            world=accelerator.num_processes,
-            partitions=config.data.partitions,
-            field="train.batch",
-        )
-        self.loader, self.val_loader = (self._loader(self.dataset, train=t) for t in (True, False))
+        parts.check_batch(config, samples=samples, world=self._world)
+        self.loader, self.val_loader = self._train_loader(0), self._loader(train=False, augment=config.augment)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs
         self.checkpoints = checkpoint.Checkpoints(self.path, keep=config.run.keep_checkpoints)
@@ -122,88 +102,43 @@ class Run:
             precision=self.precision,
             steps_per_epoch=self.steps_per_epoch,
         )
-        torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
-        net = make_net(config.model, classes=len(self.dataset.classes), crop=config.augment.crop)
-        if config.model.init and not saved:
-            note = load_weights(net, Path(config.model.init))
-            if note:
-                self._say(note)
-        if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:
-            made_for = f"model.name={config.model.name} is made for augment.crop={net.variant.crop}"
-            self._say(f"{made_for}; at {config.augment.crop} it has {count_parameters(net):,} parameters")
-        if config.overfit:
-            without_dropout(net)
-        # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
-        net = net.to(memory_format=torch.channels_last)
-        # Before it is wrapped, in place: names of weights stay.
-        self.compiled = compile_net(net, config.train.compile, accelerator.device)
-        self.takes_rows = isinstance(net, AlexNet)
-        self.net, self.optimizer = accelerator.prepare(net, make_optimizer(net, config.optim))
-        self.bare = accelerator.unwrap_model(self.net)
-        set_training(self.bare, config.model)
-        policy = config.guard.on_bad_numbers
+        net = parts.make_net(config, classes=len(self.dataset.classes), new=saved is None, say=self._say)
+        self.stepper, self.compiled = parts.make_stepper(net, config, accelerator, self.optim)
+        if self._world > 1:
+            self.stepper.settle_buckets(self.loader.ids(0, 0), crop=self.loader.augment.crop)
         self.finite = Finite(
             self.bare.parameters(),
-            late=accelerator.device.type == "cuda" and policy == "stop",
+            late=accelerator.device.type == "cuda" and config.guard.on_bad_numbers == "stop",
             gradients=accelerator.scaler is None,
         )
+        self.bad_numbers = BadNumbers(self)
         self.meter = Meter(accelerator, config.train.batch)
-        if self._world > 1:
-            self._settle_buckets()
         if saved:
-            self._restore(saved)
+            self.restore(saved)
             self._say(f"going on from {saved.path}: {self._done()} done")
         self._open_folder()
         self.record = tracking.Record(
             self.path,
             accelerator,
-            resumed_at=self._resumed_at() if saved else (-1, -1),
+            resumed_at=self.resumed_at() if saved else (-1, -1),
             record_ids=config.run.record_ids,
         )
-        self.record.write("start", self.state.step, {"ranks": accelerator.num_processes})
+        self.record.write("start", self.state.step, {"ranks": self._world})
+        profiles = config.profile and accelerator.is_main_process
+        self.profile = Profile(self.path, config.profile, accelerator.device) if profiles else None
         self.watchdog = self._make_watchdog(parent)
 
-    def _loader(self, dataset: Dataset, *, train: bool) -> Loader:
-        c, a = self.config, self.accelerator
-        return Loader(
-            dataset,
-            split=c.data.train_split if train else c.data.val_split,
-            batch=c.train.batch if train else c.train.eval_batch,
-            train=train,
-            seed=c.run.seed,
-            partitions=c.data.partitions,
-            window=c.data.window,
-            first=c.overfit,
-            rank=a.process_index,
-            world=a.num_processes,
-            local_world=local_world(),
-            device=a.device,
-            channels_last=True,
-            augment=c.augment,
-            config=c.loader,
-        )
+    # Its parts
 
-    def _resumed_at(self) -> tuple[int, int]:
-        """Steps and evaluations that records may tell of."""
-        return self.state.step, self.state.epoch
+    @property
+    def bare(self) -> nn.Module:
+        return self.stepper.bare
 
-    def _settle_buckets(self) -> None:
-        """A pass over nothing, before the first step.
+    def _train_loader(self, epoch: int) -> Loader:
+        return self._loader(train=True, augment=augment_at(self.config, epoch))
 
-        After its first backward pass DDP orders its buckets anew. A resumed run has another first step, and would add
-        up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
-        """
-        ids, crop = self.loader.ids(0, 0), self.config.augment.crop
-        images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device)
-        buffers = [b.clone() for b in self.bare.buffers()]
-        logits = self.logits(images.to(memory_format=torch.channels_last), ids)
-        self.accelerator.backward(logits.sum() * 0)
-        self.optimizer.zero_grad()
-        self._put_back(buffers)
-
-    def _put_back(self, buffers: list[Tensor]) -> None:
-        for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+    def _loader(self, *, train: bool, augment: AugmentConfig) -> Loader:
+        return parts.make_loader(self.config, self.dataset, self.accelerator, train=train, augment=augment)
 
     def _open_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -212,7 +147,7 @@ class Run:
                 "shards": os.path.abspath(self.config.data.shards),
                 "fingerprint": self.dataset.fingerprint,
                 "ranks": self.accelerator.num_processes,
-                "precision": self.accelerator.mixed_precision,
+                "precision": self.precision,
                 "backend": self.loader.backend,
                 "backend_reason": self.loader.backend_reason,
                 "threads": self.cores,
@@ -221,7 +156,7 @@ class Run:
                 "environment": environment.describe(),
             }
             write_json(self.path / "config.json", described)
-        self.accelerator.init_trackers("tensorboard")
+        tracking.start(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
 
     def _make_watchdog(self, parent: int) -> watchdog.Watchdog:
@@ -247,20 +182,28 @@ class Run:
 
     # Resuming
 
-    def _restore(self, saved: Saved) -> None:
-        state = saved.state
+    def restore(self, saved: Saved) -> None:
+        """All as it was when `saved` was saved. Raises DataError for a checkpoint of another net."""
+        state, average = saved.state, self.stepper.average
         try:
             self.bare.load_state_dict(saved.model)
-            checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
+            checkpoint.restore_optimizer(self.stepper.optimizer, saved.optimizer)
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.state = State(**{f.name: state[f.name] for f in dataclasses.fields(State)})
+            self.state = State.saved(state)
+            if average:
+                average.net.load_state_dict(saved.average)
+                average.updates = self.state.updates
             self.meter = Meter(self.accelerator, self.config.train.batch)
             self.meter.load_state_dict(state["meter"])
         except (KeyError, RuntimeError, TypeError, ValueError) as err:
             reason = str(err).splitlines()[0]
             raise DataError(f"{saved.path}: does not fit this net ({reason}); choose another --run.dir") from err
         self.loader.load_state_dict(state["loader"])
+
+    def resumed_at(self) -> tuple[int, int]:
+        """Steps and evaluations that records may tell of."""
+        return self.state.step, self.state.epoch
 
     def _done(self) -> str:
         steps = self.state.step - self.state.epoch * self.steps_per_epoch
@@ -269,11 +212,9 @@ class Run:
 
     # Training
 
-    def train(self) -> Result:
-        """Trains the epochs that are left and evaluates after each; returns the last figures."""
-        threads = self.loader.threads
-        self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
-        self.record.say(f"compiled: {self.compiled}")
+    def train(self) -> Evaluation:
+        """Trains what is left and evaluates as train.eval_every says; returns the last figures."""
+        self._say_what_is_done()
         self._tick(DATA)
         self.watchdog.start()
         self.stop.running = True
@@ -284,33 +225,76 @@ class Run:
             try:
                 result = self._train()
                 break
-            except _RollBack as back:
-                self._roll_back(back.step)
+            except RollBack as back:
+                self.bad_numbers.roll_back(back.step)
         self._save_is_done()
         return result
 
-    def _train(self) -> Result:
+    def _say_what_is_done(self) -> None:
+        c, threads = self.config, self.loader.threads
+        self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
+        self.record.say(f"compiled: {self.compiled}")
+        if c.optim.scale_lr != "none":
+            share = f"{c.train.batch} / {c.optim.base_batch}"
+            share = share if c.optim.scale_lr == "linear" else f"√({share})"
+            self.record.say(f"optim.lr: {c.optim.lr:g} × {share} = {self.optim.lr:g}")
+
+    def _train(self) -> Evaluation:
         result = None
-        while self.state.epoch < self.config.train.epochs:
+        while not self._is_over():
             if self.loader.state_dict()["epoch"] == self.state.epoch:  # else its evaluation alone is missing
                 self._train_epoch()
             self._end_epoch()
-            result = self._evaluate()
-            if self.config.overfit:
-                if result.top1 == 1:
-                    return result
-                continue
-            self._save()
+            if self.state.step % self.steps_per_epoch:  # limit_steps lies within an epoch
+                result = None
+                break
+            result = self._finish_epoch()
+            if not self.config.overfit:
+                self._save()
+            elif result and result.best.top1 == 1:
+                return result
         if self.config.overfit:
-            assert result is not None
-            raise NotOverfitted(
-                f"after {self.state.epoch} epochs {result.top1:.1%} of {self.config.overfit} images are right;"
-                " try more train.epochs or another optim.lr, or look for a mistake in the net"
-            )
-        return result or self._count()
+            self._refuse_overfit(result)
+        return result or self._last_figures()
+
+    def _is_over(self) -> bool:
+        """Whether there is nothing left to train."""
+        c, state = self.config, self.state
+        reached = c.train.stop_at and state.best_step is not None and state.best_top1 >= c.train.stop_at
+        return bool(state.epoch >= c.train.epochs or reached or self._at_limit())
+
+    def _at_limit(self) -> bool:
+        return bool(self.config.limit_steps and self.state.step >= self.config.limit_steps)
+
+    def _refuse_overfit(self, result: Evaluation | None) -> None:
+        top1 = (result or self._count()).weights.top1
+        raise NotOverfitted(
+            f"after {self.state.epoch} epochs {top1:.1%} of {self.config.overfit} images are right;"
+            " try more train.epochs or another optim.lr, or look for a mistake in the net"
+        )
+
+    def _last_figures(self) -> Evaluation:
+        """Of a run that ends within an epoch, by limit_steps, or that was over when it began."""
+        within = self.state.step % self.steps_per_epoch
+        if within:
+            self._save()
+        result = self._count()
+        if within:
+            self._record_evaluation(result, epoch=self.state.epoch + 1)
+        return result
+
+    def enter_epoch(self) -> None:
+        """The loader as the epoch that it is in wants it: crops may grow, colours be left alone."""
+        state = self.loader.state_dict()
+        augment = augment_at(self.config, state["epoch"])
+        if augment != self.loader.augment:
+            self.loader.close()
+            self.loader = self._train_loader(state["epoch"])
+            self.loader.load_state_dict(state)
 
     def _train_epoch(self) -> None:
         c, state = self.config, self.state
+        self.enter_epoch()
         steps_left = self.steps_per_epoch - self.loader.state_dict()["step"]
         progress = Progress(
             f"epoch {state.epoch + 1}/{c.train.epochs}",
@@ -320,7 +304,7 @@ class Run:
         self.loader.stats()
         self._tick(DATA)
         for batch in self.loader:
-            stop = self.step(batch)
+            stop = self._profiled_step(batch) if self.profile else self.step(batch)
             note = ""
             if state.step % c.run.log_every == 0 and self.meter.steps:
                 note = self._log()
@@ -328,6 +312,8 @@ class Run:
             within = state.step % self.steps_per_epoch  # at an epoch's end, evaluation comes before the checkpoint
             if stop:
                 self._end_by(stop)
+            if self._at_limit():
+                break
             if c.run.save_every and state.step % c.run.save_every == 0 and within:
                 self._save()
             self._tick(DATA)
@@ -335,47 +321,69 @@ class Run:
 
     def _end_epoch(self) -> None:
         """What was not yet read of its losses is recorded, also where the run was stopped just before."""
-        self._refuse_bad(self.finite.rest())
+        self.refuse_bad(self.finite.rest())
         if self.meter.steps:
             self._log()
         if self.meter.all_steps:
-            metrics = self.meter.whole() | {"lr": self.rate(self.state.step - 1)}
+            metrics = self.meter.whole() | {"lr": self.state.rate}
             self.record.say(
                 tracking.summary(self.state.epoch + 1, self.config.train.epochs, metrics, self.meter.seconds)
             )
         self.meter = Meter(self.accelerator, self.config.train.batch)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        return learning_rate(
-            self.config.optim, step=step, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
-        )
-
     def step(self, batch: Batch) -> int:
         """One step, with its update if its numbers allow; returns the request to stop that any rank has, or 0."""
         self._tick(FORWARD)
-        set_learning_rate(self.optimizer, self.rate(self.state.step))
-        number = self.state.step + 1
+        state, stepper = self.state, self.stepper
+        self._set_rate()
+        number = state.step + 1
         ids = self.loader.ids(*self.coordinates(number))
-        if number in self.state.left_out:  # by a roll-back
+        if number in state.left_out:  # by a roll-back
             stop, _, broken = self._agree(0)
         else:
-            buffers = self._buffers()
-            loss = F.cross_entropy(self.logits(batch.images, ids), batch.labels)
-            self._tick(BACKWARD)  # where ranks wait for each other
-            self.accelerator.backward(loss)
+            buffers = self.bad_numbers.buffers()
+            # The backward pass is where ranks wait for each other.
+            loss, _ = stepper.backward(batch, ids, step=state.step, between=lambda: self._tick(BACKWARD))
             stop, bad, broken = self._agree(self.finite.bad_step(number, loss))
             if bad:
-                self._leave_out(bad, buffers)
+                self.bad_numbers.meet(bad, buffers)
             else:
-                self.optimizer.step()
-                self.meter.add(loss.detach())
-            self.optimizer.zero_grad()
-        self.state.step = number
+                self._update()
+                self.meter.add(loss)
+            stepper.clear()
+        state.step = number
         self.record.ids(number, ids)
         if broken:
             self.saver.refuse(number)
         return stop
+
+    def _profiled_step(self, batch: Batch) -> int:
+        assert self.profile is not None
+        self.profile.begins()
+        stop = self.step(batch)
+        if table := self.profile.ends():
+            self._say(table)
+            self.profile = None
+        return stop
+
+    def _set_rate(self) -> None:
+        """Of the step that comes; the schedule waits for those that the loss scaler skipped."""
+        state = self.state
+        state.rate = learning_rate(
+            self.optim,
+            step=state.step - state.overflows,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            drops=state.plateau.drops,
+        )
+        frozen_from = self.config.train.conv1_epochs
+        freeze_first = bool(frozen_from) and state.step >= frozen_from * self.steps_per_epoch
+        set_learning_rate(self.stepper.optimizer, state.rate, freeze_first=freeze_first)
+
+    def _update(self) -> None:
+        moved = self.stepper.update()
+        self.state.updates += moved
+        self.state.overflows += not moved
 
     def _agree(self, bad: int) -> list[int]:
         """Of all ranks: the request to stop, the step with bad numbers, whether something could not be written."""
@@ -384,6 +392,13 @@ class Run:
     def coordinates(self, number: int) -> tuple[int, int]:
         """(epoch, step), from 0, of the step that is the number'th of the run."""
         return divmod(number - 1, self.steps_per_epoch)
+
+    def ids_of(self, number: int) -> list[int]:
+        """The whole global batch."""
+        return [int(i) for i in self.loader.ids(*self.coordinates(number), whole=True)]
+
+    def refuse_bad(self, bad: int) -> None:
+        self.bad_numbers.refuse(bad)
 
     def _asked_to_stop(self) -> int:
         if self.accelerator.is_main_process:
@@ -411,109 +426,65 @@ class Run:
     def _tick(self, phase: int) -> None:
         self.watchdog.tick(self.state.step, phase)
 
-    # Bad numbers
-
-    def _buffers(self) -> list[Tensor]:
-        """What the forward pass itself changes, to be put back: a batch that is left out must not stay in averages."""
-        return [b.clone() for b in self.bare.buffers()] if self.config.guard.on_bad_numbers == "skip" else []
-
-    def _leave_out(self, bad: int, buffers: list[Tensor]) -> None:
-        guard = self.config.guard
-        if guard.on_bad_numbers == "stop":
-            self._refuse_bad(bad)
-        if len(self.state.left_out) >= guard.max_bad_steps:
-            self._refuse_bad(bad, f"guard.max_bad_steps={guard.max_bad_steps} batches were left out before; ")
-        if guard.on_bad_numbers == "rollback":
-            raise _RollBack(bad)
-        self.state.left_out.append(bad)
-        self._put_back(buffers)
-        loss = self._bad_loss()
-        self.record.write("left out", bad, {"bad_step": bad, "loss": _text(loss), "ids": self.ids_of(bad)})
-        self.record.say(f"step {bad}: {what_is_bad(loss)}; its update is left out")
-
-    def _bad_loss(self) -> float:
-        """The loss, over all ranks, of the step that was told of."""
-        return float(self.accelerator.reduce(torch.as_tensor(self.finite.loss), "mean"))
-
-    def ids_of(self, number: int) -> list[int]:
-        """The whole global batch."""
-        return [int(i) for i in self.loader.ids(*self.coordinates(number), whole=True)]
-
-    def _refuse_bad(self, bad: int, why: str = "") -> None:
-        bad = self.agreement.largest(bad)[0] if self.finite.late else bad
-        if bad:
-            loss = self._bad_loss()
-            raise LossNotFinite(
-                f"{what_is_bad(loss)} at step {bad}; {why}"
-                f"tools/replay.py {self.path} {bad} shows it again; try a lower optim.lr than {self.config.optim.lr},"
-                " or leave such batches out by --guard.on-bad-numbers skip or rollback",
-                step=bad,
-                loss=loss,
-                ids=self.ids_of(bad),
-            )
-
-    def _roll_back(self, bad: int) -> None:
-        """To the newest checkpoint, and from there again without the batch of step `bad`."""
-        self.saver.settle()
-        path = None
-        if self.accelerator.is_main_process and (saved := self.checkpoints.newest()[0]):
-            path = saved.path
-            self.checkpoints.set_aside_after(saved.state["step"])
-        path = self.agreement.from_first(path)
-        if path is None:
-            self._refuse_bad(bad, "there is no checkpoint to roll back to; ")
-        left_out, loss = self.state.left_out, self._bad_loss()
-        self.optimizer.zero_grad()
-        self._restore(checkpoint.load(path))
-        self.state.left_out = [*left_out, bad]
-        self.record.rewind(*self._resumed_at())
-        told = {"bad_step": bad, "loss": _text(loss), "ids": self.ids_of(bad)}
-        self.record.write("left out", self.state.step, told)
-        self.record.say(f"step {bad}: {what_is_bad(loss)}; back to step {self.state.step}, and on without that batch")
-
-    # The step's parts
-
-    def logits(self, images: Tensor, ids: np.ndarray) -> Tensor:
-        """ids: the batch's, on the host; asking the device for them would wait for all it has to do."""
-        seed, step = self.config.run.seed, self.state.step
-        if self.takes_rows:  # masks from coordinates: the same at any world size
-            rows = draws.bits(ids, seed=seed, epoch=step, stream=draws.DROPOUT)
-            upper = torch.from_numpy((rows >> np.uint64(32)).astype(np.uint32).view(np.int32))
-            logits: Tensor = self.net(images, upper.to(images.device, non_blocking=True))
-            return logits
-        # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
-        torch.manual_seed(draws.key(seed, step, self.accelerator.process_index) >> 1)
-        logits = self.net(images)
-        return logits
-
     def _log(self) -> str:
         """Reads and records what was added up; returns it for the progress line."""
-        metrics, rate = self.meter.read(self.loader), self.rate(self.state.step - 1)
-        self.record.write("train", self.state.step, {"epoch": self.state.epoch + 1, **metrics, "lr": rate})
-        return f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.0%}"
-
-    def _evaluate(self) -> Result:
-        """Of the epoch that was trained; then the epoch is done."""
-        result = self._count()
         state = self.state
-        if not math.isfinite(result.loss):  # never saved: a checkpoint of a broken net breaks what resumes from it
+        metrics = self.meter.read(self.loader)
+        steps_a_second = metrics["images_per_second"] / self.config.train.batch
+        memory = environment.memory_gb(self.accelerator.device)
+        told: dict[str, Any] = {"epoch": state.epoch + 1, **metrics, "lr": state.rate, "memory_gb": memory}
+        if self.accelerator.scaler is not None:
+            told["overflows"] = state.overflows
+        self.record.write("train", state.step, told)
+        left = (self._last_step() - state.step) / steps_a_second
+        return (
+            f"step {state.step:,}/{self._last_step():,}, loss {metrics['loss']:.4f}, lr {state.rate:.3g},"
+            f" data wait {metrics['data_wait']:.0%}, {memory:.1f} GB, run ends in {clock(left)}"
+        )
+
+    def _last_step(self) -> int:
+        return min(self.total_steps, self.config.limit_steps or self.total_steps)
+
+    # Evaluating and saving
+
+    def _finish_epoch(self) -> Evaluation | None:
+        """Evaluates the epoch that was trained, where that is due; then the epoch is done."""
+        state, train = self.state, self.config.train
+        number = state.epoch + 1
+        if number % train.eval_every and number < train.epochs and not self._at_limit():
+            state.epoch = number
+            return None
+        result = self._count()
+        if not math.isfinite(result.weights.loss):  # never saved: a broken net breaks what resumes from it
             raise LossNotFinite(
-                f"the validation loss is {result.loss} at step {state.step};"
-                f" try a lower optim.lr than {self.config.optim.lr}",
+                f"the validation loss of epoch {number} is {result.weights.loss:.6g}; nothing of it is saved; try a"
+                f" lower optim.lr than {self.config.optim.lr}",
                 step=state.step,
-                loss=result.loss,
+                loss=result.weights.loss,
             )
-        state.epoch += 1
-        if state.best_step is None or result.top1 > state.best_top1:
-            state.best_top1, state.best_step = result.top1, state.step
-        self.record.write("val", state.step, {"epoch": state.epoch, **dataclasses.asdict(result)})
+        state.epoch = number
+        if state.best_step is None or result.best.top1 > state.best_top1:
+            state.best_top1, state.best_step = result.best.top1, state.step
+        if self.optim.schedule == "plateau" and state.plateau.see(result.weights.top1, self.optim):
+            self.record.say(f"top-1 has stalled: the learning rate falls to {state.rate * self.optim.factor:.4g}")
+        self._record_evaluation(result, epoch=number)
         return result
 
-    def _count(self) -> Result:
+    def _record_evaluation(self, result: Evaluation, *, epoch: int) -> None:
+        step = self.state.step
+        self.record.write("val", step, {"epoch": epoch, **dataclasses.asdict(result.weights)})
+        if result.average:
+            self.record.write("val of average", step, {"epoch": epoch, **dataclasses.asdict(result.average)})
+
+    def _count(self) -> Evaluation:
+        average = self.stepper.average
+        return Evaluation(self._count_of(self.bare), self._count_of(average.net) if average else None)
+
+    def _count_of(self, net: nn.Module) -> Result:
         if self._world > 1:
-            for buffer in self.bare.buffers():  # batch statistics are each rank's own; saved and judged are rank 0's
+            for buffer in net.buffers():  # batch statistics are each rank's own; saved and judged are rank 0's
                 dist.broadcast(buffer, 0)
-        return evaluate(self.bare, self.val_loader, self.accelerator, between=self._between_evaluations)
+        return evaluate(net, self.val_loader, self.accelerator, between=self._between_evaluations)
 
     def _between_evaluations(self) -> None:
         """After each batch that all ranks have."""
@@ -525,14 +496,15 @@ class Run:
     def _save(self) -> None:
         """Copies what is to be saved; it is written while training goes on."""
         self._tick(SAVING)
-        self._refuse_bad(self.finite.rest())
+        self.refuse_bad(self.finite.rest())
         meter = self.meter.state_dict()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
+            scaler, average = self.accelerator.scaler, self.stepper.average
             self.saver.save(
                 self.state.step,
                 model=self.bare.state_dict(),
-                optimizer=self.optimizer.state_dict(),
+                optimizer=self.stepper.optimizer.state_dict(),
+                average=average.net.state_dict() if average else {},
                 state={
                     **dataclasses.asdict(self.state),
                     "loader": self.loader.state_dict(),
@@ -554,39 +526,3 @@ class Run:
         self.loader.close()
         self.val_loader.close()
         self.record.close()
-
-
-def what_is_bad(loss: float) -> str:
-    return f"the loss is {loss:.6g}{', a gradient is not finite' if math.isfinite(loss) else ''}"
-
-
-def _text(loss: float) -> float | str:
-    """JSON knows no NaN."""
-    return loss if math.isfinite(loss) else str(loss)
-
-
-def local_world() -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def take_cores(device: torch.device) -> dict[str, Any]:
-    """Pins this rank to its share of the cores near its GPU, where those are known, and lets torch use all it has.
-
-    Launchers set one thread a rank, which starves a CPU. Returns what was done, for the run folder.
-    """
-    ranks = local_world()
-    shares = None
-    if device.type == "cuda" and hasattr(os, "sched_setaffinity"):
-        near = [_cores_near_gpu(gpu) for gpu in range(min(ranks, torch.cuda.device_count()))]
-        shares = cores.divide(near, sorted(os.sched_getaffinity(0))) if len(near) == ranks else None
-    if shares is not None:
-        cores.pin(shares[int(os.environ.get("LOCAL_RANK", "0"))])
-    threads = cores.threads_per_rank(ranks)
-    torch.set_num_threads(threads)
-    return {"ranks_on_this_machine": ranks, "threads_a_rank": threads, "pinned_to_cores": shares}
-
-
-def _cores_near_gpu(gpu: int) -> list[int] | None:
-    p: Any = torch.cuda.get_device_properties(gpu)
-    return cores.near_device(f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0")

@@ -85,6 +85,18 @@ def _refuse_unsuitable(net: nn.Module, name: str, crop: int) -> None:
         module.training = True
 
 
+def refuse_sizes(net: nn.Module, name: str, sizes: tuple[int, ...]) -> None:
+    """Raises ConfigError for a crop of `sizes` that the net cannot take."""
+    for size in sizes:
+        try:
+            if isinstance(net, AlexNet):
+                with torch.device("meta"):
+                    AlexNet(net.config, classes=1, crop=size)
+            _refuse_unsuitable(net, name, size)
+        except (ValueError, ConfigError) as err:
+            raise ConfigError(str(err).replace("augment.crop", "train.crop_sizes", 1)) from err
+
+
 # Weights
 
 

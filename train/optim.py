@@ -1,40 +1,181 @@
-"""The optimiser and the learning rate as a pure function of the step."""
+"""Optimisers, and the learning rate as a function of the update's number alone: the same at any number of processes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.alexnet import AlexNet, param_groups
 
 from .config import OptimConfig
 
 
-def make_optimizer(net: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD over the net's trainable parameters; biases as the net's source treats them, or like weights."""
-    bias_lr, bias_decay = 1.0, 1.0
-    if isinstance(net, AlexNet) and config.biases == "variant":
-        bias_lr, bias_decay = net.variant.bias_lr, net.variant.bias_decay
-    groups = param_groups(net, bias_lr=bias_lr, bias_decay=bias_decay)
+class Velocity(torch.optim.Optimizer):
+    """SGD whose velocity holds the rate: v ← m·v − λ·lr·w − lr·g, w ← w + v (Krizhevsky et al. 2012, section 5).
+
+    torch's keeps the rate outside; the two differ for some steps after each change of it. Where lr is 0 nothing moves.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group, w, v in _moving(self):
+            assert w.grad is not None
+            v.mul_(group["momentum"]).add_(w, alpha=-group["weight_decay"] * group["lr"])
+            w.add_(v.add_(w.grad, alpha=-group["lr"]))
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with a rate for each layer: v ← m·v + r·(g + λ·w), w ← w − v, with t = η·|w| / (|g| + λ·|w|).
+
+    r = lr·t (LARS: You, Gitman and Ginsburg 2017, arXiv 1708.03888), or with `clip` min(t, lr) ("LARC"): then lr is
+    a bound, which layers reach when it has fallen far. Groups of "adapt": False have r = lr, as biases and
+    normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0, eta: float, clip: bool
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "clip": clip}
+        super().__init__(params, {**defaults, "adapt": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group, w, v in _moving(self):
+            assert w.grad is not None
+            lr, decay = group["lr"], group["weight_decay"]
+            rate = _adapted(w, group) if group["adapt"] else lr
+            v.mul_(group["momentum"]).add_(w.grad.add(w, alpha=decay) * rate)
+            w.sub_(v)
+
+
+def _adapted(w: Tensor, group: dict[str, Any]) -> Tensor:
+    """() lr·t, on the device: nobody waits for it."""
+    assert w.grad is not None
+    weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(w.grad)
+    trust = group["eta"] * weight / (gradient + group["weight_decay"] * weight)
+    trust = torch.where((weight > 0) & (gradient > 0), trust, torch.full_like(trust, group["eta"]))
+    rate: Tensor = trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
+    return rate
+
+
+def _moving(optimizer: torch.optim.Optimizer) -> Any:
+    """(group, parameter, its velocity) of all that an update moves."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and group["lr"] > 0:
+                state = optimizer.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                yield group, p, state["momentum_buffer"]
+
+
+def make_optimizer(
+    net: nn.Module, config: OptimConfig, *, first_apart: bool = False, scaled: bool = False
+) -> torch.optim.Optimizer:
+    """The optimiser of `config` over the net's trainable parameters, in groups of how they are treated.
+
+    first_apart: the first convolution can be frozen by `set_learning_rate`. scaled: gradients are a loss scaler's.
+    """
+    groups = param_groups(net, **_rules(net, config), first_apart=first_apart)
     for group in groups:
         group["weight_decay"] = config.weight_decay * group["decay_scale"]
         group["lr"] = config.lr * group["lr_scale"]
-    return torch.optim.SGD(groups, momentum=config.momentum)
+        if config.name == "lars":
+            group["adapt"] = group["kind"] == "weight"
+    common: Any = {"lr": config.lr, "momentum": config.momentum}
+    if config.name == "velocity":
+        return Velocity(groups, **common)
+    if config.name == "lars":
+        return Lars(groups, **common, eta=config.lars_eta, clip=config.lars_clip)
+    # A fused update of torch's makes the skipping of overflows its own business, where nobody could count it.
+    fused = not scaled and all(p.is_floating_point() for group in groups for p in group["params"])
+    return torch.optim.SGD(groups, **common, nesterov=config.nesterov, fused=fused or None)
 
 
-def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """The rate of optimiser step `step`, counted from 0 over the whole run."""
+def _rules(net: nn.Module, config: OptimConfig) -> dict[str, float]:
+    rules = {"bias_lr": 1.0, "bias_decay": 1.0, "norm_decay": float(config.norms == "weights")}
+    if config.biases == "no-decay":
+        rules["bias_decay"] = 0.0
+    elif config.biases == "variant" and isinstance(net, AlexNet):
+        rules |= {"bias_lr": net.variant.bias_lr, "bias_decay": net.variant.bias_decay}
+    return rules
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, freeze_first: bool = False) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if freeze_first and group["first"] else rate * group["lr_scale"]
+
+
+# The rate over time
+
+
+def scaled_to_batch(config: OptimConfig, batch: int) -> OptimConfig:
+    """`config` with the rates that its rule of scaling gives for a global batch."""
+    share = batch / config.base_batch
+    factor = {"none": 1.0, "linear": share, "sqrt": math.sqrt(share)}[config.scale_lr]
+    return replace(config, lr=config.lr * factor, warmup_from=config.warmup_from * factor, scale_lr="none")
+
+
+def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total_steps: int, drops: int = 0) -> float:
+    """The rate of update `step`, counted from 0 over the whole run. drops: how often a plateau has lowered it."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return config.warmup_from + (config.lr - config.warmup_from) * min((step + 1) / warmup, 1.0)
+    at = _At(step, warmup, steps_per_epoch, max(total_steps - warmup, 1), drops)
+    return config.lr * _SHAPES[config.schedule](config, at)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+@dataclass(frozen=True)
+class _At:
+    """Where a schedule stands, in updates."""
+
+    step: int
+    warmup: float
+    steps_per_epoch: int
+    after_warmup: float  # updates from the end of the warm-up to the end of the run
+    drops: int
+
+    @property
+    def progress(self) -> float:
+        """0 at the end of the warm-up, 1 at the end of the run."""
+        return min((self.step - self.warmup) / self.after_warmup, 1.0)
+
+
+_SHAPES: dict[str, Callable[[OptimConfig, _At], float]] = {
+    "constant": lambda c, at: 1.0,
+    "cosine": lambda c, at: 0.5 * (1 + math.cos(math.pi * at.progress)),
+    "step": lambda c, at: c.factor ** sum(at.step >= epoch * at.steps_per_epoch for epoch in c.milestones),
+    "plateau": lambda c, at: c.factor**at.drops,
+    "poly": lambda c, at: (1 - at.progress) ** c.power,
+    "exponential": lambda c, at: c.factor ** ((at.step - at.warmup) / at.steps_per_epoch),
+}
+
+
+@dataclass
+class Plateau:
+    """Lowers the rate when evaluations no longer improve, at most `config.plateau_drops` times."""
+
+    best: float = -1.0
+    since: int = 0  # evaluations since the best
+    drops: int = 0
+
+    def see(self, top1: float, config: OptimConfig) -> bool:
+        """After each evaluation; whether the rate is lowered now."""
+        if top1 > self.best:
+            self.best, self.since = top1, 0
+            return False
+        self.since += 1
+        if self.since < config.plateau_patience or self.drops >= config.plateau_drops:
+            return False
+        self.since, self.drops = 0, self.drops + 1
+        return True

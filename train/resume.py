@@ -13,14 +13,16 @@ from .agreement import Agreement
 from .checkpoint import Checkpoints, Saved, load
 from .config import RESUME_NEWEST, Config, flatten
 from .folder import RunFolder
-from .optim import learning_rate
+from .optim import learning_rate, scaled_to_batch
 
 # These change nothing of what is trained, or are meant to be changed: where the data lie, how they are read, what is
 # recorded, what is done about trouble. data.shards may be another place of the same data; its fingerprint may not.
 MAY_CHANGE = (
     "data.shards",
     "guard.",
+    "limit_steps",
     "loader.",
+    "profile",
     "resume",
     "run.ddp_backend",
     "run.dir",
@@ -28,8 +30,11 @@ MAY_CHANGE = (
     "run.log_every",
     "run.record_ids",
     "run.save_every",
+    "run.trackers",
+    "train.accumulate",
     "train.epochs",
     "train.eval_batch",
+    "train.stop_at",
 )
 
 
@@ -122,9 +127,10 @@ def _refuse_other_rates(config: Config, saved: Saved, steps_per_epoch: int) -> N
     if config.train.epochs * steps_per_epoch < done:
         behind = f"{done // steps_per_epoch} epochs and {done % steps_per_epoch} steps behind it"
         raise ConfigError(f"train.epochs={config.train.epochs} but {saved.path} has {behind}")
+    optim = scaled_to_batch(config.optim, config.train.batch)
     for step in range(done):
         then, now = (
-            learning_rate(config.optim, step=step, steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * e)
+            learning_rate(optim, step=step, steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * e)
             for e in (epochs, config.train.epochs)
         )
         if then != now:

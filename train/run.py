@@ -43,10 +43,10 @@ def main(argv: list[str]) -> int:
     stop = Stop()
     stop.install()
     try:
-        from train.config import parse
-        from train.presets import PRESETS
+        from train.command_line import parse
+        from train.presets import PRESETS, TOLD
 
-        return start(parse(argv, PRESETS, prog="train/run.py"), stop)
+        return start(parse(argv, PRESETS, prog="train/run.py", told=TOLD), stop)
     except ExpressError as err:
         return fail(err, only_rank0=True)
     except KeyboardInterrupt:
@@ -143,7 +143,7 @@ def is_lost_connection(err: RuntimeError) -> bool:
 def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
     from train import watchdog
-    from train.loop import LossNotFinite
+    from train.bad_numbers import LossNotFinite
     from train.preempt import Preempted
     from train.saving import SaveFailed
 
@@ -163,7 +163,7 @@ def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
 
 def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
     """exit.json, by the rank that knows: a folder that another run holds is left alone."""
-    from train.loop import LossNotFinite
+    from train.bad_numbers import LossNotFinite
     from train.preempt import Preempted
     from train.saving import SaveFailed
 

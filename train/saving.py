@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from torch import Tensor
-
 from pipeline.errors import StorageError
 
 from .agreement import Agreement
@@ -34,10 +32,10 @@ class Saver:
         self.checkpoints, self.agreement, self.on_error = checkpoints, agreement, on_error
         self._error = ""  # what this rank met last
 
-    def save(self, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Any], state: dict[str, Any]) -> None:
-        """At rank 0: copies what is given, and returns while it is being written."""
+    def save(self, step: int, **what: Any) -> None:
+        """At rank 0: copies what is given, as Checkpoints.save takes it, and returns while it is being written."""
         self.settle()
-        self.checkpoints.save(step, model=model, optimizer=optimizer, state=state)
+        self.checkpoints.save(step, **what)
 
     def settle(self) -> None:
         """Waits for the save before; says what went wrong with it."""

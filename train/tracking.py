@@ -12,7 +12,17 @@ from accelerate import Accelerator
 from pipeline.files import atomic_write
 from pipeline.progress import clock
 
+from .config import Config, flatten
+
 METRICS, IDS = "metrics.jsonl", "ids"
+
+
+def start(accelerator: Accelerator, config: Config) -> None:
+    """Accelerate's trackers, each told the configuration; TensorBoard's events lie in the run folder."""
+    names = config.run.trackers
+    project = "tensorboard" if names == ("tensorboard",) else "imagenet-express"
+    told = {name: str(value) for name, value in flatten(config).items()} if names != ("tensorboard",) else None
+    accelerator.init_trackers(project, config=told)
 
 
 class Record:
@@ -101,7 +111,7 @@ def _is_before(line: bytes, step: int, epoch: int) -> bool:
         told = json.loads(line)
         if not line.endswith(b"\n"):
             return False
-        return int(told["step"]) <= step and (told.get("kind") != "val" or int(told["epoch"]) <= epoch)
+        return int(told["step"]) <= step and (not told.get("kind", "").startswith("val") or int(told["epoch"]) <= epoch)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two
 

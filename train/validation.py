@@ -26,6 +26,22 @@ class Result:
         return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Of the weights, and of their average where there is one."""
+
+    weights: Result
+    average: Result | None = None
+
+    @property
+    def best(self) -> Result:
+        return max(filter(None, (self.weights, self.average)), key=lambda result: result.top1)
+
+    def __str__(self) -> str:
+        average = str(self.average).replace("val", "val of averaged weights") + "\n" if self.average else ""
+        return f"{average}{self.weights}"
+
+
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) how many classes score at least as high as the labelled one, itself not counted.
 
@@ -50,7 +66,9 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     seen = 0
     for number, (images, labels, _) in enumerate(loader):
-        logits = net(images).float()
+        with accelerator.autocast():
+            logits = net(images)
+        logits = logits.float()
         ranks = rank_of_label(logits, labels)
         hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")

@@ -15,15 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from train.loop import Run  # noqa: E402 (the path comes first)
+from train.step import Stepper  # noqa: E402 (the path comes first)
 
-what, rank, step = os.environ["PLANT"].split(":")
-untouched = Run.logits
+what, rank, planted = os.environ["PLANT"].split(":")
+untouched = Stepper.logits
 
 
-def faulty(self, images, ids):
-    logits = untouched(self, images, ids)
-    if self.state.step + 1 != int(step) or int(rank) not in (-1, self.accelerator.process_index):
+def faulty(self, images, ids, *, step, part=0):
+    logits = untouched(self, images, ids, step=step, part=part)
+    if step + 1 != int(planted) or int(rank) not in (-1, self.accelerator.process_index):
         return logits
     if what == "sleep":
         time.sleep(600)
@@ -33,6 +33,6 @@ def faulty(self, images, ids):
     return logits * float("nan")
 
 
-Run.logits = faulty
+Stepper.logits = faulty
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

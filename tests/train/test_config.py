@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from pipeline.errors import ConfigError
-from train.config import RESUME_NEWEST, flatten, parse
-from train.presets import PRESETS
+from pipeline.errors import ConfigError, DataError, ExpressError
+from train.command_line import SHORT, describe, parse
+from train.config import RESUME_NEWEST, augment_at, flatten
+from train.presets import PRESETS, TOLD
 
 
 def parsed(*argv: str):
-    return parse(list(argv), PRESETS, prog="train/run.py")
+    return parse(list(argv), PRESETS, prog="train/run.py", told=TOLD)
 
 
 def test_flags_override_the_preset_and_nothing_else():
@@ -35,7 +38,7 @@ def test_a_bare_resume_means_the_newest():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["dmeo"], r"unknown preset 'dmeo' \(did you mean demo\?\); presets: demo, seed"),
+        (["dmeo"], r"unknown preset 'dmeo' \(did you mean demo\?\); presets: demo, seed, paper"),
         (["demo", "--train.bach", "3"], r"unknown field --train.bach \(did you mean train.batch\?\)"),
         (["demo", "--train.batch", "many"], r"--train.batch: invalid literal for int\(\) with base 10: 'many'"),
         (["demo", "--data.shards", "x", "stray"], "stray"),
@@ -50,6 +53,29 @@ def test_a_bare_resume_means_the_newest():
         (["demo", "--data.shards", "x", "--augment.crop", "64"], "augment.crop=64 is larger than augment.resize=36"),
         (["demo", "--data.shards", "x", "--loader.backend", "magic"], "loader.backend"),
         (["demo", "--data.shards", "x", "--run.log-every", "0"], "run.log_every=0"),
+        (["demo", "--data.shards", "x", "--train.accumulate", "0"], "train.accumulate=0"),
+        (["demo", "--data.shards", "x", "--train.eval-every", "0"], "train.eval_every=0"),
+        (["demo", "--data.shards", "x", "--train.stop-at", "75"], "train.stop_at=75.0: must be at most 1"),
+        (["demo", "--data.shards", "x", "--train.precision", "fp8"], "train.precision"),
+        (["demo", "--data.shards", "x", "--train.compress", "int8"], "train.compress"),
+        (["demo", "--data.shards", "x", "--train.colour-epochs", "-1"], "train.colour_epochs=-1"),
+        (["demo", "--data.shards", "x", "--train.conv1-epochs", "-1"], "train.conv1_epochs=-1"),
+        (["demo", "--data.shards", "x", "--train.crop-sizes", "16"], "train.crop_until=none: give one epoch for each"),
+        (
+            ["modern", "--data.shards", "x", *"--train.crop-sizes 64 32 --train.crop-until 1 2".split()],
+            "train.crop_sizes=64 32: sizes that rise, all below augment.crop=224",
+        ),
+        (["modern", "--data.shards", "x", *"--train.crop-until 5 5 6".split()], "train.crop_until=5 5 6: epochs that"),
+        (["modern", "--data.shards", "x", "--model.name", "seed", "--model.norm", "lrn"], "model.name=seed takes one"),
+        (["modern", "--data.shards", "x", "--augment.normalize", "mean-image"], "mean-image is of one size"),
+        (["demo", "--data.shards", "x", "--regularize.mixup", "-1"], "regularize.mixup=-1"),
+        (["demo", "--data.shards", "x", "--regularize.cutmix", "1e9"], r"regularize.cutmix=1000000000.0: must be at m"),
+        (["demo", "--data.shards", "x", "--regularize.ema", "1"], "regularize.ema=1.0: must be below 1"),
+        (["demo", "--data.shards", "x", "--regularize.label-smoothing", "1"], "regularize.label_smoothing=1.0"),
+        (["demo", "--data.shards", "x", "--run.trackers", "tensorbord"], r"unknown \(did you mean tensorboard\?\)"),
+        (["demo", "--data.shards", "x", "--run.trackers", "aim"], "run.trackers=aim: is not installed"),
+        (["demo", "--data.shards", "x", "--limit-steps", "-1"], "limit_steps=-1"),
+        (["demo", "--data.shards", "x", "--profile", "5000"], "profile=5000: choose 1 to 1000"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(argv, message):
@@ -58,10 +84,89 @@ def test_what_cannot_be_is_refused_in_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
-def test_help_lists_every_field(capsys):
+def test_long_help_lists_every_field_and_short_help_the_usual_ones(capsys):
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as caught:
+            parsed("demo", flag)
+        assert not caught.value.code
+        texts[flag] = capsys.readouterr().out
+    for name in flatten(PRESETS["demo"]):
+        assert "--" + name.replace("_", "-") in texts["--help-all"]
+    assert len(texts["--help"].splitlines()) < 40  # a screen
+    for name in SHORT:
+        assert f"--{name.replace('_', '-')} " in texts["--help"]
+    assert TOLD["demo"].splitlines()[0] in texts["--help"]
+
+
+def test_the_list_tells_of_every_preset_what_to_expect_and_what_was_not_measured(capsys):
     with pytest.raises(SystemExit) as caught:
-        parsed("demo", "--help")
+        parsed("--list")
     assert not caught.value.code
     text = capsys.readouterr().out
-    for name in flatten(PRESETS["demo"]):
-        assert "--" + name.replace("_", "-") in text
+    for name, told in TOLD.items():
+        what, facts = describe(told)
+        assert f"{name} " in text
+        assert what in text
+        assert any(fact.startswith("Expected") for fact in facts), name
+        assert any(fact.startswith("Hours") for fact in facts), name
+        assert "train/run.py " + name in told or name == "demo"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
+    file = tmp_path / "settings.json"
+    flags = ["--data.shards", "x", "--optim.lr", "0.123", "--augment.flip", "--run.dir", "runs/x"]
+    with pytest.raises(SystemExit):
+        parsed(preset, *flags, "--print")
+    file.write_text(capsys.readouterr().out)
+    wanted = parsed(preset, *flags)
+    assert parsed(preset, "--config", str(file)) == wanted
+    assert parsed("--config", str(file)) == wanted
+    assert parsed("demo", f"--config={file}") == wanted  # a file that says all leaves nothing of the preset
+    assert parsed(preset, "--config", str(file), "--optim.lr", "0.5").optim.lr == 0.5  # flags come last
+    file.write_text(json.dumps({"config": {"optim": {"lr": 0.7}}, "ranks": 2}))  # as in a run folder
+    assert parsed(preset, "--data.shards", "x", "--config", str(file)).optim.lr == 0.7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds no object of fields"),
+        ('{"optim": {"lrr": 1}}', r"unknown field optim.lrr \(did you mean optim.lr\?\)"),
+        ('{"optim": {"lr": "much"}}', "could not convert string to float: 'much'"),
+        ('{"optim": {"lr": -1}}', "optim.lr=-1"),
+        ('{"train": {"batch": 1.5}}', "invalid literal for int"),
+        ('{"augment": {"flip": "maybe"}}', "maybe"),
+        ('{"optim": 3}', "unknown field optim"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(text, message, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    with pytest.raises(ExpressError, match=message) as caught:
+        parsed("demo", "--data.shards", "x", "--config", str(file))
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_no_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="--config: name a JSON file"):
+        parsed("demo", "--config", "--data.shards", "x")
+    with pytest.raises(DataError, match=r"--config /nowhere.json: no such file"):
+        parsed("demo", "--config", "/nowhere.json")
+
+
+def test_crops_grow_and_colours_and_resizing_follow():
+    config = parsed("modern", "--data.shards", "x", "--train.epochs", "9", *"--train.crop-until 2 4 6".split())
+    seen = [augment_at(config, epoch) for epoch in range(9)]
+    assert [a.crop for a in seen] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
+    assert [a.resize for a in seen] == [146, 146, 183, 183, 219, 219, 256, 256, 256]
+    assert seen[-1] is config.augment
+    original = parsed("original", "--data.shards", "x")
+    assert [augment_at(original, epoch).colour for epoch in (0, 66, 67, 92)] == [0.1, 0.1, 0, 0]
+
+
+def test_a_preset_is_changed_to_another_schedule_by_one_flag():
+    assert parsed("caffe", "--data.shards", "x", "--optim.schedule", "cosine").optim.schedule == "cosine"

@@ -264,7 +264,7 @@ def test_gloo_asked_for_by_one_process_is_no_error(digits, tmp_path):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["nope"], 2, "unknown preset 'nope'; presets: demo, seed"),
+        (["nope"], 2, "unknown preset 'nope'; presets: demo, seed, paper"),
         (["demo", "--train.epoch", "3"], 2, "unknown field --train.epoch (did you mean train.epochs?)"),
         (["demo", "--data.shards", "/nowhere"], 65, "/nowhere: no such shard folder"),
         (["demo", "--data.shards", "{digits}", "--train.batch", "5000"], 2, "train.batch=5000 is more than the 1438"),

@@ -1,0 +1,243 @@
+"""Optimisers against plain references in NumPy, and the learning rate over time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from model import AlexNet, ModelConfig
+from pipeline.errors import ConfigError
+from train.config import SCHEDULES, OptimConfig
+from train.optim import Plateau, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
+from train.presets import PRESETS
+
+RATES = [0.1, 0.1, 0.01, 0.01, 0.3]  # a fall and a rise: forms of momentum differ after each
+
+
+def small() -> AlexNet:
+    torch.manual_seed(0)
+    return AlexNet(ModelConfig("small", width=0.1, norm="bn", weight_init="he"), classes=5, crop=32).double()
+
+
+def gradients(net: nn.Module) -> list[list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [[rng.normal(size=p.shape) for p in net.parameters()] for _ in RATES]
+
+
+def trained(config: OptimConfig, net: nn.Module) -> list[np.ndarray]:
+    optimizer = make_optimizer(net, config)
+    for rate, step in zip(RATES, gradients(net), strict=True):
+        set_learning_rate(optimizer, rate)
+        for p, g in zip(net.parameters(), step, strict=True):
+            p.grad = torch.from_numpy(g)
+        optimizer.step()
+    return [p.detach().numpy() for p in net.parameters()]
+
+
+def reference(net: nn.Module, move) -> list[np.ndarray]:
+    """move(w, g, v, rate, is_weight) → (w, v), for each parameter by itself."""
+    norms = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    out = []
+    for i, (name, p) in enumerate(net.named_parameters()):
+        w, v = p.detach().numpy().copy(), np.zeros(p.shape)
+        is_weight = not name.endswith("bias") and id(p) not in norms
+        for rate, step in zip(RATES, gradients(net), strict=True):
+            w, v = move(w, step[i], v, rate, is_weight)
+        out.append(w)
+    return out
+
+
+DECAY = 0.05
+
+
+def torchs(w, g, v, rate, is_weight):
+    v = 0.9 * v + g + DECAY * w
+    return w - rate * v, v
+
+
+def papers(w, g, v, rate, is_weight):
+    v = 0.9 * v - DECAY * rate * w - rate * g
+    return w + v, v
+
+
+def lars(clip: bool):
+    def move(w, g, v, rate, is_weight):
+        decay = DECAY if is_weight else 0.0
+        own = rate
+        if is_weight:
+            weight, gradient = np.sqrt((w**2).sum()), np.sqrt((g**2).sum())
+            trust = 0.02 * weight / (gradient + decay * weight) if weight and gradient else 0.02
+            own = min(trust, rate) if clip else trust * rate
+        v = 0.9 * v + own * (g + decay * w)
+        return w - v, v
+
+    return move
+
+
+@pytest.mark.parametrize(
+    ("config", "move"),
+    [
+        (OptimConfig(weight_decay=DECAY), torchs),
+        (OptimConfig(name="velocity", weight_decay=DECAY), papers),
+        (
+            OptimConfig(name="lars", weight_decay=DECAY, lars_eta=0.02, biases="no-decay", norms="no-decay"),
+            lars(clip=False),
+        ),
+        (
+            OptimConfig(
+                name="lars", weight_decay=DECAY, lars_eta=0.02, lars_clip=True, biases="no-decay", norms="no-decay"
+            ),
+            lars(clip=True),
+        ),
+    ],
+    ids=["sgd", "velocity", "lars", "larc"],
+)
+def test_optimisers_move_as_their_formulas_say(config, move):
+    wanted = reference(small(), move)
+    for ours, theirs in zip(trained(config, small()), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_papers_form_differs_from_torchs_only_where_the_rate_changes():
+    same = [0.1] * 5
+    differences = []
+    for rates in (same, RATES):
+        ends = []
+        for name in ("sgd", "velocity"):
+            w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+            net = nn.Module()
+            net.weight = w
+            optimizer = make_optimizer(net, OptimConfig(name=name, weight_decay=0.05))
+            for rate in rates:
+                set_learning_rate(optimizer, rate)
+                w.grad = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+                optimizer.step()
+            ends.append(w.detach().clone())
+        differences.append((ends[0] - ends[1]).abs().max().item())
+    assert differences[0] < 1e-12
+    assert differences[1] > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sgd", "velocity", "lars"])
+def test_a_frozen_first_convolution_stays_and_the_rest_goes_on(name):
+    net = small().float()
+    optimizer = make_optimizer(net, OptimConfig(name=name, weight_decay=0.1), first_apart=True)
+    set_learning_rate(optimizer, 0.1)
+
+    def step():
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    before = [p.detach().clone() for p in net.parameters()]
+    set_learning_rate(optimizer, 0.1, freeze_first=True)
+    for _ in range(3):
+        step()
+    same = {n for (n, p), b in zip(net.named_parameters(), before, strict=True) if torch.equal(p, b)}
+    assert same == {"features.conv1.weight", "features.conv1.bias"}
+
+
+def test_norms_and_biases_are_spared_decay_where_asked():
+    net = small()
+    config = OptimConfig(weight_decay=0.1, biases="no-decay", norms="no-decay")
+    decays = {group["kind"]: group["weight_decay"] for group in make_optimizer(net, config).param_groups}
+    assert decays == {"weight": 0.1, "bias": 0.0, "norm": 0.0}
+    kinds = {group["kind"]: len(group["params"]) for group in make_optimizer(net, config).param_groups}
+    assert kinds == {"weight": 8, "bias": 8, "norm": 10}
+
+
+# The rate
+
+
+def rates(config: OptimConfig, *, epochs: int = 10, steps: int = 7, drops: int = 0) -> list[float]:
+    return [
+        learning_rate(config, step=s, steps_per_epoch=steps, total_steps=epochs * steps, drops=drops)
+        for s in range(epochs * steps)
+    ]
+
+
+def test_each_schedule_has_its_shape():
+    step = rates(OptimConfig(lr=1, schedule="step", milestones=(2, 5), factor=0.1))
+    assert step == pytest.approx([1.0] * 14 + [0.1] * 21 + [0.01] * 35)
+    poly = rates(OptimConfig(lr=2, schedule="poly", power=2))
+    assert poly == pytest.approx([2 * (1 - s / 70) ** 2 for s in range(70)])
+    cosine = rates(OptimConfig(lr=2, schedule="cosine"))
+    assert cosine == pytest.approx([1 + math.cos(math.pi * s / 70) for s in range(70)])
+    exponential = rates(OptimConfig(lr=1, schedule="exponential", factor=0.94))
+    assert exponential == pytest.approx([0.94 ** (s / 7) for s in range(70)])
+    assert rates(OptimConfig(lr=3, schedule="plateau"), drops=2) == pytest.approx([0.03] * 70)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_warm_up_leads_to_each_schedule(schedule):
+    milestones = (5.0,) if schedule == "step" else ()
+    config = OptimConfig(lr=1, schedule=schedule, milestones=milestones, warmup_epochs=2, warmup_from=0.3)
+    found = rates(config)
+    assert found[:14] == pytest.approx([0.3 + 0.7 * (s + 1) / 14 for s in range(14)])
+    assert found[14] == pytest.approx(1)
+    assert all(a >= b for a, b in zip(found[14:], found[15:]))
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(1, 5), st.integers(1, 40), st.floats(0, 3))
+def test_rates_are_never_negative_and_never_above_the_peak(schedule, epochs, steps, warmup):
+    milestones = (1.0,) if schedule == "step" else ()
+    config = OptimConfig(lr=0.5, schedule=schedule, milestones=milestones, warmup_epochs=warmup)
+    assert all(0 <= rate <= 0.5 + 1e-12 for rate in rates(config, epochs=epochs, steps=steps))
+
+
+def test_the_rate_follows_the_batch():
+    config = OptimConfig(lr=0.1, warmup_from=0.01, warmup_epochs=1, scale_lr="linear", base_batch=256)
+    assert scaled_to_batch(config, 1024).lr == pytest.approx(0.4)
+    assert scaled_to_batch(config, 1024).warmup_from == pytest.approx(0.04)
+    sqrt = OptimConfig(lr=0.1, scale_lr="sqrt", base_batch=256)
+    assert scaled_to_batch(sqrt, 1024).lr == pytest.approx(0.2)
+    assert scaled_to_batch(scaled_to_batch(config, 1024), 1024).lr == pytest.approx(0.4)  # once is enough
+    assert scaled_to_batch(PRESETS["large-batch"].optim, 8192).lr == 10
+
+
+def test_a_plateau_lowers_the_rate_three_times_at_most():
+    config = OptimConfig(schedule="plateau", plateau_patience=2, plateau_drops=3)
+    plateau = Plateau()
+    improving = [plateau.see(top1, config) for top1 in (0.1, 0.2, 0.3)]
+    stalling = [plateau.see(0.3, config) for _ in range(10)]
+    assert improving == [False] * 3
+    assert [i for i, lowered in enumerate(stalling) if lowered] == [1, 3, 5]
+    assert plateau.drops == 3
+    assert not plateau.see(0.9, config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adam"}, "optim.name=adam: choose one of sgd, velocity, lars"),
+        ({"schedule": "linear"}, "optim.schedule=linear: choose one of constant, step"),
+        ({"schedule": "step"}, "optim.milestones is empty"),
+        ({"schedule": "step", "milestones": (3, 2)}, r"optim.milestones=3 2: epochs that rise"),
+        ({"schedule": "step", "milestones": (0,)}, r"optim.milestones=0: epochs that rise, above 0"),
+        ({"schedule": "step", "milestones": (float("nan"),)}, r"optim.milestones=nan"),
+        ({"factor": 0.0}, "optim.factor=0.0: must be above 0 and at most 1"),
+        ({"factor": 2.0}, "optim.factor=2.0"),
+        ({"lars_eta": 0.0}, "optim.lars_eta=0.0"),
+        ({"plateau_patience": 0}, "optim.plateau_patience=0"),
+        ({"plateau_drops": -1}, "optim.plateau_drops=-1"),
+        ({"power": -1.0}, "optim.power=-1.0"),
+        ({"clip_norm": -1.0}, "optim.clip_norm=-1.0"),
+        ({"scale_lr": "square"}, "optim.scale_lr=square: choose one of none, linear, sqrt"),
+        ({"base_batch": 0}, "optim.base_batch=0"),
+        ({"warmup_from": 0.1}, "optim.warmup_from=0.1: set optim.warmup_epochs too"),
+        ({"nesterov": True, "name": "lars"}, "optim.nesterov=True: goes with optim.name=sgd"),
+        ({"nesterov": True, "momentum": 0.0}, "optim.nesterov=True"),
+        ({"biases": "all"}, "optim.biases=all"),
+        ({"norms": "variant"}, "optim.norms=variant"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_field_and_value(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**fields)

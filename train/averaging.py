@@ -1,0 +1,35 @@
+"""A moving average of the weights, which is often the better net."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """avg ← d·avg + (1 − d)·w after each update; `net` is a net like the one it follows, with those weights.
+
+    d is at most (1 + n) / (10 + n) at the n-th update, so that the first ones are soon forgotten. Averages of batch
+    normalisation are averaged too, counters are copied.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages, weights = _tensors(self.net), _tensors(net)
+        pairs = [(a, w) for a, w in zip(averages, weights, strict=True) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
+        for a, w in zip(averages, weights, strict=True):
+            if not a.is_floating_point():
+                a.copy_(w)
+
+
+def _tensors(net: nn.Module) -> list[Tensor]:
+    return [t.detach() for t in (*net.parameters(), *net.buffers())]

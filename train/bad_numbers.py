@@ -1,0 +1,110 @@
+"""A loss or gradient that is NaN or infinite: stop, leave the update out, or go back. All ranks together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ExpressError
+
+from . import checkpoint
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+class LossNotFinite(ExpressError):
+    """A loss or a gradient became NaN or infinite. `step` is the first bad one, `ids` are its global batch."""
+
+    code = 76
+
+    def __init__(self, message: str, *, step: int, loss: float, ids: list[int] | None = None) -> None:
+        super().__init__(message)
+        self.step, self.loss, self.ids = step, loss, ids or []
+
+
+class RollBack(Exception):
+    """To the last checkpoint, because of the bad numbers of `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
+class BadNumbers:
+    """What a run does about them, as guard.on_bad_numbers says."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.guard = run, run.config.guard
+
+    def buffers(self) -> list[Tensor] | None:
+        """To be put back if the step that follows is left out."""
+        return self.run.stepper.buffers() if self.guard.on_bad_numbers == "skip" else None
+
+    def meet(self, bad: int, buffers: list[Tensor] | None) -> None:
+        """Step `bad` is left out, or raises LossNotFinite or RollBack."""
+        left_out = self.run.state.left_out
+        if self.guard.on_bad_numbers == "stop":
+            self.refuse(bad)
+        if len(left_out) >= self.guard.max_bad_steps:
+            self.refuse(bad, f"guard.max_bad_steps={self.guard.max_bad_steps} batches were left out before; ")
+        if self.guard.on_bad_numbers == "rollback":
+            raise RollBack(bad)
+        assert buffers is not None
+        left_out.append(bad)
+        self.run.stepper.put_back(buffers)
+        self._tell(bad, self._loss(), bad, "its update is left out")
+
+    def refuse(self, bad: int, why: str = "") -> None:
+        """Raises LossNotFinite where a step, of this rank or, told late, of any, was bad."""
+        run = self.run
+        bad = run.agreement.largest(bad)[0] if run.finite.late else bad
+        if bad:
+            loss = self._loss()
+            raise LossNotFinite(
+                f"{what_is_bad(loss)} at step {bad}; {why}"
+                f"tools/replay.py {run.path} {bad} shows it again; try a lower optim.lr than {run.config.optim.lr},"
+                " or leave such batches out by --guard.on-bad-numbers skip or rollback",
+                step=bad,
+                loss=loss,
+                ids=run.ids_of(bad),
+            )
+
+    def roll_back(self, bad: int) -> None:
+        """To the newest checkpoint, and from there again without the batch of step `bad`."""
+        run = self.run
+        run.saver.settle()
+        path = None
+        if run.accelerator.is_main_process and (saved := run.checkpoints.newest()[0]):
+            path = saved.path
+            run.checkpoints.set_aside_after(saved.state["step"])
+        path = run.agreement.from_first(path)
+        if path is None:
+            self.refuse(bad, "there is no checkpoint to roll back to; ")
+        left_out, loss = run.state.left_out, self._loss()
+        run.stepper.clear()
+        run.restore(checkpoint.load(path))
+        run.state.left_out = [*left_out, bad]
+        run.record.rewind(*run.resumed_at())
+        step = run.state.step
+        self._tell(bad, loss, step, f"back to step {step}, and on without that batch")
+
+    def _tell(self, bad: int, loss: float, at: int, what: str) -> None:
+        run = self.run
+        run.record.write("left out", at, {"bad_step": bad, "loss": _text(loss), "ids": run.ids_of(bad)})
+        run.record.say(f"step {bad}: {what_is_bad(loss)}; {what}")
+
+    def _loss(self) -> float:
+        """Over all ranks, of the step that was told of."""
+        return float(self.run.accelerator.reduce(torch.as_tensor(self.run.finite.loss), "mean"))
+
+
+def what_is_bad(loss: float) -> str:
+    return f"the loss is {loss:.6g}{', a gradient is not finite' if math.isfinite(loss) else ''}"
+
+
+def _text(loss: float) -> float | str:
+    """JSON knows no NaN."""
+    return loss if math.isfinite(loss) else str(loss)

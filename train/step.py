@@ -1,0 +1,113 @@
+"""What one step does to the net: forward, backward, update. When, and what about failures, is the loop's business."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from model import AlexNet
+from pipeline.read import draws
+from pipeline.read.loader import Batch
+
+from . import mixing
+from .averaging import Average
+from .config import Config
+
+
+class Stepper:
+    """The net, its optimiser and the average of its weights.
+
+    net: as Accelerate wraps it; bare: itself. ids are a batch's on the host: asking the device for them would wait
+    for all that it has to do.
+    """
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, net: nn.Module, optimizer: Any, average: Average | None
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.net, self.optimizer, self.average = net, optimizer, average
+        self.bare: nn.Module = accelerator.unwrap_model(net)
+        self.takes_rows = isinstance(self.bare, AlexNet)
+
+    def backward(
+        self, batch: Batch, ids: np.ndarray, *, step: int, between: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of step `step`, from 0; returns this rank's mean loss () and each image's (n,).
+
+        between: called after the last forward pass, before the ranks wait for each other.
+        """
+        count, regularize = len(ids), self.config.regularize
+        parts = mixing.chunks(count, self.config.train.accumulate)
+        losses = []
+        for number, part in enumerate(parts):
+            images, labels, mix = batch.images[part], batch.labels[part], None
+            if regularize.mixes:
+                side = images.shape[-1]
+                mix = mixing.plan(regularize, ids[part], seed=self.config.run.seed, step=step, side=side)
+                images = mixing.apply(mix, images)
+            last = part is parts[-1]
+            # Ranks add up their gradients once, after the last part.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
+                logits = self.logits(images, ids[part], step=step, part=number)
+                each = mixing.loss_of_each(logits, labels, mix, label_smoothing=regularize.label_smoothing)
+                if last:
+                    between()
+                self.accelerator.backward(each.sum() / count)
+            losses.append(each.detach())
+        all_losses = torch.cat(losses)
+        return all_losses.mean(), all_losses
+
+    def logits(self, images: Tensor, ids: np.ndarray, *, step: int, part: int = 0) -> Tensor:
+        """Of the training net, with the dropout of step `step`."""
+        seed = self.config.run.seed
+        if self.takes_rows:  # masks from coordinates: the same at any world size
+            rows = draws.bits(ids, seed=seed, epoch=step, stream=draws.DROPOUT)
+            upper = torch.from_numpy((rows >> np.uint64(32)).astype(np.uint32).view(np.int32))
+            logits: Tensor = self.net(images, upper.to(images.device, non_blocking=True))
+            return logits
+        # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
+        torch.manual_seed(draws.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
+        logits = self.net(images)
+        return logits
+
+    def update(self) -> bool:
+        """Moves the weights by the gradients; False where the loss scaler found infinite ones and nothing was moved."""
+        if self.config.optim.clip_norm:
+            self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        moved = not self.optimizer.step_was_skipped
+        if moved and self.average is not None:
+            self.average.update(self.bare)
+        return moved
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad()
+
+    def settle_buckets(self, ids: np.ndarray, *, crop: int) -> None:
+        """A pass over nothing, before the first step; ids: of any step, crop: of its images.
+
+        After its first backward pass DDP orders its buckets anew. A resumed run has another first step, and would add
+        up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
+        """
+        ids = ids[mixing.chunks(len(ids), self.config.train.accumulate)[0]]
+        images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device)
+        images = images.to(memory_format=torch.channels_last)
+        buffers = self.buffers()
+        self.accelerator.backward(self.logits(images, ids, step=0).sum() * 0)
+        self.clear()
+        self.put_back(buffers)
+
+    # What the forward pass itself changes: a batch that is left out must not stay in averages
+
+    def buffers(self) -> list[Tensor]:
+        return [b.clone() for b in self.bare.buffers()]
+
+    def put_back(self, buffers: list[Tensor]) -> None:
+        for buffer, before in zip(self.bare.buffers(), buffers, strict=True):
+            buffer.copy_(before)
