@@ -49,7 +49,14 @@ def make_accelerator(config: Config) -> Accelerator:
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
             f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
         )
+    refuse_unscaled(accelerator)
     return accelerator
+
+
+def refuse_unscaled(accelerator: Accelerator) -> None:
+    """Accelerate takes fp16 on a CPU for fp32 without a word."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("train.precision=fp16: a CPU has neither fp16 nor a loss scaler; choose bf16 or fp32")
 
 
 def set_products(precision: str) -> None:

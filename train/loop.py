@@ -90,6 +90,7 @@ class Run:
         self.loader, self.val_loader = self._train_loader(0), self._loader(train=False, augment=config.augment)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs
+        net = parts.make_net(config, classes=len(self.dataset.classes), say=self._say)
         self.checkpoints = checkpoint.Checkpoints(self.path, keep=config.run.keep_checkpoints)
         self.saver = Saver(self.checkpoints, self.agreement, on_error=config.guard.on_save_error)
         saved = resume.choose(
@@ -102,7 +103,8 @@ class Run:
             precision=self.precision,
             steps_per_epoch=self.steps_per_epoch,
         )
-        net = parts.make_net(config, classes=len(self.dataset.classes), new=saved is None, say=self._say)
+        if config.model.init and not saved:
+            parts.start_from(net, config.model.init, say=self._say)
         self.stepper, self.compiled = parts.make_stepper(net, config, accelerator, self.optim)
         if self._world > 1:
             self.stepper.settle_buckets(self.loader.ids(0, 0), crop=self.loader.augment.crop)

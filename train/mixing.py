@@ -93,8 +93,9 @@ def loss_of_each(logits: Tensor, labels: Tensor, mix: Mix | None, *, label_smoot
 def _partners(x: Tensor) -> Tensor:
     """Rows 1, 0, 3, 2, …"""
     assert len(x) % 2 == 0, "pairs stay together"  # check_pairs() and chunks() promised it
-    swapped = torch.arange(len(x), device=x.device) ^ 1
-    return x.index_select(0, swapped)
+    swapped = torch.empty_like(x)  # in x's memory format, which an index would lose
+    swapped[0::2], swapped[1::2] = x[1::2], x[0::2]
+    return swapped
 
 
 def _on(like: Tensor, numbers: np.ndarray) -> Tensor:

@@ -64,15 +64,11 @@ def make_loader(
     )
 
 
-def make_net(config: Config, *, classes: int, new: bool, say: Callable[[str], None]) -> nn.Module:
-    """On the host, initialised from the seed; new: from the weights of model.init, where there are some."""
+def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:
+    """On the host, initialised from the seed. Raises ConfigError for a net that cannot be."""
     torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
     net = make_bare_net(config.model, classes=classes, crop=config.augment.crop)
     refuse_sizes(net, config.model.name, config.train.crop_sizes)
-    if config.model.init and new:
-        note = load_weights(net, Path(config.model.init))
-        if note:
-            say(note)
     if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:
         made_for = f"model.name={config.model.name} is made for augment.crop={net.variant.crop}"
         say(f"{made_for}; at {config.augment.crop} it has {count_parameters(net):,} parameters")
@@ -80,6 +76,12 @@ def make_net(config: Config, *, classes: int, new: bool, say: Callable[[str], No
         without_dropout(net)
     # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
     return net.to(memory_format=torch.channels_last)
+
+
+def start_from(net: nn.Module, weights: str, *, say: Callable[[str], None]) -> None:
+    """Raises DataError for weights of another net."""
+    if note := load_weights(net, Path(weights)):
+        say(note)
 
 
 def make_stepper(net: nn.Module, config: Config, accelerator: Accelerator, optim: OptimConfig) -> tuple[Stepper, str]:

@@ -1,0 +1,300 @@
+"""What recipes are made of, in real runs: cut batches, ranks, averages, overflows, growing crops, limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import AlexNet, ModelConfig
+from tests.conftest import ROOT, the_error
+from tests.faults.job import global_ids, traces
+from tests.train.test_run import STEPS, TWO, alone, launch, metrics
+from train.averaging import Average
+
+FEW = ["--run.log-every", 1, "--run.record-ids"]
+# Torch's initialisation, whose rounding is not amplified at 0.01 (docs/model.md).
+RATE = ["--optim.lr", 0.01, "--optim.warmup-epochs", 0, "--model.weight-init", "torch"]
+MIXED = ["--regularize.mixup", 0.4, "--regularize.cutmix", 1, "--regularize.label-smoothing", 0.1]
+QUICK = ["--model.width", 0.125, "--loader.threads", 1]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run, "train")]
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory) -> Path:
+    """66 steps by one rank in one pass each, with dropout, mixup and cutmix."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = alone("demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 3, *FEW, *RATE, *MIXED)
+    assert done.returncode == 0, done.stderr
+    assert losses(run)[-1] < losses(run)[0]
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (1, 4), (2, 1), (4, 1), (2, 4), (4, 2)])
+def test_ranks_and_parts_of_a_batch_change_nothing_but_rounding(ranks, parts, whole, digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 3, *FEW, *RATE, *MIXED]
+    done = launch(*args, "--train.accumulate", parts, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert global_ids(run) == global_ids(whole)
+    assert [m["lr"] for m in metrics(run, "train")] == [m["lr"] for m in metrics(whole, "train")]
+    differences = [abs(a - b) for a, b in zip(losses(run), losses(whole), strict=True)]
+    assert len(differences) == 3 * STEPS
+    assert max(differences[:20]) < 1e-4
+    assert max(differences[:50]) < 1e-3
+
+
+def test_all_that_a_recipe_keeps_survives_a_stop_to_the_last_bit(digits, tmp_path):
+    recipe = [
+        *("demo", "--data.shards", digits, "--train.epochs", 4, *FEW, *QUICK, *MIXED),
+        *("--regularize.ema", 0.9, "--optim.name", "lars", "--optim.lars-clip", "--optim.lr", 0.1),
+        *("--model.norm", "bn", "--optim.clip-norm", 1, "--optim.schedule", "plateau", "--optim.plateau-patience", 1),
+        *("--train.accumulate", 2, "--train.conv1-epochs", 2, "--augment.colour", 0.1, "--train.colour-epochs", 1),
+    ]
+    undisturbed, stopped = tmp_path / "a", tmp_path / "b"
+    assert alone(*recipe, "--run.dir", undisturbed).returncode == 0
+    for limit in (10, 30, 44, 57):  # within epochs, and at the end of one
+        done = alone(*recipe, "--run.dir", stopped, "--limit-steps", limit)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((stopped / "exit.json").read_text()) == {"code": 0, "reason": "done", "step": limit}
+    done = alone(*recipe, "--run.dir", stopped)
+    assert done.returncode == 0, done.stderr
+    assert traces(stopped) == traces(undisturbed)
+    ends = [sorted((run / "checkpoints").glob("step-*"))[-1] / "average.safetensors" for run in (undisturbed, stopped)]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    averages = [
+        [{k: line[k] for k in ("step", "top1", "loss")} for line in metrics(run, "val of average")]
+        for run in (undisturbed, stopped)
+    ]
+    assert averages[0] == averages[1]
+    assert len(averages[0]) == 4
+    # The first convolution rests from the third epoch on, everything else goes on.
+    second, last = (
+        load_file(undisturbed / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for step in (44, 88)
+    )
+    resting = {name for name in last if torch.equal(last[name], second[name])}
+    assert resting == {"features.conv1.weight", "features.conv1.bias"}
+
+
+def test_an_average_follows_the_weights():
+    torch.manual_seed(0)
+    net = AlexNet(ModelConfig("small", width=0.1, norm="bn"), classes=3, crop=32)
+    average = Average(net, decay=0.9)
+    wanted = {n: t.detach().clone().double() for n, t in net.state_dict().items()}
+    for number in range(1, 30):
+        with torch.no_grad():
+            for t in net.state_dict().values():
+                t.add_(torch.randn_like(t) if t.is_floating_point() else 1)
+        average.update(net)
+        decay = min(0.9, (1 + number) / (10 + number))
+        for name, t in net.state_dict().items():
+            wanted[name] = decay * wanted[name] + (1 - decay) * t if t.is_floating_point() else t.double()
+    for name, t in average.net.state_dict().items():
+        torch.testing.assert_close(t.double(), wanted[name], rtol=1e-5, atol=1e-5)
+    assert not average.net.training
+    assert not any(p.requires_grad for p in average.net.parameters())
+
+
+def test_the_better_of_weights_and_average_is_kept_and_both_are_told(digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 3, "--regularize.ema", 0.5]
+    done = alone(*args, *QUICK, "--run.keep-checkpoints", 1)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"val of averaged weights top1=\S+ top5=\S+ images=359", done.stdout.splitlines()[-2])
+    assert re.fullmatch(r"val top1=\S+ top5=\S+ images=359", done.stdout.splitlines()[-1])
+    tops = {}
+    for kind in ("val", "val of average"):
+        for line in metrics(run, kind):
+            tops[line["step"]] = max(tops.get(line["step"], 0), line["top1"])
+    best = max(tops, key=lambda step: tops[step])
+    assert (run / "checkpoints" / "best").read_text().strip() == f"step-{best:08d}"
+
+
+OVERFLOW = """
+import runpy, sys
+sys.path[0] = {root!r}
+import torch
+from accelerate import Accelerator
+from train import launch
+made = launch.make_accelerator
+launch.refuse_unscaled = lambda accelerator: None
+def with_scaler(config):
+    # What Accelerate does for fp16 on a GPU. The scale is too large at first, and grows again every six steps.
+    accelerator = made(config)
+    accelerator.native_amp = True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**19, growth_interval=6)
+    return accelerator
+launch.make_accelerator = with_scaler
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_overflows_of_scaled_gradients_are_skipped_counted_and_the_schedule_waits(ranks, digits, tmp_path):
+    script = tmp_path / "overflow.py"
+    script.write_text(OVERFLOW.format(root=str(ROOT)))
+    run = tmp_path / "run"
+    fixed = ["--num_machines", "1", "--mixed_precision", "fp16", "--dynamo_backend", "no", "--main_process_port", "0"]
+    many = ["--multi_gpu"] if ranks > 1 else []
+    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 1, *FEW, *QUICK]
+    args += ["--train.batch", 16, "--limit-steps", 20, "--regularize.ema", 0.9, "--optim.clip-norm", 5]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks), *fixed, str(script)]
+        + [str(ROOT / "train" / "run.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | TWO,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = metrics(run, "train")
+    skipped = [b["overflows"] - a["overflows"] for a, b in zip([{"overflows": 0}, *lines], lines)]
+    count = sum(skipped)
+    assert 1 < count < 12
+    assert set(skipped) == {0, 1}
+    # Each update has the next rate, however many steps were skipped before it.
+    peak, warmup = 0.02, 3 * (1438 // 16)
+    updates = 0
+    for line, skip in zip(lines, skipped):
+        assert line["lr"] == pytest.approx(peak * (updates + 1) / warmup)
+        updates += 1 - skip
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert (state["step"], state["overflows"], state["updates"]) == (20, count, 20 - count)
+    assert 2.0**8 < state["scaler"]["scale"] < 2.0**19
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+HOOK = """
+import os, sys
+sys.path[0] = {root!r}
+import torch, torch.distributed as dist
+from torch import nn
+from accelerate import Accelerator
+from train.command_line import parse
+from train.launch import make_accelerator
+from train.presets import PRESETS
+config = parse(["demo", "--data.shards", "x", "--train.compress", sys.argv[1], "--run.dir", sys.argv[2]], PRESETS, prog="")
+accelerator = make_accelerator(config)
+rank = accelerator.process_index
+torch.manual_seed(0)
+net = accelerator.prepare(nn.Linear(300, 50, bias=False))
+x = torch.randn(2, 8, 300)[rank]
+accelerator.backward((net(x) ** 2).mean())
+found = accelerator.unwrap_model(net).weight.grad
+torch.manual_seed(0)
+reference = nn.Linear(300, 50, bias=False)
+parts = torch.randn(2, 8, 300)
+gradients = [torch.autograd.grad((reference(part) ** 2).mean(), reference.weight)[0] for part in parts]
+if sys.argv[1] == "bf16":  # each rank sends half of its gradient, rounded; the sum is rounded too
+    wanted = sum((g.bfloat16() / 2 for g in gradients[1:]), gradients[0].bfloat16() / 2).float()
+else:
+    wanted = sum(gradients) / 2
+error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+exact = sum(gradients) / 2
+rounding = ((found - exact).abs().max() / exact.abs().max()).item()
+if rank == 0:
+    print("error", error, "rounding", rounding)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("compress", "least", "most"), [("none", 0, 1e-6), ("bf16", 1e-4, 1e-2)])
+def test_gradients_are_sent_as_asked_for(compress, least, most, tmp_path):
+    script = tmp_path / "hook.py"
+    script.write_text(HOOK.format(root=str(ROOT)))
+    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *fixed]
+        + [str(script), compress, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | TWO,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"error (\S+) rounding (\S+)", done.stdout)
+    assert found
+    error, rounding = map(float, found.groups())
+    assert error < 1e-6
+    assert least <= rounding < most
+
+
+def test_crops_grow_with_the_epochs(digits, tmp_path):
+    run = tmp_path / "run"
+    net = ["--model.name", "modern", "--model.norm", "bn", "--model.width", 0.1]
+    args = ["demo", "--data.shards", digits, "--run.dir", run, *net, "--train.epochs", 3, "--loader.threads", 1]
+    args += ["--augment.resize", 128, "--augment.crop", 112, *"--train.crop-sizes 72 96 --train.crop-until 1 2".split()]
+    done = alone(*args, "--profile", 2, "--limit-steps", 23)
+    assert done.returncode == 0, done.stderr
+    assert "profile of 2 steps: waiting for data " in done.stdout
+    table = (run / "profile" / "table.txt").read_text()
+    assert "aten::" in table
+    trace = json.loads((run / "profile" / "trace.json").read_text())
+    assert len(trace["traceEvents"]) > 100
+    done = alone(*args)
+    assert done.returncode == 0, done.stderr
+    rates = [line["images_per_second"] for line in metrics(run, "train")]
+    assert np.median(rates[:2]) > np.median(rates[-2:])
+    done = alone(*args, "--train.crop-sizes", 16, 96)
+    assert done.returncode == 2
+    assert "train.crop_sizes=16 is too small for model.name=modern" in the_error(done)
+
+
+def test_a_run_ends_where_its_figures_are_good_enough_and_the_same_command_says_so_again(digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, *QUICK, "--train.stop-at", 0.3, "--train.eval-every", 2]
+    done = alone(*args)
+    assert done.returncode == 0, done.stderr
+    epochs = [line["epoch"] for line in metrics(run, "val")]
+    assert epochs == list(range(2, epochs[-1] + 1, 2))
+    assert epochs[-1] < 12
+    tops = [line["top1"] for line in metrics(run, "val")]
+    assert tops[-1] >= 0.3 > max(tops[:-1], default=0)
+    again = alone(*args)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+
+def test_a_limit_within_an_epoch_is_evaluated_and_saved_there(digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, *QUICK]
+    for limit in (5, 5, 30):
+        done = alone(*args, "--limit-steps", limit)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith("val top1=")
+        assert (run / "checkpoints" / f"step-{limit:08d}").is_dir()
+        assert metrics(run, "val")[-1]["step"] == limit
+    assert [line["step"] for line in metrics(run, "val")] == [22, 30]  # the first was in the middle of an epoch
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--regularize.mixup", 1, "--train.batch", 63], "train.batch=63 gives each of 1 ranks 63 images"),
+        (["--train.accumulate", 33], "train.accumulate=33: a rank has 64 images a step"),
+        (["--train.precision", "tf32"], "train.precision=tf32: needs an NVIDIA GPU"),
+        (["--train.precision", "fp16"], "train.precision=fp16"),
+        (
+            ["--model.name", "fig1", "--model.drop", "conv4"],
+            "model.drop=conv4: model.name=fig1 has no such convolution",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(args, message, digits, tmp_path):
+    done = alone("demo", "--data.shards", digits, "--run.dir", tmp_path / "run", *args)
+    assert done.returncode == 2
+    assert message in the_error(done)
+    assert not (tmp_path / "run").exists()
