@@ -3,6 +3,7 @@
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make simd    Pillow-SIMD instead of Pillow, built here: needs a compiler and the headers of libjpeg and zlib
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
+# make accuracy   CIFAR-10 by three recipes, side by side (IMAGES=a folder of train/ and test/, or a tar of them)
 # make gpu-proof   what only a GPU can show; ARGS='--device cpu --tiny' walks the same steps without one
 
 VENV ?= .venv
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test format faults simd bench gpu-proof clean
+.PHONY: setup demo test format faults simd accuracy bench gpu-proof clean
 
 setup: $(INSTALLED)
 
@@ -50,6 +51,9 @@ faults: $(INSTALLED)
 simd: $(INSTALLED)
 	$(BIN)/python -m pip uninstall --yes --quiet pillow
 	CC="$${CC:-cc} -mavx2" $(BIN)/python -m pip install --no-deps --no-cache-dir pillow-simd
+
+accuracy: $(INSTALLED)
+	$(BIN)/python tools/bench accuracy --images $(IMAGES) $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench loader --images $(IMAGES) $(ARGS)

@@ -65,7 +65,7 @@ def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
     """What a run came to, with all that it depended on: for docs/results."""
     described = json.loads((run / "config.json").read_text(encoding="utf-8"))
     names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
-    last = lines["val"][-1]
+    last, average = lines["val"][-1], lines.get("val of average")
     if len(lines["start"]) != 1:
         raise DataError(f"{run}: was resumed, so the time between its attempts would count; record an unbroken run")
     return {
@@ -75,6 +75,7 @@ def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
         "images_per_second": round(statistics.median(line["images_per_second"] for line in lines["train"]), 1),
         "last": {name: last[name] for name in ("top1", "top5", "loss", "images")},
         "top1_by_epoch": [line["top1"] for line in lines["val"]],
+        **({"top1_of_average_by_epoch": [line["top1"] for line in average]} if average else {}),
     }
 
 

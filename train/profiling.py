@@ -55,7 +55,7 @@ class Profile:
         self._profiler.stop()
         self.folder.mkdir(exist_ok=True)
         self._profiler.export_chrome_trace(str(self.folder / TRACE))
-        by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table: str = self._profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=50)
         self._profiler = None
         whole = max(self.waited + self.computed, 1e-9)

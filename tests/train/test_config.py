@@ -62,10 +62,10 @@ def test_a_bare_resume_means_the_newest():
         (["demo", "--data.shards", "x", "--train.conv1-epochs", "-1"], "train.conv1_epochs=-1"),
         (["demo", "--data.shards", "x", "--train.crop-sizes", "16"], "train.crop_until=none: give one epoch for each"),
         (
-            ["modern", "--data.shards", "x", *"--train.crop-sizes 64 32 --train.crop-until 1 2".split()],
+            ["modern", "--data.shards", "x", "--train.crop-sizes", "64", "32", "--train.crop-until", "1", "2"],
             "train.crop_sizes=64 32: sizes that rise, all below augment.crop=224",
         ),
-        (["modern", "--data.shards", "x", *"--train.crop-until 5 5 6".split()], "train.crop_until=5 5 6: epochs that"),
+        (["modern", "--data.shards", "x", "--train.crop-until", "5", "5", "6"], "train.crop_until=5 5 6: epochs that"),
         (["modern", "--data.shards", "x", "--model.name", "seed", "--model.norm", "lrn"], "model.name=seed takes one"),
         (["modern", "--data.shards", "x", "--augment.normalize", "mean-image"], "mean-image is of one size"),
         (["demo", "--data.shards", "x", "--regularize.mixup", "-1"], "regularize.mixup=-1"),
@@ -159,7 +159,7 @@ def test_no_file_is_named(tmp_path):
 
 
 def test_crops_grow_and_colours_and_resizing_follow():
-    config = parsed("modern", "--data.shards", "x", "--train.epochs", "9", *"--train.crop-until 2 4 6".split())
+    config = parsed("modern", "--data.shards", "x", "--train.epochs", "9", "--train.crop-until", "2", "4", "6")
     seen = [augment_at(config, epoch) for epoch in range(9)]
     assert [a.crop for a in seen] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
     assert [a.resize for a in seen] == [146, 146, 183, 183, 219, 219, 256, 256, 256]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_a_warm_up_leads_to_each_schedule(schedule):
     found = rates(config)
     assert found[:14] == pytest.approx([0.3 + 0.7 * (s + 1) / 14 for s in range(14)])
     assert found[14] == pytest.approx(1)
-    assert all(a >= b for a, b in zip(found[14:], found[15:]))
+    assert all(a >= b for a, b in itertools.pairwise(found))
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(1, 5), st.integers(1, 40), st.floats(0, 3))

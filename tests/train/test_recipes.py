@@ -187,7 +187,8 @@ from accelerate import Accelerator
 from train.command_line import parse
 from train.launch import make_accelerator
 from train.presets import PRESETS
-config = parse(["demo", "--data.shards", "x", "--train.compress", sys.argv[1], "--run.dir", sys.argv[2]], PRESETS, prog="")
+flags = ["--data.shards", "x", "--train.compress", sys.argv[1], "--run.dir", sys.argv[2]]
+config = parse(["demo", *flags], PRESETS, prog="")
 accelerator = make_accelerator(config)
 rank = accelerator.process_index
 torch.manual_seed(0)
@@ -236,7 +237,18 @@ def test_crops_grow_with_the_epochs(digits, tmp_path):
     run = tmp_path / "run"
     net = ["--model.name", "modern", "--model.norm", "bn", "--model.width", 0.1]
     args = ["demo", "--data.shards", digits, "--run.dir", run, *net, "--train.epochs", 3, "--loader.threads", 1]
-    args += ["--augment.resize", 128, "--augment.crop", 112, *"--train.crop-sizes 72 96 --train.crop-until 1 2".split()]
+    args += [
+        "--augment.resize",
+        128,
+        "--augment.crop",
+        112,
+        "--train.crop-sizes",
+        "72",
+        "96",
+        "--train.crop-until",
+        "1",
+        "2",
+    ]
     done = alone(*args, "--profile", 2, "--limit-steps", 23)
     assert done.returncode == 0, done.stderr
     assert "profile of 2 steps: waiting for data " in done.stdout

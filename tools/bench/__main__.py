@@ -5,6 +5,8 @@
     python tools/bench train
     python tools/bench saves
     python tools/bench order
+    python tools/bench accuracy --images cifar10.tar.xz
+    python tools/bench fig1 --images cifar10.tar.xz
 
 Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command.
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools import cli
-from tools.bench import loader, order, saves, shards, train
+from tools.bench import accuracy, fig1, loader, order, saves, shards, train
 
 
 def main() -> None:
@@ -29,6 +31,8 @@ def main() -> None:
     train.add_arguments(kinds.add_parser("train", help="training steps on synthetic images"))
     saves.add_arguments(kinds.add_parser("saves", help="what a checkpoint costs a run"))
     order.add_arguments(kinds.add_parser("order", help="what the order costs and how well a window mixes"))
+    accuracy.add_arguments(kinds.add_parser("accuracy", help="CIFAR-10 by three recipes: an hour and a half"))
+    fig1.add_arguments(kinds.add_parser("fig1", help="the paper's figure 1: ReLU against tanh"))
     args = p.parse_args()
     args.run(args)
 

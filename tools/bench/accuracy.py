@@ -1,0 +1,87 @@
+"""CIFAR-10 by three recipes on one net, three eighths of AlexNet's width: as many epochs each, curves side by side.
+
+The seed's recipe and the paper's are theirs but for the net, its initialisation (He's: theirs is for the full width),
+crops of 32 from 36 pixels, and bf16. A run that was stopped goes on; one that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.files import write_json
+from tools.bench import trained
+from train import environment
+
+EPOCHS = 30
+NET = ["--model.name", "small", "--model.width", "0.375", "--model.weight-init", "he"]
+COMMON = ["--augment.resize", "36", "--augment.crop", "32", "--train.precision", "bf16", "--run.log-every", "50"]
+RECIPES = {
+    "modern": [
+        *("--train.batch", "256", "--train.crop-sizes", "--train.crop-until", "--augment.scale-jitter", "None"),
+        *("--optim.weight-decay", "5e-4", "--optim.warmup-epochs", "2", "--regularize.ema", "0.998"),
+        *("--model.dropout", "0.3", "--train.compile", "off"),
+    ],
+    "seed": ["--augment.statistics", "dataset"],
+    "paper": [],
+}
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    trained.add_arguments(p, "runs/accuracy")
+    p.add_argument("--epochs", type=int, default=EPOCHS, help="of each recipe (%(default)s)")
+    p.add_argument("--only", choices=list(RECIPES), help="one recipe")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.epochs < 1:
+        raise ConfigError(f"--epochs {args.epochs}: at least 1")
+    shards = trained.shards(args.images, args.dir, size=36)
+    results = {}
+    for name in [args.only] if args.only else RECIPES:
+        command = [name, "--data.shards", str(shards), "--train.epochs", str(args.epochs), *NET, *COMMON]
+        results[name] = trained.trained(args.dir / name, [*command, *RECIPES[name]])
+    print(table(results))
+    if args.json:
+        described = {
+            "what": "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net",
+            "command": "python tools/bench accuracy",
+            "environment": environment.describe(),
+        }
+        write_json(args.json, described | {"results": results})
+        draw(results, args.json.with_suffix(".png"))
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [f"{'recipe':<10} {'top-1':>8} {'best':>8} {'of average':>11} {'minutes':>8} {'img/s':>8}"]
+    for name, result in results.items():
+        average = result.get("top1_of_average_by_epoch")
+        rows.append(
+            f"{name:<10} {result['last']['top1']:>8.2%} {max(result['top1_by_epoch']):>8.2%}"
+            f" {f'{average[-1]:.2%}' if average else '–':>11}"
+            f" {result['seconds_training_and_evaluating'] / 60:>8.1f} {result['images_per_second']:>8,.0f}"
+        )
+    return "\n".join(rows)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, result in results.items():
+        tops = result["top1_by_epoch"]
+        (line,) = axes.plot(range(1, len(tops) + 1), [100 * t for t in tops], label=name)
+        if average := result.get("top1_of_average_by_epoch"):
+            label = f"{name}, averaged weights"
+            axes.plot(range(1, len(tops) + 1), [100 * t for t in average], "--", color=line.get_color(), label=label)
+    axes.set(xlabel="epoch", ylabel="top-1 on the test images, %", ylim=(None, 100))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,62 @@
+"""Runs that other benchmarks are made of: CIFAR-10 as shards, and training runs that are not begun twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline import manifest
+from pipeline.cores import usable_cores
+from pipeline.errors import DataError, ExpressError
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.images import Encoding
+from pipeline.write.sources import ImageFolder
+from tools import report
+from tools.bench.loader import unpacked
+from train.folder import EXIT
+
+RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
+
+
+def add_arguments(p: argparse.ArgumentParser, folder: str) -> None:
+    p.add_argument(
+        "--images", type=Path, required=True, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar"
+    )
+    p.add_argument("--dir", type=Path, default=Path(folder), help="shards and runs; what is done stays (%(default)s)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, and their picture beside it")
+
+
+def shards(images: Path, folder: Path, *, size: int) -> Path:
+    """The images as shards, made when first asked for; size: of the mean image."""
+    out = folder / f"shards-{size}"
+    if not (out / manifest.NAME).is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            root = unpacked(images, Path(scratch))
+            if not (root / "train").is_dir() or not (root / "test").is_dir():
+                raise DataError(f"{images}: has no train/ and test/ with a folder for each class")
+            source = ImageFolder(root / "train", root / "test", "cifar10")
+            build(Plan(source, Options(Encoding(size=size))), out, workers=usable_cores())
+    return out
+
+
+def trained(run: Path, command: list[str]) -> dict[str, Any]:
+    """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already."""
+    print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
+    if _exit_code(run) != 0:
+        done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
+        if done.returncode:
+            raise ExpressError(f"{run}: ended with {done.returncode}; the same command goes on")
+    return report.result(run, report.read_metrics(run))
+
+
+def _exit_code(run: Path) -> int | None:
+    try:
+        code: int = json.loads((run / EXIT).read_text())["code"]
+        return code
+    except (OSError, ValueError, KeyError):
+        return None
