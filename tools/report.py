@@ -54,6 +54,9 @@ def draw(lines: dict[str, list[dict]], path: Path) -> None:
     for name in ("top1", "top5"):
         accuracy.plot(epochs["val"], [line[name] for line in lines["val"]], label=f"validation {name}", marker=".")
     accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.01))
+    if average := lines.get("val of average"):
+        at = [line["step"] / per_epoch for line in average]
+        accuracy.plot(at, [line["top1"] for line in average], "--", label="top1 of averaged weights")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -91,8 +94,9 @@ def main() -> None:
     draw(lines, run / "curves.png")
     if args.json:
         write_json(args.json, result(run, lines))
-    best = max(lines["val"], key=lambda line: line["top1"])
-    print(f"best: top-1 {best['top1']:.2%} on {best['images']} validation images in epoch {best['epoch']}")
+    best = max([*lines["val"], *lines.get("val of average", [])], key=lambda line: line["top1"])
+    whose = " (averaged weights)" if best["kind"] != "val" else ""
+    print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")
     print(f"metrics:     {run / 'metrics.jsonl'} (TensorBoard: tensorboard --logdir {run})")
     print(f"checkpoints: {run / 'checkpoints'}")

@@ -341,5 +341,17 @@ def _join_optimizer(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads the state; groups stay as configured, since the schedule sets their lr at every step."""
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    """Loads the state; groups stay as configured, since the schedule sets their lr at every step.
+
+    In the memory format of the parameters, which files do not keep: torch's fused updates take both for granted, and
+    would mix up the momenta of a channels-last net without a word.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {name: _like(value, parameters[i]) for name, value in own.items()} for i, own in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

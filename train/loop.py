@@ -198,7 +198,7 @@ class Run:
                 average.updates = self.state.updates
             self.meter = Meter(self.accelerator, self.config.train.batch)
             self.meter.load_state_dict(state["meter"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as err:
+        except (LookupError, RuntimeError, TypeError, ValueError) as err:
             reason = str(err).splitlines()[0]
             raise DataError(f"{saved.path}: does not fit this net ({reason}); choose another --run.dir") from err
         self.loader.load_state_dict(state["loader"])

@@ -206,3 +206,34 @@ def test_a_full_disk_is_told_when_asked_and_leaves_no_checkpoint(tmp_path, monke
     assert checkpoints.newest() == (None, [])
     assert not list((tmp_path / "checkpoints").iterdir())  # what was half written does not keep the disk full
     assert checkpoint.load(save(checkpoints, 6)).state["step"] == 6
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_momenta_of_a_channels_last_net_come_back_in_its_own_format(make, tmp_path):
+    def trained(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            images = torch.randn(4, 3, 9, 9).to(memory_format=torch.channels_last)
+            net(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+        momentum = {"momentum": 0.9} if make is torch.optim.SGD else {}
+        return net, make(net.parameters(), lr=0.1, fused=True, **momentum)
+
+    net, optimizer = fresh()
+    trained(net, optimizer, range(3))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(3, model=net.state_dict(), optimizer=optimizer.state_dict(), state=STATE)
+    checkpoints.wait()
+    trained(net, optimizer, range(3, 6))
+    saved, _ = checkpoints.newest()
+    other, again = fresh()
+    other.load_state_dict(saved.model)
+    checkpoint.restore_optimizer(again, saved.optimizer)
+    trained(other, again, range(3, 6))
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
