@@ -113,7 +113,7 @@ class OptimConfig:
     plateau_drops: int = 3
     """Of plateau: how often it is lowered at most."""
     power: float = 2.0
-    """Of poly: (1 - progress) to this power."""
+    """Of poly: (1 - progress) to this power, the warm-up counted in."""
     warmup_epochs: float = 0.0
     """Linear rise at the start."""
     warmup_from: float = 0.0

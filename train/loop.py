@@ -230,6 +230,8 @@ class Run:
             except RollBack as back:
                 self.bad_numbers.roll_back(back.step)
         self._save_is_done()
+        if self.profile:
+            self._say(self.profile.cut_short())
         return result
 
     def _say_what_is_done(self) -> None:
@@ -244,7 +246,7 @@ class Run:
     def _train(self) -> Evaluation:
         result = None
         while not self._is_over():
-            if self.loader.state_dict()["epoch"] == self.state.epoch:  # else its evaluation alone is missing
+            if not self._evaluation_is_missing():
                 self._train_epoch()
             self._end_epoch()
             if self.state.step % self.steps_per_epoch:  # limit_steps lies within an epoch
@@ -263,7 +265,12 @@ class Run:
         """Whether there is nothing left to train."""
         c, state = self.config, self.state
         reached = c.train.stop_at and state.best_step is not None and state.best_top1 >= c.train.stop_at
-        return bool(state.epoch >= c.train.epochs or reached or self._at_limit())
+        limited = self._at_limit() and not self._evaluation_is_missing()
+        return bool(state.epoch >= c.train.epochs or reached or limited)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether an epoch was trained and stopped before its evaluation was over."""
+        return bool(self.loader.state_dict()["epoch"] > self.state.epoch)
 
     def _at_limit(self) -> bool:
         return bool(self.config.limit_steps and self.state.step >= self.config.limit_steps)

@@ -131,7 +131,7 @@ def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.warmup_from + (config.lr - config.warmup_from) * min((step + 1) / warmup, 1.0)
-    at = _At(step, warmup, steps_per_epoch, max(total_steps - warmup, 1), drops)
+    at = _At(step, warmup, steps_per_epoch, total_steps, drops)
     return config.lr * _SHAPES[config.schedule](config, at)
 
 
@@ -142,13 +142,13 @@ class _At:
     step: int
     warmup: float
     steps_per_epoch: int
-    after_warmup: float  # updates from the end of the warm-up to the end of the run
+    total_steps: int
     drops: int
 
     @property
     def progress(self) -> float:
         """0 at the end of the warm-up, 1 at the end of the run."""
-        return min((self.step - self.warmup) / self.after_warmup, 1.0)
+        return min((self.step - self.warmup) / max(self.total_steps - self.warmup, 1), 1.0)
 
 
 _SHAPES: dict[str, Callable[[OptimConfig, _At], float]] = {
@@ -156,7 +156,8 @@ _SHAPES: dict[str, Callable[[OptimConfig, _At], float]] = {
     "cosine": lambda c, at: 0.5 * (1 + math.cos(math.pi * at.progress)),
     "step": lambda c, at: c.factor ** sum(at.step >= epoch * at.steps_per_epoch for epoch in c.milestones),
     "plateau": lambda c, at: c.factor**at.drops,
-    "poly": lambda c, at: (1 - at.progress) ** c.power,
+    # Of the whole run, the warm-up counted in, as in Caffe.
+    "poly": lambda c, at: (1 - min(at.step / max(at.total_steps, 1), 1)) ** c.power,
     "exponential": lambda c, at: c.factor ** ((at.step - at.warmup) / at.steps_per_epoch),
 }
 

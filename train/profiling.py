@@ -43,6 +43,13 @@ class Profile:
         self._ended = time.perf_counter()
         return told
 
+    def cut_short(self) -> str:
+        """The table of a run that was over before all steps were seen, or why there is none."""
+        if self._profiler is None:
+            return f"no profile: it begins after {BEFORE} steps, and the run had {self.seen}"
+        self.steps = self.seen - BEFORE
+        return self._finish() if self.steps else f"no profile: the run had no more than {BEFORE} steps"
+
     def _start(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 

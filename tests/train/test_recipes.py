@@ -280,6 +280,15 @@ def test_a_run_ends_where_its_figures_are_good_enough_and_the_same_command_says_
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("limit", "told"), [(3, "no profile: it begins after 5 steps"), (8, "profile of 3 steps: ")])
+def test_a_profile_that_is_cut_short_says_so(limit, told, digits, tmp_path):
+    args = ["demo", "--data.shards", digits, "--run.dir", tmp_path / "run", *QUICK, "--limit-steps", limit]
+    done = alone(*args, "--profile", 50)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    assert (tmp_path / "run" / "profile").exists() == (limit == 8)
+
+
 def test_a_limit_within_an_epoch_is_evaluated_and_saved_there(digits, tmp_path):
     run = tmp_path / "run"
     args = ["demo", "--data.shards", digits, "--run.dir", run, *QUICK]
