@@ -71,10 +71,12 @@ def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
     last, average = lines["val"][-1], lines.get("val of average")
     if len(lines["start"]) != 1:
         raise DataError(f"{run}: was resumed, so the time between its attempts would count; record an unbroken run")
+    started = lines["start"][0]["time"]
     return {
         **{name: described[name] for name in names},
         "epochs": last["epoch"],
-        "seconds_training_and_evaluating": round(last["time"] - lines["start"][0]["time"], 1),
+        "seconds_training_and_evaluating": round(last["time"] - started, 1),
+        "seconds_by_epoch": [round(line["time"] - started, 1) for line in lines["val"]],
         "images_per_second": round(statistics.median(line["images_per_second"] for line in lines["train"]), 1),
         "last": {name: last[name] for name in ("top1", "top5", "loss", "images")},
         "top1_by_epoch": [line["top1"] for line in lines["val"]],

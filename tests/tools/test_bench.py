@@ -44,6 +44,7 @@ def test_accuracy_trains_each_recipe_once_and_draws_them(tiny_cifar, tmp_path):
         assert result["environment"]["packages"]["torch"]
         assert result["command"].startswith("train/run.py ")
     assert len(written["results"]["modern"]["top1_of_average_by_epoch"]) == 1
+    assert set(written["results"]["seed"]["seconds_to"]) == {"60%", "70%", "75%", "80%", "85%"}
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
 
