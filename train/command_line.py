@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, DataError
 
 from .config import RESUME_NEWEST, Config, did_you_mean, flatten, overfitting
 
+NULLABLE = ("augment.scale_jitter",)
 SHORT = (
     "data.shards", "data.val_split", "train.epochs", "train.batch", "train.accumulate", "train.precision",
     "train.compile", "optim.lr", "optim.weight_decay", "optim.schedule", "optim.warmup_epochs", "model.name",
@@ -134,19 +135,17 @@ def _read_config(file: Path, base: Config, *, prog: str) -> Config:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise DataError(f"--config {file}: no such file") from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise DataError(f"--config {file}: cannot be read as JSON ({err})") from err
     if isinstance(values, dict) and isinstance(values.get("config"), dict):
         values = values["config"]
     if not isinstance(values, dict):
         raise DataError(f"--config {file}: holds no object of fields")
-    flags = []
-    for name, value in _leaves(values).items():
-        if name not in flatten(base):
-            raise ConfigError(f"--config {file}: unknown field {name}{did_you_mean(name, flatten(base))}")
-        flags += _as_flags(name, value)
+    flags: list[str] = []
     try:
-        return _tyro(flags, base, prog=prog)
+        for name, value in _leaves(values).items():
+            flags += _as_flags(name, value, base)
+        return _tyro(flags, _for_net_of(flags, base), prog=prog)
     except ConfigError as err:
         raise ConfigError(f"--config {file}: {err}") from err
 
@@ -158,12 +157,22 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _as_flags(name: str, value: Any) -> list[str]:
-    *groups, last = name.split(".")
-    if isinstance(value, bool):
-        return ["--" + ".".join([*groups, last if value else f"no-{last}"]).replace("_", "-")]
-    values = value if isinstance(value, list) else [value]
-    return ["--" + name.replace("_", "-"), *map(str, values)]
+def _as_flags(name: str, value: Any, base: Config) -> list[str]:
+    known = flatten(base)
+    if name not in known:
+        if any(field.startswith(name + ".") for field in known):
+            raise ConfigError(f"{name}={json.dumps(value)}: is a group of fields, in braces")
+        raise ConfigError(f"unknown field {name}{did_you_mean(name, known)}")
+    flag, is_bool = "--" + name.replace("_", "-"), isinstance(known[name], bool)
+    if is_bool != isinstance(value, bool) or (value is None and name not in NULLABLE):
+        wanted = "true or false" if is_bool else "a value"
+        raise ConfigError(f"{name}={json.dumps(value)}: give {wanted}")
+    if is_bool:
+        *group, last = flag.removeprefix("--").split(".")
+        return ["--" + ".".join([*group, last if value else f"no-{last}"])]
+    if value is None or isinstance(value, list):
+        return [flag, *map(str, value if value is not None else [None])]
+    return [f"{flag}={value}"]  # in one, so that it may begin with a dash
 
 
 def _expand_resume(flags: list[str]) -> list[str]:

@@ -272,10 +272,30 @@ class Config:
             raise ConfigError(
                 f"train.crop_sizes={_plain(sizes)}: augment.normalize=mean-image is of one size; use mean or mean-std"
             )
+        if self.train.crop_until[-1] >= self.train.epochs:
+            raise ConfigError(
+                f"train.crop_until={_plain(self.train.crop_until)}, train.epochs={self.train.epochs}: augment.crop="
+                f"{self.augment.crop} would never be trained; give earlier epochs, or neither crop_sizes nor crop_until"
+            )
         if ":" not in self.model.name and not VARIANTS[self.model.name].any_crop:
             raise ConfigError(
                 f"train.crop_sizes={_plain(sizes)}: model.name={self.model.name} takes one size; use modern"
             )
+
+
+def behind_the_end(config: Config) -> list[str]:
+    """A line for each field that names an epoch which the run does not reach: presets are made for their own length."""
+    train, optim = config.train, config.optim
+    late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
+    notes = [f"optim.milestones {_plain(tuple(late))}: the run has {train.epochs} epochs"] if late else []
+    if optim.warmup_epochs >= train.epochs:
+        notes.append(
+            f"optim.warmup_epochs {optim.warmup_epochs:g}: the run has {train.epochs} epochs, so optim.lr is not passed"
+        )
+    for name, epoch in (("colour_epochs", train.colour_epochs), ("conv1_epochs", train.conv1_epochs)):
+        if epoch >= train.epochs:
+            notes.append(f"train.{name} {epoch}: the run has {train.epochs} epochs")
+    return notes
 
 
 def _plain(numbers: tuple[Any, ...]) -> str:
@@ -363,6 +383,7 @@ def overfitting(config: Config) -> Config:
             config.train,
             batch=min(config.train.batch, config.overfit),
             epochs=max(config.train.epochs, OVERFIT_EPOCHS),
+            accumulate=1,
             eval_every=1,
             stop_at=0.0,
             crop_sizes=(),
@@ -372,6 +393,7 @@ def overfitting(config: Config) -> Config:
         ),
         optim=dataclasses.replace(
             config.optim,
+            name="sgd" if config.optim.name == "lars" else config.optim.name,  # its rates are no bound
             lr=min(config.optim.lr, OVERFIT_RATE),
             schedule="constant",
             milestones=(),

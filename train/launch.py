@@ -20,7 +20,8 @@ from .config import Config
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
     precision = {"launcher": None, "fp32": "no", "tf32": "no"}.get(config.train.precision, config.train.precision)
-    set_products(config.train.precision)
+    if config.train.precision == "tf32" and not torch.cuda.is_available():
+        raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
     handlers: list[Any] = []
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:  # one process joins no group
@@ -49,7 +50,10 @@ def make_accelerator(config: Config) -> Accelerator:
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
             f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
         )
+    set_products(config.train.precision)
     refuse_unscaled(accelerator)
+    if (parts := accelerator.gradient_accumulation_steps) != 1:  # it would divide what is divided already
+        raise ConfigError(f"the launcher's gradient_accumulation_steps={parts}: use --train.accumulate {parts} instead")
     return accelerator
 
 
@@ -60,9 +64,8 @@ def refuse_unscaled(accelerator: Accelerator) -> None:
 
 
 def set_products(precision: str) -> None:
-    """How precise float32 products are on NVIDIA GPUs. torch's own default rounds in convolutions and not elsewhere."""
-    if precision == "tf32" and not torch.cuda.is_available():
-        raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
+    """How precise float32 products are on NVIDIA GPUs. torch's own default rounds in convolutions and not elsewhere,
+    and Accelerate's depends on the launcher's compiler: to be called when it has set its own."""
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 

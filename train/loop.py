@@ -25,7 +25,7 @@ from . import checkpoint, environment, launch, parts, preempt, resume, tracking,
 from .agreement import Agreement, timeout_seconds
 from .bad_numbers import BadNumbers, LossNotFinite, RollBack
 from .checkpoint import Saved
-from .config import Config, augment_at
+from .config import Config, augment_at, behind_the_end
 from .finite import Finite
 from .folder import RunFolder
 from .launch import take_cores
@@ -37,6 +37,7 @@ from .saving import Saver
 from .validation import Evaluation, Result, evaluate
 
 DATA, FORWARD, BACKWARD, EVALUATING, SAVING = range(len(watchdog.PHASES))
+MOST_OVERFLOWS = 60  # in a row: the scale has fallen from 2^16 to 2^-44, and gradients are infinite for another reason
 RANKS = 1 << 20  # a request to stop and the rank that has it travel as one number
 
 
@@ -114,6 +115,7 @@ class Run:
             gradients=accelerator.scaler is None,
         )
         self.bad_numbers = BadNumbers(self)
+        self._overflows_on_end = 0
         self.meter = Meter(accelerator, config.train.batch)
         if saved:
             self.restore(saved)
@@ -238,6 +240,8 @@ class Run:
         c, threads = self.config, self.loader.threads
         self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
         self.record.say(f"compiled: {self.compiled}")
+        for note in behind_the_end(c):
+            self.record.say(note)
         if c.optim.scale_lr != "none":
             share = f"{c.train.batch} / {c.optim.base_batch}"
             share = share if c.optim.scale_lr == "linear" else f"√({share})"
@@ -311,7 +315,7 @@ class Run:
             enabled=self.accelerator.is_main_process,
         )
         self.loader.stats()
-        self._tick(DATA)
+        self._ask_for_data()
         for batch in self.loader:
             stop = self._profiled_step(batch) if self.profile else self.step(batch)
             note = ""
@@ -325,8 +329,16 @@ class Run:
                 break
             if c.run.save_every and state.step % c.run.save_every == 0 and within:
                 self._save()
-            self._tick(DATA)
+            self._ask_for_data()
         progress.close()
+        if self.profile and (told := self.profile.epoch_ends()):
+            self._say(told)
+            self.profile = None
+
+    def _ask_for_data(self) -> None:
+        self._tick(DATA)
+        if self.profile:
+            self.profile.asks()
 
     def _end_epoch(self) -> None:
         """What was not yet read of its losses is recorded, also where the run was stopped just before."""
@@ -335,9 +347,10 @@ class Run:
             self._log()
         if self.meter.all_steps:
             metrics = self.meter.whole() | {"lr": self.state.rate}
-            self.record.say(
-                tracking.summary(self.state.epoch + 1, self.config.train.epochs, metrics, self.meter.seconds)
-            )
+            within = self.state.step % self.steps_per_epoch  # where limit_steps ends
+            part = f", {within} of {self.steps_per_epoch} steps" if within else ""
+            label = f"epoch {self.state.epoch + 1}/{self.config.train.epochs}{part}"
+            self.record.say(tracking.summary(label, metrics, self.meter.seconds))
         self.meter = Meter(self.accelerator, self.config.train.batch)
 
     def step(self, batch: Batch) -> int:
@@ -393,6 +406,9 @@ class Run:
         moved = self.stepper.update()
         self.state.updates += moved
         self.state.overflows += not moved
+        self._overflows_on_end = 0 if moved else self._overflows_on_end + 1
+        if self._overflows_on_end == MOST_OVERFLOWS:
+            self.refuse_bad(self.state.step + 1)
 
     def _agree(self, bad: int) -> list[int]:
         """Of all ranks: the request to stop, the step with bad numbers, whether something could not be written."""
@@ -464,6 +480,10 @@ class Run:
             state.epoch = number
             return None
         result = self._count()
+        if number % train.eval_every and number < train.epochs:  # where limit_steps ends: not on the schedule
+            state.epoch = number
+            self._record_evaluation(result, epoch=number)
+            return result
         if not math.isfinite(result.weights.loss):  # never saved: a broken net breaks what resumes from it
             raise LossNotFinite(
                 f"the validation loss of epoch {number} is {result.weights.loss:.6g}; nothing of it is saved; try a"
@@ -474,7 +494,8 @@ class Run:
         state.epoch = number
         if state.best_step is None or result.best.top1 > state.best_top1:
             state.best_top1, state.best_step = result.best.top1, state.step
-        if self.optim.schedule == "plateau" and state.plateau.see(result.weights.top1, self.optim):
+        on_schedule = number % train.eval_every == 0
+        if self.optim.schedule == "plateau" and on_schedule and state.plateau.see(result.weights.top1, self.optim):
             self.record.say(f"top-1 has stalled: the learning rate falls to {state.rate * self.optim.factor:.4g}")
         self._record_evaluation(result, epoch=number)
         return result

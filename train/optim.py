@@ -62,8 +62,9 @@ def _adapted(w: Tensor, group: dict[str, Any]) -> Tensor:
     """() lr·t, on the device: nobody waits for it."""
     assert w.grad is not None
     weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(w.grad)
-    trust = group["eta"] * weight / (gradient + group["weight_decay"] * weight)
-    trust = torch.where((weight > 0) & (gradient > 0), trust, torch.full_like(trust, group["eta"]))
+    others = gradient + group["weight_decay"] * weight
+    has_scale = (weight > 0) & (others > 0)
+    trust = torch.where(has_scale, group["eta"] * weight / others, torch.full_like(weight, group["eta"]))
     rate: Tensor = trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
     return rate
 

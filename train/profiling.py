@@ -14,7 +14,10 @@ ROWS = 10
 
 
 class Profile:
-    """Of `steps` steps of this process, after the first BEFORE ones. Call `begins` and `ends` around each step.
+    """Of `steps` steps of this process within an epoch, after the first BEFORE ones.
+
+    Call `asks` before a batch is waited for, `begins` when it has come, `ends` after its step. What lies between, such
+    as saving, counts as neither waiting nor computing.
 
     Leaves RUN/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and table.txt, the ten dearest operations.
     """
@@ -22,14 +25,16 @@ class Profile:
     def __init__(self, run: Path, steps: int, device: torch.device) -> None:
         self.folder, self.steps, self.device = run / FOLDER, steps, device
         self.seen, self.waited, self.computed = 0, 0.0, 0.0
-        self._ended = self._began = 0.0
+        self._asked = self._began = 0.0
         self._profiler: Any = None
 
+    def asks(self) -> None:
+        self._asked = time.perf_counter()
+
     def begins(self) -> None:
-        """A batch has come."""
         self._began = time.perf_counter()
         if self._profiler is not None:
-            self.waited += self._began - self._ended
+            self.waited += self._began - self._asked
 
     def ends(self) -> str | None:
         """A step is done. Returns the table after the last one."""
@@ -39,9 +44,11 @@ class Profile:
             self.computed += time.perf_counter() - self._began
         if self.seen == BEFORE:
             self._start()
-        told = self._finish() if self._profiler is not None and self.seen == BEFORE + self.steps else None
-        self._ended = time.perf_counter()
-        return told
+        return self._finish() if self._profiler is not None and self.seen == BEFORE + self.steps else None
+
+    def epoch_ends(self) -> str | None:
+        """Evaluation would stand in the trace: the table of what was seen, if there was something."""
+        return self.cut_short() if self._profiler is not None and self.seen > BEFORE else None
 
     def cut_short(self) -> str:
         """The table of a run that was over before all steps were seen, or why there is none."""

@@ -116,9 +116,9 @@ def _is_before(line: bytes, step: int, epoch: int) -> bool:
         return False  # the line that a kill cut in two
 
 
-def summary(epoch: int, epochs: int, metrics: dict[str, float], seconds: float) -> str:
+def summary(label: str, metrics: dict[str, float], seconds: float) -> str:
     """The line an epoch leaves on the console."""
     return (
-        f"epoch {epoch}/{epochs}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.4g},"
+        f"{label}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.4g},"
         f" {metrics['images_per_second']:,.0f} img/s, waiting for data {metrics['data_wait']:.0%}, {clock(seconds)}"
     )

@@ -44,6 +44,9 @@ def test_accuracy_trains_each_recipe_once_and_draws_them(tiny_cifar, tmp_path):
         assert result["environment"]["packages"]["torch"]
         assert result["command"].startswith("train/run.py ")
     assert len(written["results"]["modern"]["top1_of_average_by_epoch"]) == 1
+    other = run_tool(*args, "--only", "seed", "--width", 0.25)
+    assert other.returncode == 2
+    assert "seed: was run with model.width=0.375, not 0.25; remove it" in other.stderr
     assert set(written["results"]["seed"]["seconds_to"]) == {"60%", "70%", "75%", "80%", "85%"}
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 

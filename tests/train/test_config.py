@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import ConfigError, DataError, ExpressError
 from train.command_line import SHORT, describe, parse
-from train.config import RESUME_NEWEST, augment_at, flatten
+from train.config import RESUME_NEWEST, augment_at, behind_the_end, flatten
 from train.presets import PRESETS, TOLD
 
 
@@ -139,7 +139,11 @@ def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
         ('{"optim": {"lr": -1}}', "optim.lr=-1"),
         ('{"train": {"batch": 1.5}}', "invalid literal for int"),
         ('{"augment": {"flip": "maybe"}}', "maybe"),
-        ('{"optim": 3}', "unknown field optim"),
+        ('{"optim": 3}', "optim=3: is a group of fields"),
+        ('{"optim": {"lr": true}}', "optim.lr=true: give a value"),
+        ('{"optim": {"lr": null}}', "optim.lr=null: give a value"),
+        ('{"augment": {"flip": 1}}', "augment.flip=1: give true or false"),
+        ("[" * 100_000, "cannot be read as JSON"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(text, message, tmp_path):
@@ -149,6 +153,36 @@ def test_a_bad_file_is_refused_in_one_line(text, message, tmp_path):
         parsed("demo", "--data.shards", "x", "--config", str(file))
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_a_file_may_say_what_flags_may(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(
+        '{"model": {"name": "torchvision:resnet18"}, "run": {"dir": "-x"}, "augment": {"scale_jitter": null}}'
+    )
+    config = parsed("demo", "--data.shards", "x", "--config", str(file))
+    assert (config.model.name, config.model.width, config.run.dir) == ("torchvision:resnet18", 1.0, "-x")
+    file.write_text('{"augment": {"flip": true, "square": false}, "profile": 3, "train": {"crop_sizes": []}}')
+    config = parsed("demo", "--data.shards", "x", "--config", str(file))
+    assert (config.augment.flip, config.augment.square, config.profile) == (True, False, 3)
+
+
+def test_epochs_that_a_run_does_not_reach_are_told_or_refused():
+    with pytest.raises(ConfigError, match=r"train.crop_until=25 45 65, train.epochs=30: augment.crop=224 would never"):
+        parsed("modern", "--data.shards", "x", "--train.epochs", "30")
+    assert not behind_the_end(PRESETS["original"])
+    notes = behind_the_end(parsed("original", "--data.shards", "x", "--train.epochs", "60"))
+    assert notes == [
+        "optim.milestones 79: the run has 60 epochs",
+        "train.colour_epochs 67: the run has 60 epochs",
+        "train.conv1_epochs 72: the run has 60 epochs",
+    ]
+    assert "optim.lr is not passed" in behind_the_end(parsed("demo", "--data.shards", "x", "--train.epochs", "1"))[0]
+
+
+def test_overfitting_takes_no_rates_of_layers_and_no_parts():
+    config = parsed("large-batch", "--data.shards", "x", "--overfit", "16", "--train.accumulate", "4")
+    assert (config.optim.name, config.train.accumulate, config.train.batch) == ("sgd", 1, 16)
 
 
 def test_no_file_is_named(tmp_path):

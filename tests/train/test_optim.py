@@ -73,7 +73,7 @@ def lars(clip: bool):
         own = rate
         if is_weight:
             weight, gradient = np.sqrt((w**2).sum()), np.sqrt((g**2).sum())
-            trust = 0.02 * weight / (gradient + decay * weight) if weight and gradient else 0.02
+            trust = 0.02 * weight / (gradient + decay * weight) if weight else 0.02
             own = min(trust, rate) if clip else trust * rate
         v = 0.9 * v + own * (g + decay * w)
         return w - v, v

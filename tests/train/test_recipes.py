@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from model import AlexNet, ModelConfig
 from tests.conftest import ROOT, the_error
-from tests.faults.job import global_ids, traces
+from tests.faults.job import Job, global_ids, traces
 from tests.train.test_run import STEPS, TWO, alone, launch, metrics
 from train.averaging import Average
 
@@ -233,6 +233,39 @@ def test_gradients_are_sent_as_asked_for(compress, least, most, tmp_path):
     assert least <= rounding < most
 
 
+def test_the_launchers_own_accumulation_is_refused(digits, tmp_path):
+    args = ["demo", "--data.shards", digits, "--run.dir", tmp_path / "run"]
+    done = alone(*args, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert done.returncode == 2
+    assert "gradient_accumulation_steps=4: use --train.accumulate 4 instead" in the_error(done)
+
+
+def test_gradients_that_are_infinite_for_ever_end_a_scaled_run(digits, tmp_path):
+    script = tmp_path / "infinite.py"
+    scaled = OVERFLOW.format(root=str(ROOT)).replace(
+        "sys.argv = ",
+        """
+from train.step import Stepper
+backward = Stepper.backward
+def infinite(self, *args, **more):
+    told = backward(self, *args, **more)
+    next(self.bare.parameters()).grad.fill_(float("inf"))
+    return told
+Stepper.backward = infinite
+import train.loop
+train.loop.MOST_OVERFLOWS = 7
+sys.argv = """,
+    )
+    script.write_text(scaled)
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, "--run.dir", run, *QUICK, "--train.batch", 16]
+    done = subprocess.run(
+        [sys.executable, str(script), str(ROOT / "train" / "run.py"), *map(str, args)], capture_output=True, text=True
+    )
+    assert done.returncode == 76
+    assert "a gradient is not finite at step 7" in the_error(done)
+
+
 def test_crops_grow_with_the_epochs(digits, tmp_path):
     run = tmp_path / "run"
     net = ["--model.name", "modern", "--model.norm", "bn", "--model.width", 0.1]
@@ -299,6 +332,36 @@ def test_a_limit_within_an_epoch_is_evaluated_and_saved_there(digits, tmp_path):
         assert (run / "checkpoints" / f"step-{limit:08d}").is_dir()
         assert metrics(run, "val")[-1]["step"] == limit
     assert [line["step"] for line in metrics(run, "val")] == [22, 30]  # the first was in the middle of an epoch
+
+
+def test_a_limit_leaves_the_schedule_of_evaluations_alone(digits, tmp_path):
+    plateau = ["--optim.schedule", "plateau", "--optim.plateau-patience", 1, "--optim.lr", 1e-9]
+    args = ["demo", "--data.shards", digits, *QUICK, *plateau, "--optim.warmup-epochs", 0, "--train.eval-every", 2]
+    args += ["--train.batch", 256, "--train.epochs", 9, "--run.log-every", 1]
+    assert alone(*args, "--run.dir", tmp_path / "a").returncode == 0
+    for limit in (5, 15):  # the ends of epochs that are not evaluated
+        done = alone(*args, "--run.dir", tmp_path / "b", "--limit-steps", limit)
+        assert done.returncode == 0, done.stderr
+        assert metrics(tmp_path / "b", "val")[-1]["step"] == limit
+    assert alone(*args, "--run.dir", tmp_path / "b").returncode == 0
+    rates = [[line["lr"] for line in metrics(tmp_path / run, "train")] for run in "ab"]
+    assert rates[0] == rates[1]
+    assert rates[0][-1] < 1e-9  # it has fallen
+
+
+def test_a_stop_in_the_evaluation_at_the_limit_leaves_it_to_the_next_start(digits, tmp_path):
+    run = tmp_path / "run"
+    args = ["demo", "--data.shards", digits, *QUICK, "--limit-steps", STEPS]
+    slow = ["--train.eval-batch", 1]  # so that there is time for the signal
+    job = Job(run, *args, *slow, ranks=1)
+    assert job.wait_for(lambda: job.step >= STEPS)
+    job.ranks()[0].terminate()
+    job.wait()
+    assert job.exit["code"] == 75
+    done = alone(*args, "--run.dir", run)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in metrics(run, "val")] == [STEPS]
+    assert (run / "checkpoints" / "best").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ from typing import Any
 
 from pipeline import manifest
 from pipeline.cores import usable_cores
-from pipeline.errors import DataError, ExpressError
+from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tools import report
 from tools.bench.loader import unpacked
+from train.command_line import parse
+from train.config import Config, flatten
 from train.folder import EXIT
+from train.presets import PRESETS
+from train.resume import as_saved
 
 RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
 
@@ -47,11 +51,26 @@ def shards(images: Path, folder: Path, *, size: int) -> Path:
 def trained(run: Path, command: list[str]) -> dict[str, Any]:
     """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already."""
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
+    refuse_another(run, command)
     if _exit_code(run) != 0:
         done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
         if done.returncode:
             raise ExpressError(f"{run}: ended with {done.returncode}; the same command goes on")
     return report.result(run, report.read_metrics(run))
+
+
+def refuse_another(run: Path, command: list[str]) -> None:
+    """Raises ConfigError where the folder holds a run of another configuration."""
+    try:
+        before = flatten(as_saved(Config(), json.loads((run / "config.json").read_text())["config"]))
+    except (OSError, ValueError, KeyError):
+        return  # nothing was begun
+    now = flatten(parse([*command, "--run.dir", str(run)], PRESETS, prog="train/run.py"))
+    if different := [name for name in now if before[name] != now[name]]:
+        name = different[0]
+        raise ConfigError(
+            f"{run}: was run with {name}={before[name]}, not {now[name]}; remove it, or take another --dir"
+        )
 
 
 def _exit_code(run: Path) -> int | None:
