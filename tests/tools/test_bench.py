@@ -63,7 +63,7 @@ def result(rate: float, epochs: int, top1: float) -> dict:
 
 
 def test_the_best_rate_needs_the_fewest_epochs_and_of_those_the_greatest_accuracy():
-    found = {str(r["rate"]): r for r in (result(0.1, 9, 0.2), result(0.03, 5, 0.76), result(0.01, 5, 0.77))}
+    found = {str(r["rate"]): r for r in (result(0.001, 9, 0.2), result(0.03, 5, 0.76), result(0.01, 5, 0.77))}
     assert fig1.fastest(found) == {"rate": 0.01, "epochs": 5, "top1": 0.77}
     assert fig1.fastest({"0.1": result(0.1, 60, 0.7)}) is None
     both = {"relu": found | {"0.003": result(0.003, 5, 0.1)}}
