@@ -64,19 +64,22 @@ def draw(lines: dict[str, list[dict]], path: Path) -> None:
     plt.close(figure)
 
 
-def result(run: Path, lines: dict[str, list[dict]]) -> dict[str, Any]:
-    """What a run came to, with all that it depended on: for docs/results."""
+def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> dict[str, Any]:
+    """What a run came to, with all that it depended on: for docs/results. timed: with seconds, of an unbroken run."""
     described = json.loads((run / "config.json").read_text(encoding="utf-8"))
     names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
     last, average = lines["val"][-1], lines.get("val of average")
-    if len(lines["start"]) != 1:
+    if timed and len(lines["start"]) != 1:
         raise DataError(f"{run}: was resumed, so the time between its attempts would count; record an unbroken run")
     started = lines["start"][0]["time"]
+    seconds = {
+        "seconds_training_and_evaluating": round(last["time"] - started, 1),
+        "seconds_by_epoch": [round(line["time"] - started, 1) for line in lines["val"]],
+    }
     return {
         **{name: described[name] for name in names},
         "epochs": last["epoch"],
-        "seconds_training_and_evaluating": round(last["time"] - started, 1),
-        "seconds_by_epoch": [round(line["time"] - started, 1) for line in lines["val"]],
+        **(seconds if timed else {}),
         "images_per_second": round(statistics.median(line["images_per_second"] for line in lines["train"]), 1),
         "last": {name: last[name] for name in ("top1", "top5", "loss", "images")},
         "top1_by_epoch": [line["top1"] for line in lines["val"]],

@@ -61,10 +61,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def seconds_to(level: float, result: dict[str, Any]) -> float | None:
-    """Until an evaluation, of the weights or their average, first reached a top-1 of `level`."""
+    """Until an evaluation, of the weights or their average, first reached a top-1 of `level`, where that was timed."""
+    if "seconds_by_epoch" not in result:
+        return None
     tops = result["top1_by_epoch"]
     tops = [max(pair) for pair in zip(tops, result.get("top1_of_average_by_epoch", tops), strict=True)]
     return next((s for s, top1 in zip(result["seconds_by_epoch"], tops, strict=True) if top1 >= level), None)
+
+
+def minutes(result: dict[str, Any]) -> str:
+    seconds = result.get("seconds_training_and_evaluating")
+    return f"{seconds / 60:.1f}" if seconds else "–"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -75,7 +82,7 @@ def table(results: dict[str, Any]) -> str:
         rows.append(
             f"{name:<10} {result['last']['top1']:>8.2%} {max(result['top1_by_epoch']):>8.2%}"
             f" {f'{average[-1]:.2%}' if average else '–':>11}"
-            f" {result['seconds_training_and_evaluating'] / 60:>8.1f} {result['images_per_second']:>8,.0f}"
+            f" {minutes(result):>8} {result['images_per_second']:>8,.0f}"
             + "".join(f"{f'{s:,.0f} s' if s else '–':>9}" for s in result["seconds_to"].values())
         )
     return "\n".join(rows)

@@ -49,14 +49,18 @@ def shards(images: Path, folder: Path, *, size: int) -> Path:
 
 
 def trained(run: Path, command: list[str]) -> dict[str, Any]:
-    """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already."""
+    """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already.
+
+    Of a run that was stopped and went on it has no seconds.
+    """
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
     refuse_another(run, command)
     if _exit_code(run) != 0:
         done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
         if done.returncode:
             raise ExpressError(f"{run}: ended with {done.returncode}; the same command goes on")
-    return report.result(run, report.read_metrics(run))
+    lines = report.read_metrics(run)
+    return report.result(run, lines, timed=len(lines["start"]) == 1)
 
 
 def refuse_another(run: Path, command: list[str]) -> None:
