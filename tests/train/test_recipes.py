@@ -23,6 +23,7 @@ from train.averaging import Average
 FEW = ["--run.log-every", 1, "--run.record-ids"]
 # Torch's initialisation, whose rounding is not amplified at 0.01 (docs/model.md).
 RATE = ["--optim.lr", 0.01, "--optim.warmup-epochs", 0, "--model.weight-init", "torch"]
+FIFTY = ["--train.epochs", 3, "--limit-steps", 50]
 MIXED = ["--regularize.mixup", 0.4, "--regularize.cutmix", 1, "--regularize.label-smoothing", 0.1]
 QUICK = ["--model.width", 0.125, "--loader.threads", 1]
 
@@ -33,27 +34,27 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(digits, tmp_path_factory) -> Path:
-    """66 steps by one rank in one pass each, with dropout, mixup and cutmix."""
+    """50 steps by one rank in one pass each, with dropout, mixup and cutmix."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = alone("demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 3, *FEW, *RATE, *MIXED)
+    done = alone("demo", "--data.shards", digits, "--run.dir", run, *FIFTY, *FEW, *RATE, *MIXED)
     assert done.returncode == 0, done.stderr
     assert losses(run)[-1] < losses(run)[0]
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (1, 4), (2, 1), (4, 1), (2, 4)])
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (1, 4), (2, 1), (4, 2)])
 def test_ranks_and_parts_of_a_batch_change_nothing_but_rounding(ranks, parts, whole, digits, tmp_path):
     run = tmp_path / "run"
-    args = ["demo", "--data.shards", digits, "--run.dir", run, "--train.epochs", 3, *FEW, *RATE, *MIXED]
+    args = ["demo", "--data.shards", digits, "--run.dir", run, *FIFTY, *FEW, *RATE, *MIXED]
     done = launch(*args, "--train.accumulate", parts, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert global_ids(run) == global_ids(whole)
     assert [m["lr"] for m in metrics(run, "train")] == [m["lr"] for m in metrics(whole, "train")]
     differences = [abs(a - b) for a, b in zip(losses(run), losses(whole), strict=True)]
-    assert len(differences) == 3 * STEPS
+    assert len(differences) == 50
     assert max(differences[:20]) < 1e-4
-    assert max(differences[:50]) < 1e-3
+    assert max(differences) < 1e-3
 
 
 def test_all_that_a_recipe_keeps_survives_a_stop_to_the_last_bit(digits, tmp_path):
