@@ -342,7 +342,7 @@ class Run:
 
     def _end_epoch(self) -> None:
         """What was not yet read of its losses is recorded, also where the run was stopped just before."""
-        self.refuse_bad(self.finite.rest())
+        self.bad_numbers.refuse(self.finite.rest())
         if self.meter.steps:
             self._log()
         if self.meter.all_steps:
@@ -408,7 +408,7 @@ class Run:
         self.state.overflows += not moved
         self._overflows_on_end = 0 if moved else self._overflows_on_end + 1
         if self._overflows_on_end == MOST_OVERFLOWS:
-            self.refuse_bad(self.state.step + 1)
+            self.bad_numbers.refuse(self.state.step + 1)
 
     def _agree(self, bad: int) -> list[int]:
         """Of all ranks: the request to stop, the step with bad numbers, whether something could not be written."""
@@ -421,9 +421,6 @@ class Run:
     def ids_of(self, number: int) -> list[int]:
         """The whole global batch."""
         return [int(i) for i in self.loader.ids(*self.coordinates(number), whole=True)]
-
-    def refuse_bad(self, bad: int) -> None:
-        self.bad_numbers.refuse(bad)
 
     def _asked_to_stop(self) -> int:
         if self.accelerator.is_main_process:
@@ -476,14 +473,12 @@ class Run:
         """Evaluates the epoch that was trained, where that is due; then the epoch is done."""
         state, train = self.state, self.config.train
         number = state.epoch + 1
-        if number % train.eval_every and number < train.epochs and not self._at_limit():
+        on_schedule = number % train.eval_every == 0
+        is_due = on_schedule or number >= train.epochs
+        if not is_due and not self._at_limit():
             state.epoch = number
             return None
         result = self._count()
-        if number % train.eval_every and number < train.epochs:  # where limit_steps ends: not on the schedule
-            state.epoch = number
-            self._record_evaluation(result, epoch=number)
-            return result
         if not math.isfinite(result.weights.loss):  # never saved: a broken net breaks what resumes from it
             raise LossNotFinite(
                 f"the validation loss of epoch {number} is {result.weights.loss:.6g}; nothing of it is saved; try a"
@@ -492,9 +487,9 @@ class Run:
                 loss=result.weights.loss,
             )
         state.epoch = number
-        if state.best_step is None or result.best.top1 > state.best_top1:
+        # What limit_steps alone asks for must not change the run that goes on after it.
+        if is_due and (state.best_step is None or result.best.top1 > state.best_top1):
             state.best_top1, state.best_step = result.best.top1, state.step
-        on_schedule = number % train.eval_every == 0
         if self.optim.schedule == "plateau" and on_schedule and state.plateau.see(result.weights.top1, self.optim):
             self.record.say(f"top-1 has stalled: the learning rate falls to {state.rate * self.optim.factor:.4g}")
         self._record_evaluation(result, epoch=number)
@@ -526,7 +521,7 @@ class Run:
     def _save(self) -> None:
         """Copies what is to be saved; it is written while training goes on."""
         self._tick(SAVING)
-        self.refuse_bad(self.finite.rest())
+        self.bad_numbers.refuse(self.finite.rest())
         meter = self.meter.state_dict()
         if self.accelerator.is_main_process:
             scaler, average = self.accelerator.scaler, self.stepper.average
