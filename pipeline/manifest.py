@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import canonical_json, write_json
-from .shards import Shard, file_sha256, read_index
+from .shards import Shard, file_sha256, read_index, sample_keys
 
 FORMAT = "imagenet-express"
 VERSION = 1
@@ -39,6 +39,14 @@ class Split:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    def keys(self) -> list[str]:
+        """The samples' keys, in stored order, from their tar headers."""
+        keys: list[str] = []
+        for number, shard in enumerate(self.shards):
+            offsets = self.index["offset"][self.index["shard"] == number].tolist()
+            keys += sample_keys(self.root / shard.name, offsets)
+        return keys
+
     def check(self) -> None:
         """Every shard is there at its full size, and the index fits them. Reads no image. Raises DataError."""
         for shard in self.shards:
@@ -56,6 +64,15 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What a net's inputs are normalised with: of its training images, whatever images it is shown later."""
+
+    mean: tuple[float, float, float]  # per channel, grey levels 0..255
+    std: tuple[float, float, float]
+    mean_image: np.ndarray | None = None  # (size, size, 3) float32 grey levels; None: not needed
+
+
+@dataclass(frozen=True)
 class Dataset:
     """An opened dataset folder. `manifest` is the parsed file, `splits` its typed part."""
 
@@ -70,6 +87,10 @@ class Dataset:
     @property
     def classes(self) -> list[str]:
         return list(self.manifest["classes"])
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.manifest.get("class_names", self.classes))
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -90,6 +111,9 @@ class Dataset:
         """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
         image: np.ndarray = np.load(self.root / self._mean_image_name(), allow_pickle=False)
         return image
+
+    def statistics(self, *, mean_image: bool = False) -> Statistics:
+        return Statistics(self.mean, self.std, self.mean_image if mean_image else None)
 
     def _mean_image_name(self) -> str:
         record = self._measured("mean_image")

@@ -148,8 +148,15 @@ def read_index(path: Path, *, sha256: str) -> np.ndarray:
 
 
 def sample_key(path: Path, offset: int) -> str:
-    """The key of the sample whose image starts at `offset`, from its tar header: for messages only."""
+    """The key of the sample whose image starts at `offset`: for messages."""
+    return sample_keys(path, [offset])[0]
+
+
+def sample_keys(path: Path, offsets: Iterable[int]) -> list[str]:
+    """The keys of the samples whose images start at `offsets`, from their tar headers."""
+    keys = []
     with open(path, "rb") as file:
-        file.seek(offset - BLOCK)
-        name = file.read(100).split(b"\0")[0].decode(errors="replace")
-    return os.path.splitext(name)[0]
+        for offset in offsets:
+            file.seek(offset - BLOCK)
+            keys.append(os.path.splitext(file.read(100).split(b"\0")[0].decode(errors="replace"))[0])
+    return keys

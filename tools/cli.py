@@ -17,6 +17,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
 
 
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """How a MODEL is meant, of every tool that takes one."""
+    p.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="of a run (%(default)s)")
+    p.add_argument("--raw", action="store_true", help="the weights themselves, also where their average was kept")
+    p.add_argument("--preset", default="", metavar="NAME", help="what weights without a model card are of")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: an error of the user's is one line and its exit code."""
     try:

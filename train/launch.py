@@ -57,6 +57,13 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def make_plain_accelerator(precision: str) -> Accelerator:
+    """For what only evaluates: device and processes, and fp32 or bf16 whatever the launcher says."""
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
+    set_products(precision)
+    return accelerator
+
+
 def refuse_unscaled(accelerator: Accelerator) -> None:
     """Accelerate takes fp16 on a CPU for fp32 without a word."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

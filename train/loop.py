@@ -28,6 +28,7 @@ from .checkpoint import Saved
 from .config import Config, augment_at, behind_the_end
 from .finite import Finite
 from .folder import RunFolder
+from .inputs import Inputs
 from .launch import take_cores
 from .meter import Meter
 from .optim import Plateau, learning_rate, scaled_to_batch, set_learning_rate
@@ -160,6 +161,7 @@ class Run:
                 "environment": environment.describe(),
             }
             write_json(self.path / "config.json", described)
+            Inputs.of(self.dataset, self.config.augment).write(self.path)
         tracking.start(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
 

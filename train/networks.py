@@ -107,7 +107,7 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
     """
     weights, wanted = read_weights(path), net.state_dict()
     note = None
-    for head, layer in _heads(net):
+    for head, layer in heads(net):
         if classes := _other_classes(weights, wanted, head):
             note = f"{path} is of {classes} classes: the output layer {head} starts anew with {len(layer.weight)}"
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
@@ -203,7 +203,7 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text).encode("unicode_escape").decode()
 
 
-def _heads(net: nn.Module) -> list[tuple[str, Any]]:
+def heads(net: nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of the output layers: what timm calls a net's classifier, else the last layer with weights."""
     weighted = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     get: Any = getattr(net, "get_classifier", tuple)
@@ -219,7 +219,7 @@ def _freeze(net: nn.Module) -> None:
             module.requires_grad_(False)
         return
     net.requires_grad_(False)  # parameters that no layer holds, such as a class token, with it
-    for _, head in _heads(net):
+    for _, head in heads(net):
         head.requires_grad_(True)
 
 
@@ -230,7 +230,7 @@ def set_training(net: nn.Module, config: ModelConfig) -> None:
         frozen = net.feature_layers() if isinstance(net, AlexNet) else net.modules()
         for module in frozen:
             module.training = False
-        for _, head in [] if isinstance(net, AlexNet) else _heads(net):
+        for _, head in [] if isinstance(net, AlexNet) else heads(net):
             head.train()
 
 

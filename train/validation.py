@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.read.loader import Loader
 
+NAMES = ("top1", "top5", "loss", "images")  # of a Result, as records have them
+
 
 @dataclass(frozen=True)
 class Result:

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..geometry import centre_offset
-from ..manifest import Dataset, open_dataset
+from ..manifest import Dataset, Statistics, open_dataset
 from . import order
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, colour_shift, place
 from .reader import Reader
@@ -92,6 +92,7 @@ class Loader:
         over all ranks, so that ranks may differ by one sample and by one batch.
     partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
     first: only so many samples, the first as stored; 0: all.
+    statistics: to normalise with; the dataset's own unless given, as for a net that was trained on another one.
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
     channels_last: memory format of `images`; the shape is (n, 3, crop, crop) either way.
 
@@ -110,6 +111,7 @@ class Loader:
         partitions: int = 1,
         window: int = 0,
         first: int = 0,
+        statistics: Statistics | None = None,
         rank: int = 0,
         world: int = 1,
         local_world: int | None = None,
@@ -136,6 +138,7 @@ class Loader:
         importing = _in_background(self._import_backend)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
+        self._measured = statistics or self.dataset
         self.batch, self.train, self.seed, self.rank, self.world = batch, train, seed, rank, world
         self.partitions, self.window, self.first = partitions, window, first
         if not 0 <= first <= self.split.samples:
@@ -316,24 +319,19 @@ class Loader:
         """What to subtract from every pixel, (3,) float32, and what to divide by."""
         a = self.augment
         imagenet = a.statistics == "imagenet"
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (self.dataset.mean, self.dataset.std)
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (self._measured.mean, self._measured.std)
         if a.normalize == "mean-image":
             mean = (0.0, 0.0, 0.0)  # the image's is subtracted in its place
         return np.array(mean, np.float32), std if a.normalize == "mean-std" else (1.0, 1.0, 1.0)
 
     def _mean_image_crop(self) -> torch.Tensor | None:
-        """(3, crop, crop) on the device: the centre of the mean image, for every crop the same, as the 2012 code."""
+        """(3, crop, crop) on the device."""
         if self.dtype == "uint8":
             return None
-        image = self.dataset.mean_image
-        if len(image) != self.augment.resize:
-            raise ConfigError(
-                f"augment.resize={self.augment.resize} but the mean image was measured at {len(image)} pixels;"
-                f" shard the data with --size {self.augment.resize}, or use normalize=mean"
-            )
-        offset = int(centre_offset(len(image), self.augment.crop))
-        crop = image[offset : offset + self.augment.crop, offset : offset + self.augment.crop]
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))).to(self.device)
+        image = self._measured.mean_image
+        if image is None:
+            raise ConfigError("augment.normalize=mean-image: the statistics hold no mean image")
+        return torch.from_numpy(mean_image_crop(image, self.augment)).to(self.device)
 
     def _import_backend(self) -> None:
         if self.backend == "portable":
@@ -433,6 +431,21 @@ class LoaderDataset(IterableDataset[Batch]):
         if get_worker_info() is not None:
             raise ConfigError("num_workers must be 0 with LoaderDataset: the loader has threads of its own")
         return iter(self.loader)
+
+
+def mean_image_crop(image: np.ndarray, augment: AugmentConfig) -> np.ndarray:
+    """(3, crop, crop) float32, of the mean image's centre: for every crop the same, as in the 2012 code.
+
+    image: (resize, resize, 3). Raises ConfigError for one of another size.
+    """
+    if len(image) != augment.resize:
+        raise ConfigError(
+            f"augment.resize={augment.resize} but the mean image was measured at {len(image)} pixels;"
+            f" shard the data with --size {augment.resize}, or use normalize=mean"
+        )
+    offset = int(centre_offset(len(image), augment.crop))
+    crop = image[offset : offset + augment.crop, offset : offset + augment.crop]
+    return np.ascontiguousarray(crop.transpose(2, 0, 1))
 
 
 def _in_background(work: Callable[[], None]) -> Future[None]:

@@ -449,6 +449,7 @@ def _publish(plan: Plan, out: Path) -> dict[str, Any]:
         "label_kind": "class index, 0-based; -1 where it is not known",
         "classes": plan.source.classes,
         "class_names": getattr(plan.source, "class_names", plan.source.classes),
+        **({"class_ids": plan.source.class_ids} if hasattr(plan.source, "class_ids") else {}),
         "splits": splits,
         "statistics": statistics.publish(out, plan.mean_image_name) if plan.options.stats else {},
         "source": plan.source.describe(),

@@ -88,6 +88,9 @@ class ImageNet:
     counts: bool = True
     classes: list[str] = field(init=False)  # WordNet ids, sorted
     class_names: list[str] = field(init=False)
+    class_ids: list[int] = field(
+        init=False
+    )  # the kit's own numbers, from 1 on, in another order: submissions want them
     splits: dict[str, Items] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +100,7 @@ class ImageNet:
         if not self.src.is_dir():
             raise DataError(f"{self.src}: no such folder; --src names the one that holds {self.edition.train}")
         kit = _Kit(self._needed(self.edition.devkit), self.edition)
-        self.classes, self.class_names = kit.wnids, kit.names
+        self.classes, self.class_names, self.class_ids = kit.wnids, kit.names, kit.ids
         if self.edition.name == "imagenet2012" and self.classes[0] != FIRST_CLASS:
             raise DataError(
                 f"{kit.path}: its first class is {self.classes[0]} where ImageNet 2012 has {FIRST_CLASS};"
@@ -254,6 +257,8 @@ class _Kit:
         self.wnids = sorted(named)
         self.names = [named[wnid] for wnid in self.wnids]
         self._label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
+        id_of = {wnid: number for number, wnid in self._wnid_of.items()}
+        self.ids = [id_of[wnid] for wnid in self.wnids]
         counted = leaves and "num_train_images" in leaves[0].dtype.names
         self.train_counts = {str(leaf["WNID"]): int(leaf["num_train_images"]) for leaf in leaves} if counted else {}
         self.val_labels = self.labels(path / edition.val_labels, val)
