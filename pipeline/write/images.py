@@ -149,6 +149,13 @@ def prepare(data: bytes, encoding: Encoding) -> Prepared:
     return Preparer(encoding)(data)
 
 
+def decode(data: bytes) -> np.ndarray:
+    """(height, width, 3) uint8, RGB, of any image that can become a sample. Raises BadImage with the reason."""
+    preparer = Preparer(Encoding(), measure=False)
+    (width, height), _ = preparer._decode(data, _plain_jpeg(data))
+    return preparer._pixels[: 3 * width * height].reshape(height, width, 3)
+
+
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
     """(width, height) of a JPEG that every decoder takes: RGB or grey, of a size that is allowed, and tidy."""
     if data[:2] != b"\xff\xd8":
