@@ -28,6 +28,16 @@ def digits(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, digits) -> Path:
+    """A run on the digits that can tell most of them, with averaged weights beside its own."""
+    run = tmp_path_factory.mktemp("trained") / "demo"
+    told = ["--train.epochs", 3, "--regularize.ema", 0.9, "--run.dir", run]
+    done = run_tool("train/run.py", "demo", "--data.shards", digits, *told)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """Smooth colours with some noise: compresses and resizes like a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
@@ -77,12 +87,15 @@ def shards(tmp_path_factory, image_folder) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def imagenet_sample(tmp_path_factory) -> Path:
     """64 real ImageNet images as an ImageFolder; skips where the shared data is not at hand."""
+    return real_images(tmp_path_factory.mktemp("imagenet"), 64)
+
+
+def real_images(root: Path, count: int) -> Path:
     archive = SHARED / "imagenet-sample.tar"
     if not archive.is_file():
         pytest.skip("imagenet-sample.tar is not here; set IMAGENET_EXPRESS_DATA to the folder that holds it")
-    root = tmp_path_factory.mktemp("imagenet")
     with tarfile.open(archive) as tar:
-        members = [m for m in tar.getmembers() if m.isfile()][:64]
+        members = [m for m in tar.getmembers() if m.isfile()][:count]
         tar.extractall(root, members=members, filter="data")
     return root
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
 
 from pipeline import check, manifest
 from pipeline.cores import usable_cores
@@ -24,7 +23,7 @@ from tools import cli
 
 
 def main() -> None:
-    p = cli.Parser(prog="check_shards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="check_shards.py", description=__doc__)
     p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
     p.add_argument("--deep", action="store_true", help="decode every image, too")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")

@@ -5,13 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.errors import IO_FAILED, USAGE, ExpressError
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and whose help begins with what to paste."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Help)
+        super().__init__(**options)
+
+    def format_help(self) -> str:
+        usage, _, rest = super().format_help().partition("\n\n")
+        if not self.description:
+            return f"{usage}\n\n{rest}"
+        description, options = rest[: len(self.description)], rest[len(self.description) :]
+        return f"{description.strip()}\n\n{usage}\n\n{options.strip()}\n"
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")

@@ -31,7 +31,7 @@ SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="evaluate.py", description=__doc__)
     p.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("--data.shards", dest="shards", type=Path, required=True, metavar="DIR", help="what to measure on")
     p.add_argument("--data.split", dest="split", default="val", metavar="NAME", help="(%(default)s)")

@@ -337,7 +337,7 @@ def run_step(name: str, proof: Proof, data: str) -> bool:
 
 
 def main() -> None:
-    p = cli.Parser(prog="gpu_proof.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="gpu_proof.py", description=__doc__)
     p.add_argument("--device", default="cuda:0", help="(%(default)s)")
     p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
     p.add_argument("--images", type=Path, help="class folders of JPEGs or a tar of them (default: made ones)")

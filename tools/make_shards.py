@@ -40,7 +40,6 @@ def parser() -> cli.Parser:
     p = cli.Parser(
         prog="make_shards.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
     digits = kinds.add_parser("digits", help="1,797 handwritten digits that come with the project")

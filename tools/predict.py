@@ -32,7 +32,7 @@ SHOWN = 320  # pixels of a picture's longer side on the page
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="predict.py", description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for standard input")
     p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")

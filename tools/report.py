@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 usage, 65 not a run folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -88,7 +87,7 @@ def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> di
 
 
 def main() -> None:
-    p = cli.Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="report.py", description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the result with what it depended on")
     args = p.parse_args()

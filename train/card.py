@@ -69,7 +69,7 @@ class Card:
         beside, told = path.with_suffix(".json"), path.with_suffix(".md")
         write_json(beside, self.as_json())
         with atomic_write(told) as file:
-            file.write(self.as_markdown(path.name).encode())
+            file.write(self.as_markdown(path.stem).encode())
         return beside, told
 
     def as_markdown(self, name: str) -> str:
@@ -87,7 +87,7 @@ class Card:
             lines += [
                 f"- Recipe: {train.get('epochs')} epochs of batches of {train.get('batch')},"
                 f" {optim.get('name')} at {optim.get('lr')}, {optim.get('schedule')};"
-                f" in full in {Path(name).stem}.json",
+                f" in full in {name}.json",
                 f"- Trained by: `{self.recipe.get('command')}`, {self.recipe.get('precision')},"
                 f" {self.recipe.get('ranks')} ranks",
             ]

@@ -13,7 +13,6 @@ Each prints a table and, with --json FILE, writes every single measurement with 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tools.bench import accuracy, fig1, loader, order, saves, shards, train
 
 
 def main() -> None:
-    p = cli.Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.Parser(prog="bench", description=__doc__)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
     loader.add_arguments(kinds.add_parser("loader", help="images a second, decoded and cropped"))
     shards.add_arguments(kinds.add_parser("shards", help="images a second, from class folders to verified shards"))

@@ -1,0 +1,266 @@
+"""Writes a trained net as a file for others, with its model card, and compares it with the source on real images.
+
+    python tools/export.py runs/demo demo.safetensors
+
+By its ending, FILE is .safetensors, .onnx, or .pth: a state_dict that torchvision's AlexNet or the seed's net loads.
+Beside it, NAME.json and NAME.md say what it is. Exit codes: 0 done, 1 it answers otherwise than the source, 2 usage,
+65 bad data, 74 not writable.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import Any
+
+from pipeline.errors import CHECK_FAILED, ConfigError, DataError, ExpressError
+from pipeline.files import PARTIAL, fsync_path
+from tools import cli
+
+KINDS = (".safetensors", ".onnx", ".pth")
+COMPARED = 16  # images
+CLOSE = {".safetensors": 0.0, ".pth": 0.0, ".onnx": 1e-4}  # logits, as a share of the greatest
+OPSET = 18
+EVALUATED = ("split", "views", "command", "top1", "top5", "loss", "images")
+
+
+class AnswersOtherwise(ExpressError):
+    """What was written is not what was to be written."""
+
+    code = CHECK_FAILED
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="export.py", description=__doc__)
+    p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or weights")
+    p.add_argument("out", type=Path, metavar="FILE", help=f"what to write: {', '.join(KINDS)}")
+    cli.add_model_options(p)
+    p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="images to compare (the run's own)")
+    p.add_argument(
+        "--images", type=Path, metavar="DIR", help="a folder of images to compare, where there are no shards"
+    )
+    p.add_argument(
+        "--evaluation",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="evaluate.py's --json, for the card",
+    )
+    p.add_argument("--force", action="store_true", help="write over what is there")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    out, kind = args.out, args.out.suffix.lower()
+    if kind not in KINDS:
+        raise ConfigError(f"{out}: choose a name that ends with {', '.join(KINDS)}")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: there is no folder {out.parent}")
+    if out.exists() and not args.force:
+        raise ConfigError(f"{out}: is there already; choose another name, or --force")
+
+    import torch
+
+    from train.classifier import open_classifier
+
+    model = open_classifier(
+        args.model, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=args.shards
+    )
+    rows = [evaluated(path) for path in args.evaluation]
+    model = dataclasses.replace(model, card=dataclasses.replace(model.card, accuracy=[*model.card.accuracy, *rows]))
+    refuse_unfit(model, kind)
+    if not args.force:
+        refuse_another_card(model, out)
+    images = real_images(model, args)
+    partial = out.with_name(out.stem + PARTIAL + out.suffix)
+    try:
+        WRITERS[kind](model, images, partial)
+        found = reloaded(partial, model)
+        with torch.no_grad():
+            ours, theirs = model.net(images), found(images)
+        compare(ours, theirs, out, CLOSE[kind])
+        fsync_path(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+        partial.with_name(partial.name + ".data").unlink(missing_ok=True)
+    for path in (out, *model.card.write_beside(out)):
+        print(f"{path}: {path.stat().st_size:,} bytes")
+    print(
+        f"answers as {model} does on {len(images)} images: logits differ by {(ours - theirs).abs().max():.2g} at most"
+    )
+
+
+def refuse_unfit(model: Any, kind: str) -> None:
+    from model import AlexNet
+
+    if not hasattr(model.net, "state_dict") or type(model.net).__name__ == "Onnx":
+        raise ConfigError(f"{model.source}: an ONNX file is an end; export from the run or from its .safetensors")
+    if kind == ".pth":
+        name = model.card.model.name
+        if not isinstance(model.net, AlexNet) or model.net.variant.names not in ("seed", "torchvision"):
+            raise ConfigError(
+                f"model.name={name}: .pth is for torchvision's AlexNet and the seed's net, whose layers {name} does not"
+                " have; choose .safetensors or .onnx"
+            )
+        plain = type(model.net)(type(model.card.model)(name), classes=model.classes, crop=model.card.augment.crop)
+        ours, theirs = model.net.state_dict(), plain.state_dict()
+        if differing := [
+            n for n in theirs | ours if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape
+        ]:
+            raise ConfigError(
+                f"model.name={name}: {differing[0]} is not of {name}'s own shape, so it would not load there;"
+                " choose .safetensors or .onnx"
+            )
+        others = [
+            f.name
+            for f in dataclasses.fields(model.card.model)
+            if f.name in ("norm", "activation", "overlapping_pool")
+            and getattr(model.card.model, f.name) != getattr(type(model.card.model)(name), f.name)
+        ]
+        if others:
+            raise ConfigError(
+                f"model.{others[0]}={getattr(model.card.model, others[0])}: {name} would load these weights and compute"
+                " something else; choose .safetensors or .onnx"
+            )
+
+
+def refuse_another_card(model: Any, out: Path) -> None:
+    """Files of one net may share a name and so a card; those of two may not."""
+    from train import card
+
+    beside, told = out.with_suffix(".json"), out.with_suffix(".md")
+    there = next((path for path in (beside, told) if path.exists()), None)
+    of = card.read_beside(out) if there else None
+    if there and (of is None or of.as_json() != model.card.as_json()):
+        raise ConfigError(f"{there}: is there already, of something else; choose another name, or --force")
+
+
+def evaluated(path: Path) -> dict[str, Any]:
+    """A row of the card, of evaluate.py's --json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if len(values["models"]) != 1:
+            raise DataError(f"{path}: is of {len(values['models'])} nets; name an evaluation of this one")
+        return {name: values[name] for name in EVALUATED}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise DataError(f"{path}: not what evaluate.py --json writes ({err!r})") from err
+
+
+def real_images(model: Any, args: argparse.Namespace) -> Any:
+    """(n, 3, crop, crop) float32: of the validation images of the shards, or of a folder."""
+    import numpy as np
+    import torch
+
+    from pipeline.manifest import open_dataset
+    from tools import predict
+
+    augment = dataclasses.replace(model.card.augment, views=1)
+    if args.images:
+        viewer = predict.make_viewer(model, argparse.Namespace(views=1, shards=args.shards))
+        files = predict.found([str(args.images)])[:COMPARED]
+        return torch.from_numpy(np.concatenate([viewer(predict.decoded(file)) for file in files]))
+    shards = args.shards or model.card.recipe.get("config", {}).get("data", {}).get("shards", "")
+    if not shards or not Path(shards).is_dir():
+        where = f"its shards {shards} are not here" if shards else "it does not say where its data lie"
+        raise ConfigError(f"{model.source}: {where}; name images to compare by --data.shards or --images")
+    dataset = open_dataset(shards, check_splits=False)
+    known = model.card.inputs
+    statistics = known.statistics if known else None
+    split = "val" if "val" in dataset.splits else next(iter(dataset.splits))
+    from pipeline.read.loader import Loader
+
+    first = min(COMPARED, dataset.split(split).samples)
+    with Loader(
+        dataset, split=split, batch=first, train=False, first=first, statistics=statistics, augment=augment
+    ) as loader:
+        return next(iter(loader)).images.clone()
+
+
+# What is written
+
+
+def write_safetensors(model: Any, images: Any, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from train.card import METADATA
+
+    tensors = {name: t.contiguous() for name, t in model.net.state_dict().items()}
+    save_file(tensors, path, metadata={METADATA: json.dumps(model.card.as_json())})
+
+
+def write_pth(model: Any, images: Any, path: Path) -> None:
+    import torch
+
+    torch.save({name: t.contiguous() for name, t in model.net.state_dict().items()}, path)
+
+
+def write_onnx(model: Any, images: Any, path: Path) -> None:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as err:
+        raise ConfigError(f"{path.suffix}: needs {err.name}; pip install 'imagenet-express[export]'") from err
+    import warnings
+
+    import torch
+
+    from train.card import METADATA
+
+    net = model.net.to(memory_format=torch.contiguous_format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            net,
+            (images[:2].contiguous(),),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+        )
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {METADATA: json.dumps(model.card.as_json())})
+    onnx.save(proto, path)
+
+
+WRITERS = {".safetensors": write_safetensors, ".pth": write_pth, ".onnx": write_onnx}
+
+
+def reloaded(path: Path, model: Any) -> Any:
+    """What was written, as whoever gets it would load it."""
+    import torch
+
+    from train.classifier import open_classifier
+
+    if path.suffix != ".pth":
+        return open_classifier(path).net
+    saved = torch.load(path, weights_only=True)
+    if model.net.variant.names == "torchvision":
+        from torchvision.models import alexnet
+
+        net = alexnet(num_classes=model.classes).eval()
+    else:
+        net = type(model.net)(model.card.model, classes=model.classes, crop=model.card.augment.crop).eval()
+    net.load_state_dict(saved)
+    return net
+
+
+def compare(ours: Any, theirs: Any, out: Path, close: float) -> None:
+    differs = float((ours - theirs).abs().max())
+    if not differs <= close * max(1.0, float(ours.abs().max())):
+        raise AnswersOtherwise(f"{out}: its logits differ by {differs:.3g} from the source's, so it is not kept")
+
+
+if __name__ == "__main__":
+    cli.run(main)
