@@ -52,7 +52,10 @@ def main() -> None:
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
     dataset = open_dataset(args.shards)
-    keys = submitted_keys(dataset, args.split) if args.submission else {}
+    labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
+    if not (labelled or args.submission or args.csv):
+        raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes what is answered")
+    positions = submitted(dataset, args.split) if args.submission else {}
 
     from train import launch
     from train.classifier import open_classifier
@@ -71,7 +74,13 @@ def main() -> None:
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
         print(f"{len(answers.labels):,} images in {seconds:.1f} s", file=sys.stderr)
-        tell(answers, models, dataset, args, keys, precision)
+        if args.csv:
+            write_csv(args.csv, answers, dataset, args.split)
+        if args.submission:
+            write_submission(args.submission, answers, positions, dataset)
+            print(f"{args.submission}: {len(positions):,} lines of five labels")
+        if labelled:
+            tell(answers, models, dataset, args, precision)
 
 
 def chosen_precision(asked: str, models: list[Any]) -> str:
@@ -139,18 +148,9 @@ def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, acce
 # What is told
 
 
-def tell(
-    answers: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, keys: dict[int, int], precision: str
-) -> None:
+def tell(answers: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, precision: str) -> None:
     from train.answers import summary
 
-    if args.csv:
-        write_csv(args.csv, answers, dataset, args.split)
-    if args.submission:
-        write_submission(args.submission, answers, keys, dataset)
-        print(f"{args.submission}: {len(keys):,} lines of five labels")
-        if answers.labels.min() < 0:
-            return
     found = summary(answers, dataset.classes, resamples=args.resamples)
     for model in models:
         print(f"model   {model}")
@@ -209,7 +209,7 @@ def write_csv(path: Path, answers: Any, dataset: Dataset, split: str) -> None:
 # The submission
 
 
-def submitted_keys(dataset: Dataset, split: str) -> dict[int, int]:
+def submitted(dataset: Dataset, split: str) -> dict[int, int]:
     """{official number: position in the split}, before anything is computed."""
     if "class_ids" not in dataset.manifest:
         raise DataError(f"{dataset.root}: its manifest has no official class numbers; shard ImageNet's archives again")

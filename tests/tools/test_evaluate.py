@@ -25,7 +25,6 @@ from scipy.io import loadmat
 from torch import nn
 
 from model import AlexNet, ModelConfig
-from pipeline.errors import DataError
 from pipeline.manifest import open_dataset
 from pipeline.read.augment import AugmentConfig
 from pipeline.write.build import Options, Plan, build
@@ -192,7 +191,7 @@ def test_a_submission_has_the_official_order_and_numbers(tmp_path):
         row = rows[name.removesuffix(".JPEG")]
         assert row["label"] == ""
         assert line.split() == [str(number[row[f"answer{i}"]]) for i in range(1, 6)]
-    assert "no labels" in the_error(run_tool(EVALUATE, *told))
+    assert "test has no labels; --submission" in the_error(run_tool(EVALUATE, *told))
     assert "no test image" in the_error(run_tool(EVALUATE, weights, "--data.shards", dataset.root, "--submission", "x"))
 
 
@@ -233,12 +232,6 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
     torch.testing.assert_close(apart[0], expected)
 
 
-def test_labels_that_are_not_known_are_no_accuracy():
-    none = np.zeros(1, np.int64)
-    with pytest.raises(DataError, match="no labels"):
-        summary(Answers(none - 1, none, none, none[:, None], none[:, None]), ["a"])
-
-
 @pytest.mark.parametrize(
     ("models", "options", "code", "said"),
     [
@@ -249,7 +242,8 @@ def test_labels_that_are_not_known_are_no_accuracy():
         (["{trained}"], ["--preset", "seed"], 2, "says itself what net it holds"),
         (["{pth}"], [], 2, "has no model card; say by --preset"),
         (["{pth}"], ["--preset", "sead"], 2, "choose one of demo, seed"),
-        (["{pth}"], ["--preset", "torchvision"], 65, "it is not of --preset torchvision"),
+        (["{pth}"], ["--preset", "torchvision"], 65, "holds no output layer of --preset torchvision"),
+        (["{pth}"], ["--preset", "fig1"], 65, "it is not of --preset fig1"),
         (["{pth}"], ["--preset", "demo"], 65, "answers 7 classes, but"),
         (["{trained}", "nowhere"], [], 65, "nowhere: no such file"),
         (["{broken}"], [], 65, "broken.safetensors: not a whole safetensors file"),

@@ -1,0 +1,200 @@
+"""tools/export.py: what is written answers as its source, wherever it is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from torch import nn
+
+from model import AlexNet, ModelConfig
+from tests.conftest import run_tool, the_error
+from train.checkpoint import AVERAGE, Checkpoints, verified
+from train.classifier import open_classifier
+
+EXPORT = "tools/export.py"
+
+
+class Seed(nn.Module):
+    """The net of the document that this project comes from, written down again from its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = lambda: nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=2.0)  # noqa: E731
+        convolutions = [
+            *(nn.Conv2d(3, 96, 11, 4, 2), nn.ReLU(), norm(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(96, 256, 5, padding=2), nn.ReLU(), norm(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(256, 384, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(384, 384, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        ]
+        connected = [nn.Flatten(), nn.Dropout(0.5), nn.Linear(9216, 4096), nn.ReLU(), nn.Dropout(0.5)]
+        self.AlexNet_model = nn.Sequential(
+            *convolutions, *connected, nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.AlexNet_model(x)
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The run as safetensors and as ONNX, under one name and so with one card."""
+    root = tmp_path_factory.mktemp("exported")
+    for kind in ("safetensors", "onnx"):
+        done = run_tool(EXPORT, trained, root / f"net.{kind}")
+        assert done.returncode == 0, done.stderr
+        assert "answers as" in done.stdout
+    return root
+
+
+def test_safetensors_hold_the_weights_bit_for_bit_and_their_card(trained, exported):
+    saved = Checkpoints(trained, keep=1)
+    best = saved.folder / (saved.folder / "best").read_text().strip()
+    verified(best)
+    with safe_open(exported / "net.safetensors", "pt") as file, safe_open(best / AVERAGE, "pt") as source:
+        assert set(file.keys()) == set(source.keys())
+        for name in file.keys():  # noqa: SIM118
+            ours, theirs = file.get_tensor(name), source.get_tensor(name)
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs), name
+        card = json.loads(file.metadata()["card"])
+    assert card == json.loads((exported / "net.json").read_text())
+    assert card["inputs"]["fingerprint"] == json.loads((trained / "config.json").read_text())["fingerprint"]
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    own = [line for line in lines if line["kind"] == "val of average" and line["step"] == card["weights"]["step"]][-1]
+    assert card["accuracy"][0]["top1"] == own["top1"]
+    assert card["accuracy"][0]["command"].startswith("train/run.py demo")
+    told = (exported / "net.md").read_text()
+    assert f"{own['top1']:.2%}" in told
+    assert card["inputs"]["fingerprint"][:16] in told
+
+
+def test_onnx_answers_as_torch_for_any_number_of_images(trained, exported):
+    model = open_classifier(trained)
+    session = onnxruntime.InferenceSession(exported / "net.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    for n in (1, 3, 64):
+        images = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(n)) * 2
+        with torch.no_grad():
+            ours = model.net(images)
+        theirs = session.run(["logits"], {"images": images.numpy()})[0]
+        np.testing.assert_allclose(theirs, ours.numpy(), rtol=0, atol=1e-4)
+
+
+def test_the_same_five_from_run_checkpoint_safetensors_and_onnx(trained, exported, image_folder, tmp_path):
+    sources = [trained, trained / "checkpoints" / (trained / "checkpoints" / "best").read_text().strip()]
+    answers = []
+    for i, source in enumerate([*sources, exported / "net.safetensors", exported / "net.onnx"]):
+        done = run_tool("tools/predict.py", source, image_folder / "val", "--json", tmp_path / f"{i}.json")
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads((tmp_path / f"{i}.json").read_text())["answers"])
+    assert len(answers[0]) == 4
+    for found in answers[1:]:
+        for ours, theirs in zip(answers[0], found, strict=True):
+            assert [b["class"] for b in ours["best"]] == [b["class"] for b in theirs["best"]]
+            for a, b in zip(ours["best"], theirs["best"], strict=True):
+                assert a["probability"] == pytest.approx(b["probability"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchvision", "seed"])
+def test_pth_loads_where_its_layers_come_from(name, image_folder, tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.alexnet(num_classes=1000) if name == "torchvision" else Seed()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    told = [tmp_path / "theirs.pth", "--preset", name, "--images", image_folder]
+    for kind in ("pth", "safetensors", "onnx"):
+        done = run_tool(EXPORT, *told, tmp_path / f"ours.{kind}")
+        assert done.returncode == 0, done.stderr
+    again = torchvision.models.alexnet(num_classes=1000) if name == "torchvision" else Seed()
+    again.load_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs.eval()(images)
+        assert torch.equal(again.eval()(images), expected)
+        ours = open_classifier(tmp_path / "ours.pth").net(images)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    five = []
+    for kind in ("pth", "safetensors", "onnx"):
+        done = run_tool(
+            "tools/predict.py", tmp_path / f"ours.{kind}", image_folder / "val", "--json", tmp_path / "p.json"
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "p.json").read_text())["answers"]
+        five.append([[b["class"] for b in answer["best"]] for answer in found])
+    assert five[0] == five[1] == five[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "switch", "said"),
+    [
+        ("small", {}, "whose layers small does not have"),
+        ("torchvision", {"width": 0.25}, "is not of torchvision's own shape"),
+        ("torchvision", {"width": 0.25, "activation": "tanh"}, "is not of torchvision's own shape"),
+        ("seed", {"activation": "tanh"}, "would load these weights and compute something else"),
+    ],
+)
+def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    from pipeline.read.augment import AugmentConfig
+    from train.card import Card
+
+    crop = 32 if name == "small" else 224
+    config = ModelConfig(name, **switch)
+    card = Card(config, AugmentConfig(crop=crop, statistics="imagenet"), None, {"classes": 10})
+    weights = AlexNet(config, classes=10, crop=crop).state_dict()
+    save_file(weights, tmp_path / "a.safetensors", {"card": json.dumps(card.as_json())})
+    done = run_tool(EXPORT, tmp_path / "a.safetensors", tmp_path / "b.pth", "--images", image_folder)
+    assert said in the_error(done)
+    assert done.returncode == 2
+    assert not list(tmp_path.glob("b*"))
+
+
+def test_what_stands_is_not_written_over_unasked(trained, exported, tmp_path):
+    done = run_tool(EXPORT, trained, exported / "net.onnx")
+    assert "is there already" in the_error(done)
+    assert done.returncode == 2
+    (tmp_path / "net.json").write_text('{"something": "else"}')
+    done = run_tool(EXPORT, trained, tmp_path / "net.safetensors")
+    assert "net.json: is there already, of something else" in the_error(done)
+    done = run_tool(EXPORT, trained, "--raw", exported / "net.pth")
+    assert done.returncode == 2
+    done = run_tool(EXPORT, trained, tmp_path / "net.safetensors", "--force")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "net.json").read_text())["format"] == "imagenet-express model card"
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "said"),
+    [
+        ("net.bin", [], "choose a name that ends with .safetensors, .onnx, .pth"),
+        ("none/net.onnx", [], "there is no folder"),
+        ("net.onnx", ["--evaluation", "{root}/card.json"], "not what evaluate.py --json writes"),
+        ("net.onnx", ["--images", "{root}/none"], "none: No such file"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(trained, tmp_path, out, options, said):
+    (tmp_path / "card.json").write_text("{}")
+    done: subprocess.CompletedProcess[str] = run_tool(
+        EXPORT, trained, tmp_path / out, *(o.format(root=tmp_path) for o in options)
+    )
+    assert said in the_error(done)
+    assert not list(tmp_path.glob("net*"))
+
+
+def test_a_card_tells_of_evaluations(trained, digits, tmp_path):
+    done = run_tool("tools/evaluate.py", trained, "--data.shards", digits, "--views", 10, "--json", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
+    done = run_tool(EXPORT, trained, tmp_path / "net.safetensors", "--evaluation", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "net.json").read_text())["accuracy"]
+    assert [row["views"] for row in rows] == [1, 10]
+    assert rows[1]["command"].startswith("tools/evaluate.py ")

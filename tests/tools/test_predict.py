@@ -1,0 +1,111 @@
+"""tools/predict.py: the same answers as an evaluation, from any image, and none lost to a broken one."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.manifest import open_dataset
+from tests.conftest import ROOT, run_tool, the_error
+
+PREDICT = "tools/predict.py"
+
+
+@pytest.fixture(scope="module")
+def pictures(digits, tmp_path_factory):
+    """The first eight validation images as files, by key."""
+    root, split = tmp_path_factory.mktemp("pictures"), open_dataset(digits).split("val")
+    for row, key in zip(split.index[:8], split.keys(), strict=False):
+        data = (digits / split.shards[row["shard"]].name).read_bytes()
+        (root / f"{key}.jpg").write_bytes(data[int(row["offset"]) :][: int(row["size"])])
+    return root
+
+
+@pytest.mark.parametrize("views", [1, 10])
+def test_a_file_is_answered_as_in_its_shards(trained, digits, pictures, tmp_path, views):
+    told = ["--views", views, "--precision", "fp32"]
+    done = run_tool("tools/evaluate.py", trained, "--data.shards", digits, *told, "--csv", tmp_path / "all.csv")
+    assert done.returncode == 0, done.stderr
+    rows = {row["key"]: row for row in csv.DictReader((tmp_path / "all.csv").read_text().splitlines())}
+    done = run_tool(PREDICT, trained, pictures, "--views", views, "--json", tmp_path / "p.json")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads((tmp_path / "p.json").read_text())["answers"]
+    assert len(answers) == 8
+    for answer in answers:
+        row = rows[re.search(r"(\w+)\.jpg", answer["image"])[1]]
+        for i, best in enumerate(answer["best"], 1):
+            assert best["class"] == row[f"answer{i}"]
+            assert best["probability"] == pytest.approx(float(row[f"probability{i}"]), abs=1e-5)
+
+
+def test_any_kind_of_image_is_read_and_one_comes_by_standard_input(trained, pictures, tmp_path):
+    first = sorted(pictures.iterdir())[0]
+    image = Image.open(first).convert("RGB")
+    for suffix in ("png", "bmp", "tiff", "webp"):
+        image.save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    image.convert("RGBA").save(tmp_path / "b.png")
+    image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(tmp_path / "c.gif")
+    done = run_tool(PREDICT, trained, tmp_path, "--json", tmp_path / "p.json")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads((tmp_path / "p.json").read_text())["answers"]
+    assert len(answers) == 6
+    assert len({json.dumps(a["best"]) for a in answers if "/a." in a["image"]}) == 1
+    assert len({a["best"][0]["class"] for a in answers}) == 1
+    argv = [sys.executable, str(ROOT / PREDICT), str(trained), "-"]
+    piped = subprocess.run(argv, input=(tmp_path / "a.png").read_bytes(), capture_output=True)
+    shown = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert piped.stdout.decode().splitlines()[1:] == shown[:5]
+
+
+def test_a_broken_image_costs_no_other_its_answer(trained, pictures, tmp_path):
+    whole = sorted(pictures.iterdir())[0]
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:300])
+    (tmp_path / "text.png").write_text("no picture")
+    page = tmp_path / "page.html"
+    done = run_tool(PREDICT, trained, whole, tmp_path / "cut.jpg", tmp_path / "text.png", "gone.jpg", "--html", page)
+    assert done.returncode == 65
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[1] for line in lines[:3]] == [f"{tmp_path}/cut.jpg", f"{tmp_path}/text.png", "gone.jpg"]
+    assert lines[3] == "error: 3 of 4 images cannot be read; the others are answered"
+    assert len(lines) == 4
+    assert done.stdout.splitlines()[0] == str(whole)
+    assert len([line for line in done.stdout.splitlines() if line.startswith("  ")]) == 5
+    assert page.read_text().count("<figure>") == 1
+
+
+def test_the_page_shows_names_as_text_and_needs_nothing_else(trained, pictures, tmp_path):
+    odd = tmp_path / '<b>&".jpg'
+    odd.write_bytes(sorted(pictures.iterdir())[0].read_bytes())
+    done = run_tool(PREDICT, trained, odd, pictures, "--html", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<figure>") == 9
+    assert page.count('src="data:image/jpeg;base64,') == 9
+    assert "http" not in page
+    assert html.escape(str(odd)) in page
+    assert "<b>&" not in page
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%\"", page)]
+    assert len(widths) == 45
+    assert np.array(widths).reshape(9, 5).sum(1).max() <= 100.1
+
+
+@pytest.mark.parametrize(
+    ("images", "code", "said"),
+    [
+        (["{empty}"], 65, "holds no image"),
+        (["-", "-"], 2, "standard input holds one image"),
+    ],
+)
+def test_what_holds_no_image_is_one_line(trained, tmp_path, images, code, said):
+    (tmp_path / "empty").mkdir()
+    done = run_tool(PREDICT, trained, *(i.format(empty=tmp_path / "empty") for i in images))
+    assert said in the_error(done)
+    assert done.returncode == code
