@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
+from tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("IMAGENET_EXPRESS_DATA", ROOT.parent / "shared" / "data"))
@@ -115,6 +116,18 @@ def run_tool(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Runs a script of the repository in a process of its own, from a foreign folder."""
     command = [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]
     return subprocess.run(command, capture_output=True, text=True, cwd="/", **kwargs)
+
+
+def run_here(main, monkeypatch, capsys, *args: object) -> tuple[int, str]:
+    """Runs a tool's `main` in this process, without the seconds of imports: its exit code and its one error."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return int(end.value.code or 0), lines[0]
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:

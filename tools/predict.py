@@ -1,6 +1,6 @@
 """Names what is in images: the five likeliest classes of each, with probabilities.
 
-    python tools/predict.py runs/demo digit.png
+    python tools/predict.py runs/demo docs/seven.png
 
 IMAGE is a file, a folder (with all below it), or - for an image on standard input; all that Pillow reads.
 Exit codes: 0 done, 2 usage, 65 an image or the net cannot be used (the other images are answered all the same).

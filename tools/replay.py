@@ -1,6 +1,6 @@
 """Trains up to one step of a run again and shows its numbers: loss, gradient norm, samples. The run is only read.
 
-    python tools/replay.py runs/seed 4711
+    python tools/replay.py runs/demo 40
     accelerate launch --multi_gpu --num_processes 8 tools/replay.py runs/seed 4711
 
 It goes on from the newest checkpoint before that step, or from the start. With the run's own number of ranks, on the

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pipeline.manifest import open_dataset
-from tests.conftest import ROOT, run_tool, the_error
+from tests.conftest import ROOT, run_here, run_tool
+from tools import predict
 
 PREDICT = "tools/predict.py"
 
@@ -104,8 +105,9 @@ def test_the_page_shows_names_as_text_and_needs_nothing_else(trained, pictures, 
         (["-", "-"], 2, "standard input holds one image"),
     ],
 )
-def test_what_holds_no_image_is_one_line(trained, tmp_path, images, code, said):
+def test_what_holds_no_image_is_one_line(trained, tmp_path, images, code, said, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
-    done = run_tool(PREDICT, trained, *(i.format(empty=tmp_path / "empty") for i in images))
-    assert said in the_error(done)
-    assert done.returncode == code
+    told = [trained, *(i.format(empty=tmp_path / "empty") for i in images)]
+    found, error = run_here(predict.main, monkeypatch, capsys, *told)
+    assert said in error
+    assert found == code
