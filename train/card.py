@@ -26,7 +26,10 @@ METADATA = "card"  # its name in the metadata of safetensors and ONNX files
 
 @dataclass(frozen=True)
 class Card:
-    """weights: {"step", "averaged"}. recipe: of config.json. accuracy: what measured how much, by which command."""
+    """weights: {"classes"}, of a run also {"step", "averaged"}. recipe: of config.json.
+
+    accuracy: what measured how much, by which command.
+    """
 
     model: ModelConfig
     augment: AugmentConfig
@@ -45,7 +48,7 @@ class Card:
                 model=as_saved(ModelConfig(), values["model"]),
                 augment=as_saved(AugmentConfig(), values["augment"]),
                 inputs=Inputs.from_json(values["inputs"]) if values["inputs"] else None,
-                weights=dict(values["weights"]),
+                weights={**values["weights"], "classes": int(values["weights"]["classes"])},
                 recipe=dict(values["recipe"]),
                 accuracy=list(values["accuracy"]),
             )

@@ -174,8 +174,8 @@ def fig1() -> Config:
     """The paper's figure 1: four layers on CIFAR-10, trained until a quarter of the training images are wrong.
 
     accelerate launch train/run.py fig1 --data.shards shards/cifar10 --model.activation tanh
-    Expected: ReLU six times as fast as tanh (the paper's claim); found by us: 8 epochs of ReLU at 0.003, 6 of tanh at 0.01
-    (docs/results.md).
+    Expected: ReLU six times as fast as tanh (the paper's claim); found by us: 8 epochs of ReLU at a rate of 0.003, 6 of
+    tanh at 0.01 (docs/results.md).
     Hours: 0.1 on one core.
     No regularisation, as there; evaluation is of the training images. The paper gives neither sizes nor rates.
     """
