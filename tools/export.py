@@ -26,6 +26,8 @@ from tools import cli
 
 KINDS = (".safetensors", ".onnx", ".pth")
 COMPARED = 16  # images
+# Of model.*: what makes another net of the same weights, or weights of other shapes.
+FORM = ("width", "norm", "lrn_alpha", "activation", "overlapping_pool", "towers", "drop")
 CLOSE = {".safetensors": 0.0, ".pth": 0.0, ".onnx": 1e-4}  # logits, as a share of the greatest
 OPSET = 18
 EVALUATED = ("split", "views", "command", "top1", "top5", "loss", "images")
@@ -101,37 +103,29 @@ def main() -> None:
 
 
 def refuse_unfit(model: Any, kind: str) -> None:
-    from model import AlexNet
+    """Raises ConfigError for what cannot be written, or would be another net where it is loaded."""
+    from train.classifier import Onnx
 
-    if not hasattr(model.net, "state_dict") or type(model.net).__name__ == "Onnx":
-        raise ConfigError(f"{model.source}: an ONNX file is an end; export from the run or from its .safetensors")
-    if kind == ".pth":
-        name = model.card.model.name
-        if not isinstance(model.net, AlexNet) or model.net.variant.names not in ("seed", "torchvision"):
-            raise ConfigError(
-                f"model.name={name}: .pth is for torchvision's AlexNet and the seed's net, whose layers {name} does not"
-                " have; choose .safetensors or .onnx"
-            )
-        plain = type(model.net)(type(model.card.model)(name), classes=model.classes, crop=model.card.augment.crop)
-        ours, theirs = model.net.state_dict(), plain.state_dict()
-        if differing := [
-            n for n in theirs | ours if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape
-        ]:
-            raise ConfigError(
-                f"model.name={name}: {differing[0]} is not of {name}'s own shape, so it would not load there;"
-                " choose .safetensors or .onnx"
-            )
-        others = [
-            f.name
-            for f in dataclasses.fields(model.card.model)
-            if f.name in ("norm", "activation", "overlapping_pool")
-            and getattr(model.card.model, f.name) != getattr(type(model.card.model)(name), f.name)
-        ]
-        if others:
-            raise ConfigError(
-                f"model.{others[0]}={getattr(model.card.model, others[0])}: {name} would load these weights and compute"
-                " something else; choose .safetensors or .onnx"
-            )
+    if isinstance(model.net, Onnx):
+        raise ConfigError(f"{model.source}: nothing is made from ONNX; export from the run, or from its .safetensors")
+    if kind == ".pth" and (reason := no_pth(model)):
+        raise ConfigError(f"{reason}; choose .safetensors or .onnx")
+
+
+def no_pth(model: Any) -> str:
+    """Why neither torchvision's class nor the seed's would be this net; "" where one is."""
+    from model import AlexNet, ModelConfig
+
+    config, name, crop = model.card.model, model.card.model.name, model.card.augment.crop
+    if not isinstance(model.net, AlexNet) or model.net.variant.names not in ("seed", "torchvision"):
+        return f"model.name={name}: .pth is for torchvision's AlexNet and the seed's net, which have other layers"
+    for field in FORM:
+        value, own = getattr(config, field), getattr(ModelConfig(name), field)
+        if value != own:
+            return f"model.{field}={value}: .pth is for {name}'s own class, which has {own}"
+    if name == "seed" and (model.classes, crop) != (1000, 224):
+        return f"{model.classes} classes and augment.crop={crop}: the seed's class is for 1000 and 224"
+    return ""
 
 
 def refuse_another_card(model: Any, out: Path) -> None:
@@ -251,7 +245,9 @@ def reloaded(path: Path, model: Any) -> Any:
 
         net = alexnet(num_classes=model.classes).eval()
     else:
-        net = type(model.net)(model.card.model, classes=model.classes, crop=model.card.augment.crop).eval()
+        from model import AlexNet, ModelConfig
+
+        net = AlexNet(ModelConfig("seed"), classes=model.classes, crop=model.card.augment.crop).eval()
     net.load_state_dict(saved)
     return net
 

@@ -31,14 +31,17 @@ def tiny_cifar(tmp_path_factory):
 @pytest.mark.slow
 def test_accuracy_trains_each_recipe_once_and_draws_them(tiny_cifar, tmp_path):
     args = ["tools/bench/__main__.py", "accuracy", "--images", tiny_cifar, "--dir", tmp_path / "runs", "--epochs", 1]
-    first = run_tool(*args, "--only", "seed")
+    first = run_tool(*args, "--only", "seed", "--json", tmp_path / "accuracy.json")
     assert first.returncode == 0, first.stderr
+    assert list(json.loads((tmp_path / "accuracy.json").read_text())["results"]) == ["seed"]
     before = (tmp_path / "runs" / "seed" / "metrics.jsonl").read_bytes()
-    done = run_tool(*args, "--json", tmp_path / "accuracy.json")
-    assert done.returncode == 0, done.stderr
+    for only in (["--only", "modern"], []):  # what the file holds of the others stays
+        done = run_tool(*args, *only, "--json", tmp_path / "accuracy.json")
+        assert done.returncode == 0, done.stderr
+        held = list(json.loads((tmp_path / "accuracy.json").read_text())["results"])
+        assert held == (["modern", "seed"] if only else ["modern", "seed", "paper"])
     assert (tmp_path / "runs" / "seed" / "metrics.jsonl").read_bytes() == before
     written = json.loads((tmp_path / "accuracy.json").read_text())
-    assert list(written["results"]) == ["modern", "seed", "paper"]
     for result in written["results"].values():
         assert result["last"]["images"] == 20
         assert result["environment"]["packages"]["torch"]

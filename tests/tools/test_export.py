@@ -136,10 +136,10 @@ def test_pth_loads_where_its_layers_come_from(name, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "switch", "said"),
     [
-        ("small", {}, "whose layers small does not have"),
-        ("torchvision", {"width": 0.25}, "is not of torchvision's own shape"),
-        ("torchvision", {"width": 0.25, "activation": "tanh"}, "is not of torchvision's own shape"),
-        ("seed", {"activation": "tanh"}, "would load these weights and compute something else"),
+        ("small", {}, "which have other layers"),
+        ("torchvision", {"width": 0.25}, "model.width=0.25: .pth is for torchvision's own class, which has 1.0"),
+        ("seed", {"activation": "tanh"}, "model.activation=tanh: .pth is for seed's own class, which has relu"),
+        ("seed", {}, "10 classes and augment.crop=224: the seed's class is for 1000 and 224"),
     ],
 )
 def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_folder, tmp_path, monkeypatch, capsys):

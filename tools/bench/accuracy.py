@@ -9,6 +9,7 @@ stood still at a tenth of it. A run that was stopped goes on; one that is done i
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     trained.add_arguments(p, "runs/accuracy")
     p.add_argument("--epochs", type=int, default=EPOCHS, help="of modern; of the others 1 / 1.4 of it (%(default)s)")
     p.add_argument("--width", type=float, default=WIDTH, help="of the net, 1 on a GPU (%(default)s)")
-    p.add_argument("--only", choices=list(RECIPES), help="one recipe")
+    p.add_argument("--only", choices=list(RECIPES), help="one recipe; what --json holds of others stays")
     p.set_defaults(run=run)
 
 
@@ -54,6 +55,9 @@ def run(args: argparse.Namespace) -> None:
         results[name]["seconds_to"] = {f"{level:.0%}": seconds_to(level, results[name]) for level in LEVELS}
     print(table(results))
     if args.json:
+        if args.only and args.json.is_file():
+            held = json.loads(args.json.read_text())["results"] | results
+            results = {name: held[name] for name in RECIPES if name in held}
         described = {
             "what": "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net",
             "command": "python tools/bench accuracy",
