@@ -27,7 +27,9 @@ def main() -> None:
     p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
     p.add_argument("--deep", action="store_true", help="decode every image, too")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there, with class histograms")
+    p.add_argument(
+        "--json", type=cli.new_file, metavar="FILE", help="write all that was found there, with class histograms"
+    )
     args = p.parse_args()
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must not be negative")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.errors import IO_FAILED, USAGE, ExpressError
@@ -33,6 +35,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
 
 
+def new_file(name: str) -> Path:
+    """The type of an option that names a file to write: what cannot be one is refused before any work is done."""
+    path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def printable(name: str) -> str:
+    """A file's name on one line, without what would steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """How a MODEL is meant, of every tool that takes one."""
     p.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="of a run (%(default)s)")
@@ -47,6 +64,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     except ExpressError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(err.code)
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as err:
         print(f"error: {err.filename or 'storage'}: {err.strerror or err}", file=sys.stderr)
         sys.exit(IO_FAILED)

@@ -40,9 +40,13 @@ def parser() -> cli.Parser:
     p.add_argument("--precision", choices=("trained", "fp32", "bf16"), default="trained", help="(as %(default)s)")
     cli.add_model_options(p)
     p.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 0: none (%(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="all figures, by class too, with what they depend on")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="each image's label and five answers")
-    p.add_argument("--submission", type=Path, metavar="FILE", help="five labels a line, for ImageNet's test images")
+    p.add_argument(
+        "--json", type=cli.new_file, metavar="FILE", help="all figures, by class too, with what they depend on"
+    )
+    p.add_argument("--csv", type=cli.new_file, metavar="FILE", help="each image's label and five answers")
+    p.add_argument(
+        "--submission", type=cli.new_file, metavar="FILE", help="five labels a line, for ImageNet's test images"
+    )
     return p
 
 

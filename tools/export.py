@@ -42,7 +42,7 @@ class AnswersOtherwise(ExpressError):
 def parser() -> cli.Parser:
     p = cli.Parser(prog="export.py", description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or weights")
-    p.add_argument("out", type=Path, metavar="FILE", help=f"what to write: {', '.join(KINDS)}")
+    p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(KINDS)}")
     cli.add_model_options(p)
     p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="images to compare (the run's own)")
     p.add_argument(
@@ -65,8 +65,6 @@ def main() -> None:
     out, kind = args.out, args.out.suffix.lower()
     if kind not in KINDS:
         raise ConfigError(f"{out}: choose a name that ends with {', '.join(KINDS)}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: there is no folder {out.parent}")
     if out.exists() and not args.force:
         raise ConfigError(f"{out}: is there already; choose another name, or --force")
 

@@ -38,8 +38,8 @@ def parser() -> cli.Parser:
     p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
     cli.add_model_options(p)
     p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="the training data, if asked for")
-    p.add_argument("--html", type=Path, metavar="FILE", help="a page with the pictures and bars")
-    p.add_argument("--json", type=Path, metavar="FILE", help="all answers")
+    p.add_argument("--html", type=cli.new_file, metavar="FILE", help="a page with the pictures and bars")
+    p.add_argument("--json", type=cli.new_file, metavar="FILE", help="all answers")
     return p
 
 
@@ -65,7 +65,7 @@ def main() -> None:
             try:
                 pixels = decoded(name)
             except DataError as err:
-                print(f"error: {err}", file=sys.stderr)
+                print(f"error: {cli.printable(str(err))}", file=sys.stderr)
                 failed += 1
                 continue
             names.append(name)
@@ -164,7 +164,7 @@ def answered(model: Any, views: Any, names: list[str]) -> list[dict[str, Any]]:
 
 
 def show(answer: dict[str, Any]) -> None:
-    print(answer["image"])
+    print(cli.printable(answer["image"]))
     for row in answer["best"]:
         print(f"  {row['probability']:7.2%}  {label_of(row)}")
 

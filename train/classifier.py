@@ -178,8 +178,13 @@ def _of_weights(path: Path, preset: str) -> Classifier:
     try:
         note = load_weights(net, path)
     except DataError as err:
-        cure = "its card is of other weights" if not preset else f"it is not of --preset {preset}"
-        raise DataError(f"{str(err).removeprefix('model.init: ').partition('; ')[0]}; {cure}") from err
+        told, other, _ = str(err).removeprefix("model.init: ").partition("; choose its model.name")
+        if not other:
+            raise DataError(told) from err
+        told = told.partition("; it holds")[0]
+        raise DataError(
+            f"{told}; {f'it is not of --preset {preset}' if preset else 'its card is of other weights'}"
+        ) from err
     if note:
         raise DataError(f"{note.partition(':')[0]}, and its model card of {card.weights['classes']}; export it again")
     return Classifier(path, net, card)

@@ -113,7 +113,7 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
         if name not in weights:
-            raise DataError(f"{path}: has no {name}; it holds another net's weights, choose its model.name")
+            raise DataError(f"{path}: has no {name}; it holds another net's weights; choose its model.name")
         _refuse_unlike(path, name, weights[name], w)
     if unknown := [name for name in weights if name not in wanted]:
         raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; choose its model.name")

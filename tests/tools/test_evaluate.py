@@ -245,6 +245,8 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
         (["{pth}"], ["--preset", "demo"], 65, "answers 7 classes, but"),
         (["{trained}", "nowhere"], [], 65, "nowhere: no such file"),
         (["{broken}"], [], 65, "broken.safetensors: not a whole safetensors file"),
+        (["{trained}"], ["--json", "."], 2, "argument --json: . is a folder"),
+        (["{trained}"], ["--csv", "nowhere/x.csv"], 2, "argument --csv: there is no folder nowhere"),
         (["{trained}"], ["--submission", "out.txt"], 65, "no official class numbers"),
     ],
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from model import AlexNet, ModelConfig
 from tests.conftest import run_here, run_tool, the_error
-from tools import export
+from tools import export, predict
 from train.checkpoint import AVERAGE, Checkpoints, verified
 from train.classifier import open_classifier
 
@@ -189,6 +189,25 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, out, options, sa
     _, error = run_here(export.main, monkeypatch, capsys, *told)
     assert said in error
     assert not list(tmp_path.glob("net*"))
+
+
+def test_what_is_damaged_is_named_and_not_read(exported, image_folder, tmp_path, monkeypatch, capsys):
+    images = image_folder / "val"
+    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "cannot be read as weights")):
+        whole = (exported / f"net.{kind}").read_bytes()
+        for length in (50_000, 3, 0):
+            (tmp_path / f"cut.{kind}").write_bytes(whole[:length])
+            code, error = run_here(predict.main, monkeypatch, capsys, tmp_path / f"cut.{kind}", images)
+            assert code == 65
+            assert f"cut.{kind}: " in error
+            assert said in error or length < 50_000
+    other = json.loads((exported / "net.json").read_text())
+    other["model"]["width"] = 0.5
+    torch.save({"features.conv1.weight": torch.zeros(1)}, tmp_path / "a.pth")
+    (tmp_path / "a.json").write_text(json.dumps(other))
+    code, error = run_here(predict.main, monkeypatch, capsys, tmp_path / "a.pth", images)
+    assert code == 65
+    assert "its card is of other weights" in error
 
 
 def test_a_card_tells_of_evaluations(trained, digits, tmp_path):

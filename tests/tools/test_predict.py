@@ -98,6 +98,19 @@ def test_the_page_shows_names_as_text_and_needs_nothing_else(trained, pictures, 
     assert np.array(widths).reshape(9, 5).sum(1).max() <= 100.1
 
 
+def test_a_name_cannot_steer_the_terminal_and_a_closed_pipe_is_no_error(trained, pictures, tmp_path):
+    (tmp_path / "a\x1b[31mb\nc.png").write_text("no picture")
+    (tmp_path / "d\x1b.jpg").write_bytes(sorted(pictures.iterdir())[0].read_bytes())
+    done = run_tool(PREDICT, trained, tmp_path)
+    assert len(done.stderr.splitlines()) == 2
+    assert "\x1b" not in done.stderr + done.stdout
+    assert "a\\x1b[31mb\\nc.png: not an image" in done.stderr
+    shell = f"{sys.executable} {ROOT / PREDICT} {trained} {pictures} | true"
+    piped = subprocess.run(["bash", "-c", f"{shell}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert piped.stderr == ""
+    assert piped.returncode in (0, 141)
+
+
 @pytest.mark.parametrize(
     ("images", "code", "said"),
     [
