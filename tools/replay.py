@@ -48,14 +48,17 @@ def main() -> None:
 def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train import again
     from train.checkpoint import Checkpoints
+    from train.folder import RunFolder
+    from train.hosts import open_alike
     from train.launch import make_accelerator
     from train.loop import Run
 
     described = read_run(args.run)
     saved = Checkpoints(args.run, keep=1).newest_before(args.step)
     config = configured(described, args.shards or described["shards"], scratch, resume=str(saved) if saved else "")
+    dataset = open_alike(config)
     accelerator = make_accelerator(config)
-    run = Run(config, accelerator)
+    run = Run(config, accelerator, dataset, folder=RunFolder(Path(config.run.dir), private=True))
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step

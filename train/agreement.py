@@ -27,6 +27,14 @@ class Agreement:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return [int(value) for value in tensor]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, at every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, at every rank."""
         if self.group is None:

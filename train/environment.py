@@ -16,7 +16,8 @@ from pipeline.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
-    "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "accelerate", "webdataset", "pillow", "numpy"
+    "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "accelerate", "webdataset", "pillow", "numpy",
+    "simplejpeg", "numba",
 )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": usable_cores(),
         "gpus": _gpus(),
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "packages": {name: v for name in PACKAGES if (v := version(name))},
         "commit": git_commit(),
     }
 
@@ -52,15 +53,15 @@ def command() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit, with "-dirty" where files differ from it; None outside a checkout."""
+    """The commit, with "-dirty" where files differ from it; outside a checkout what an image says, or None."""
     try:
         ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("IMAGENET_EXPRESS_COMMIT") or None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

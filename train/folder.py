@@ -22,8 +22,9 @@ WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have save
 class RunFolder:
     """A run's claim on its folder, held by rank 0 until the process ends."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, private: bool = False) -> None:
+        """private: each rank has one of its own, as those that only look at a run do."""
+        self.path, self.private = path, private
         self._lock = -1
 
     def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
@@ -45,9 +46,17 @@ class RunFolder:
                 print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
                 told = True
         os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        os.pwrite(
+            self._lock,
+            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}).encode(),
+            0,
+        )
         watchdog.clean(self.path)
         self.forget_end()
+
+    def claimed_by(self) -> str:
+        """What the claim says of its holder; by it other hosts know the folder again."""
+        return (self.path / LOCK).read_text()
 
     @property
     def is_ours(self) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.errors import CHECK_FAILED, DataError, ExpressError
 from pipeline.files import write_json
-from pipeline.manifest import open_dataset
+from pipeline.manifest import Dataset
 from pipeline.progress import Progress, clock
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import Batch, Loader
@@ -75,6 +75,7 @@ class Run:
         self,
         config: Config,
         accelerator: Accelerator,
+        dataset: Dataset,
         *,
         folder: RunFolder | None = None,
         stop: Stop | None = None,
@@ -86,7 +87,7 @@ class Run:
         self.agreement = Agreement(self._world, timeout_seconds=timeout_seconds(config.guard.hang_seconds))
         self.precision = launch.resolved_precision(config, accelerator)
         self.cores = take_cores(accelerator.device)
-        self.dataset = open_dataset(config.data.shards)
+        self.dataset = dataset
         samples = config.overfit or self.dataset.split(config.data.train_split).samples
         parts.check_batch(config, samples=samples, world=self._world)
         self.loader, self.val_loader = self._train_loader(0), self._loader(train=False, augment=config.augment)

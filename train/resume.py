@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, ExpressError, StorageError
 from pipeline.manifest import Dataset
 
+from . import hosts
 from .agreement import Agreement
 from .checkpoint import Checkpoints, Saved, load
 from .config import RESUME_NEWEST, Config, flatten
-from .folder import RunFolder
+from .folder import LOCK, RunFolder
 from .optim import learning_rate, scaled_to_batch
 
 # These change nothing of what is trained, or are meant to be changed: where the data lie, how they are read, what is
@@ -70,10 +72,23 @@ def choose(
             error = err
         except OSError as err:
             error = StorageError(f"{err.filename or folder.path}: {err.strerror or err}")
-    path, error = agreement.from_first((path, error))
+    path, claim, error = agreement.from_first((path, folder.claimed_by() if folder.is_ours else "", error))
     if error:
         raise error
+    if not folder.private:
+        _refuse_apart(folder, claim, agreement)
     return saved or (load(path) if path else None)
+
+
+def _refuse_apart(folder: RunFolder, claim: str, agreement: Agreement) -> None:
+    """Raises ConfigError where a rank's run folder is not the one that rank 0 has claimed: checkpoints are read there,
+    and heartbeats heard."""
+    seen = agreement.from_all((socket.gethostname(), hosts.sees(folder.path / LOCK, claim)))
+    if apart := [host for host, there in seen if not there]:
+        raise ConfigError(
+            f"run.dir={folder.path}: host {apart[0]} does not see what host {seen[0][0]} writes there;"
+            " choose a folder on storage that all hosts share"
+        )
 
 
 def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:

@@ -46,13 +46,24 @@ def main(argv: list[str]) -> int:
         from train.command_line import parse
         from train.presets import PRESETS, TOLD
 
-        return start(parse(argv, PRESETS, prog="train/run.py", told=TOLD), stop)
-    except ExpressError as err:
-        return fail(err, only_rank0=True)
+        try:
+            config = parse(argv, PRESETS, prog="train/run.py", told=TOLD)
+        except ExpressError as err:
+            return refuse(err)
+        return start(config, stop)
     except KeyboardInterrupt:
         return fail(Interrupted(NOT_BEGUN), only_rank0=True)
     finally:
         stop.ended()
+
+
+def refuse(err: ExpressError) -> int:
+    code = fail(err, only_rank0=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from train.hosts import tell_refusal
+
+        tell_refusal(err)
+    return code
 
 
 def start(config: Config, stop: Stop) -> int:
@@ -70,13 +81,15 @@ NOT_BEGUN = "stopped before it went on with training; the same command starts ag
 
 def attempt(config: Config, folder: RunFolder, stop: Stop) -> int:
     """From building the run to its end; returns the exit code."""
+    from train.hosts import open_alike
     from train.launch import make_accelerator
     from train.loop import Run
 
     run = None
     try:
+        dataset = open_alike(config)
         accelerator = make_accelerator(config)
-        run = Run(config, accelerator, folder=folder, stop=stop, parent=PARENT)
+        run = Run(config, accelerator, dataset, folder=folder, stop=stop, parent=PARENT)
         stop.at_second = lambda reason: folder.write_end(code=1, reason=reason, step=step_of(run))
         result = run.train()
         run.close()

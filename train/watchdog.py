@@ -174,7 +174,9 @@ def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: fl
     phase, step = beats[behind[0]].get("phase", PHASES[0]), steps[behind[0]][0]
     place = f"{phase} of step {step + 1}" if PHASES.index(phase) < 3 else f"{phase} after step {step}"
     if len(behind) == len(beats):
-        return f"{where}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}"
+        hosts = list(dict.fromkeys(beat.get("host", "an unknown host") for beat in beats.values()))
+        network = f"; look at the network between {' and '.join(hosts[:2])}" if len(hosts) > 1 else ""
+        return f"{where}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}{network}"
     return f"{where}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
 
 

@@ -29,14 +29,33 @@ SMALL = [
 class Job:
     """One start of a run by `accelerate launch`, or by torchrun's options."""
 
-    def __init__(self, folder: Path, *args: object, ranks: int, script: Path = SCRIPT, launcher: tuple = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *args: object,
+        ranks: int,
+        script: Path = SCRIPT,
+        launcher: tuple = (),
+        prefix: tuple = (),
+        **env: str,
+    ) -> None:
+        """prefix: what the command is given to, such as `nice`."""
         self.folder = folder
         fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         many = ["--multi_gpu"] if ranks > 1 else []
         accelerate = ["-m", "accelerate.commands.launch", *many, "--num_processes", str(ranks), *fixed]
-        argv = [sys.executable, *(launcher or accelerate), str(script), *map(str, args), "--run.dir", str(folder)]
+        argv = [
+            *prefix,
+            sys.executable,
+            *(launcher or accelerate),
+            str(script),
+            str(args[0]),
+            "--run.dir",
+            str(folder),
+            *map(str, args[1:]),
+        ]
         self.log = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.log")
-        env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        env = os.environ | {"ACCELERATE_USE_CPU": "true"} | env
         with open(self.log, "w") as log:
             self.process = psutil.Popen(argv, stdout=log, stderr=log, cwd="/", env=env, start_new_session=True)
         self.family: dict[int, psutil.Process] = {self.process.pid: self.process}

@@ -1,0 +1,108 @@
+"""Two hosts of one run: two launchers, on this machine's loopback or in network namespaces joined by a veth pair."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from tests.faults.job import SCRIPT, Job
+
+
+def a_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def machines(rank: int, *, address: str, port: int, per_host: int = 1) -> tuple[str, ...]:
+    """`accelerate launch` as docs/cluster.md tells: the same on each host but for its rank."""
+    return (
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--machine_rank", str(rank),
+        "--num_processes", str(2 * per_host), "--main_process_ip", address, "--main_process_port", str(port),
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+    )  # fmt: skip
+
+
+class Hosts:
+    """Namespaces a and b with 10.213.77.1 and .2, each with a hostname and an /etc/hosts of its own; needs root.
+
+    What a host runs sees the machine's files: they stand for storage that both mount.
+    """
+
+    names = ("ie-a", "ie-b")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spaces = [f"{name}-{os.getpid()}" for name in self.names]
+        self.links = [f"ie{end}{os.getpid() % 100_000}" for end in "ab"]
+
+    def __enter__(self) -> Hosts:
+        (self.folder / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{self.address(i)} {name}\n" for i, name in enumerate(self.names))
+        )
+        (self.folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+        try:
+            for space in self.spaces:
+                ip("netns", "add", space)
+            first, second = self.links
+            ip("link", "add", first, "netns", self.spaces[0], "type", "veth", "peer", "name", second, "netns",
+               self.spaces[1])  # fmt: skip
+            for i, (space, link) in enumerate(zip(self.spaces, self.links)):
+                ip("-n", space, "address", "add", f"{self.address(i)}/30", "dev", link)
+                ip("-n", space, "link", "set", "lo", "up")
+                ip("-n", space, "link", "set", link, "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for space in self.spaces:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "delete", space)
+
+    def address(self, host: int) -> str:
+        return f"10.213.77.{host + 1}"
+
+    def prefix(self, host: int) -> tuple[str, ...]:
+        """What a command is given to, to run on a host."""
+        own = " && ".join(
+            [
+                f"hostname {self.names[host]}",
+                f"mount --bind {self.folder}/hosts /etc/hosts",
+                f"mount --bind {self.folder}/resolv.conf /etc/resolv.conf",
+                'exec "$@"',
+            ]
+        )
+        enter = ("nsenter", f"--net=/run/netns/{self.spaces[host]}")
+        # A core each, as two machines have them: with as many threads a rank as on one host, sums are the same.
+        cores = sorted(os.sched_getaffinity(0))
+        enter = (*enter, "taskset", "--cpu-list", str(cores[host % len(cores)]))
+        return (*enter, "unshare", "--uts", "--mount", "sh", "-c", own, "sh")
+
+    def link(self, state: str) -> None:
+        """up, or down: packets are lost, and nobody is told."""
+        ip("-n", self.spaces[1], "link", "set", self.links[1], state)
+
+    def start(
+        self,
+        folder: Path,
+        *args: object,
+        port: int,
+        others: dict[int, list] | None = None,
+        scripts: dict[int, Path] | None = None,
+    ) -> list[Job]:
+        """A job on each host. others, scripts: arguments and programs of one host alone."""
+        both = []
+        for host in range(2):
+            more, script = (others or {}).get(host, []), (scripts or {}).get(host, SCRIPT)
+            launcher = machines(host, address=self.address(0), port=port)
+            both.append(Job(folder, *args, *more, ranks=2, launcher=launcher, prefix=self.prefix(host), script=script))
+        return both
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
