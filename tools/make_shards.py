@@ -119,7 +119,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
         default="full",
         help="keep, with --stats off: decode every image, or look at headers alone (%(default)s)",
     )
-    p.add_argument("--shards", metavar="A:B", help="make only these, counted over all splits: for job arrays")
+    p.add_argument(
+        "--shards",
+        metavar="A:B|I/N",
+        help="make only these, counted over all splits, or slice I, from 0, of N: for job arrays",
+    )
     p.add_argument("--merge", action="store_true", help="make none; check that all are there and write the manifest")
     p.add_argument("--dry-run", action="store_true", help="print the plan, its size and its time, and write nothing")
     p.add_argument(
@@ -211,6 +215,9 @@ def make(args: argparse.Namespace) -> None:
     say_decoders(trusted=args.trust_images)
     plan = Plan(source(args), options)
     only = numbers(args.shards, len(plan.tasks)) if args.shards else None
+    if only is not None and not only:
+        print(f"{args.out}: slice {args.shards} of {len(plan.tasks)} shards has none; nothing to do")
+        return
     workers = min(args.workers or usable_cores(), len(plan.tasks))
     if args.dry_run:
         foresee(plan, only, args.out, workers)
@@ -246,14 +253,24 @@ def make(args: argparse.Namespace) -> None:
 
 
 def numbers(text: str, shards: int) -> range:
-    """ "0:64" → range(0, 64)"""
+    """ "0:64" → range(0, 64); "3/16" → the fourth of 16 slices, which differ by one shard at most and may be empty."""
+    if "/" in text:
+        return slice_of(text, shards)
     first, colon, last = text.partition(":")
     if not (colon and (first + "0").isdigit() and (last + "0").isdigit()):
-        raise ConfigError(f"--shards {text}: say A:B, the first and the one after the last")
+        raise ConfigError(f"--shards {text}: say A:B, the first and the one after the last, or I/N, slice I of N")
     chosen = range(int(first or 0), min(int(last or shards), shards))
     if not chosen:
         raise ConfigError(f"--shards {text}: there are {shards} shards, 0 to {shards - 1}")
     return chosen
+
+
+def slice_of(text: str, shards: int) -> range:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise ConfigError(f"--shards {text}: say I/N, with I from 0 to N - 1")
+    n, slices = int(number), int(of)
+    return range(n * shards // slices, (n + 1) * shards // slices)
 
 
 def say_decoders(*, trusted: bool) -> None:

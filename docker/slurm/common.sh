@@ -1,0 +1,31 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: where our programs are, how they are called, how a script fails.
+#
+#     EXPRESS_ROOT      the checkout that holds this folder (default: where sbatch was called)
+#     EXPRESS_PYTHON    the Python that has the project's packages (default: .venv there, or python3)
+#     CONTAINER         a command that runs another one in a container, e.g. "apptainer exec --nv express.sif"
+#     EXPRESS_PROGRAMS  where train/ and tools/ lie for that Python, if elsewhere: /opt/imagenet-express in our image
+
+export USAGE=2 BAD_DATA=65 IO_FAILED=74
+
+fail() {
+  echo "error: $2" >&2
+  exit "$1"
+}
+
+find_programs() {
+  if [[ -z ${EXPRESS_PYTHON:-} ]]; then
+    EXPRESS_PYTHON=python3
+    if [[ -z ${CONTAINER:-} && -x $EXPRESS_ROOT/.venv/bin/python ]]; then
+      EXPRESS_PYTHON=$EXPRESS_ROOT/.venv/bin/python
+    fi
+  fi
+  export EXPRESS_ROOT EXPRESS_PYTHON EXPRESS_PROGRAMS=${EXPRESS_PROGRAMS:-$EXPRESS_ROOT}
+  read -ra PYTHON <<<"${CONTAINER:-}"
+  PYTHON+=("$EXPRESS_PYTHON")
+}
+
+# [OPTIONS] COMMAND…: one task a node. Where one fails, the others have time to end by themselves, and to save.
+on_each_node() {
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "$@"
+}

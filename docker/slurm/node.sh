@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# One node's part of a training job: its launcher, with as many ranks as RANKS_PER_NODE says. Called by train.sbatch.
+#
+#     srun … node.sh demo --data.shards /data/shards
+#
+# Reads RANKS_PER_NODE, MAIN_ADDRESS, MAIN_PORT, ON_GPUS and Slurm's own variables.
+set -euo pipefail
+# shellcheck source=docker/slurm/common.sh
+source "$EXPRESS_ROOT/docker/slurm/common.sh"
+find_programs
+
+# Signals to a step reach all its processes. The ranks set a handler for this one, torchrun's agent would die of it.
+trap '' USR1
+# The launcher ends its ranks so long after SIGTERM; saving may take that.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > RANKS_PER_NODE ? cpus / RANKS_PER_NODE : 1))}
+[[ $ON_GPUS == yes ]] || export ACCELERATE_USE_CPU=true # with it, --multi_gpu starts gloo ranks on CPUs
+
+ranks=$((RANKS_PER_NODE * SLURM_JOB_NUM_NODES))
+launch=(--num_processes "$ranks" --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID"
+  --mixed_precision "${ACCELERATE_MIXED_PRECISION:-no}" --dynamo_backend no --main_process_port "$MAIN_PORT")
+((ranks == 1)) || launch+=(--multi_gpu)
+if ((SLURM_JOB_NUM_NODES > 1)); then
+  # The first node is told that it is the host: names and addresses need not agree on what it is called.
+  is_host=$((SLURM_NODEID == 0))
+  launch+=(--main_process_ip "$MAIN_ADDRESS" --rdzv_backend c10d --rdzv_conf "is_host=$is_host,read_timeout=180")
+fi
+exec "${PYTHON[@]}" -m accelerate.commands.launch "${launch[@]}" "$EXPRESS_PROGRAMS/train/run.py" "$@"

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Shards a dataset by a job array, a slice a task, and merges when all slices are whole.
+#
+#     docker/slurm/shard.sh -n 16 -- imagenet2012 --src /data/archives --out /data/shards
+#     docker/slurm/shard.sh -n 64 --cpus-per-task 8 --time 4:00:00 -- \
+#         imagefolder --train /raw/train --val /raw/val --out /data/shards
+#
+# What stands before -- goes to sbatch, what follows it to tools/make_shards.py. Slices that were killed go on where
+# they were, requeued by Slurm or with the same command again. Prints the two jobs' numbers. Exit codes: 0 submitted,
+# 2 usage, sbatch's own otherwise.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=docker/slurm/common.sh
+source "$HERE/common.sh"
+
+read_arguments() {
+  SLICES='' SBATCH=() MAKE=()
+  while (($#)) && [[ $1 != -- ]]; do
+    if [[ $1 == -n ]]; then
+      SLICES=${2:-} && shift
+    else
+      SBATCH+=("$1")
+    fi
+    shift || true
+  done
+  (($#)) && shift
+  MAKE=("$@")
+}
+
+refuse_nonsense() {
+  local usage='say shard.sh -n SLICES [sbatch options] -- SOURCE --out DIR [options of make_shards.py]'
+  [[ $SLICES =~ ^[1-9][0-9]{0,4}$ ]] || fail "$USAGE" "-n '$SLICES': how many slices, 1 to 99999; $usage"
+  [[ ${#MAKE[@]} -gt 0 && ${MAKE[0]} != -* ]] || fail "$USAGE" "no source after --; $usage"
+  [[ ${MAKE[0]} != index ]] || fail "$USAGE" "index reads tars that exist already, and has no slices; run it as one job"
+  [[ " ${MAKE[*]} " == *" --out"[\ =]* ]] || fail "$USAGE" "--out is missing; $usage"
+  local word
+  for word in "${MAKE[@]}"; do
+    case ${word%%=*} in
+      --shards | --merge | --dry-run) fail "$USAGE" "$word: shard.sh makes slices and merge itself; leave it out" ;;
+    esac
+  done
+  command -v sbatch >/dev/null || fail "$USAGE" "no sbatch here; run this where Slurm's commands are"
+}
+
+submit() {
+  export EXPRESS_ROOT=${EXPRESS_ROOT:-$(dirname "$(dirname "$HERE")")}
+  local common=(--parsable --job-name=shard "${SBATCH[@]}") slices merge
+  slices=$(sbatch "${common[@]}" --array="0-$((SLICES - 1))" --output=shard-%A_%a.out \
+    "$HERE/shard.sbatch" "$SLICES" "${MAKE[@]}")
+  slices=${slices%%;*} # a federation's cluster follows the number
+  # Of a slice that failed nothing can be merged: the merge must not wait in the queue for ever.
+  merge=$(sbatch "${common[@]}" --dependency="afterok:$slices" --kill-on-invalid-dep=yes --output=shard-%j-merge.out \
+    "$HERE/shard.sbatch" merge "${MAKE[@]}")
+  echo "slices $slices (0 to $((SLICES - 1))), merge ${merge%%;*}"
+}
+
+read_arguments "$@"
+refuse_nonsense
+submit
