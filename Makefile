@@ -1,9 +1,12 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
 # make test    format, lint and tests
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
+# make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
+# make slurm-test   sharding and training on a real Slurm of two nodes on this machine: needs root and Debian
 # make simd    Pillow-SIMD instead of Pillow, built here: needs a compiler and the headers of libjpeg and zlib
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
 # make accuracy   CIFAR-10 by three recipes, side by side (IMAGES=a folder of train/ and test/, or a tar of them)
+# make image   the Docker image, and the demo inside it; without a Docker engine as root on Debian (docs/docker.md)
 # make gpu-proof   what only a GPU can show; ARGS='--device cpu --tiny' walks the same steps without one
 
 VENV ?= .venv
@@ -15,9 +18,10 @@ IMAGES ?=
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SCRIPTS := .ci/run $(shell find docker tests tools -name '*.sh' -o -name '*.sbatch')
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test format faults simd accuracy bench gpu-proof clean
+.PHONY: setup demo test format faults simd accuracy bench gpu-proof netns-test slurm-test image clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +43,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 	$(BIN)/python -m pytest $(ARGS)
 
 format: $(INSTALLED)
@@ -47,6 +53,17 @@ format: $(INSTALLED)
 
 faults: $(INSTALLED)
 	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py tests/faults $(ARGS)
+
+SLURM_PACKAGES := slurmctld slurmd munge slurm-client
+
+netns-test: $(INSTALLED)
+	command -v ip >/dev/null || apt-get install --yes --no-install-recommends iproute2
+	NETNS_TEST=1 $(BIN)/python -m pytest tests/cluster/test_netns.py $(ARGS)
+
+slurm-test: $(INSTALLED)
+	dpkg -s $(SLURM_PACKAGES) >/dev/null 2>&1 || \
+		{ apt-get update && apt-get install --yes --no-install-recommends $(SLURM_PACKAGES); }
+	SLURM_TEST=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
 
 simd: $(INSTALLED)
 	$(BIN)/python -m pip uninstall --yes --quiet pillow
@@ -60,6 +77,9 @@ bench: $(INSTALLED)
 
 gpu-proof:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_proof.py $(ARGS)
+
+image:
+	docker/build.sh
 
 clean:
 	rm -rf build *.egg-info runs/demo shards/digits

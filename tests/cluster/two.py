@@ -8,7 +8,10 @@ import socket
 import subprocess
 from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.faults.job import SCRIPT, Job
+
+CONFIG = ROOT / "docker" / "accelerate" / "2x8.yaml"
 
 
 def a_port() -> int:
@@ -20,8 +23,8 @@ def a_port() -> int:
 def machines(rank: int, *, address: str, port: int, per_host: int = 1) -> tuple[str, ...]:
     """`accelerate launch` as docs/cluster.md tells: the same on each host but for its rank."""
     return (
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--machine_rank", str(rank),
-        "--num_processes", str(2 * per_host), "--main_process_ip", address, "--main_process_port", str(port),
+        "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(2 * per_host),
+        "--machine_rank", str(rank), "--main_process_ip", address, "--main_process_port", str(port),
         "--mixed_precision", "no", "--dynamo_backend", "no",
     )  # fmt: skip
 

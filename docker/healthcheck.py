@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Whether the training of this container lives: 0 healthy, 1 not, with one line that says why.
+
+    HEALTHCHECK CMD ["python3", "/opt/imagenet-express/docker/healthcheck.py"]
+    livenessProbe: {exec: {command: [python3, /opt/imagenet-express/docker/healthcheck.py, --begin, "1800"]}}
+
+Each rank writes heartbeat/rank-NNNNN.json into the run folder at least every ten seconds, also while it saves; the
+youngest of this host's counts. A rank that is stuck while others live is the watchdog's business, which ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+# Written by docker/entrypoint.sh when it starts a training: its time and the run folder.
+STATE = os.environ.get("IMAGENET_EXPRESS_STATE") or str(Path(tempfile.gettempdir()) / "imagenet-express.run")
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--age", type=float, default=60, help="seconds that the youngest beat may be old (%(default)s)")
+    p.add_argument("--begin", type=float, default=600, help="seconds until there must be one (%(default)s)")
+    args = p.parse_args()
+    try:
+        started, folder = Path(STATE).read_text(encoding="utf-8").rstrip("\n").split(" ", 1)
+    except (OSError, ValueError):
+        print("healthy: no training was started here")
+        return 0
+    now = time.time()
+    beats = [t for t in ours(Path(folder)) if t >= float(started) - 1]  # older ones are of an earlier start
+    since = now - (max(beats) if beats else float(started))
+    healthy = since <= (args.age if beats else args.begin)
+    what = "the youngest heartbeat is of" if beats else "training has not begun; started"
+    print(f"{'healthy' if healthy else 'unhealthy'}: {what} {since:.0f} s ago ({folder})")
+    return 0 if healthy else 1
+
+
+def ours(folder: Path) -> list[float]:
+    """When this host's ranks have beaten last."""
+    times = []
+    for path in folder.glob("heartbeat/rank-*.json"):
+        try:
+            beat = json.loads(path.read_text(encoding="utf-8"))
+            if beat["host"] == socket.gethostname():
+                times.append(float(beat["time"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being replaced, or cleared by a new start
+    return times
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

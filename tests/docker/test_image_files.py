@@ -1,0 +1,208 @@
+"""What the image is made from: the lock, the context, the Dockerfile, launch configurations, what a host lends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+from train import environment
+
+tomllib = pytest.importorskip("tomllib", reason="the image and its lock are of Python 3.11")
+
+DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+LINUX = {"python_version": "3.11", "python_full_version": "3.11.9", "sys_platform": "linux", "extra": "",
+         "platform_system": "Linux", "platform_machine": "x86_64", "platform_python_implementation": "CPython",
+         "implementation_name": "cpython", "os_name": "posix"}  # fmt: skip
+DALI = ("cu13", "cu12")
+
+# The lock
+
+
+def locked(*names: str) -> dict[str, str]:
+    text = "".join((DOCKER / f"requirements{name}.txt").read_text() for name in names)
+    return dict(re.findall(r"^(\S+)==(\S+)", text, flags=re.MULTILINE))
+
+
+def pinned() -> dict[str, str]:
+    """constraints.txt, as it counts on Python 3.11."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    wanted = [r for r in wanted if r.marker is None or r.marker.evaluate(LINUX)]
+    return {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in wanted}
+
+
+PARTS = ["", "-torch", "-dali-cu13", "-dali-cu12", "-build"]
+
+
+def test_the_lock_has_the_versions_of_the_constraints():
+    constraints = pinned()
+    both = locked(*PARTS).keys() & constraints.keys()
+    assert len(both) > 50
+    assert {name: locked(*PARTS)[name] for name in both} == {name: constraints[name] for name in both}
+
+
+@pytest.mark.parametrize("dali", ["none", *DALI])
+def test_the_lock_covers_the_project_s_dependencies_and_theirs(dali):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [] if dali == "none" else project["optional-dependencies"][f"dali-{dali}"]
+    have = locked("", "-torch", *([] if dali == "none" else [f"-dali-{dali}"]))
+    for wanted in map(Requirement, project["dependencies"] + extra):
+        assert have[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+    # They are installed without looking for what they depend on, so that it must be there in full.
+    for name, version in have.items():
+        try:
+            installed = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # another DALI than the one here
+        for wanted in map(Requirement, installed.requires or []) if installed.version == version else ():
+            if wanted.marker is None or wanted.marker.evaluate(LINUX):
+                assert have[canonicalize_name(wanted.name)] in wanted.specifier, f"{name} needs {wanted}"
+
+
+def test_the_lock_is_by_hash_and_names_no_index():
+    for file in DOCKER.glob("requirements*.txt"):
+        header, *lines = file.read_text().splitlines()
+        assert "docker/lock.py" in header
+        names = [line for line in lines if not line.startswith("    --hash=sha256:")]
+        assert names
+        for line in names:
+            assert re.fullmatch(r"[\w.-]+==[\w.]+ \\", line), line
+        assert "://" not in file.read_text()
+
+
+# The context
+
+
+def in_context(path: str) -> bool:
+    """As Docker reads .dockerignore: the last pattern that matches the path or a folder above it decides."""
+    kept, parts = True, path.split("/")
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        if pattern.startswith("**/"):
+            matches = any(fnmatch(part, pattern[3:]) for part in parts)
+        else:
+            depth = pattern.count("/") + 1
+            matches = fnmatch("/".join(parts[:depth]), pattern) and len(parts) >= depth
+        if matches:
+            kept = line.startswith("!")
+    return kept
+
+
+def test_the_context_is_the_source_and_nothing_else():
+    outside = (
+        ".git/config", ".venv/bin/python", "runs/demo/config.json", "shards/digits/manifest.json", "tests/conftest.py",
+        "build/image/root", "data/x.tar", ".env", "docs/docker.md", "docker/slurm/node.sh", "docker/build.sh",
+        "train/__pycache__/run.cpython-311.pyc", "pipeline/read/__pycache__/jpeg.nbi",
+    )  # fmt: skip
+    assert [path for path in outside if in_context(path)] == []
+    ours = [p for top in ("pipeline", "model", "train", "tools") for p in (ROOT / top).rglob("*.py")]
+    ours += [*DOCKER.glob("accelerate/*.yaml"), *DOCKER.glob("requirements*.txt"), DOCKER / "entrypoint.sh"]
+    ours += [DOCKER / "healthcheck.py", ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"]
+    assert [p for p in ours if not in_context(str(p.relative_to(ROOT)))] == []
+    size = sum(p.stat().st_size for top in ("pipeline", "model", "train", "tools") for p in (ROOT / top).rglob("*")
+               if p.is_file() and in_context(str(p.relative_to(ROOT))))  # fmt: skip
+    assert size < 4e6
+
+
+# The Dockerfile
+
+
+def test_the_image_runs_as_a_numbered_user_under_tini_with_a_health_check():
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    assert re.findall(r"^USER (.*)$", last, flags=re.MULTILINE) == ["1000:1000"]
+    assert re.search(
+        r'^ENTRYPOINT \["/usr/bin/tini", "--", "/opt/imagenet-express/docker/entrypoint.sh"\]$', last, re.M
+    )
+    assert "HEALTHCHECK" in last
+    for label in ("title", "description", "version", "revision", "source", "licenses"):
+        assert f"org.opencontainers.image.{label}=" in last
+    assert not re.search(r"\b(gcc|g\+\+|make|build-essential|\S+-dev)\b", re.sub(r"#.*", "", last))
+
+
+def test_every_argument_is_explained_and_no_base_floats():
+    header = DOCKERFILE.split("\nARG ")[0]
+    for name in set(re.findall(r"^ARG (\w+)", DOCKERFILE, flags=re.MULTILINE)):
+        assert re.search(rf"^# .*\b{name}\b", header, flags=re.MULTILINE), name
+    assert ":latest" not in DOCKERFILE
+    assert re.search(r"^ARG BASE=python:3\.11-slim-bookworm$", DOCKERFILE, flags=re.MULTILINE)
+
+
+def test_an_image_s_records_name_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("IMAGENET_EXPRESS_COMMIT", "0123456789ab")
+    assert environment.git_commit() == "0123456789ab"
+    monkeypatch.setenv("IMAGENET_EXPRESS_COMMIT", "")
+    assert environment.git_commit() is None
+
+
+# Launch configurations
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes", "cpu", "precision"),
+    [("cpu2", 1, 2, True, "no"), ("1gpu", 1, 1, False, "bf16"), ("8gpu", 1, 8, False, "bf16"),
+     ("2x8", 2, 16, False, "bf16")],
+)  # fmt: skip
+def test_accelerate_reads_its_configurations(name, machines, processes, cpu, precision):
+    config = load_config_from_file(str(DOCKER / "accelerate" / f"{name}.yaml"))
+    got = (config.num_machines, config.num_processes, config.use_cpu, config.mixed_precision)
+    assert got == (machines, processes, cpu, precision)
+    assert config.distributed_type.value == ("NO" if processes == 1 else "MULTI_GPU")
+    assert config.rdzv_backend == ("c10d" if machines > 1 else "static")
+
+
+def test_there_is_a_test_of_each_configuration():
+    assert {p.stem for p in (DOCKER / "accelerate").iterdir()} == {"cpu2", "1gpu", "8gpu", "2x8"}
+
+
+# What a host lends
+
+
+def lend(out: Path, **env: str) -> dict[str, str]:
+    """What docker/lend.py finds on a host that has no more than `env`."""
+    out.mkdir()
+    plain = {"PATH": str(Path(sys.executable).parent), "HOME": str(out), "XDG_CONFIG_DIRS": str(out)}
+    done = subprocess.run([sys.executable, str(DOCKER / "lend.py"), str(out)], env=plain | env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return {file.name: file.read_text() for file in out.iterdir() if file.is_file()}
+
+
+def test_a_host_lends_its_indexes_and_certificates_by_neutral_names(tmp_path):
+    (tmp_path / "ca.pem").write_text("a certificate\n")
+    conf = tmp_path / "pip.conf"
+    conf.write_text(
+        "[global]\nindex-url = https://user:secret@packages.example/simple\nfind-links = /srv/wheels\n"
+        f"extra-index-url = file:///srv/index/simple\ncert = {tmp_path}/ca.pem\nno-color = true\n"
+    )
+    lent = lend(tmp_path / "out", PIP_CONFIG_FILE=str(conf))
+    folders = lent["folders"].split()
+    assert set(lent["pip_conf"].splitlines()) == {
+        "[global]",
+        "index-url = https://user:secret@packages.example/simple",
+        f"find-links = /run/lent/{folders.index('/srv/wheels')}",
+        f"extra-index-url = file:///run/lent/{folders.index('/srv/index')}/simple",
+        "cert = /run/secrets/ca",
+    }
+    assert len(folders) == 2
+    assert lent["words"].split() == ["/srv/index", "/srv/wheels", "packages.example"]
+    assert lent["ca"] == "a certificate\n"
+
+
+def test_a_host_without_configuration_lends_nothing(tmp_path):
+    lent = lend(tmp_path / "out", PIP_CONFIG_FILE=os.devnull)
+    assert set(lent) == {"pip_conf", "apt_conf", "apt_sources", "mirror", "folders", "words", "ca"}
+    assert not any(lent.values())
