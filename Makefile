@@ -15,6 +15,8 @@ PYTHON ?= python3
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 IMAGES ?=
+# Files of tests at a time
+JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -45,7 +47,7 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

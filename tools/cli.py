@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import IO_FAILED, USAGE, ExpressError
+from pipeline.errors import IO_FAILED, USAGE, ExpressError, leave
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -73,4 +73,4 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
-    sys.exit(0)
+    leave(0)

@@ -24,7 +24,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
     sys.path[0] = ROOT
 
-from pipeline.errors import ConfigError, ExpressError, StorageError
+from pipeline.errors import ConfigError, ExpressError, StorageError, leave
 
 if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answered before torch is loaded
     from train.config import Config
@@ -221,7 +221,7 @@ def fail(err: ExpressError, *, only_rank0: bool) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        leave(main(sys.argv[1:]))
     except KeyboardInterrupt:  # before the run stood, or a second time
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -119,7 +119,7 @@ def test_another_version_other_shards_and_another_command_are_refused_by_the_hos
 
 
 def test_a_run_folder_that_the_other_host_does_not_share_is_refused(hosts, told, tmp_path):
-    jobs = hosts.start(tmp_path / "run", *told, port=a_port(), others={1: ["--run.dir", tmp_path / "own"]})
+    jobs = hosts.start(tmp_path / "run", *told, port=a_port(), folders={1: tmp_path / "own"})
     assert all(both_end(jobs))
     for job in jobs:
         assert "host ie-b does not see what host ie-a writes there; choose a folder on storage" in the_line(job)

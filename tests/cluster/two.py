@@ -97,13 +97,15 @@ class Hosts:
         port: int,
         others: dict[int, list] | None = None,
         scripts: dict[int, Path] | None = None,
+        folders: dict[int, Path] | None = None,
     ) -> list[Job]:
-        """A job on each host. others, scripts: arguments and programs of one host alone."""
+        """A job on each host. others, scripts, folders: arguments, programs and run folders of one host alone."""
         both = []
         for host in range(2):
             more, script = (others or {}).get(host, []), (scripts or {}).get(host, SCRIPT)
             launcher = machines(host, address=self.address(0), port=port)
-            both.append(Job(folder, *args, *more, ranks=2, launcher=launcher, prefix=self.prefix(host), script=script))
+            own = (folders or {}).get(host, folder)
+            both.append(Job(own, *args, *more, ranks=2, launcher=launcher, prefix=self.prefix(host), script=script))
         return both
 
 

@@ -49,10 +49,9 @@ class Job:
             sys.executable,
             *(launcher or accelerate),
             str(script),
-            str(args[0]),
+            *map(str, args),
             "--run.dir",
             str(folder),
-            *map(str, args[1:]),
         ]
         self.log = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.log")
         env = os.environ | {"ACCELERATE_USE_CPU": "true"} | env
