@@ -15,7 +15,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 IMAGES ?=
-# Files of tests at a time
+# Files of tests at a time; where they share cores, threads that spin while they wait take them from each other
 JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
@@ -47,7 +47,7 @@ test: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
