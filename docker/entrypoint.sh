@@ -33,6 +33,7 @@ run_tool() { # FILE ARGUMENTS...
 
 train() {
   asks_only_for_text "$@" && run_tool train/run.py "$@"
+  trap 'exit "$NOT_DONE"' TERM INT USR1 # until there is somebody to hand them to
   local resolved run_dir shards launch=()
   resolved=$(python3 "$ROOT/train/run.py" "$@" --print) # a usage error ends here, with its line and its code
   resolved=$(fields "$resolved")
@@ -99,9 +100,9 @@ known_configs() {
 }
 
 launch_and_wait() { # RUN_DIR WHAT_ACCELERATE_LAUNCH_IS_TOLD... ; exits with the trainer's code
-  local run_dir=$1 before code
+  local run_dir=$1 before beat code
   shift
-  before=$(identity "$run_dir/exit.json")
+  before=$(identity "$run_dir/exit.json") beat=$(identity "$run_dir/heartbeat/rank-00000.json")
   start=$$.$(date +%s%N) launcher='' signalled=''
   for name in TERM INT USR1; do
     # shellcheck disable=SC2064  # the name is meant as it is now
@@ -111,7 +112,7 @@ launch_and_wait() { # RUN_DIR WHAT_ACCELERATE_LAUNCH_IS_TOLD... ; exits with the
   launcher=$!
   wait_for_launcher
   [[ $code -eq 0 ]] && exit 0
-  exit_as_told "$run_dir/exit.json" "$before" "$code"
+  exit_as_told "$run_dir" "$before" "$beat" "$code"
 }
 
 # To the ranks and not to the launcher: accelerate's keeps a signal for itself with one process, and torchrun kills
@@ -141,15 +142,20 @@ wait_for_launcher() { # sets code; returns when the launcher and all ranks are g
   while [[ -n $(ranks) ]]; do sleep 0.2; done # a launcher that was killed leaves them behind, and they are saving
 }
 
-exit_as_told() { # EXIT_JSON ITS_IDENTITY_BEFORE LAUNCHER_CODE
-  local now tries
+exit_as_told() { # RUN_DIR IDENTITIES_BEFORE_OF_EXIT_JSON_AND_HEARTBEAT LAUNCHER_CODE
+  local end=$1/exit.json now tries
   for tries in {1..6}; do # on another machine it may be written a moment later
-    now=$(identity "$1")
-    [[ -n $now && $now != "$2" ]] && exit "$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$1")"
+    now=$(identity "$end")
+    [[ -n $now && $now != "$2" ]] && exit "$(code_in "$end")"
     [[ $tries -lt 6 ]] && sleep 0.5
   done
-  [[ -n $signalled && ! -e ${1%/*}/heartbeat/rank-00000.json ]] && exit "$NOT_DONE" # before anything was begun
-  exit "$3"
+  now=$(identity "$1/heartbeat/rank-00000.json") # an earlier start's stays until this one's begins
+  [[ -n $signalled && (-z $now || $now == "$3") ]] && exit "$NOT_DONE"
+  exit "$4"
+}
+
+code_in() { # EXIT_JSON
+  python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$1"
 }
 
 identity() { # FILE -> changes with every exit.json, which is written anew and renamed; empty where there is none

@@ -77,6 +77,8 @@ def pip_conf(lent: Lent) -> list[str]:
     for line in said("python3", "-m", "pip", "config", "list"):
         section, _, value = line.partition("=")
         options.setdefault(section.rpartition(".")[2], ast.literal_eval(value))  # ":env:" sorts first and counts most
+    for host in options.get("trusted-host", "").split():
+        lent.note(f"//{host}")
     lent.ca = options.get("cert") or os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE") or ""
     lines = [f"{name} = {lent.place(value)}" for name, value in options.items() if name in PIP and value]
     return [*lines, f"cert = {CA}"] if lent.ca else lines

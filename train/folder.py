@@ -51,6 +51,7 @@ class RunFolder:
             json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}).encode(),
             0,
         )
+        os.fsync(self._lock)  # other hosts look for it, and NFS sends what is open when it likes
         watchdog.clean(self.path)
         self.forget_end()
 

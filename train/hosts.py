@@ -21,15 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BAD_DATA, CHECK_FAILED, USAGE, ExpressError
+from pipeline.errors import BAD_DATA, CHECK_FAILED, IO_FAILED, USAGE, ExpressError
 from pipeline.manifest import Dataset, open_dataset
 
 from . import environment
 from .config import Config, flatten
+from .preempt import heed_no_more
 
 START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
 NOTICE_SECONDS = 20.0
-ACK_SECONDS = 30.0  # that rank 0, whose launcher may hold the store, waits until the others know why it ends
+ACK_SECONDS = 10.0  # that rank 0, whose launcher may hold the store, waits until the others know why it ends
 # Each host's own affair: where things lie there, and how many threads do the work.
 OWN = (
     "data.shards", "loader.prefetch_batches", "loader.read_threads", "loader.threads", "loader.verify", "resume",
@@ -58,6 +59,8 @@ def open_alike(config: Config) -> Dataset:
         told["facts"] = facts(config, dataset)
     except ExpressError as err:
         told |= {"error": str(err), "code": err.code}
+    except OSError as err:
+        told |= {"error": f"{err.filename or config.data.shards}: {err.strerror or err}", "code": IO_FAILED}
     _meet(told)
     assert dataset is not None  # an error of this rank is everybody's
     return dataset
@@ -156,6 +159,8 @@ def _meet(told: dict[str, Any]) -> None:
         own.set(f"rank-{rank}", json.dumps(told))
         if rank == 0:
             code, reason = verdict([json.loads(_awaited(own, f"rank-{r}", f"rank {r}")) for r in range(world)])
+            if code:  # whoever reads it ends, and launchers then end the other ranks
+                heed_no_more()
             own.set("verdict", json.dumps([code, reason]))
             if code:
                 _wait_for_readers(own, world)
@@ -163,6 +168,8 @@ def _meet(told: dict[str, Any]) -> None:
             return
         else:
             code, reason = json.loads(_awaited(own, "verdict", "rank 0"))
+            if code:
+                heed_no_more()
             own.set(f"read-{rank}", "")
     except dist.DistError as err:
         first = str(err).splitlines()[0]

@@ -87,19 +87,24 @@ class Stop:
                 self.request(FILE)
 
     def ended(self) -> None:
-        """The process is about to end with its own code: while Python winds up, a signal would put another there.
-
-        Launchers send one to all ranks as soon as the first has ended.
-        """
-        signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        """The process is about to end with its own code."""
+        heed_no_more()
 
     def done(self) -> None:
         """The request was honoured: the next run must not end by the same file."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
+
+
+def heed_no_more() -> None:
+    """How this process ends is settled, and a signal must not put another code there.
+
+    Launchers send one to all ranks as soon as the first has ended.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def name(code: int) -> str:

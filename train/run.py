@@ -58,6 +58,10 @@ def main(argv: list[str]) -> int:
 
 
 def refuse(err: ExpressError) -> int:
+    """For a command line that cannot be."""
+    from train.preempt import heed_no_more
+
+    heed_no_more()
     code = fail(err, only_rank0=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from train.hosts import tell_refusal
@@ -157,9 +161,11 @@ def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
     from train import watchdog
     from train.bad_numbers import LossNotFinite
-    from train.preempt import Preempted
+    from train.preempt import Preempted, heed_no_more
     from train.saving import SaveFailed
 
+    if run is None:  # refused: what the other ranks' ends bring about changes nothing
+        heed_no_more()
     if isinstance(err, LostRank) and (hang := watchdog.read_hang(folder.path)):
         # The peer was lost because it hung: whoever noticed has said so.
         watchdog.dump_stacks(folder.path, rank(), hang, error=err.__cause__)

@@ -59,19 +59,24 @@ class Watchdog:
     _orphan_at: float = 0.0
     _seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank → beats, and when they last rose
     _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
 
     def start(self) -> None:
         with contextlib.suppress(OSError):
             (self.folder / HEARTBEATS).mkdir(exist_ok=True)
         self._beat()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def tick(self, step: int, phase: int) -> None:
         """A step was made, or the next part of one begins."""
         self.step, self.phase, self._at = step, phase, time.monotonic()
 
     def close(self) -> None:
+        """If it is just ending a hang, that goes first: it may have a silent rank to kill."""
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * DUMP_SECONDS)
 
     # The thread
 

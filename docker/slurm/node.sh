@@ -15,11 +15,15 @@ trap '' USR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > RANKS_PER_NODE ? cpus / RANKS_PER_NODE : 1))}
-[[ $ON_GPUS == yes ]] || export ACCELERATE_USE_CPU=true # with it, --multi_gpu starts gloo ranks on CPUs
+precision=bf16 # as docker/accelerate
+if [[ $ON_GPUS != yes ]]; then
+  precision=no
+  export ACCELERATE_USE_CPU=true # with it, --multi_gpu starts gloo ranks on CPUs
+fi
 
 ranks=$((RANKS_PER_NODE * SLURM_JOB_NUM_NODES))
 launch=(--num_processes "$ranks" --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID"
-  --mixed_precision "${ACCELERATE_MIXED_PRECISION:-no}" --dynamo_backend no --main_process_port "$MAIN_PORT")
+  --mixed_precision "${ACCELERATE_MIXED_PRECISION:-$precision}" --dynamo_backend no --main_process_port "$MAIN_PORT")
 ((ranks == 1)) || launch+=(--multi_gpu)
 if ((SLURM_JOB_NUM_NODES > 1)); then
   # The first node is told that it is the host: names and addresses need not agree on what it is called.

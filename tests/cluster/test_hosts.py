@@ -135,3 +135,18 @@ def test_own_affairs_of_a_host_are_left_to_it(digits, tmp_path):
         [*own, "--data.shards", elsewhere, "--loader.threads", 2, "--loader.no-verify"],
     )
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
+
+
+@pytest.mark.slow
+def test_a_refusal_is_told_although_launchers_end_the_ranks_that_wait(tmp_path):
+    """Two ranks a host: as soon as one has ended, its launcher sends SIGTERM to the other, which may be rank 0."""
+    folder, port = tmp_path / "run", a_port()
+    folder.mkdir()
+    args = [*SMALL, "--data.shards", tmp_path / "nowhere"]
+    launchers = [machines(host, address="127.0.0.1", port=port, per_host=2) for host in range(2)]
+    jobs = [Job(folder, *args, ranks=4, launcher=launcher) for launcher in launchers]
+    assert all(job.wait() for job in jobs)
+    for job in jobs:
+        assert "nowhere: no such shard folder" in the_line(job)
+        assert "stopped before" not in job.said
+    assert jobs[0].exit["code"] == 65

@@ -43,9 +43,9 @@ class Hosts:
         self.links = [f"ie{end}{os.getpid() % 100_000}" for end in "ab"]
 
     def __enter__(self) -> Hosts:
-        (self.folder / "hosts").write_text(
-            "127.0.0.1 localhost\n" + "".join(f"{self.address(i)} {name}\n" for i, name in enumerate(self.names))
-        )
+        # As Debian has it: a host's own name is that of its loopback.
+        own = "".join(f"127.0.1.1 {name}\n" for name in self.names)
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{own}")
         (self.folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
         try:
             for space in self.spaces:

@@ -122,7 +122,11 @@ def test_a_launcher_that_is_killed_does_not_end_the_container_before_its_ranks_h
 
 
 @pytest.mark.slow
-def test_a_signal_before_there_are_ranks_means_the_same_command_again(digits, tmp_path):
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, digits, tmp_path):
+    if begun:  # an earlier start's heartbeat is not this one's
+        (tmp_path / "home" / "run" / "heartbeat").mkdir(parents=True)
+        (tmp_path / "home" / "run" / "heartbeat" / "rank-00000.json").write_text("{}")
     job = Container(tmp_path / "home", *small(digits), "--run.dir", "run", launch="cpu2")
     deadline = time.monotonic() + 60
     while not any(launches(child) for child in job.process.children()):

@@ -201,12 +201,14 @@ def test_what_the_user_has_cancelled_does_not_come_back(cluster, job):
     assert it.restarts == 0
 
 
-@pytest.mark.parametrize("code", [2, 65, 76])
-def test_what_would_fail_again_is_not_requeued_and_its_code_is_the_jobs(code, job, shards, tmp_path):
+@pytest.mark.parametrize(("code", "early"), [(2, False), (65, False), (65, True), (76, False)])
+def test_what_would_fail_again_is_not_requeued_and_its_code_is_the_jobs(code, early, job, shards, tmp_path):
     args = told(shards)
-    if code == 2:
+    if early:  # refused before there is a run folder
+        args += ["--data.shards", tmp_path / "nowhere"]
+    elif code == 2:
         args += ["--optim.lrr", 1]
-    if code == 65:
+    elif code == 65:
         damaged = shutil.copytree(shards, tmp_path / "damaged")
         tar = damaged / "digits-train-000003.tar"
         tar.write_bytes(tar.read_bytes().replace(b"\xff\xd9", b"\xff\xd8"))  # the end of every JPEG
