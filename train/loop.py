@@ -242,6 +242,7 @@ class Run:
     def _say_what_is_done(self) -> None:
         c, threads = self.config, self.loader.threads
         self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
+        self.record.say(f"decoder: {self.loader.decoder()}")
         self.record.say(f"compiled: {self.compiled}")
         for note in behind_the_end(c):
             self.record.say(note)

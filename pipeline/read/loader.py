@@ -27,7 +27,7 @@ from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..geometry import centre_offset
 from ..manifest import Dataset, Statistics, open_dataset
-from . import order
+from . import fetch, order
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, colour_shift, place
 from .reader import Reader
 from .work import Engine, Output, PixelType, Work, normalised
@@ -58,14 +58,19 @@ class LoaderConfig:
     """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
     verify: bool = True
     """Compare each sample's checksum when it is read."""
-    decode: Literal["region", "whole"] = "region"
-    """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it."""
+    decode: Literal["auto", "region", "whole"] = "auto"
+    """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it. auto takes whole on
+    a GPU, whose decoder of regions is unsafe (nvImageCodec issue 55) or falls back to the CPU, and region elsewhere."""
+    hw_decoder_load: float = 0.65
+    """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(Backend):
             raise ConfigError(f"loader.backend={self.backend}: choose one of {', '.join(get_args(Backend))}")
-        if self.decode not in ("region", "whole"):
-            raise ConfigError(f"loader.decode={self.decode}: choose region or whole")
+        if self.decode not in ("auto", "region", "whole"):
+            raise ConfigError(f"loader.decode={self.decode}: choose auto, region or whole")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ConfigError(f"loader.hw_decoder_load={self.hw_decoder_load}: choose 0 to 1")
         for name, least in (("threads", 0), ("read_threads", 1), ("prefetch_batches", 1)):
             if not least <= getattr(self, name) <= 1024:
                 raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {least} to 1024")
@@ -157,9 +162,10 @@ class Loader:
             self.split,
             threads=self.config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
-            samples_a_task=max(1, min(8, self._part * self.config.prefetch_batches // self.config.read_threads)),
+            samples_a_task=max(1, min(32, self._part * self.config.prefetch_batches // self.config.read_threads)),
             verify=self.config.verify,
             always_ahead=self.backend != "portable",
+            pinned=self.backend == "dali-gpu",
         )
         self._views = 1 if train else self.augment.views
         self._mean, self._std = self._statistics()
@@ -272,6 +278,10 @@ class Loader:
         seconds, self._wait_seconds = self._wait_seconds, 0.0
         return {"wait_seconds": seconds}
 
+    def decoder(self) -> str:
+        """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""
+        return self._engine.decoder()
+
     def close(self) -> None:
         """Ends all threads and closes all files. The loader cannot be used afterwards."""
         if not self._closed:
@@ -334,6 +344,7 @@ class Loader:
         return torch.from_numpy(mean_image_crop(image, self.augment)).to(self.device)
 
     def _import_backend(self) -> None:
+        fetch.prepare()
         if self.backend == "portable":
             from . import portable
 
@@ -360,7 +371,8 @@ class Loader:
 
         presized = bool((np.minimum(self._width, self._height) == self.augment.resize).all())
         resized = not presized or (self.train and self.augment.scale_jitter is not None)
-        graph = Graph(output, "raw" if raw else "image", resized, whole=c.decode == "whole")
+        whole = self.backend == "dali-gpu" if c.decode == "auto" else c.decode == "whole"
+        graph = Graph(output, "raw" if raw else "image", resized, whole, c.hw_decoder_load)
         return Dali(graph, rows=self._part * self._views, threads=self.threads, depth=depth, describe=describe)
 
     def _start(self) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ..errors import BadSample
 from .augment import Placement
 from .reader import ReadBatch
 
@@ -52,6 +53,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the threads; after stop()."""
+
+    def decoder(self) -> str:
+        """Which decoder turns stored bytes into pixels, for a log line."""
+
+
+def undecodable(work: Work, number: int, reason: object, describe: Callable[[int], str]) -> BadSample:
+    """The error for image `number` of a batch, which a backend's decoder rejects."""
+    sample = int(work.ids[number])
+    return BadSample(
+        f"{describe(sample)}: cannot be decoded ({reason});"
+        " shard the data again with --encode jpeg, or without this image",
+        sample=sample,
+    )
+
+
+def check_raw_sizes(work: Work, start: int, end: int, describe: Callable[[int], str]) -> None:
+    """Raises BadSample if one of images [start, end) of a batch has not the bytes of its width × height pixels."""
+    part = slice(start, end)
+    size, width, height = work.read.size[part], work.width[part], work.height[part]
+    for i in np.flatnonzero(size != 3 * width * height)[:1].tolist():
+        reason = f"{size[i]} bytes, but {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
+        raise undecodable(work, start + i, reason, describe)
 
 
 def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
