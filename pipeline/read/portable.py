@@ -23,7 +23,7 @@ from .fetch import fetch_images
 from .jpeg import ROWS_BELOW, cut_short
 from .kernels import Cropper
 from .reader import new_buffer
-from .work import Output, Work, check_raw_sizes, normalised, undecodable
+from .work import Output, Work, check_raw_sizes, normalised, to_device, undecodable
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
@@ -55,6 +55,7 @@ class Portable:
         self._in_kernel = stored == "float32"
         self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
         self._cropper.compile(raw=raw)
+        self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers = Buffers(pinned=output.device.type == "cuda")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
@@ -160,20 +161,11 @@ class Portable:
         except ValueError:
             cut_short(image, 0, len(image), width, rows, height)  # as it was, for Pillow
             return self._decoded(image, width, height)
-        return self._checked(pixels, width, rows)
+        return _flat(pixels, width, rows)
 
     def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, valid until this thread's next call."""
-        try:
-            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
-        except ValueError:
-            pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
-        return self._checked(pixels, width, height)
-
-    def _checked(self, pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-        if pixels.shape != (height, width, 3):
-            raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels where the index says {width}×{height}")
-        return pixels.reshape(-1)
+        return decode_whole(image, width, height, self._scratch(3 * height * width))
 
     def _scratch(self, size: int) -> np.ndarray:
         """This thread's buffer, of at least `size` bytes."""
@@ -193,9 +185,24 @@ class Portable:
             self._buffers.keep_until_copied(job.crops)
         if self.output.dtype == "uint8":
             return images
-        mean = torch.from_numpy(job.work.mean)[:, :, None, None].to(images.device, non_blocking=True)
-        std = torch.tensor(self.output.std, dtype=torch.float32)[:, None, None].to(images.device, non_blocking=True)
-        return normalised(images, mean, std, dtype)
+        mean = to_device(job.work.mean, images.device)[:, :, None, None]
+        return normalised(images, mean, self._std, dtype)
+
+
+def decode_whole(image: np.ndarray, width: int, height: int, buffer: np.ndarray | None = None) -> np.ndarray:
+    """(height · width · 3,) uint8, RGB, in `buffer` if there is one. Raises what decoders raise; ValueError for an
+    image of another size."""
+    try:
+        pixels = decode_jpeg(image, buffer=buffer)
+    except ValueError:
+        pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
+    return _flat(pixels, width, height)
+
+
+def _flat(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    if pixels.shape != (height, width, 3):
+        raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels, but the index says {width}×{height}")
+    return pixels.reshape(-1)
 
 
 class Buffers:
