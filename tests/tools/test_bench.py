@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import ROOT, picture, run_tool, the_error
 
 sys.path.append(str(ROOT))
-from tools.bench import fig1
+from tools.bench import fig1, layers
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,25 @@ def test_every_benchmark_explains_itself():
         done = subprocess.run(argv, capture_output=True, text=True)
         assert done.returncode == 0
         assert "--json FILE" in done.stdout
+
+
+@pytest.mark.parametrize(("side", "padding"), [(224, 0), (224, 2), (227, 0), (227, 2)])
+def test_conv1_by_48_channels_has_equal_sums_and_gradients(side, padding):
+    x, weight = (
+        torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, side, side), (8, 3, 11, 11))
+    )
+    ours, theirs = (form(x, weight, padding) for form in (layers.conv1_as_blocks, layers.conv1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, weight)) for out in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_each_layer_is_measured_and_one_that_fails_costs_only_itself(monkeypatch):
+    monkeypatch.setattr(layers, "conv1_as_blocks", None)
+    found = layers.measure("cpu", batch=1, seconds=0.0, dtype=torch.bfloat16)
+    failed = {name for name, result in found.items() if "error" in result}
+    assert failed == {"conv1 padding 2 48 channels", "conv1 padding 0 48 channels"}
+    assert all(result["milliseconds"] > 0 for name, result in found.items() if name not in failed)
+    assert found["lrn1 eager, saves the scale"]["times_copy"] > 0
+    assert {"pool after lrn2", "optimiser sgd", "optimiser velocity", "optimiser lars"} <= found.keys()
