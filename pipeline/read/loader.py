@@ -33,7 +33,7 @@ from .reader import Reader
 from .work import Engine, Output, PixelType, Work, normalised
 
 PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, where batches of 128 one by one cost 5 µs an image
-Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable"]
+Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 
 
 class Batch(NamedTuple):
@@ -49,7 +49,8 @@ class LoaderConfig:
     """How batches are made; nothing here changes what they hold."""
 
     backend: Backend = "auto"
-    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere."""
+    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere; never synthetic,
+    which delivers noise without reading an image, to measure the network alone."""
     threads: int = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: int = 32
@@ -159,7 +160,7 @@ class Loader:
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
             samples_a_task=max(1, min(8, self._part * self.config.prefetch_batches // self.config.read_threads)),
             verify=self.config.verify,
-            always_ahead=self.backend != "portable",
+            always_ahead=self.backend not in ("portable", "synthetic"),
         )
         self._views = 1 if train else self.augment.views
         self._mean, self._std = self._statistics()
@@ -352,6 +353,10 @@ class Loader:
         raw, describe = self.dataset.encoding == "raw", self._reader.describe
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(crop, self._views, self._decoded_type(), self.channels_last, self._std, decode_on)
+        if self.backend == "synthetic":
+            from .synthetic import Synthetic
+
+            return Synthetic(output, rows=self._part * self._views)
         if self.backend == "portable":
             from .portable import Portable
 
@@ -459,6 +464,8 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str
     """What `auto` means on this device, and why; refuses what cannot work there."""
     if backend == "dali-gpu" and device.type != "cuda":
         raise ConfigError(f"loader.backend=dali-gpu needs a CUDA device, not {device}; use portable, dali-cpu or auto")
+    if backend == "synthetic":
+        return backend, "noise: no image is read"
     if backend != "auto":
         return backend, "asked for"
     if device.type != "cuda":
