@@ -41,6 +41,9 @@ class Synthetic:
     def close(self) -> None:
         self._batches = []
 
+    def decoder(self) -> str:
+        return "none: pixels are noise"
+
     def _noise(self, seed: int) -> torch.Tensor:
         """(rows, 3, crop, crop) of the output's dtype and memory format; standard normal, or 0 to 255 for uint8."""
         o = self.output

@@ -47,19 +47,25 @@ def _python(call: str, **extra: str) -> str:
 
 
 def enlarge(root: Path, out: Path) -> Path:
-    """A dataset of ImageNet's size whose index names the images of `root` over and over."""
+    """A dataset of ImageNet's size in `out`, whose index names the images of `root` over and over.
+
+    The images of `root` are also its validation split.
+    """
     dataset = open_dataset(root)
     split = dataset.split("train")
+    for shard in split.shards:
+        (out / shard.name).symlink_to((root / shard.name).resolve())
     index = np.resize(np.asarray(split.index), SAMPLES)
     index = index[np.argsort(index["shard"], kind="stable")]
-    counts = np.bincount(index["shard"])
-    shards = []
-    for shard, count in zip(split.shards, counts.tolist(), strict=True):
-        (out / shard.name).symlink_to((root / shard.name).resolve())
-        shards.append(type(shard)(shard.name, count, shard.bytes, shard.sha256))
-    record = manifest.split_record(shards, "large.npy", write_index(out / "large.npy", index))
-    statistics_ = dataset.manifest["statistics"]
-    manifest.write_manifest(out, {"classes": dataset.classes, "splits": {"train": record}, "statistics": statistics_})
+    counts = np.bincount(index["shard"]).tolist()
+    repeated = [type(shard)(shard.name, n, shard.bytes, shard.sha256) for shard, n in zip(split.shards, counts)]
+    splits = {
+        "train": manifest.split_record(repeated, "large.npy", write_index(out / "large.npy", index)),
+        "val": manifest.split_record(list(split.shards), "once.npy", write_index(out / "once.npy", split.index)),
+    }
+    names = ("dataset", "classes", "statistics", "options")
+    same = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
+    manifest.write_manifest(out, same | {"splits": splits})
     return out
 
 
