@@ -5,8 +5,8 @@
 #   docker/build.sh                                   the locked torch with CUDA, DALI for CUDA 13
 #   TORCH_INDEX=URL DALI=none docker/build.sh         for CPUs, from an index that has torch for them
 #
-# Variables: IMAGE (name:tag), BASE, DALI, TORCH_INDEX, PILLOW_SIMD (docker/Dockerfile), ENGINE (docker, podman, buildah),
-# SCRATCH (buildah's storage, 30 GB at most with CUDA; build/image).
+# Variables: IMAGE (name:tag), BASE, DALI, TORCH_INDEX, PILLOW_SIMD, COMPILER (docker/Dockerfile), ENGINE (docker, podman,
+# buildah), SCRATCH (buildah's storage, 30 GB at most with CUDA; build/image).
 #
 # This host's own package indexes, proxies and certificates are lent to the build and are no part of the image, which is
 # looked through for them at the end. Folders of packages are lent by podman and buildah alone.
@@ -55,7 +55,7 @@ find_engine() {
 
 build() { # ENGINE
   local options=() variable line
-  for variable in BASE DALI TORCH_INDEX PILLOW_SIMD; do
+  for variable in BASE DALI TORCH_INDEX PILLOW_SIMD COMPILER; do
     [[ -z ${!variable:-} ]] || options+=(--build-arg "$variable=${!variable}")
   done
   options+=(--build-arg "VERSION=$VERSION" --build-arg "COMMIT=$(commit)" --build-arg "SOURCE=$(source_url)")

@@ -32,6 +32,14 @@ class DataError(ExpressError):
     code = BAD_DATA
 
 
+class BadSample(DataError):
+    """A sample whose bytes or image are damaged. `sample`: its position in the split's index."""
+
+    def __init__(self, message: str, *, sample: int) -> None:
+        super().__init__(message)
+        self.sample = sample
+
+
 class StorageError(ExpressError):
     """The disk is full, or a folder cannot be read or written."""
 

@@ -112,6 +112,7 @@ def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, acce
     from train.answers import Part, answer
     from train.inputs import Inputs
     from train.launch import local_world
+    from train.parts import pixel_type
 
     groups: list[tuple[Any, Any, list[Any]]] = []  # nets that see the same pixels share a loader
     for model in models:
@@ -134,6 +135,7 @@ def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, acce
                 world=accelerator.num_processes,
                 local_world=local_world(),
                 device=accelerator.device,
+                dtype=pixel_type(accelerator.mixed_precision, accelerator.device),
                 channels_last=True,
                 augment=augment,
             ),

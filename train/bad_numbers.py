@@ -98,7 +98,8 @@ class BadNumbers:
 
     def _loss(self) -> float:
         """Over all ranks, of the step that was told of."""
-        return float(self.run.accelerator.reduce(torch.as_tensor(self.run.finite.loss), "mean"))
+        loss = torch.tensor(self.run.finite.loss, device=self.run.accelerator.device)  # NCCL takes no host tensors
+        return float(self.run.accelerator.reduce(loss, "mean"))
 
 
 def what_is_bad(loss: float) -> str:

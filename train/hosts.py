@@ -228,12 +228,20 @@ def sees(path: Path, text: str, *, seconds: float = 35.0) -> bool:
 
 
 def name_interface() -> None:
-    """Tells gloo the interface that leads to rank 0's host, unless GLOO_SOCKET_IFNAME does: it would take the one that
-    the host's own name stands for, which on many machines is the loopback."""
-    if _world() > int(os.environ.get("LOCAL_WORLD_SIZE", _world())) and "GLOO_SOCKET_IFNAME" not in os.environ:
-        name = interface_to(os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "1")))
-        if name:
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+    """Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that leads to rank 0's host, on several hosts.
+
+    A variable that is set stays. Gloo would take the interface of the host's own name, on many machines the loopback;
+    NCCL the first one it finds, which another host may not reach. If only gloo's is set, NCCL gets the same interface.
+    """
+    if _world() <= int(os.environ.get("LOCAL_WORLD_SIZE", _world())):
+        return
+    name = os.environ.get("GLOO_SOCKET_IFNAME")
+    name = name or interface_to(os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "1")))
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault(
+            "NCCL_SOCKET_IFNAME", f"={name}"
+        )  # "=": NCCL takes a plain name as a prefix, eth1 of eth10
 
 
 SIOCGIFADDR = 0x8915

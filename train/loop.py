@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
@@ -110,7 +111,8 @@ class Run:
             parts.start_from(net, config.model.init, say=self._say)
         self.stepper, self.compiled = parts.make_stepper(net, config, accelerator, self.optim)
         if self._world > 1:
-            self.stepper.settle_buckets(self.loader.ids(0, 0), crop=self.loader.augment.crop)
+            dtype = getattr(torch, self.loader.dtype)
+            self.stepper.settle_buckets(self.loader.ids(0, 0), crop=self.loader.augment.crop, dtype=dtype)
         self.finite = Finite(
             self.bare.parameters(),
             late=accelerator.device.type == "cuda" and config.guard.on_bad_numbers == "stop",
@@ -242,6 +244,7 @@ class Run:
     def _say_what_is_done(self) -> None:
         c, threads = self.config, self.loader.threads
         self.record.say(f"loader: {self.loader.backend} ({self.loader.backend_reason}), {threads} threads a rank")
+        self.record.say(f"decoder: {self.loader.decoder()}")
         self.record.say(f"compiled: {self.compiled}")
         for note in behind_the_end(c):
             self.record.say(note)

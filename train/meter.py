@@ -29,8 +29,12 @@ class Meter:
     def read(self, loader: Loader) -> dict[str, float]:
         """Means over the steps since the last reading; the loss over all ranks. The one host-device synchronisation."""
         loss = float(self.accelerator.reduce(self.loss / self.steps, "mean"))
-        now, wait = time.perf_counter(), loader.stats()["wait_seconds"]
+        now, stats = time.perf_counter(), loader.stats()
+        wait = stats.pop("wait_seconds")
         metrics = self._metrics(loss, self.steps, now - self.last, wait)
+        if stats:  # counts of checked pixels, over all ranks
+            counts = torch.tensor(list(stats.values()), device=self.accelerator.device)
+            metrics |= dict(zip(stats, self.accelerator.reduce(counts, "sum").tolist()))
         self.all_loss, self.all_wait = self.all_loss + loss * self.steps, self.all_wait + wait
         self.all_steps, self.steps, self.loss, self.last = self.all_steps + self.steps, 0, 0.0, now
         return metrics

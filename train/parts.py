@@ -16,6 +16,7 @@ from pipeline.manifest import Dataset
 from pipeline.read import draws, order
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import Loader
+from pipeline.read.work import PixelType
 
 from . import mixing
 from .averaging import Average
@@ -41,6 +42,12 @@ def check_batch(config: Config, *, samples: int, world: int) -> None:
         )
 
 
+def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
+    """What pixels a net is given. On a GPU, bf16 and fp16 nets get float16: their first layer rounds further, and the
+    pixels are half the bytes. On a CPU pixels stay float32, so that runs keep their bits."""
+    return "float16" if device.type == "cuda" and mixed_precision in ("bf16", "fp16") else "float32"
+
+
 def make_loader(
     config: Config, dataset: Dataset, accelerator: Accelerator, *, train: bool, augment: AugmentConfig
 ) -> Loader:
@@ -58,6 +65,7 @@ def make_loader(
         world=accelerator.num_processes,
         local_world=local_world(),
         device=accelerator.device,
+        dtype=pixel_type(accelerator.mixed_precision, accelerator.device),
         channels_last=True,
         augment=augment,
         config=config.loader,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model import AlexNet
 from pipeline.read import draws
 from pipeline.read.loader import Batch
+from pipeline.read.work import to_device
 
 from . import mixing
 from .averaging import Average
@@ -68,8 +69,8 @@ class Stepper:
         seed = self.config.run.seed
         if self.takes_rows:  # masks from coordinates: the same at any world size
             rows = draws.bits(ids, seed=seed, epoch=step, stream=draws.DROPOUT)
-            upper = torch.from_numpy((rows >> np.uint64(32)).astype(np.uint32).view(np.int32))
-            logits: Tensor = self.net(images, upper.to(images.device, non_blocking=True))
+            upper = (rows >> np.uint64(32)).astype(np.uint32).view(np.int32)
+            logits: Tensor = self.net(images, to_device(upper, images.device))
             return logits
         # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
         torch.manual_seed(draws.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
@@ -89,14 +90,14 @@ class Stepper:
     def clear(self) -> None:
         self.optimizer.zero_grad()
 
-    def settle_buckets(self, ids: np.ndarray, *, crop: int) -> None:
-        """A pass over nothing, before the first step; ids: of any step, crop: of its images.
+    def settle_buckets(self, ids: np.ndarray, *, crop: int, dtype: torch.dtype) -> None:
+        """A pass over nothing, before the first step; ids: of any step, crop and dtype: of its images.
 
         After its first backward pass DDP orders its buckets anew. A resumed run has another first step, and would add
         up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
         """
         ids = ids[mixing.chunks(len(ids), self.config.train.accumulate)[0]]
-        images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device)
+        images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device, dtype=dtype)
         images = images.to(memory_format=torch.channels_last)
         buffers = self.buffers()
         self.accelerator.backward(self.logits(images, ids, step=0).sum() * 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 # One stream for each purpose, so that no two purposes share a draw. DROPOUT's number is kept for its masks.
-ORDER, CROP, FLIP, DROPOUT, SHARDS, JITTER, COLOUR = range(7)
+ORDER, CROP, FLIP, DROPOUT, SHARDS, JITTER, COLOUR, CHECK = range(8)
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
 _M1 = 0xBF58476D1CE4E5B9

@@ -13,7 +13,7 @@ from numba import types
 
 from ..compiled import compiled
 from . import checksum
-from .jpeg import cut_short
+from .jpeg import cut_short, is_jpeg_of_size
 
 # What the C library has anyway: called by address, so that compiled code can be kept on disk.
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
@@ -60,3 +60,21 @@ def fetch_images(
         if len(cut):
             cut[i] = rows[i] < height[i] and cut_short(buffer, at[i], size[i], width[i], height[i], rows[i])
     return len(at)
+
+
+@compiled
+def not_plain_jpegs(
+    buffer: np.ndarray, at: np.ndarray, size: np.ndarray, width: np.ndarray, height: np.ndarray
+) -> np.ndarray:
+    """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
+    odd = np.zeros(len(at), np.bool_)
+    for i in range(len(at)):
+        odd[i] = not is_jpeg_of_size(buffer, at[i], size[i], width[i], height[i])
+    return odd
+
+
+def prepare() -> None:
+    """Compiles the kernels, or loads what an earlier process compiled."""
+    none, one = np.zeros(0, np.int64), np.zeros(1, np.uint8)
+    not_plain_jpegs(one, none, none, none, none)
+    fetch_images(one, none, none, none, none, none, False, none, none, none, np.zeros(0, np.bool_))

@@ -16,6 +16,25 @@ ROWS_BELOW = 4
 
 
 @compiled
+def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height: int) -> bool:
+    """Whether data[start : start + size] begins as a JPEG of width × height: only well-formed segments up to the frame
+    header. False also for the rare JPEG with fill bytes there, which is for a decoder to judge."""
+    end, at = start + size, start + 2
+    if size < 4 or data[start] != 0xFF or data[start + 1] != 0xD8:
+        return False
+    while at + 9 < end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+            is_height = (int(data[at + 5]) << 8) + int(data[at + 6])
+            is_width = (int(data[at + 7]) << 8) + int(data[at + 8])
+            return is_height == height and is_width == width
+        if marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xDA:  # none that has a length, or the scan already
+            return False
+        at += 2 + (int(data[at + 2]) << 8) + int(data[at + 3])
+    return False
+
+
+@compiled
 def cut_short(data: np.ndarray, start: int, size: int, width: int, height: int, rows: int) -> bool:
     """Makes the JPEG data[start : start + size] of width × height `rows` high, in place.
 

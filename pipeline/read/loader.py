@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,10 +27,13 @@ from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..geometry import centre_offset
 from ..manifest import Dataset, Statistics, open_dataset
-from . import order
+from . import draws, fetch, order
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, colour_shift, place
 from .reader import Reader
-from .work import Engine, Output, PixelType, Work, normalised
+from .work import Engine, Output, PixelType, Work, to_device
+
+if TYPE_CHECKING:
+    from .pixel_check import PixelCheck
 
 PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, where batches of 128 one by one cost 5 µs an image
 Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
@@ -59,14 +62,28 @@ class LoaderConfig:
     """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
     verify: bool = True
     """Compare each sample's checksum when it is read."""
-    decode: Literal["region", "whole"] = "region"
-    """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it."""
+    decode: Literal["auto", "region", "whole"] = "auto"
+    """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it. auto takes whole on
+    a GPU, whose decoder of regions is unsafe (nvImageCodec issue 55) or falls back to the CPU, and region elsewhere."""
+    verify_pixels: int = -1
+    """One crop in so many is decoded again by libjpeg-turbo, in the background, and compared; 0: none, -1: 250 on a
+    GPU, none on CPUs."""
+    verify_action: Literal["log", "stop"] = "log"
+    """What a crop that differs brings about: a line in the log and a count in the metrics, or the end of the run."""
+    hw_decoder_load: float = 0.65
+    """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(Backend):
             raise ConfigError(f"loader.backend={self.backend}: choose one of {', '.join(get_args(Backend))}")
-        if self.decode not in ("region", "whole"):
-            raise ConfigError(f"loader.decode={self.decode}: choose region or whole")
+        if self.decode not in ("auto", "region", "whole"):
+            raise ConfigError(f"loader.decode={self.decode}: choose auto, region or whole")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ConfigError(f"loader.hw_decoder_load={self.hw_decoder_load}: choose 0 to 1")
+        if self.verify_action not in ("log", "stop"):
+            raise ConfigError(f"loader.verify_action={self.verify_action}: choose log or stop")
+        if self.verify_pixels < -1:
+            raise ConfigError(f"loader.verify_pixels={self.verify_pixels}: choose -1, 0 or more")
         for name, least in (("threads", 0), ("read_threads", 1), ("prefetch_batches", 1)):
             if not least <= getattr(self, name) <= 1024:
                 raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {least} to 1024")
@@ -82,6 +99,7 @@ class _Planned(NamedTuple):
     height: np.ndarray
     placement: Placement
     mean: np.ndarray
+    checked: np.ndarray
 
 
 class Loader:
@@ -158,9 +176,10 @@ class Loader:
             self.split,
             threads=self.config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
-            samples_a_task=max(1, min(8, self._part * self.config.prefetch_batches // self.config.read_threads)),
+            samples_a_task=max(1, min(32, self._part * self.config.prefetch_batches // self.config.read_threads)),
             verify=self.config.verify,
             always_ahead=self.backend not in ("portable", "synthetic"),
+            pinned=self.backend == "dali-gpu",
         )
         self._views = 1 if train else self.augment.views
         self._mean, self._std = self._statistics()
@@ -171,6 +190,13 @@ class Loader:
             self.ids(0, 0)
         importing.result()
         self._engine = self._make_engine()
+        self._check_every = self.config.verify_pixels
+        if self._check_every < 0:
+            self._check_every = 250 if self.device.type == "cuda" else 0
+        if self.backend == "synthetic":
+            self._check_every = 0  # noise is no crop of anything
+        self._check: PixelCheck | None = None  # made with the first batch, as it starts a thread
+        self._reported = (0, 0)
         self._running = False
         self._planned: _Planned | None = None
         self._epoch = self._step = 0
@@ -269,9 +295,19 @@ class Loader:
             yield batch
 
     def stats(self) -> dict[str, float]:
-        """Seconds that the consumer has waited for batches since the last call."""
-        seconds, self._wait_seconds = self._wait_seconds, 0.0
-        return {"wait_seconds": seconds}
+        """Since the last call: seconds that the consumer has waited for batches; if pixels are checked, crops that were
+        checked, and crops that differed."""
+        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds}, 0.0
+        if self._check_every:
+            now = (self._check.checked, self._check.different) if self._check else (0, 0)
+            checked, different = (a - b for a, b in zip(now, self._reported))
+            stats |= {"pixels_checked": checked, "pixels_different": different}
+            self._reported = now
+        return stats
+
+    def decoder(self) -> str:
+        """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""
+        return self._engine.decoder()
 
     def close(self) -> None:
         """Ends all threads and closes all files. The loader cannot be used afterwards."""
@@ -279,6 +315,8 @@ class Loader:
             self._closed = True
             self._stop()
             self._engine.close()
+            if self._check:
+                self._check.close()
             self._reader.close()
 
     def __enter__(self) -> Loader:
@@ -290,6 +328,8 @@ class Loader:
     def _next(self) -> Batch:
         if self._closed:
             raise ConfigError("this loader is closed; make a new one")
+        if self._check and self._check.error and self.config.verify_action == "stop":
+            raise self._check.error
         try:
             if not self._running:
                 self._start()
@@ -298,18 +338,31 @@ class Loader:
             # What is in flight no longer fits the state: whoever iterates again gets this very batch.
             self._stop()
             raise
+        if self._check_every:
+            self._check_pixels(work, images)
         return self._deliver(work, images)
 
+    def _check_pixels(self, work: Work, images: torch.Tensor) -> None:
+        if self._check is None:
+            from .pixel_check import PixelCheck
+
+            self._check = PixelCheck(
+                self._output,
+                raw=self.dataset.encoding == "raw",
+                reader=self._reader,
+                describe=self._reader.describe,
+                decoder=f"{self.backend} ({self.decoder()})",
+            )
+        self._check.add(work, images)
+
     def _deliver(self, work: Work, images: torch.Tensor) -> Batch:
-        meta = torch.from_numpy(np.stack([self._labels[work.ids], work.ids]))
-        if self.device.type == "cuda":
-            meta = meta.pin_memory()
-        meta = meta.to(self.device, non_blocking=True)
+        meta = to_device(np.stack([self._labels[work.ids], work.ids]), self.device)
         images = images.to(self.device, non_blocking=True)
         if self._mean_image is not None:
-            shift = torch.from_numpy(work.mean)[:, :, None, None].to(self.device)  # without the colour's: 0
-            std = torch.ones((), device=self.device)
-            images = normalised(images, self._mean_image + shift, std, getattr(torch, self.dtype))
+            images = images - self._mean_image  # from uint8 to float32 in one pass
+            if self._covariance is not None:
+                images.sub_(to_device(work.mean, self.device)[:, :, None, None])
+            images = images.to(getattr(torch, self.dtype))
         if self._views > 1:
             images = images.view(-1, self._views, *images.shape[1:])
         return Batch(images, meta[0], meta[1])
@@ -326,15 +379,17 @@ class Loader:
         return np.array(mean, np.float32), std if a.normalize == "mean-std" else (1.0, 1.0, 1.0)
 
     def _mean_image_crop(self) -> torch.Tensor | None:
-        """(3, crop, crop) on the device."""
+        """(1, 3, crop, crop) float32 on the device, in the images' memory format: another one would be read across."""
         if self.dtype == "uint8":
             return None
         image = self._measured.mean_image
         if image is None:
             raise ConfigError("augment.normalize=mean-image: the statistics hold no mean image")
-        return torch.from_numpy(mean_image_crop(image, self.augment)).to(self.device)
+        crop = torch.from_numpy(mean_image_crop(image, self.augment))[None].to(self.device)
+        return crop.contiguous(memory_format=torch.channels_last) if self.channels_last else crop
 
     def _import_backend(self) -> None:
+        fetch.prepare()
         if self.backend == "portable":
             from . import portable
 
@@ -353,6 +408,7 @@ class Loader:
         raw, describe = self.dataset.encoding == "raw", self._reader.describe
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(crop, self._views, self._decoded_type(), self.channels_last, self._std, decode_on)
+        self._output = output
         if self.backend == "synthetic":
             from .synthetic import Synthetic
 
@@ -365,7 +421,8 @@ class Loader:
 
         presized = bool((np.minimum(self._width, self._height) == self.augment.resize).all())
         resized = not presized or (self.train and self.augment.scale_jitter is not None)
-        graph = Graph(output, "raw" if raw else "image", resized, whole=c.decode == "whole")
+        whole = self.backend == "dali-gpu" if c.decode == "auto" else c.decode == "whole"
+        graph = Graph(output, "raw" if raw else "image", resized, whole, c.hw_decoder_load)
         return Dali(graph, rows=self._part * self._views, threads=self.threads, depth=depth, describe=describe)
 
     def _start(self) -> None:
@@ -406,7 +463,8 @@ class Loader:
         crops = slice(images.start * self._views, images.stop * self._views)
         read = self._reader.read(p.ids[images])
         placement = Placement(*(column[crops] for column in p.placement))
-        return Work(p.ids[images], p.width[images], p.height[images], placement, p.mean[crops], read)
+        width, height, checked = p.width[images], p.height[images], p.checked[images]
+        return Work(p.ids[images], width, height, placement, p.mean[crops], checked, read)
 
     def _plan_steps(self, epoch: int, step: int) -> _Planned:
         """Many steps at once: of a single batch's plan most would be NumPy's calls, and not its work."""
@@ -417,7 +475,11 @@ class Loader:
         mean = np.broadcast_to(self._mean, (len(placement.box), 3))
         if self._covariance is not None:
             mean = mean - colour_shift(self.augment, ids, self._covariance, seed=self.seed, epoch=epoch)
-        return _Planned(epoch, steps, ids, width, height, placement, np.ascontiguousarray(mean))
+        checked = np.zeros(len(ids), np.bool_)
+        if self._check_every:
+            chosen = draws.bits(ids, seed=self.seed, epoch=epoch, stream=draws.CHECK)
+            checked = chosen % np.uint64(self._check_every) == 0
+        return _Planned(epoch, steps, ids, width, height, placement, np.ascontiguousarray(mean), checked)
 
 
 class LoaderDataset(IterableDataset[Batch]):

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from simplejpeg import decode_jpeg
 
-from ..errors import DataError
 from .fetch import fetch_images
 from .jpeg import ROWS_BELOW, cut_short
 from .kernels import Cropper
-from .work import Output, Work, normalised
+from .reader import new_buffer
+from .work import Output, Work, check_raw_sizes, normalised, to_device, undecodable
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
@@ -42,9 +42,7 @@ def kernel_type(dtype: str, *, on_cpu: bool) -> str:
 
 def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
     """Compiles what a Portable needs for encoded images, or loads what an earlier process compiled."""
-    none, one = np.zeros(0, np.int64), np.zeros(1, np.uint8)
-    fetch_images(one, none, none, none, none, none, False, none, none, none, np.zeros(0, np.bool_))
-    cut_short(one, 0, 1, 1, 1, 1)
+    cut_short(np.zeros(1, np.uint8), 0, 1, 1, 1, 1)
     Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile(raw=False)
 
 
@@ -57,6 +55,7 @@ class Portable:
         self._in_kernel = stored == "float32"
         self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
         self._cropper.compile(raw=raw)
+        self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers = Buffers(pinned=output.device.type == "cuda")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
@@ -89,6 +88,9 @@ class Portable:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def decoder(self) -> str:
+        return "none: pixels are stored" if self.raw else "libjpeg-turbo"
+
     def _fill(self, depth: int) -> None:
         assert self._source is not None
         while len(self._jobs) < depth:
@@ -115,10 +117,7 @@ class Portable:
 
     def _crop_raw(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         width, height, views = work.width[a:b], work.height[a:b], self.output.views
-        if wrong := np.flatnonzero(work.read.size[a:b] != 3 * width * height).tolist():  # the kernel tests no bounds
-            size, i = work.read.size[a + wrong[0]], wrong[0]
-            reason = f"{size} bytes where {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
-            raise self._undecodable(work, a + i, reason)
+        check_raw_sizes(work, a, b, self._describe)  # the kernel checks no bounds
         out, mean, scale = crops.reshape(-1), work.mean.reshape(-1), self._inverse_std
         box, flip = work.placement.box.reshape(-1), work.placement.flip
         with work.read.files(a, b, in_turn=True) as files:
@@ -143,15 +142,9 @@ class Portable:
             try:
                 pixels = self._top(image, w, h, needed) if is_cut else self._decoded(image, w, h)
             except Exception as err:  # Pillow's decoders raise whatever they like
-                raise self._undecodable(work, i, err) from err
+                raise undecodable(work, i, err, self._describe) from err
             for number in range(i * views, (i + 1) * views):
                 crop(pixels, w, h, out, number, box, flip, mean, scale)
-
-    def _undecodable(self, work: Work, i: int, reason: object) -> DataError:
-        return DataError(
-            f"{self._describe(int(work.ids[i]))}: cannot be decoded ({reason});"
-            " shard the data again with --encode jpeg, or without this image"
-        )
 
     def _rows_needed(self, work: Work, start: int, end: int) -> np.ndarray:
         """(n,) int64: how many rows of images [start, end), from the top, their crops are made of."""
@@ -168,20 +161,11 @@ class Portable:
         except ValueError:
             cut_short(image, 0, len(image), width, rows, height)  # as it was, for Pillow
             return self._decoded(image, width, height)
-        return self._checked(pixels, width, rows)
+        return _flat(pixels, width, rows)
 
     def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, valid until this thread's next call."""
-        try:
-            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width))
-        except ValueError:
-            pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
-        return self._checked(pixels, width, height)
-
-    def _checked(self, pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-        if pixels.shape != (height, width, 3):
-            raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels where the index says {width}×{height}")
-        return pixels.reshape(-1)
+        return decode_whole(image, width, height, self._scratch(3 * height * width))
 
     def _scratch(self, size: int) -> np.ndarray:
         """This thread's buffer, of at least `size` bytes."""
@@ -201,9 +185,24 @@ class Portable:
             self._buffers.keep_until_copied(job.crops)
         if self.output.dtype == "uint8":
             return images
-        mean = torch.from_numpy(job.work.mean)[:, :, None, None].to(images.device, non_blocking=True)
-        std = torch.tensor(self.output.std, dtype=torch.float32)[:, None, None].to(images.device, non_blocking=True)
-        return normalised(images, mean, std, dtype)
+        mean = to_device(job.work.mean, images.device)[:, :, None, None]
+        return normalised(images, mean, self._std, dtype)
+
+
+def decode_whole(image: np.ndarray, width: int, height: int, buffer: np.ndarray | None = None) -> np.ndarray:
+    """(height · width · 3,) uint8, RGB, in `buffer` if there is one. Raises what decoders raise; ValueError for an
+    image of another size."""
+    try:
+        pixels = decode_jpeg(image, buffer=buffer)
+    except ValueError:
+        pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
+    return _flat(pixels, width, height)
+
+
+def _flat(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    if pixels.shape != (height, width, 3):
+        raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels, but the index says {width}×{height}")
+    return pixels.reshape(-1)
 
 
 class Buffers:
@@ -219,10 +218,7 @@ class Buffers:
             self._copying.popleft()
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         at = next((i for i, memory in enumerate(self._free) if len(memory) >= size), None)
-        if at is None:
-            memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned).numpy()
-        else:
-            memory = self._free.pop(at)
+        memory = new_buffer(size, pinned=self.pinned) if at is None else self._free.pop(at)
         array: np.ndarray = memory[:size].view(dtype).reshape(shape)
         # A tensor on the array holds the array: when the last one is gone, so is the array, and the memory is free.
         weakref.finalize(array, self._free.append, memory).atexit = False

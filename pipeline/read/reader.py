@@ -1,8 +1,9 @@
 """Bytes of samples from local shards, by their ids, each one checked.
 
-Where storage has to be waited for, a pool keeps many reads in flight, batches ahead, into reused buffers. Where the
-operating system holds the bytes already, a pool would cost more than it hides, and whoever decodes images reads them
-himself, a block at a time. The reader finds out which: the system counts how often a thread had to wait.
+If storage has to be waited for, a pool keeps many reads in flight, batches ahead, into reused buffers. If the
+operating system holds the bytes already, a pool would cost more than it hides, and the threads that decode images read
+them, a block at a time. The reader finds out which: the system counts how often a thread had to wait. Both ways read
+and verify by one compiled call per block, which does not hold the GIL.
 
 pread and not mmap: a map was a little faster from the page cache, but ends the process where somebody cuts a shard
 short, and is slow on network filesystems.
@@ -18,15 +19,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from ..errors import DataError, StorageError
+from ..errors import BadSample, StorageError
 from ..manifest import Split
 from ..shards import crc32, sample_key
 from . import checksum
-from .fetch import IN_MEMORY, fetch_images
+from .fetch import IN_MEMORY, fetch_images, not_plain_jpegs
 
 # Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
 MAX_OPEN = 512
@@ -50,7 +51,20 @@ class Files(NamedTuple):
     verify: bool
 
 
-NOTHING = np.zeros(0, np.int64)
+NOTHING, NO_CUTS = np.zeros(0, np.int64), np.zeros(0, np.bool_)
+NOT_OPEN = -1
+
+
+def fetch(files: Files) -> int:
+    """Reads and verifies n images, without the GIL if the processor can; returns the number of the first that fails,
+    or n."""
+    in_kernel = checksum.AVAILABLE or not files.verify
+    n = fetch_images(*files._replace(verify=files.verify and in_kernel), NOTHING, NOTHING, NOTHING, NO_CUTS)
+    if not in_kernel:
+        for i, (at, size, crc) in enumerate(zip(files.at[:n], files.size, files.crc32)):
+            if crc32(files.buffer[at : at + size]) != crc:
+                return i
+    return int(n)
 
 
 class ReadBatch:
@@ -75,16 +89,21 @@ class ReadBatch:
         reader, step, n = self._reader, self._reader.samples_a_task, len(self.ids)
         self._at = np.cumsum(self.size) - self.size
         self._buffer = reader.buffer(int(self.size.sum()))
-        self._tasks = [
-            reader.pool.submit(self._read_ahead, list(range(i, min(i + step, n)))) for i in range(0, n, step)
-        ]
+        self._tasks = [reader.pool.submit(self._read_ahead, i, min(i + step, n)) for i in range(0, n, step)]
 
-    def _read_ahead(self, images: list[int]) -> None:
-        """A pool thread's task."""
+    def _read_ahead(self, a: int, b: int) -> None:
+        """A pool thread's task: images [a, b)."""
         assert self._buffer is not None
-        for i in images:
-            at, size = int(self._at[i]), int(self.size[i])
-            self._reader.read_one(self, i, self._buffer[at : at + size], verify=self._reader.verify_ahead)
+        reader = self._reader
+        while a < b:
+            part = slice(a, b)
+            with reader.files.several(self.shard[part]) as fds:
+                columns = self.offset[part], self.size[part], self.crc32[part], reader.verify_ahead
+                a += fetch(Files(self._buffer, self._at[part], fds, *columns))
+            if a < b:  # read once more by Python, which knows the reason; a read that was only interrupted succeeds
+                image = self._buffer[int(self._at[a]) :][: int(self.size[a])]
+                reader.read_one(self, a, image, verify=reader.verify_ahead)
+                a += 1
 
     @contextmanager
     def files(self, a: int, b: int, *, in_turn: bool = False) -> Iterator[Files]:
@@ -107,19 +126,15 @@ class ReadBatch:
         in_turn = in_turn and (checksum.AVAILABLE or not verify)
         at = np.zeros_like(size) if in_turn else np.cumsum(size) - size
         buffer = reader.own_buffer(int((at + size).max()))
-        with reader.files.several(self.shard[part].tolist()) as fds, reader.watched(b - a):
-            files = Files(buffer, at, np.array(fds), offset, size, crc, verify)
+        with reader.files.several(self.shard[part]) as fds, reader.watched(b - a):
+            files = Files(buffer, at, fds, offset, size, crc, verify)
             yield self._verified_here(files, a) if verify and not checksum.AVAILABLE else files
 
     def _verified_here(self, files: Files, a: int) -> Files:
         """Where kernels cannot verify: the same, in memory and verified."""
-        none = np.zeros(0, np.bool_)
-        n = fetch_images(*files._replace(verify=False), NOTHING, NOTHING, NOTHING, none)
+        n = fetch(files)
         if n < len(files.at):
             self.refuse(a + n)
-        for i, (at, size, crc) in enumerate(zip(files.at, files.size, files.crc32, strict=True)):
-            if crc32(files.buffer[at : at + size]) != crc:
-                self.refuse(a + i)
         return files._replace(fds=np.full(len(files.at), IN_MEMORY), verify=False)
 
     def refuse(self, i: int) -> NoReturn:
@@ -128,15 +143,20 @@ class ReadBatch:
             self._reader.read_one(self, i, np.empty(int(self.size[i]), np.uint8), verify=self._reader.verify)
         raise self._reader.changed(int(self.ids[i]))
 
-    def wait(self) -> list[np.ndarray]:
+    def wait(self) -> list[memoryview]:
         """The stored bytes of all images, verified, valid until release(). Raises DataError or StorageError."""
         assert self._reader.always_ahead
         self.ahead()
         for task in self._tasks:
             task.result()
         assert self._buffer is not None
-        ends = (self._at + self.size).tolist()
-        return [self._buffer[at:end] for at, end in zip(self._at.tolist(), ends, strict=True)]
+        whole = self._buffer.data  # half the cost of an array's slices
+        return [whole[at:end] for at, end in zip(self._at.tolist(), (self._at + self.size).tolist(), strict=True)]
+
+    def not_plain_jpegs(self, width: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """The numbers of those images that do not begin as JPEGs of (n,) width × height. After wait()."""
+        odd: np.ndarray = np.flatnonzero(not_plain_jpegs(self._buffer, self._at, self.size, width, height))
+        return odd
 
     def cancel(self) -> None:
         for task in self._tasks:
@@ -150,8 +170,9 @@ class ReadBatch:
 class Reader:
     """Reads samples of one split by their ids.
 
-    threads: reads in flight where storage is slow. samples_a_task: how many a thread reads in turn; a task costs 15 µs.
-    always_ahead: for consumers that neither read nor verify themselves.
+    threads: reads in flight if storage is slow. samples_a_task: how many a thread reads in turn; a task costs 15 µs.
+    always_ahead: for consumers that neither read nor verify themselves. pinned: buffers are page-locked, so that a
+        GPU copies from them without another copy on the host.
     """
 
     def __init__(
@@ -162,8 +183,9 @@ class Reader:
         samples_a_task: int = 4,
         verify: bool = True,
         always_ahead: bool = False,
+        pinned: bool = False,
     ) -> None:
-        self.split, self.verify, self.always_ahead = split, verify, always_ahead
+        self.split, self.verify, self.always_ahead, self.pinned = split, verify, always_ahead, pinned
         self.verify_ahead = verify and always_ahead
         self.samples_a_task = samples_a_task
         index = split.index
@@ -202,7 +224,7 @@ class Reader:
         while self.free:
             if len(buffer := self.free.pop()) >= size:
                 return buffer
-        return np.empty(size + size // 4, np.uint8)
+        return new_buffer(size + size // 4, pinned=self.pinned)
 
     def own_buffer(self, size: int) -> np.ndarray:
         """This thread's, of at least `size` bytes."""
@@ -240,11 +262,19 @@ class Reader:
         if verify and crc32(image) != batch.crc32[i]:
             raise self.changed(sample)
 
-    def changed(self, sample: int) -> DataError:
+    def stored(self, sample: int) -> np.ndarray:
+        """One image's bytes, as stored. Raises BadSample or StorageError."""
+        batch = ReadBatch(self, np.array([sample]))
+        image = np.empty(int(batch.size[0]), np.uint8)
+        self.read_one(batch, 0, image, verify=self.verify)
+        return image
+
+    def changed(self, sample: int) -> BadSample:
         return self._bad(sample, "its bytes changed since they were written (checksum)")
 
-    def _bad(self, sample: int, reason: str) -> DataError:
-        return DataError(f"{self.describe(sample)}: {reason}; copy the shard again or shard the data again")
+    def _bad(self, sample: int, reason: str) -> BadSample:
+        cure = "copy the shard again or shard the data again"
+        return BadSample(f"{self.describe(sample)}: {reason}; {cure}", sample=sample)
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""
@@ -256,6 +286,16 @@ class Reader:
         self.files.close()
 
 
+def new_buffer(size: int, *, pinned: bool) -> np.ndarray:
+    """(size,) uint8, not initialised. torch is imported for pinned memory alone."""
+    if not pinned:
+        return np.empty(size, np.uint8)
+    import torch
+
+    buffer: np.ndarray = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return buffer
+
+
 class OpenFiles:
     """File descriptors by shard number: opened when needed, at most MAX_OPEN kept, none closed while in use."""
 
@@ -263,28 +303,26 @@ class OpenFiles:
         self.paths = paths
         self._lock = threading.Lock()
         self._open: OrderedDict[int, list[int]] = OrderedDict()  # shard → [descriptor, users], oldest use first
-        self._kept: list[int | None] = [None] * len(paths)  # of few shards, all stay open: no lock, no count of users
+        self._kept = np.full(len(paths), NOT_OPEN)  # few shards all stay open: no lock, no count of users
 
     def open(self, shard: int) -> AbstractContextManager[int]:
         """The shard's descriptor, for as long as the block lasts."""
         if len(self.paths) > MAX_OPEN:
             return self._borrowed(shard)
-        descriptor = self._kept[shard]
-        if descriptor is None:
+        if self._kept[shard] == NOT_OPEN:
             with self._lock:
-                descriptor = self._kept[shard]
-                if descriptor is None:
-                    descriptor = self._kept[shard] = self._descriptor(shard)
-        return nullcontext(descriptor)
+                if self._kept[shard] == NOT_OPEN:
+                    self._kept[shard] = self._descriptor(shard)
+        return nullcontext(int(self._kept[shard]))
 
     @contextmanager
-    def several(self, shards: list[int]) -> Iterator[list[int]]:
-        """The descriptor of each, for as long as the block lasts."""
-        if len(self.paths) <= MAX_OPEN and None not in (kept := [self._kept[shard] for shard in shards]):
-            yield cast("list[int]", kept)
+    def several(self, shards: np.ndarray) -> Iterator[np.ndarray]:
+        """(n,) int64: the descriptor of each of (n,) shards, for as long as the block lasts."""
+        if len(self.paths) <= MAX_OPEN and (kept := self._kept[shards]).min(initial=0) != NOT_OPEN:
+            yield kept
             return
         with ExitStack() as stack:
-            yield [stack.enter_context(self.open(shard)) for shard in shards]
+            yield np.array([stack.enter_context(self.open(shard)) for shard in shards.tolist()], np.int64)
 
     @contextmanager
     def _borrowed(self, shard: int) -> Iterator[int]:
@@ -318,7 +356,7 @@ class OpenFiles:
 
     def close(self) -> None:
         with self._lock:
-            for fd in (*(fd for fd, _ in self._open.values()), *(fd for fd in self._kept if fd is not None)):
+            for fd in (*(fd for fd, _ in self._open.values()), *self._kept[self._kept != NOT_OPEN].tolist()):
                 os.close(fd)
             self._open.clear()
-            self._kept = [None] * len(self.paths)
+            self._kept[:] = NOT_OPEN

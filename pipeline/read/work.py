@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from ..errors import BadSample
 from .augment import Placement
 from .reader import ReadBatch
 
@@ -23,6 +24,7 @@ class Work(NamedTuple):
     height: np.ndarray
     placement: Placement
     mean: np.ndarray  # (rows, 3) float32: what to subtract, the colour shift with it
+    checked: np.ndarray  # (n,) bool: whose pixels are compared with the reference decoder's
     read: ReadBatch
 
 
@@ -52,6 +54,56 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends the threads; after stop()."""
+
+    def decoder(self) -> str:
+        """Which decoder turns stored bytes into pixels, for a log line."""
+
+
+def undecodable(work: Work, number: int, reason: object, describe: Callable[[int], str]) -> BadSample:
+    """The error for image `number` of a batch, which a backend's decoder rejects."""
+    sample = int(work.ids[number])
+    return BadSample(
+        f"{describe(sample)}: cannot be decoded ({reason});"
+        " shard the data again with --encode jpeg, or without this image",
+        sample=sample,
+    )
+
+
+def check_raw_sizes(work: Work, start: int, end: int, describe: Callable[[int], str]) -> None:
+    """Raises BadSample if one of images [start, end) of a batch has not the bytes of its width × height pixels."""
+    part = slice(start, end)
+    size, width, height = work.read.size[part], work.width[part], work.height[part]
+    for i in np.flatnonzero(size != 3 * width * height)[:1].tolist():
+        reason = f"{size[i]} bytes, but {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
+        raise undecodable(work, start + i, reason, describe)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device that the host does not wait for: on its way to a GPU it goes through pinned memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A tensor on its way to the host, from a GPU to pinned memory: making one does not wait for the GPU."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._event: Any = None
+        if values.device.type != "cuda":
+            self._values = values.clone()
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+
+    def read(self) -> torch.Tensor:
+        """The values, on the host. Waits for the copy and for nothing that was queued after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
 
 
 def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

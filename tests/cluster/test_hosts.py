@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,30 @@ def test_the_code_digest_is_of_every_line(monkeypatch, tmp_path):
 def test_the_interface_of_an_address_is_found_and_the_loopback_is_none():
     assert hosts.interface_to("127.0.0.1", 1) is None
     assert hosts.interface_to("no.such.host.invalid", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("world", "found", "given", "gloo", "nccl"),
+    [
+        (4, "eth1", {}, "eth1", "=eth1"),
+        (4, "eth1", {"NCCL_SOCKET_IFNAME": "ib0"}, "eth1", "ib0"),
+        (4, "eth1", {"GLOO_SOCKET_IFNAME": "eth2"}, "eth2", "=eth2"),
+        (4, "eth1", {"GLOO_SOCKET_IFNAME": "eth2", "NCCL_SOCKET_IFNAME": "^docker"}, "eth2", "^docker"),
+        (4, None, {}, None, None),  # the loopback, or an address that cannot be resolved
+        (2, "eth1", {}, None, None),  # a single host
+    ],
+)  # fmt: skip
+def test_gloo_and_nccl_get_the_interface_to_rank_0_unless_it_is_set(monkeypatch, world, found, given, gloo, nccl):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what name_interface sets is removed after the test
+        monkeypatch.delenv(name)
+    job = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (job | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts, "interface_to", lambda host, port: found)
+    hosts.name_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo
+    assert os.environ.get("NCCL_SOCKET_IFNAME") == nccl
 
 
 # Two launchers

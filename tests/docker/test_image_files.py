@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -111,7 +113,8 @@ def test_the_context_is_the_source_and_nothing_else():
     assert [path for path in outside if in_context(path)] == []
     ours = [p for top in ("pipeline", "model", "train", "tools") for p in (ROOT / top).rglob("*.py")]
     ours += [*DOCKER.glob("accelerate/*.yaml"), *DOCKER.glob("requirements*.txt"), DOCKER / "entrypoint.sh"]
-    ours += [DOCKER / "healthcheck.py", ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"]
+    ours += [DOCKER / "check_compiler.py", DOCKER / "healthcheck.py"]
+    ours += [ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "LICENSE"]
     assert [p for p in ours if not in_context(str(p.relative_to(ROOT)))] == []
     size = sum(p.stat().st_size for top in ("pipeline", "model", "train", "tools") for p in (ROOT / top).rglob("*")
                if p.is_file() and in_context(str(p.relative_to(ROOT))))  # fmt: skip
@@ -130,7 +133,48 @@ def test_the_image_runs_as_a_numbered_user_under_tini_with_a_health_check():
     assert "HEALTHCHECK" in last
     for label in ("title", "description", "version", "revision", "source", "licenses"):
         assert f"org.opencontainers.image.{label}=" in last
-    assert not re.search(r"\b(gcc|g\+\+|make|build-essential|\S+-dev)\b", re.sub(r"#.*", "", last))
+
+
+def test_the_image_has_a_checked_compiler_that_the_argument_COMPILER_leaves_out():
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    (step,) = re.findall(r"^ARG COMPILER=1\n(?:#.*\n)*(RUN (?:.*\\\n)*.*\n)", last, flags=re.MULTILINE)
+    before, after = (re.sub(r"#.*", "", text) for text in last.split(step))
+    assert "requirements-torch.txt" in before  # Triton and its headers are there when it is checked
+    assert not re.search(r"\b(gcc|g\+\+|make|build-essential|\S+-dev)\b", before + after)
+    condition, *commands = [line.strip().removesuffix("\\").strip() for line in step.splitlines()[3:]]
+    assert condition == 'if [ "${COMPILER}" = 1 ]; then'
+    assert "&& apt-get install -y --no-install-recommends gcc g++ libc6-dev" in commands
+    assert '&& { [ -e "$headers" ] || apt-get install -y --no-install-recommends python3-dev; }' in commands
+    assert commands[-2:] == ["&& /opt/venv/bin/python -B /build/check_compiler.py;", "fi"]
+
+
+def check_compiler(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("triton")
+    bare = {"TRITON_HOME": str(folder), "TMPDIR": str(folder), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-B", str(DOCKER / "check_compiler.py")]
+    return subprocess.run(command, env=bare | env, capture_output=True, text=True)
+
+
+HAS_COMPILER = shutil.which("gcc") and shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs gcc, g++ and Python.h")
+def test_the_compiler_check_passes_with_gcc_and_gxx_and_fails_without_gxx(tmp_path):
+    assert "Triton compiles and loads a module in C and in C++" in check_compiler(tmp_path).stdout
+    assert "FileNotFoundError" in check_compiler(tmp_path, CXX="/nowhere/g++").stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compiler_check_fails_without_a_compiler(tmp_path):
+    done = check_compiler(tmp_path, PATH="")
+    assert done.returncode == 1
+    assert "Failed to find C compiler" in done.stderr
+
+
+def test_the_image_asks_for_the_hardware_decoder_and_any_user_can_write_triton_s_cache():
+    env = dict(re.findall(r"\b([A-Z_]+)=(\S+)", DOCKERFILE.split("\nENV ")[-1]))
+    assert env["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility,video"
+    assert env["TRITON_HOME"] == env["XDG_CACHE_HOME"] == "/tmp/cache"
 
 
 def test_every_argument_is_explained_and_no_base_floats():

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
-from pipeline.read import checksum, kernels, portable
+from pipeline.read import checksum, kernels, portable, reader
 from pipeline.read.jpeg import cut_short
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
@@ -112,7 +112,7 @@ def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monke
 
 def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkeypatch):
     with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
-        monkeypatch.setattr(loader._reader, "read_one", fail)  # of whoever reads ahead
+        monkeypatch.setattr(reader, "fetch_images", fail)  # of the threads that read ahead
         monkeypatch.setattr(portable, "fetch_images", fail)
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             next(iter(loader))
@@ -164,21 +164,14 @@ def test_memory_stays_as_it_is_over_20_epochs(thousand, backend):
 
 
 def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(thousand, monkeypatch):
-    lock, now, most = threading.Lock(), [0], [0]
-    preadv, fetch_images = os.preadv, portable.fetch_images
-
-    def slow(*args):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        time.sleep(0.002)
-        with lock:
-            now[0] -= 1
-        return preadv(*args)
+    fetch_images, together = reader.fetch_images, threading.Barrier(32, timeout=60)
+    waiting = iter(range(32))
 
     def slow_block(buffer, at, fds, *args):
         for fd in fds:
             time.sleep(0.002 * (fd >= 0))
+        if threading.current_thread().name.startswith("express-read") and next(waiting, None) is not None:
+            together.wait()  # passes once 32 threads read at the same time
         return fetch_images(buffer, at, fds, *args)
 
     def readers():
@@ -187,13 +180,13 @@ def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(tho
     with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
         assert len(list(loader)) == 7
         assert readers() == 0
-    monkeypatch.setattr(os, "preadv", slow)
     monkeypatch.setattr(portable, "fetch_images", slow_block)
+    monkeypatch.setattr(reader, "fetch_images", slow_block)
     with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
         expected = loader.ids(0, 2).tolist()
         assert [b.ids.tolist() for b in loader][2] == expected
         assert readers() == 32
-    assert most[0] >= 32
+    assert next(waiting, None) is None
 
 
 def test_a_shard_that_shrinks_under_the_decoding_threads_is_named_and_ends_no_process(thousand, tmp_path):

@@ -32,7 +32,7 @@ def test_batches_in_flight_do_not_disturb_each_other_and_buffers_are_reused(spli
             for sample, image in zip(ids, batch.wait()):
                 assert zlib_ng.crc32(image) == split.index["crc32"][sample]
         for batch in batches:
-            buffers.add(batch.wait()[0].base.ctypes.data)
+            buffers.add(np.frombuffer(batch.wait()[0], np.uint8).ctypes.data)
             batch.release()
     assert len(buffers) < 15
     r.close()

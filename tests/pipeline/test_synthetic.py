@@ -60,6 +60,14 @@ def test_no_byte_of_a_shard_is_read(shards, tmp_path):
         list(loader)
 
 
+def test_noise_is_not_compared_with_the_stored_images(shards):
+    config = LoaderConfig("synthetic", verify_pixels=1, verify_action="stop")
+    with Loader(shards["jpeg"], batch=3, augment=VIEW, config=config) as loader:
+        for _ in range(3):
+            list(loader)
+        assert "pixels_different" not in loader.stats()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_auto_never_chooses_it(device):
     assert choose_backend("auto", torch.device(device))[0] != "synthetic"

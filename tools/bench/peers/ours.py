@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
-from pipeline.read import portable
+from pipeline.read import portable, reader
 from tools.bench.peers.common import arguments, measure
 
 
 def slow_storage(seconds: float) -> None:
     """As if nothing were cached and every read took so long: each read waits, whoever does it. Of encoded images."""
-    read, fetch_images = os.preadv, portable.fetch_images
+    read, fetch_images = os.preadv, reader.fetch_images
 
     def delayed(*args: object) -> int:
         time.sleep(seconds)
@@ -31,7 +31,7 @@ def slow_storage(seconds: float) -> None:
                 time.sleep(seconds)
         return fetch_images(buffer, at, fds, *args)
 
-    os.preadv, portable.fetch_images = delayed, delayed_block
+    os.preadv, portable.fetch_images, reader.fetch_images = delayed, delayed_block, delayed_block
 
 
 def main() -> None:

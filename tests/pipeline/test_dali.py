@@ -1,0 +1,143 @@
+"""The DALI backend's graph and failures, as far as they can be seen without a GPU."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
+from pipeline.errors import BadSample, ConfigError
+from pipeline.read import dali
+from pipeline.read.work import Output
+from pipeline.shards import Sample, write_index, write_shard
+from tests.conftest import picture
+
+VIEW = AugmentConfig(resize=32, crop=24)
+
+
+def output(device: str, views: int = 1) -> Output:
+    return Output(24, views, "float32", True, (1.0, 1.0, 1.0), torch.device(device))
+
+
+# What is decoded, and by which decoder
+
+
+@pytest.mark.parametrize(
+    ("backend", "decode", "whole"),
+    [("dali-gpu", "auto", True), ("dali-gpu", "region", False), ("dali-gpu", "whole", True),
+     ("dali-cpu", "auto", False), ("dali-cpu", "region", False), ("dali-cpu", "whole", True)],
+)  # fmt: skip
+def test_a_gpu_decodes_whole_images_unless_asked_for_regions(shards, monkeypatch, backend, decode, whole):
+    graphs = []
+    monkeypatch.setattr(dali, "Dali", lambda graph, **_: graphs.append(graph))
+    loader = Loader(shards["jpeg"], batch=4, config=LoaderConfig("dali-cpu", decode=decode, hw_decoder_load=0.9))
+    loader.backend = backend
+    loader._make_engine()
+    assert [graph.whole for graph in graphs][-1] is whole
+    assert graphs[-1].hw_decoder_load == 0.9
+
+
+def test_the_hardware_decoders_load_is_given_to_decoders_on_a_gpu_alone():
+    on_gpu, on_cpu = (dali.Graph(output(d), "image", False, True, 0.9)._decoding() for d in ("cuda:0", "cpu"))
+    assert (on_gpu["device"], on_gpu["hw_decoder_load"]) == ("mixed", 0.9)
+    assert on_cpu["device"] == "cpu"
+    assert "hw_decoder_load" not in on_cpu
+
+
+@pytest.mark.parametrize("bad", [{"decode": "half"}, {"hw_decoder_load": -0.1}, {"hw_decoder_load": 1.5}])
+def test_other_values_are_rejected_by_name(bad):
+    with pytest.raises(ConfigError, match=rf"loader\.{next(iter(bad))}=.*choose"):
+        LoaderConfig(**bad)
+
+
+def test_the_decoder_in_use_is_named_with_what_is_missing(monkeypatch):
+    graph = dali.Graph(output("cuda:0"), "image", False, True, 0.9)
+    monkeypatch.setattr(dali.Graph, "why_not_decoded", lambda *_, **__: None)
+    for libnvcuvid, ending in (
+        (True, "hardware decoder load 0.9, libnvcuvid loads"),
+        (False, "libnvcuvid does not load: no hardware decoder; a container needs "
+                "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"),
+    ):  # fmt: skip
+        found = {"nvjpeg": "13.3.2", "libnvjpeg": "libnvjpeg.so.13", "libnvcuvid": libnvcuvid}
+        monkeypatch.setattr(dali, "decoder_facts", lambda found=found: found)
+        assert graph.decoder().startswith("nvJPEG 13.3.2, ")
+        assert graph.decoder().endswith(ending)
+
+
+def test_nvjpegs_version_is_read_from_the_library_that_is_mapped(shards):
+    with Loader(shards["jpeg"], batch=4, config=LoaderConfig("dali-cpu"), augment=AugmentConfig()) as loader:
+        next(iter(loader))
+        assert loader.decoder() == "libjpeg-turbo, by DALI"
+    found = dali.decoder_facts()
+    assert found["libnvjpeg"].startswith("libnvjpeg.so")
+    assert int(found["nvjpeg"].split(".")[0]) >= 12
+    assert found["libnvcuvid"] is dali._loads("libnvcuvid.so.1")
+
+
+# Which image a failed batch fails by
+
+
+def jpeg(side: int = 32) -> bytes:
+    out = io.BytesIO()
+    picture(np.random.default_rng(0), side, side).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def dali_only() -> bytes:
+    """An image that Pillow and libjpeg-turbo take: bytes between two segments are passed over."""
+    good = jpeg()
+    end = 4 + int.from_bytes(good[4:6], "big")
+    return good[:end] + b"\0\1\2" + good[end:]
+
+
+POISON = {
+    "truncated": lambda: jpeg()[: len(jpeg()) * 2 // 3],
+    "bad header": lambda: jpeg()[:20] + b"\xff" * 40 + jpeg()[60:],
+    "text": lambda: b"<html>not found</html>" * 40,
+    "rejected by DALI alone": dali_only,
+}
+
+
+def poisoned(root, poison: bytes, *, count: int, at: int):
+    images = [jpeg()] * count
+    images[at] = poison
+    shard, rows = write_shard(root / "x.tar", (Sample(f"s{i}", im, 0, 32, 32) for i, im in enumerate(images)), number=0)
+    split = manifest.split_record([shard], "x.npy", write_index(root / "x.npy", rows))
+    statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    manifest.write_manifest(root, {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
+    return root
+
+
+@pytest.mark.parametrize("views", [1, 10])
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("kind", list(POISON))
+def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
+    tmp_path, monkeypatch, kind, place, views
+):
+    at = 0 if place == "first" else 1023
+    root, built, build = poisoned(tmp_path, POISON[kind](), count=1024, at=at), [], dali.Graph.why_not_decoded
+
+    def counted(self, images, **kwargs):
+        built.append(len(images))
+        return build(self, images, **kwargs)
+
+    monkeypatch.setattr(dali.Graph, "why_not_decoded", counted)
+    view = AugmentConfig(resize=32, crop=24, views=views)
+    with Loader(root, batch=1024, train=False, augment=view, config=LoaderConfig("dali-cpu")) as loader:
+        with pytest.raises(BadSample, match=rf"x\.tar: sample {at} \('s{at}'\) .*cannot be decoded") as caught:
+            next(iter(loader))
+        assert caught.value.sample == at
+    assert len(built) <= 14
+    assert sum(built) <= 3 * 1024  # images decoded once more
+
+
+def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):
+    """As on a GPU whose driver has failed: DALI then rejects every image."""
+    with Loader(shards["jpeg"], batch=4, augment=AugmentConfig(), config=LoaderConfig("dali-cpu")) as loader:
+        next(iter(loader))
+        monkeypatch.setattr(dali.Graph, "why_not_decoded", lambda *_, **__: "CUDA error")
+        err = RuntimeError("CUDA error: an illegal memory access was encountered")
+        assert loader._engine._explain(err) is err

@@ -1,0 +1,115 @@
+"""The DALI feed's Python work: the part of handing images to DALI that holds the interpreter's lock."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import AugmentConfig, Loader, LoaderConfig
+from pipeline.files import write_json
+from pipeline.read import dali, reader
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.images import Encoding
+from pipeline.write.sources import ImageFolder
+from tools.bench.loader import unpacked
+from train import environment
+
+
+class NoDecode(dali.Graph):
+    """The real graph's external source, with an operator behind it that does nothing."""
+
+    def _cropped(self, stored: Any, a: Any, b: Any) -> Any:
+        return stored, a, b
+
+    _resampled = _cropped
+
+    def _normalised(self, images: Any, mirror: Any, _: Any) -> Any:
+        return *images, mirror
+
+
+class CpuTime:
+    """CPU seconds of every thread inside the wrapped functions."""
+
+    def __init__(self) -> None:
+        self.seconds, self._lock = 0.0, threading.Lock()
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                with self._lock:
+                    self.seconds += time.thread_time() - started
+
+        return timed
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--images", type=Path, required=True, help="class folders of JPEGs, or a tar of them")
+    p.add_argument("--batch", type=int, default=256, help="images a batch (%(default)s)")
+    p.add_argument("--batches", type=int, default=200, help="of one measurement (%(default)s)")
+    p.add_argument("--rounds", type=int, default=5, help="measurements (%(default)s)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
+    p.set_defaults(run=run)
+
+
+def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
+    """Per image: all CPU time of the Python threads but the compiled reads, and DALI's own part of it."""
+    pool, compiled, source = CpuTime(), CpuTime(), CpuTime()
+    tasks, fetch = reader.ReadBatch._read_ahead, reader.fetch_images
+    reader.ReadBatch._read_ahead = pool.of(tasks)  # type: ignore[method-assign]
+    reader.fetch_images = compiled.of(fetch)
+    try:
+        view, config = AugmentConfig(square=False), LoaderConfig("dali-cpu", threads=1)
+        with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
+            engine: Any = loader._engine
+            engine.graph = NoDecode(**vars(engine.graph))
+            loader._source = source.of(loader._source)  # type: ignore[method-assign]
+            loader._start()
+            for number in range(batches + 8):
+                if number == 8:  # after the first batches: pages and kernels are warm
+                    started = time.thread_time()
+                    pool.seconds = compiled.seconds = source.seconds = 0.0
+                engine._pipeline.run()
+                engine._retire(engine._decoding.popleft().read)
+            consumer = time.thread_time() - started
+            engine.stop()
+    finally:
+        reader.ReadBatch._read_ahead, reader.fetch_images = tasks, fetch  # type: ignore[method-assign]
+    images = batches * batch / 1e6
+    return {
+        "python_and_dali": round((consumer + pool.seconds - compiled.seconds) / images, 2),
+        "of_it_planning": round(source.seconds / images, 2),
+        "of_it_reader_threads": round((pool.seconds - compiled.seconds) / images, 2),
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="imagenet-express-") as scratch:
+        images = unpacked(args.images, Path(scratch) / "images")
+        build(Plan(ImageFolder(images), Options(Encoding("jpeg"), samples_per_shard=250)), Path(scratch) / "jpeg")
+        rounds = [
+            microseconds(Path(scratch) / "jpeg", batch=args.batch, batches=args.batches) for _ in range(args.rounds)
+        ]
+    medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    print("\n".join(f"{name}: {value} µs an image" for name, value in medians.items()))
+    if args.json:
+        write_json(
+            args.json,
+            {
+                "what": "CPU microseconds an image of Python's threads, feeding DALI on a CPU without decoding;"
+                " the compiled reads, which do not hold the GIL, are left out",
+                "command": f"python tools/bench feed --images {args.images.name}",
+                "settings": {"batch": args.batch, "batches": args.batches, "rounds": args.rounds},
+                "environment": environment.describe(),
+                "medians": medians,
+                "rounds": rounds,
+            },
+        )
