@@ -34,7 +34,7 @@ class Proof:
         return self.device.startswith("cuda")
 
     def batch(self, full: int) -> int:
-        return full // 128 if self.tiny else full
+        return max(2, full // 256) if self.tiny else full
 
     def seconds_left(self) -> float:
         """For a program that the step runs; the step needs a little itself, to report what took too long."""

@@ -49,6 +49,7 @@ STEPS = {
     "loader": Step(grid.loader_grid, "B", 130, "images"),
     "fed-1024": Step(partial(training.fed, full_batch=1024), "B", 75, "images"),
     "fed-256": Step(partial(training.fed, full_batch=256), "B", 60, "images", in_tiny=False),
+    "pixels": Step(preflight.real_pixels, "B", 30, "images", in_tiny=False),
     "region": Step(grid.region_cells, "B", 60, "images"),
     "cifar-seed": Step(partial(training.cifar, recipe="seed"), "B", 100, "cifar"),
     "cifar-modern": Step(partial(training.cifar, recipe="modern"), "B", 100, "cifar"),

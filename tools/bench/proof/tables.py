@@ -128,9 +128,9 @@ def checks(records: dict[str, Any]) -> str:
         if name.startswith("pixels, ") and "error" not in values
     }
     if pixels:
-        columns = ("mean_grey_levels", "largest", "worst_crop_mean")
+        columns = ("mean", "largest", "worst_tile_mean")
         rows = [[how, *(_number(values, column, "g") for column in columns)] for how, values in pixels.items()]
-        header = ["decoder", "mean", "largest", "worst crop's mean"]
+        header = ["decoder", "mean", "largest", "worst tile's mean"]
         lines += ["\nGrey levels between the GPU's crops and the CPU's:\n", table(header, rows, left=1)]
     return "\n".join(lines)
 
