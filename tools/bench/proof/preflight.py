@@ -25,7 +25,7 @@ BATCH, BATCHES = 16, 8
 
 
 def preflight(proof: Proof) -> dict[str, Any]:
-    """Checks in the order in which they explain each other; one that fails costs only its own answer."""
+    """Many checks; one that fails costs only its own answer."""
     found: dict[str, Any] = {"seconds": {}}
     problems = []
 
@@ -44,11 +44,11 @@ def preflight(proof: Proof) -> dict[str, Any]:
     note("missing", lambda: [module for module in OPTIONAL if find_spec(module) is None])
     note("gpu", lambda: describe_gpu(proof))
     note("numba", compile_kernels)
-    note("compiler", lambda: try_compiler(proof))
     shards = pictures(proof, classes=8, count=64)
     for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
         note(f"pixels, {how}", lambda options=options: compare_pixels(proof, shards, **options))
     note("decoders", describe_decoders)
+    note("compiler", lambda: try_compiler(proof))  # last: the first time on a machine it may take most of a minute
     if problems:
         raise ExpressError("; ".join(problems))
     return found

@@ -34,7 +34,7 @@ def updated(text: str, folder: Path, *, name: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"--tables {name}: has no lines {BEGIN} and {END}; put both where the tables belong")
-    return f"{before}{BEGIN}\n{tables(folder)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{tables(folder)}\n\n{END}{after}"
 
 
 def tables(folder: Path) -> str:
@@ -57,8 +57,8 @@ def _machine_of(record: dict[str, Any]) -> str:
     packages = e.get("packages", {})
     dali = next((version for package, version in packages.items() if "dali" in package), "none")
     gpu = ", ".join(e.get("gpus", [])) or "GPU unknown"
-    cores, torch, commit = (e.get(name, "unknown") for name in ("cores", "python", "commit"))
-    return f"{gpu}, {cores} cores, Python {torch}, torch {packages.get('torch')}, DALI {dali}, commit {commit}."
+    cores, python, commit = (e.get(name, "unknown") for name in ("cores", "python", "commit"))
+    return f"{gpu}, {cores} cores, Python {python}, torch {packages.get('torch')}, DALI {dali}, commit {commit}."
 
 
 def training(records: dict[str, Any]) -> str:
@@ -121,6 +121,8 @@ def cifar(records: dict[str, Any]) -> str:
 
 def checks(records: dict[str, Any]) -> str:
     rows = [[what, _verdict(records.get(step))] for step, what in CHECKS.items()]
+    others = {step: record for step, record in records.items() if step not in CHECKS and record["passed"] is False}
+    rows += [[f"step `{step}`", _verdict(record)] for step, record in others.items()]
     lines = ["**Checks**:\n", table(["check", "result"], rows, left=2)]
     pixels = {
         name.removeprefix("pixels, "): values

@@ -30,7 +30,7 @@ def train(proof: Proof, *flags: object) -> None:
     try:
         done = subprocess.run(command, env=proof.environment(), capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as err:
-        raise ExpressError(f"train/run.py took longer than {seconds:.0f} s: {tail(err.stdout)}") from err
+        raise ExpressError(f"train/run.py took longer than {seconds:.0f} s: {tail(err.stderr)}") from err
     if done.returncode:
         raise ExpressError(f"train/run.py {how_it_ended(done.returncode)}: {tail(done.stdout + done.stderr)}")
 
