@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +27,11 @@ class Velocity(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        for group, w, v in _moving(self):
-            assert w.grad is not None
-            v.mul_(group["momentum"]).add_(w, alpha=-group["weight_decay"] * group["lr"])
-            w.add_(v.add_(w.grad, alpha=-group["lr"]))
+        for group, w, g, v in _moving(self):
+            torch._foreach_mul_(v, group["momentum"])
+            torch._foreach_add_(v, w, alpha=-group["weight_decay"] * group["lr"])
+            torch._foreach_add_(v, g, alpha=-group["lr"])
+            torch._foreach_add_(w, v)
 
 
 class Lars(torch.optim.Optimizer):
@@ -50,18 +51,17 @@ class Lars(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        for group, w, v in _moving(self):
-            assert w.grad is not None
-            lr, decay = group["lr"], group["weight_decay"]
-            rate = _adapted(w, group) if group["adapt"] else lr
-            v.mul_(group["momentum"]).add_(w.grad.add(w, alpha=decay) * rate)
-            w.sub_(v)
+        for group, w, g, v in _moving(self):
+            update = torch._foreach_add(g, w, alpha=group["weight_decay"])
+            torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["adapt"] else group["lr"])
+            torch._foreach_mul_(v, group["momentum"])
+            torch._foreach_add_(v, update)
+            torch._foreach_sub_(w, v)
 
 
-def _adapted(w: Tensor, group: dict[str, Any]) -> Tensor:
-    """() lr·t, on the device: nobody waits for it."""
-    assert w.grad is not None
-    weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(w.grad)
+def _adapted(w: list[Tensor], g: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """(n,) lr·t of n layers, on the device: the host does not wait for it."""
+    weight, gradient = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
     others = gradient + group["weight_decay"] * weight
     has_scale = (weight > 0) & (others > 0)
     trust = torch.where(has_scale, group["eta"] * weight / others, torch.full_like(weight, group["eta"]))
@@ -69,15 +69,19 @@ def _adapted(w: Tensor, group: dict[str, Any]) -> Tensor:
     return rate
 
 
-def _moving(optimizer: torch.optim.Optimizer) -> Any:
-    """(group, parameter, its velocity) of all that an update moves."""
+def _moving(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]]:
+    """(group, weights, gradients, velocities) of all that an update moves. A group is updated by a few calls over all
+    its tensors: one by one, a GPU would wait for the host to start some 60 small kernels."""
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None and group["lr"] > 0:
-                state = optimizer.state[p]
+        weights = [p for p in group["params"] if p.grad is not None and group["lr"] > 0]
+        if weights:
+            states = [optimizer.state[p] for p in weights]
+            for p, state in zip(weights, states, strict=True):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                yield group, p, state["momentum_buffer"]
+            yield group, weights, [p.grad for p in weights], [state["momentum_buffer"] for state in states]
 
 
 def make_optimizer(

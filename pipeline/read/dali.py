@@ -153,7 +153,8 @@ class Graph:
         """One line: which decoder works, and what stands in the way of a faster one."""
         if self.device is None or self.stored == "raw":
             return "none: pixels are stored" if self.stored == "raw" else "libjpeg-turbo, by DALI"
-        self.why_not_decoded([memoryview(ANY_JPEG)])  # loads the libraries
+        if reason := self.why_not_decoded([memoryview(ANY_JPEG)]):  # loads the libraries, too
+            return f"none: DALI does not decode a JPEG here ({reason})"
         found = decoder_facts()
         line = f"nvJPEG {found['nvjpeg'] or 'of an unknown version'}, hardware decoder load {self.hw_decoder_load:g}"
         if found["libnvcuvid"]:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
 from pipeline.errors import BadSample, ConfigError
-from pipeline.read import dali
+from pipeline.read import dali, reader
 from pipeline.read.work import Output
 from pipeline.shards import Sample, write_index, write_shard
 from tests.conftest import picture
@@ -30,14 +30,27 @@ def output(device: str, views: int = 1) -> Output:
     [("dali-gpu", "auto", True), ("dali-gpu", "region", False), ("dali-gpu", "whole", True),
      ("dali-cpu", "auto", False), ("dali-cpu", "region", False), ("dali-cpu", "whole", True)],
 )  # fmt: skip
-def test_a_gpu_decodes_whole_images_unless_asked_for_regions(shards, monkeypatch, backend, decode, whole):
-    graphs = []
-    monkeypatch.setattr(dali, "Dali", lambda graph, **_: graphs.append(graph))
-    loader = Loader(shards["jpeg"], batch=4, config=LoaderConfig("dali-cpu", decode=decode, hw_decoder_load=0.9))
-    loader.backend = backend
-    loader._make_engine()
-    assert [graph.whole for graph in graphs][-1] is whole
-    assert graphs[-1].hw_decoder_load == 0.9
+def test_a_gpu_decodes_whole_images_unless_asked_for_regions(shards, backend, decode, whole):
+    device = "cuda:0" if backend == "dali-gpu" else "cpu"
+    config = LoaderConfig(backend, decode=decode, hw_decoder_load=0.9)
+    with Loader(shards["jpeg"], batch=4, device=device, config=config) as loader:
+        assert loader._engine.graph.whole is whole
+        assert loader._engine.graph.hw_decoder_load == 0.9
+
+
+def test_on_a_gpu_bytes_are_read_into_pinned_memory_and_one_crop_in_250_is_checked(shards, monkeypatch):
+    pinned = []
+
+    def buffer(size, **kwargs):
+        pinned.append(kwargs["pinned"])
+        return np.empty(size, np.uint8)
+
+    monkeypatch.setattr(reader, "new_buffer", buffer)
+    for device, backend in (("cuda:0", "dali-gpu"), ("cpu", "dali-cpu")):
+        with Loader(shards["jpeg"], batch=4, device=device, config=LoaderConfig(backend)) as loader:
+            loader._reader.read(np.arange(4)).wait()
+            assert loader._check_every == (250 if device == "cuda:0" else 0)
+    assert pinned == [True, False]
 
 
 def test_the_hardware_decoders_load_is_given_to_decoders_on_a_gpu_alone():
@@ -132,6 +145,24 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
         assert caught.value.sample == at
     assert len(built) <= 14
     assert sum(built) <= 3 * 1024  # images decoded once more
+
+
+@pytest.mark.parametrize("at", [0, 1, 500, 1022, 1023])
+def test_an_image_that_dali_does_not_name_is_found_by_halving_the_batch(monkeypatch, at):
+    images, built, build = [memoryview(jpeg())] * 1024, [], dali.Graph.why_not_decoded
+    images[at] = memoryview(POISON["truncated"]())
+
+    def counted(self, images, **kwargs):
+        built.append(len(images))
+        return build(self, images, **kwargs)
+
+    monkeypatch.setattr(dali.Graph, "why_not_decoded", counted)
+    graph = dali.Graph(output("cpu"), "image", False, True)
+    found, _ = graph.first_not_decoded(images, named=None, threads=2)
+    assert found == at
+    assert len(built) <= 12
+    images[at] = images[at - 1]
+    assert graph.first_not_decoded(images, named=None, threads=2) is None
 
 
 def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):

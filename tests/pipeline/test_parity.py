@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest, open_dataset
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import colour_shift
+from pipeline.read.work import to_device
 from pipeline.shards import Sample, write_index, write_shard
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
@@ -275,3 +277,60 @@ def test_64_real_images_agree_and_resume_at_every_step(imagenet_sample, tmp_path
         assert torch.equal(a.ids, b.ids)
         difference = (a.images.int() - b.images.int()).abs().float().mean((1, 2, 3))
         assert difference.max() <= (0 if encoding.kind != "keep" else 1)
+
+
+class FullSize(TorchDispatchMode):
+    """Records the operations that make a tensor of a whole batch's size, with the types of what they read."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.seen = elements, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.elements:
+            read = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.numel() >= self.elements]
+            self.seen.append((func.overloadpacket.__name__, read))
+        return out
+
+
+@pytest.mark.parametrize("colour", [0.0, 0.1])
+def test_the_mean_image_is_subtracted_from_uint8_in_one_pass_in_the_images_own_layout(shards, colour):
+    view = AugmentConfig(normalize="mean-image", colour=colour)
+    with Loader(shards["jpeg"], batch=4, augment=view, channels_last=True) as loader:
+        assert loader._mean_image.is_contiguous(memory_format=torch.channels_last)
+        with FullSize(4 * 3 * 224 * 224) as ops:
+            images = next(iter(loader)).images
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    made = [seen for seen in ops.seen if seen[0] not in ("permute", "detach", "alias", "lift_fresh", "view")]
+    first = ("sub", [torch.uint8])
+    assert made == ([first, ("sub_", [torch.float32])] if colour else [first])
+
+
+def test_what_goes_to_a_gpu_goes_through_pinned_memory_without_waiting(monkeypatch):
+    calls = []
+
+    class Pinned:
+        def to(self, device, *, non_blocking):
+            calls.append((device, non_blocking))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: Pinned())
+    gpu = torch.device("cuda:0")
+    to_device(np.zeros(3, np.float32), gpu)
+    assert calls == [(gpu, True)]
+    assert to_device(np.ones(3, np.float32), torch.device("cpu")).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", [AugmentConfig(), AugmentConfig(normalize="mean-std"), AugmentConfig(colour=0.1)])
+def test_float16_pixels_are_within_one_ulp_of_float32_pixels_in_bf16_and_fp16(shards, backend, view):
+    """A half-precision net rounds its input anyway: what it then sees from float16 pixels, and from float32 ones."""
+    make = lambda dtype: Loader(  # noqa: E731
+        shards["jpeg"], batch=4, dtype=dtype, augment=view, config=LoaderConfig(backend)
+    )
+    with make("float32") as wide, make("float16") as half:
+        for a, b in zip(wide, half):
+            assert torch.equal(a.images < 0, b.images < 0)
+            for theirs, ours in ((a.images.bfloat16(), b.images.bfloat16()), (a.images.half(), b.images)):
+                ulps = theirs.view(torch.int16).int() - ours.view(torch.int16).int()
+                assert ulps.abs().max() <= 1

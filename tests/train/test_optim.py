@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import AlexNet, ModelConfig
 from pipeline.errors import ConfigError
@@ -103,6 +104,77 @@ def test_optimisers_move_as_their_formulas_say(config, move):
     wanted = reference(small(), move)
     for ours, theirs in zip(trained(config, small()), wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def velocity_of_one(w, g, v, lr, decay, group):
+    v.mul_(0.9).add_(w, alpha=-decay * lr)
+    w.add_(v.add_(g, alpha=-lr))
+
+
+def lars_of_one(w, g, v, lr, decay, group):
+    rate = lr
+    if group["adapt"]:
+        weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+        others = gradient + decay * weight
+        trust = torch.where((weight > 0) & (others > 0), 0.02 * weight / others, torch.full_like(weight, 0.02))
+        rate = trust.clamp(max=lr) if group["clip"] else trust * lr
+    v.mul_(0.9).add_(g.add(w, alpha=decay) * rate)
+    w.sub_(v)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("config", "of_one", "tolerance"),
+    [
+        (OptimConfig(name="velocity", weight_decay=DECAY), velocity_of_one, 0.0),
+        (OptimConfig(name="lars", weight_decay=DECAY, lars_eta=0.02), lars_of_one, 1e-6),
+        (OptimConfig(name="lars", weight_decay=DECAY, lars_eta=0.02, lars_clip=True), lars_of_one, 1e-6),
+    ],
+    ids=["velocity", "lars", "larc"],
+)
+def test_whole_groups_move_as_their_parameters_one_by_one(config, of_one, tolerance, memory_format):
+    """In float32; with a frozen first layer, a layer of zeros, and one without a gradient."""
+    net = small().float().to(memory_format=memory_format)
+    with torch.no_grad():
+        list(net.parameters())[2].zero_()
+    optimizer = make_optimizer(net, config, first_apart=True)
+    theirs = {p: p.detach().clone(memory_format=torch.preserve_format) for p in net.parameters()}
+    velocities = {p: torch.zeros_like(p) for p in net.parameters()}
+    for number, (rate, step) in enumerate(zip(RATES, gradients(net), strict=True)):
+        set_learning_rate(optimizer, rate, freeze_first=number >= 2)
+        for i, (p, g) in enumerate(zip(net.parameters(), step, strict=True)):
+            p.grad = None if i == 4 else torch.from_numpy(g).float()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and group["lr"] > 0:
+                    lr, decay = group["lr"], group["weight_decay"]
+                    of_one(theirs[p], p.grad, velocities[p], lr, decay, group)
+    for p, expected in theirs.items():
+        assert (p.detach() - expected).abs().max() <= tolerance * expected.abs().max()
+        if "momentum_buffer" in optimizer.state[p]:
+            assert optimizer.state[p]["momentum_buffer"].stride() == p.stride()
+
+
+@pytest.mark.parametrize("name", ["velocity", "lars"])
+def test_an_update_is_a_few_calls_a_group_and_waits_for_nothing(name):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    net, seen = small(), []
+    optimizer = make_optimizer(net, OptimConfig(name=name, weight_decay=DECAY))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # makes the velocities
+    with Calls():
+        optimizer.step()
+    seen = [call for call in seen if "record_function" not in call]
+    in_groups = [call for call in seen if call.startswith("_foreach")]
+    assert len(in_groups) <= 7 * len(optimizer.param_groups)
+    assert len(seen) - len(in_groups) <= (14 if name == "lars" else 0) * len(optimizer.param_groups)
+    assert "_local_scalar_dense" not in seen
 
 
 def test_the_papers_form_differs_from_torchs_only_where_the_rate_changes():
