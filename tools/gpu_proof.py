@@ -127,16 +127,16 @@ def walk(args: argparse.Namespace) -> None:
         where = run_process(ENVIRONMENT, scratch, limit=60.0)
         if args.device.startswith("cuda") and where["answer"].get("gpus") == []:
             raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
-        given = args.shards or args.images
-        common = {"device": args.device, "tiny": args.tiny, "data": given.name if given else "made pictures"}
+        common = {"device": args.device, "tiny": args.tiny}
         common |= {"command": command_line(), "environment": where["answer"] or {"error": where["ended"]}}
         for name in names:
             left = deadline - (time.monotonic() - started)
             reason = why_skipped(name, args, left)
             record = {"passed": None, "skipped": reason} if reason else run_step(name, args, scratch, seconds_left=left)
+            record |= {"data": data_of(name, args), **common}
             path = args.out / f"gpu-{name}.json"
             if not reason or not path.exists():  # a skipped step leaves an earlier answer alone
-                write_json(path, {"step": name, **record, **common})
+                write_json(path, {"step": name, **record})
             print(f"{name}: {verdict(record)}", flush=True)
             if record["passed"] is False or reason == NO_TIME:
                 failed.append(name)
@@ -148,6 +148,11 @@ def walk(args: argparse.Namespace) -> None:
 def is_chosen(name: str, args: argparse.Namespace) -> bool:
     step = STEPS[name]
     return name in args.steps or (step.command in args.steps and (step.in_tiny or not args.tiny))
+
+
+def data_of(name: str, args: argparse.Namespace) -> str:
+    given = {"images": args.shards or args.images, "cifar": args.cifar}.get(STEPS[name].data)
+    return given.name if given else "made pictures"
 
 
 def why_skipped(name: str, args: argparse.Namespace, seconds_left: float) -> str:
