@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,21 @@ def loader(records: dict[str, Any]) -> str:
 
 
 def layers(records: dict[str, Any]) -> str:
-    result = _result(records, "layers")
-    if not result:
-        return f"**Layers**: {NOT_MEASURED}."
-    return f"**Layers**:\n\n{result['table']}"
+    rows = [[f"`{name}`", format(value, ",.4g")] for name, value in _numbers(_result(records, "layers"))]
+    return "**Layers**:\n\n" + table(["what", "value"], rows, left=1) if rows else f"**Layers**: {NOT_MEASURED}."
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of nested objects and lists, each by its path; an item of a list by its name, if it has one."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name} {key}".strip())
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            own = item.get("name", number) if isinstance(item, dict) else number
+            yield from _numbers(item, f"{name} {own}".strip())
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
 
 
 def cifar(records: dict[str, Any]) -> str:
