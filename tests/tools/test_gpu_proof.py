@@ -260,6 +260,15 @@ def test_seconds_to_an_accuracy_count_from_the_start_and_take_the_better_weights
     assert (found["best_top1"], found["epochs"], found["images_per_second"]) == (0.8, 1, 50.0)
 
 
+def test_training_on_noise_is_measured_once_in_a_walk(tmp_path):
+    proof = Proof("cpu", True, tmp_path)
+    assert proof.earlier("train-256") is None
+    (tmp_path / "train-256.json").write_text('{"result": {"batch": 2}}')  # kept by a step that did not end
+    assert proof.earlier("train-256") is None
+    (tmp_path / "train-256.json").write_text('{"passed": true, "result": {"batch": 2}}')
+    assert proof.earlier("train-256") == {"batch": 2}
+
+
 # Tables
 
 
@@ -282,7 +291,7 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
         ("loader", {"cells": [cell]}, {}),
         ("region", {"cells": [crashed]}, {}),
         ("cifar-seed", {"seconds_to": {"75%": 41.2, "85%": None}, "best_top1": 0.79, "images_per_second": 9e4}, {}),
-        ("layers", {"lrn": [{"name": "eager", "milliseconds": 1.25}], "dtype": "bf16"}, {}),
+        ("layers", {"lrn1 eager": {"milliseconds": 1.25, "times_copy": 2.5}, "pool": {"error": "E: x"}}, {}),
         ("resume", {}, {"passed": False, "error": "RunError: line\nother bits"}),
         ("profile", {}, {"passed": False, "error": "was ended by SIGSEGV"}),
         ("train-1024", SPEED, {"tiny": True}),
@@ -298,7 +307,8 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
         "| 256 | 23,457 | 20,000 | 0.85 | 3.1% | 3.2 |",
         "| 1,024 | not measured | not measured | not measured | not measured | not measured |",
         "| `jpeg-portable` | 12,346 | 3 | not measured |",
-        "| `lrn eager milliseconds` | 1.25 |",
+        "| lrn1 eager | 1.250 | 2.50 |",
+        "| pool | E: x |  |",
         "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV |  |  |",
         "| `seed` | 41 | not measured | 79.00% | 90,000 |",
         "| `modern` | not measured | not measured | not measured | not measured |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -48,6 +49,15 @@ class Proof:
 
     def new_run(self) -> Path:
         return self.scratch / f"run-{time.monotonic_ns()}"
+
+    def earlier(self, step: str) -> dict[str, Any] | None:
+        """The result of a step that has passed in this walk."""
+        try:
+            answer = json.loads((self.scratch / f"{step}.json").read_text())
+        except OSError:
+            return None
+        result: dict[str, Any] | None = answer["result"] if answer.get("passed") else None
+        return result
 
     def keep(self, result: Any) -> None:
         """Writes what is known so far: it stays if the step does not reach its end."""

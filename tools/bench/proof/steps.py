@@ -21,8 +21,11 @@ def layers(proof: Proof) -> dict[str, Any]:
         from tools.bench.layers import measure
     except ImportError as err:
         raise ExpressError(f"tools/bench/layers.py cannot be imported: {err}") from err
-    options = {"batch": 4, "seconds": 0.02} if proof.tiny else {"batch": 1024, "seconds": 0.5}
+    options = {"batch": 4, "seconds": 0.02} if proof.tiny else {"batch": 1024, "seconds": 0.3}
     result: dict[str, Any] = measure(proof.device, **options, dtype=torch.bfloat16)
+    proof.keep(result)
+    if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
+        raise ExpressError("; ".join(failed))
     return result
 
 
@@ -49,8 +52,8 @@ STEPS = {
     "ranks": Step(checks.two_ranks, "A", 60),
     "tests": Step(checks.gpu_tests, "A", 120),
     "loader": Step(grid.loader_grid, "B", 130, "images"),
-    "fed-1024": Step(partial(training.fed, full_batch=1024), "B", 75, "images"),
-    "fed-256": Step(partial(training.fed, full_batch=256), "B", 60, "images", in_tiny=False),
+    "fed-1024": Step(partial(training.fed, full_batch=1024), "B", 75, "images", in_tiny=False),
+    "fed-256": Step(partial(training.fed, full_batch=256), "B", 60, "images"),
     "pixels": Step(preflight.real_pixels, "B", 30, "images", in_tiny=False),
     "region": Step(grid.region_cells, "B", 60, "images"),
     "cifar-seed": Step(partial(training.cifar, recipe="seed"), "B", 100, "cifar"),
