@@ -7,7 +7,7 @@
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
 # make accuracy   CIFAR-10 by three recipes, side by side (IMAGES=a folder of train/ and test/, or a tar of them)
 # make image   the Docker image, and the demo inside it; without a Docker engine as root on Debian (docs/docker.md)
-# make gpu-proof   what only a GPU can show; ARGS='--device cpu --tiny' walks the same steps without one
+# make gpu-proof   what only a GPU can show (docs/gpu-proof.md); ARGS='--device cpu --tiny' runs the same steps without one
 
 VENV ?= .venv
 PYTHON ?= python3

@@ -1,362 +1,216 @@
-"""Shows on a GPU what no other machine can; each step writes its JSON at once, so that an early end leaves answers.
+"""Measures and checks on a GPU what no other machine can: two commands that fit a quarter of an hour.
 
-    python tools/gpu_proof.py --out docs/results
-    python tools/gpu_proof.py --device cpu --tiny        the same steps without a GPU, to try them out
+    python tools/gpu_proof.py --steps A --out results
+    python tools/gpu_proof.py --steps B --shards SHARDS --out results
+    python tools/gpu_proof.py --device cpu --tiny          all steps without a GPU, to check the script
+    python tools/gpu_proof.py --tables docs/results.md     the page's GPU tables, from its results/gpu-*.json
 
-Steps: tests marked gpu; loader rate for keep and jpeg; the training step, synthetic and fed; two ranks on one device;
-a kill and the same command again; what checkpoints cost.
-Exit codes: 0 all steps passed, 1 a step failed (the others ran all the same), 2 usage, 65 bad data.
+A, at most 5 minutes, no data: preflight, training on synthetic batches, layers, resuming, ranks, tests marked gpu.
+B, at most 4 minutes: the loader grid, training fed from shards, CIFAR-10. docs/gpu-proof.md prepares its data.
+
+Each step is a process with a time limit and writes gpu-STEP.json at once, so an early end leaves the earlier answers.
+Exit codes: 0 all steps passed, 1 a step failed or had no time left, 2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import contextlib
 import json
 import os
-import socket
-import statistics
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-
-from model import AlexNet, ModelConfig
-from pipeline import AugmentConfig, Loader
-from pipeline.cores import usable_cores
+# Nothing that a machine may lack is imported here: a missing package costs only the steps that need it.
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
-from pipeline.shards import file_sha256
-from pipeline.write.build import Options, Plan, build
-from pipeline.write.images import Encoding
-from pipeline.write.sources import Digits, ImageFolder
 from tools import cli
-from tools.bench import saves as bench_saves
-from tools.bench import train as bench_train
-from tools.bench.loader import unpacked
+from tools.bench.proof import tables
+from tools.bench.proof.base import Proof, how_it_ended
+from tools.bench.proof.steps import STEPS
 from train import environment
 
-IMAGENET_SIZE = (500, 375)
+DEADLINE_SECONDS = {"A": 300.0, "B": 240.0}
+TINY_LIMITS = 2.0  # times the limits: they are made for a machine with a GPU and 16 cores, and a tiny walk is not
+LEAST_SECONDS = 10.0  # with less time left, a step is not started
+TAIL_LINES = 40
+ENVIRONMENT = "environment"  # no step of the registry: hardware and versions, which take an import of torch
+NO_TIME = "no time left"
 
 
-@dataclass
-class Proof:
-    """What the steps share."""
-
-    device: torch.device
-    tiny: bool
-    out: Path
-    scratch: Path
-    images: Path
-
-    @property
-    def batch(self) -> int:
-        return 16 if self.tiny else 256
-
-    @property
-    def seconds(self) -> float:
-        return 1.0 if self.tiny else 8.0
-
-    @property
-    def precision(self) -> str:
-        return "bf16" if self.device.type == "cuda" else "fp32"
-
-    def shards(self, encoding: str) -> Path:
-        """The images sharded as keep or jpeg, made when first asked for."""
-        folder = self.scratch / encoding
-        if not folder.exists():
-            options = Options(Encoding("jpeg") if encoding == "jpeg" else Encoding(), samples_per_shard=250)
-            build(Plan(ImageFolder(self.images), options), folder, workers=usable_cores())
-        return folder
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def tests(proof: Proof) -> dict[str, Any]:
-    """pytest -m gpu; without a GPU they skip, and their reasons stand in the output."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode:
-        raise ExpressError("\n".join(lines[-30:]))
-    return {"summary": lines[-1]}
-
-
-def loader_rates(proof: Proof) -> dict[str, Any]:
-    """Images a second out of the loader alone, for keep and jpeg shards."""
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "peers" / "ours.py")]
-    fixed = ["--batch", str(proof.batch), "--seconds", str(proof.seconds), "--device", str(proof.device)]
-    fixed += ["--threads", str(usable_cores()), "--dtype", "float16" if proof.device.type == "cuda" else "float32"]
-    rates: dict[str, Any] = {}
-    for data in ("keep", "jpeg"):
-        runs = []
-        for _ in range(1 if proof.tiny else 3):
-            done = subprocess.run([*command, "--data", str(proof.shards(data)), *fixed], capture_output=True, text=True)
-            if done.returncode:
-                raise ExpressError(done.stderr.strip().splitlines()[-1])
-            result = json.loads(done.stdout.splitlines()[-1])
-            runs.append(round(result["images"] / result["seconds"], 1))
-        rates[data] = {"images_per_second": statistics.median(runs), "runs": runs}
-    return rates
-
-
-def training_step(proof: Proof) -> dict[str, Any]:
-    """The seed's AlexNet at full size: images a second from one batch held on the device, and from the loader."""
-    with Loader(
-        proof.shards("jpeg"), batch=proof.batch, device=proof.device, channels_last=True, augment=AugmentConfig()
-    ) as loader:
-        classes = len(loader.dataset.classes)
-        net = AlexNet(ModelConfig("seed"), classes=classes, crop=224).to(proof.device)
-        net = net.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-
-        def step(images: torch.Tensor, labels: torch.Tensor) -> None:
-            with torch.autocast(proof.device.type, torch.bfloat16, enabled=proof.precision == "bf16"):
-                loss = F.cross_entropy(net(images).float(), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        def endless():
-            while True:
-                yield from loader
-
-        stream = endless()
-        held = next(stream)
-        synthetic = rate(proof, lambda: step(held.images, held.labels))
-        fed = rate(proof, lambda: step(*next(stream)[:2]))
-    return {
-        "net": "seed",
-        "precision": proof.precision,
-        "batch": proof.batch,
-        "synthetic": round(synthetic, 1),
-        "fed": round(fed, 1),
-        "fed_share": round(fed / synthetic, 3),
-    }
-
-
-def training_table(proof: Proof) -> dict[str, Any]:
-    """tools/bench train: steps on synthetic images beside the seed's own net, and each layer's share."""
-    batch, seconds, rounds = (2, 0.01, 1) if proof.tiny else (512, 2.0, 3)
-    result = bench_train.measure(str(proof.device), batch=batch, seconds=seconds, rounds=rounds, few=proof.tiny)
-    print(result.pop("table"), flush=True)
-    return result
-
-
-def rate(proof: Proof, step: Callable[[], None]) -> float:
-    """Images a second of `step`, after a warm-up."""
-    for _ in range(1 if proof.tiny else 10):
-        step()
-    proof.synchronize()
-    started, steps = time.perf_counter(), 0
-    while time.perf_counter() - started < proof.seconds:
-        step()
-        steps += 1
-        if steps % 10 == 0:
-            proof.synchronize()  # so that the clock is not asked about steps that are only queued
-    proof.synchronize()
-    return steps * proof.batch / (time.perf_counter() - started)
-
-
-def two_ranks(proof: Proof) -> dict[str, Any]:
-    """Two ranks on the one device, joined by gloo, see the ids and nearly the losses of one rank."""
-    shards = proof.scratch / "digits"
-    build(Plan(Digits(), Options()), shards, workers=1)
-    runs = {ranks: proof.scratch / f"ranks-{ranks}" for ranks in (1, 2)}
-    for ranks, run in runs.items():
-        launch(proof, shards, run, ranks=ranks)
-    ids = {ranks: recorded_ids(run) for ranks, run in runs.items()}
-    losses = {ranks: recorded_losses(run) for ranks, run in runs.items()}
-    if ids[1] != ids[2]:
-        raise ExpressError("one rank and two ranks saw different ids")
-    difference = max(abs(a - b) for a, b in zip(losses[1][:20], losses[2][:20], strict=True))
-    return {"steps": len(ids[1]), "ids": "equal", "largest_loss_difference_in_20_steps": difference}
-
-
-def launch(proof: Proof, shards: Path, run: Path, *, ranks: int) -> None:
-    """One epoch of the digits by `ranks` processes, each told that it is a machine of its own.
-
-    So every one has local rank 0 and takes the one device: Accelerate's barrier and DDP go by the local rank, whatever
-    the device is called. Raises ExpressError where one of them fails.
-    """
-    on_cpu = proof.device.type == "cpu"
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--dynamo_backend", "no", "--mixed_precision", "no"]
-    command += ["--num_machines", str(ranks), "--num_processes", str(ranks)]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())] if ranks > 1 else []
-    command += ["--multi_gpu"] if ranks > 1 else []
-    script = [str(ROOT / "train" / "run.py"), "demo", "--data.shards", str(shards), "--run.dir", str(run)]
-    script += ["--train.epochs", "1", "--model.dropout", "0", "--optim.lr", "0.01", "--run.log-every", "1"]
-    script += ["--run.record-ids", "--run.ddp-backend", "gloo"]
-    started = [
-        subprocess.Popen(
-            [*command, "--machine_rank", str(rank), *script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=180)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, words in zip(started, said):
-        if process.returncode:
-            raise ExpressError("\n".join(words.decode(errors="replace").strip().splitlines()[-15:]))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def recorded_ids(run: Path) -> dict[int, list[int]]:
-    steps: dict[int, list[int]] = {}
-    for path in sorted((run / "ids").glob("rank-*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
-            steps.setdefault(line["step"], []).extend(line["ids"])
-    return steps
-
-
-def recorded_losses(run: Path) -> list[float]:
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
-def resume(proof: Proof) -> dict[str, Any]:
-    """A deterministic run that is killed between two saves, and the same command again, against one left alone."""
-    shards = proof.scratch / "digits"
-    if not shards.is_dir():
-        build(Plan(Digits(side=36), Options()), shards, workers=1)
-    runs = {kind: proof.scratch / f"resume-{kind}" for kind in ("whole", "killed")}
-    killed_at = train_until(proof, shards, runs["killed"], step=10)
-    for run in runs.values():
-        train_until(proof, shards, run)
-    found = {kind: (recorded_losses(run), weights_of(run)) for kind, run in runs.items()}
-    if found["whole"] != found["killed"]:
-        pairs = zip(found["whole"][0], found["killed"][0], strict=True)
-        first = next((i + 1 for i, (a, b) in enumerate(pairs) if a != b), None)
-        raise ExpressError(f"killed after step {killed_at}: not the undisturbed run's bits, from step {first} on")
-    return {"killed_after_step": killed_at, "steps": len(found["whole"][0]), "weights_and_losses": "equal"}
-
-
-def train_until(proof: Proof, shards: Path, run: Path, *, step: int = 0) -> int:
-    """One epoch of the digits, deterministic; killed once `step` is recorded. Returns the last recorded step."""
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if proof.device.type == "cpu" else {})
-    command = [sys.executable, str(ROOT / "train" / "run.py"), "demo", "--data.shards", str(shards)]
-    command += ["--run.dir", str(run), "--train.epochs", "1", "--run.log-every", "1", "--run.save-every", "7"]
-    command += ["--run.deterministic"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-    while step and process.poll() is None and not (run / "checkpoints" / "step-00000007").is_dir():
-        time.sleep(0.001)
-    while step and process.poll() is None and len(recorded_losses(run)) < step:
-        time.sleep(0.001)
-    if step:
-        process.kill()
-    said = process.communicate(timeout=300)[1].decode(errors="replace")
-    if not step and process.returncode:
-        raise ExpressError("\n".join(said.strip().splitlines()[-15:]))
-    return len(recorded_losses(run))
-
-
-def weights_of(run: Path) -> list[str]:
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return [file_sha256(newest / f"{name}.safetensors") for name in ("model", "optimizer")]
-
-
-def save_costs(proof: Proof) -> dict[str, Any]:
-    """What checkpoints cost: tools/bench saves, here."""
-    few = argparse.Namespace(
-        blocks=1 if proof.tiny else 5, seconds=proof.seconds, batch=proof.batch, device=str(proof.device)
+def parser() -> cli.Parser:
+    p = cli.Parser(prog="gpu_proof.py", description=__doc__)
+    steps = f"A, B, or of {', '.join(STEPS)} (default: all)"
+    p.add_argument("--steps", nargs="+", choices=["A", "B", *STEPS], default=["A", "B"], metavar="STEP", help=steps)
+    p.add_argument("--device", default="cuda:0", help="(%(default)s)")
+    p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
+    p.add_argument("--shards", type=Path, metavar="DIR", help="holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
+    p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
+    p.add_argument(
+        "--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar of them"
     )
-    folder = proof.scratch / "saves"
-    nets = ["demo"] if proof.tiny else list(bench_saves.NETS)
-    return {"results": [bench_saves.measure(name, few, folder / name) for name in nets]}
-
-
-STEPS = {
-    "tests": tests,
-    "loader": loader_rates,
-    "step": training_step,
-    "ranks": two_ranks,
-    "train": training_table,
-    "resume": resume,
-    "saves": save_costs,
-}
-
-
-def made_images(folder: Path, count: int) -> Path:
-    """Pictures of ImageNet's usual size, where no real ones were given: good for trying out, not for figures."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        out = io.BytesIO()
-        coarse.resize(IMAGENET_SIZE, Image.Resampling.BICUBIC).save(out, "JPEG", quality=92)
-        path = folder / f"class{i % 8}" / f"{i:04d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(out.getvalue())
-    return folder
-
-
-def run_step(name: str, proof: Proof, data: str) -> bool:
-    """Runs one step and writes gpu-NAME.json, whatever its end."""
-    started = time.monotonic()
-    try:
-        result: dict[str, Any] = {"passed": True, "result": STEPS[name](proof)}
-    except Exception as err:  # whatever it is, the later steps still have answers to give
-        result = {"passed": False, "error": f"{type(err).__name__}: {err}"}
-    described = {
-        "step": name,
-        "device": str(proof.device),
-        "tiny": proof.tiny,
-        "data": data,
-        "seconds": round(time.monotonic() - started, 1),
-        "command": environment.command(),
-        "environment": environment.describe(),
-    }
-    write_json(proof.out / f"gpu-{name}.json", described | result)
-    told = result["result"] if result["passed"] else f"FAILED: {result['error']}"
-    print(f"{name} ({described['seconds']} s): {told}", flush=True)
-    return result["passed"]
+    p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
+    p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="where the JSON goes (%(default)s)")
+    p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
+    for own in ("--step", "--answer", "--scratch", "--limit"):  # how the script runs itself for one step
+        p.add_argument(own, help=argparse.SUPPRESS)
+    return p
 
 
 def main() -> None:
-    p = cli.Parser(prog="gpu_proof.py", description=__doc__)
-    p.add_argument("--device", default="cuda:0", help="(%(default)s)")
-    p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
-    p.add_argument("--images", type=Path, help="class folders of JPEGs or a tar of them (default: made ones)")
-    p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="where the JSON goes (%(default)s)")
-    p.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="(all)")
-    args = p.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny walks the same steps")
+    args = parser().parse_args()
+    if args.tables:
+        tables.update(args.tables)
+    elif args.step:
+        answer(args)
+    else:
+        walk(args)
+
+
+# One step, in a process of its own
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Runs one step and writes its answer."""
+    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    path = Path(args.answer)
+    if args.step == ENVIRONMENT:
+        write_json(path, environment.describe())
+        return
+    where = Path(args.scratch), args.shards, args.images, args.cifar
+    proof = Proof(args.device, args.tiny, *where, limit_seconds=float(args.limit), answer=path)
+    try:
+        result: dict[str, Any] = {"passed": True, "result": STEPS[args.step].run(proof)}
+    except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
+        result = read_json(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
+    write_json(path, result)
+
+
+def end_with_parent(parent: int) -> None:
+    """The step has a session of its own, so nobody else ends it if the script is killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+        return value
+    except (OSError, ValueError):  # nothing was written
+        return {}
+
+
+# All steps
+
+
+def walk(args: argparse.Namespace) -> None:
+    """Runs the steps one after the other. Raises ExpressError if one failed or had no time left."""
+    started = time.monotonic()
+    names = [name for name in STEPS if is_chosen(name, args)]
+    deadline = args.deadline
+    if deadline is None:
+        deadline = sum(DEADLINE_SECONDS[command] for command in {STEPS[name].command for name in names})
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="imagenet-express-") as name:
-        scratch = Path(name)
-        if args.images:
-            images, data = unpacked(args.images, scratch / "images"), args.images.name
-        else:
-            images, data = made_images(scratch / "images", 32 if args.tiny else 1024), "made pictures"
-        proof = Proof(torch.device(args.device), args.tiny, args.out, scratch, images)
-        passed = [run_step(step, proof, data) for step in args.steps]
-    if not all(passed):
-        raise ExpressError(f"{passed.count(False)} of {len(passed)} steps failed; see the JSON in {args.out}")
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="imagenet-express-", ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        where = run_process(ENVIRONMENT, scratch, limit=60.0)
+        if args.device.startswith("cuda") and where["answer"].get("gpus") == []:
+            raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
+        common = {"device": args.device, "tiny": args.tiny}
+        common |= {"command": command_line(), "environment": where["answer"] or {"error": where["ended"]}}
+        for name in names:
+            left = deadline - (time.monotonic() - started)
+            reason = why_skipped(name, args, left)
+            record = {"passed": None, "skipped": reason} if reason else run_step(name, args, scratch, seconds_left=left)
+            record |= {"data": data_of(name, args), **common}
+            path = args.out / f"gpu-{name}.json"
+            if not reason or not path.exists():  # a skipped step leaves an earlier answer alone
+                write_json(path, {"step": name, **record})
+            print(f"{name}: {verdict(record)}", flush=True)
+            if record["passed"] is False or reason == NO_TIME:
+                failed.append(name)
+    print(f"{time.monotonic() - started:.0f} s of {deadline:.0f}; {args.out}/gpu-*.json", flush=True)
+    if failed:
+        raise ExpressError(f"{len(failed)} of {len(names)} steps failed or had no time left: {', '.join(failed)}")
+
+
+def is_chosen(name: str, args: argparse.Namespace) -> bool:
+    step = STEPS[name]
+    return name in args.steps or (step.command in args.steps and (step.in_tiny or not args.tiny))
+
+
+def data_of(name: str, args: argparse.Namespace) -> str:
+    given = {"images": args.shards or args.images, "cifar": args.cifar}.get(STEPS[name].data)
+    return given.name if given else "made pictures"
+
+
+def why_skipped(name: str, args: argparse.Namespace, seconds_left: float) -> str:
+    step = STEPS[name]
+    if step.data == "images" and not (args.shards or args.images or args.tiny):
+        return "needs --shards or --images"
+    if step.data == "cifar" and not args.cifar:
+        return "needs --cifar"
+    return NO_TIME if seconds_left < min(LEAST_SECONDS, step.limit_seconds) else ""
+
+
+def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left: float) -> dict[str, Any]:
+    """The step's record, whether it returned, died or was ended."""
+    limit = min(STEPS[name].limit_seconds * (TINY_LIMITS if args.tiny else 1), seconds_left)
+    ran = run_process(name, scratch, limit=limit)
+    record = {"seconds": ran["seconds"], "limit_seconds": round(limit, 1)}
+    if "passed" in ran["answer"]:
+        return record | ran["answer"] | ({"after_the_answer": ran["ended"]} if ran["ended"] else {})
+    # What the step has kept stays.
+    failure = {"passed": False, "error": ran["ended"] or "returned without an answer", "output_tail": ran["tail"]}
+    return record | failure | ran["answer"]
+
+
+def run_process(name: str, scratch: Path, *, limit: float) -> dict[str, Any]:
+    """Runs this script for one step, for at most `limit` seconds, and then ends all that it has started."""
+    path, log = scratch / f"{name}.json", scratch / f"{name}.log"
+    command = [sys.executable, sys.argv[0], *sys.argv[1:], "--step", name, "--answer", str(path)]
+    command += ["--scratch", str(scratch), "--limit", str(limit)]
+    started, ended = time.monotonic(), ""
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            if code := process.wait(limit):
+                ended = how_it_ended(code)
+        except subprocess.TimeoutExpired:
+            ended = f"took longer than its limit of {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # a process that hangs in a driver cannot be ended
+    lines = log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
+    return {"answer": read_json(path), "ended": ended, "tail": lines, "seconds": round(time.monotonic() - started, 1)}
+
+
+def verdict(record: dict[str, Any]) -> str:
+    if record["passed"] is None:
+        return f"skipped: {record['skipped']}"
+    how = "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
+    return f"{how} ({record['seconds']} s)"
+
+
+def command_line() -> str:
+    """As typed, with the names of folders instead of this machine's paths."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return shlex.join(["python", "tools/gpu_proof.py", *words])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .pixel_check import PixelCheck
 
 PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, where batches of 128 one by one cost 5 µs an image
-Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable"]
+Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 
 
 class Batch(NamedTuple):
@@ -52,7 +52,8 @@ class LoaderConfig:
     """How batches are made; nothing here changes what they hold."""
 
     backend: Backend = "auto"
-    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere."""
+    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere; never synthetic,
+    which delivers noise without reading an image, to measure the network alone."""
     threads: int = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: int = 32
@@ -177,7 +178,7 @@ class Loader:
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
             samples_a_task=max(1, min(32, self._part * self.config.prefetch_batches // self.config.read_threads)),
             verify=self.config.verify,
-            always_ahead=self.backend != "portable",
+            always_ahead=self.backend not in ("portable", "synthetic"),
             pinned=self.backend == "dali-gpu",
         )
         self._views = 1 if train else self.augment.views
@@ -192,6 +193,8 @@ class Loader:
         self._check_every = self.config.verify_pixels
         if self._check_every < 0:
             self._check_every = 250 if self.device.type == "cuda" else 0
+        if self.backend == "synthetic":
+            self._check_every = 0  # noise is no crop of anything
         self._check: PixelCheck | None = None  # made with the first batch, as it starts a thread
         self._reported = (0, 0)
         self._running = False
@@ -406,6 +409,10 @@ class Loader:
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(crop, self._views, self._decoded_type(), self.channels_last, self._std, decode_on)
         self._output = output
+        if self.backend == "synthetic":
+            from .synthetic import Synthetic
+
+            return Synthetic(output, rows=self._part * self._views)
         if self.backend == "portable":
             from .portable import Portable
 
@@ -519,6 +526,8 @@ def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str
     """What `auto` means on this device, and why; refuses what cannot work there."""
     if backend == "dali-gpu" and device.type != "cuda":
         raise ConfigError(f"loader.backend=dali-gpu needs a CUDA device, not {device}; use portable, dali-cpu or auto")
+    if backend == "synthetic":
+        return backend, "noise: no image is read"
     if backend != "auto":
         return backend, "asked for"
     if device.type != "cuda":

@@ -48,10 +48,7 @@ def run(args: argparse.Namespace) -> None:
     shards = trained.shards(args.images, args.dir, size=36)
     results = {}
     for name in [args.only] if args.only else RECIPES:
-        epochs = args.epochs if name == "modern" else max(1, round(args.epochs / LRN_COSTS))
-        command = [name, "--data.shards", str(shards), "--train.epochs", str(epochs), *NET, *COMMON]
-        command += ["--model.width", str(args.width)]
-        results[name] = trained.trained(args.dir / name, [*command, *RECIPES[name]])
+        results[name] = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
         results[name]["seconds_to"] = {f"{level:.0%}": seconds_to(level, results[name]) for level in LEVELS}
     print(table(results))
     if args.json:
@@ -65,6 +62,13 @@ def run(args: argparse.Namespace) -> None:
         }
         write_json(args.json, described | {"results": results})
         draw(results, args.json.with_suffix(".png"))
+
+
+def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
+    """A recipe as arguments of train/run.py. epochs: of modern; the others get fewer, for about the same time."""
+    epochs = epochs if name == "modern" else max(1, round(epochs / LRN_COSTS))
+    data = [name, "--data.shards", str(shards), "--train.epochs", str(epochs)]
+    return [*data, *NET, *COMMON, "--model.width", str(width), *RECIPES[name]]
 
 
 def seconds_to(level: float, result: dict[str, Any]) -> float | None:

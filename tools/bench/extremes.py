@@ -18,7 +18,7 @@ from pipeline import AugmentConfig, Loader, manifest, open_dataset
 from pipeline.read.loader import PLAN_IMAGES
 from pipeline.shards import write_index
 
-SAMPLES, EPOCHS = 1_281_167, 20
+SAMPLES, VALIDATION, EPOCHS = 1_281_167, 32, 20
 
 
 def measure(root: Path, *, batch: int) -> dict[str, Any]:
@@ -47,19 +47,26 @@ def _python(call: str, **extra: str) -> str:
 
 
 def enlarge(root: Path, out: Path) -> Path:
-    """A dataset of ImageNet's size whose index names the images of `root` over and over."""
+    """A dataset of ImageNet's size in `out`, whose index names the images of `root` over and over.
+
+    The first VALIDATION images of `root` are also its validation split.
+    """
     dataset = open_dataset(root)
     split = dataset.split("train")
-    index = np.resize(np.asarray(split.index), SAMPLES)
-    index = index[np.argsort(index["shard"], kind="stable")]
-    counts = np.bincount(index["shard"])
-    shards = []
-    for shard, count in zip(split.shards, counts.tolist(), strict=True):
+    for shard in split.shards:
         (out / shard.name).symlink_to((root / shard.name).resolve())
-        shards.append(type(shard)(shard.name, count, shard.bytes, shard.sha256))
-    record = manifest.split_record(shards, "large.npy", write_index(out / "large.npy", index))
-    statistics_ = dataset.manifest["statistics"]
-    manifest.write_manifest(out, {"classes": dataset.classes, "splits": {"train": record}, "statistics": statistics_})
+
+    def record(index: np.ndarray, name: str) -> dict[str, Any]:
+        counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
+        shards = [type(s)(s.name, count, s.bytes, s.sha256) for s, count in zip(split.shards, counts, strict=True)]
+        return manifest.split_record(shards, name, write_index(out / name, index))
+
+    repeated = np.resize(np.asarray(split.index), SAMPLES)
+    repeated = repeated[np.argsort(repeated["shard"], kind="stable")]
+    splits = {"train": record(repeated, "large.npy"), "val": record(split.index[:VALIDATION], "val.npy")}
+    names = ("dataset", "classes", "statistics", "options")
+    same = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
+    manifest.write_manifest(out, same | {"splits": splits})
     return out
 
 

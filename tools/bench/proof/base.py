@@ -1,0 +1,64 @@
+"""What a step is given, and how it runs other programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_json
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN = ROOT / "train" / "run.py"
+
+
+@dataclass
+class Proof:
+    """One step's circumstances."""
+
+    device: str
+    tiny: bool
+    scratch: Path  # shared by all steps of a walk: data that one has made, the next one finds
+    shards: Path | None = None  # holds jpeg/ and keep/
+    images: Path | None = None  # class folders of JPEGs or a tar of them, to make the shards from
+    cifar: Path | None = None
+    limit_seconds: float = 600.0
+    answer: Path | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def batch(self, full: int) -> int:
+        return max(2, full // 256) if self.tiny else full
+
+    def seconds_left(self) -> float:
+        """For a program that the step runs; the step needs a little itself, to report what took too long."""
+        return max(1.0, self.limit_seconds - (time.monotonic() - self.began) - 3.0)
+
+    def environment(self) -> dict[str, str]:
+        """For a training run on the step's device."""
+        # passive: threads that spin while they wait take the cores from each other, most of all from another rank's.
+        on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive"}
+        return os.environ | ({} if self.on_gpu else on_cpu)
+
+    def new_run(self) -> Path:
+        return self.scratch / f"run-{time.monotonic_ns()}"
+
+    def keep(self, result: Any) -> None:
+        """Writes what is known so far: it stays if the step does not reach its end."""
+        if self.answer:
+            write_json(self.answer, {"result": result})
+
+
+def tail(output: str | bytes | None, *, lines: int = 15) -> str:
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
+
+
+def how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

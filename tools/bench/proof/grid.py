@@ -1,0 +1,114 @@
+"""Step 5: the loader alone, for each cell of tools/bench/cells.py, with the GPU's and its JPEG engine's utilisation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from pipeline.errors import ExpressError
+
+from .base import Proof, how_it_ended
+from .data import enlarged, shards_of
+from .preflight import nvidia_smi
+
+
+def loader_grid(proof: Proof) -> dict[str, Any]:
+    cells = measured(proof, alone=False)
+    if failed := [f"{cell['name']}: {cell['error']}" for cell in cells if "error" in cell]:
+        raise ExpressError("; ".join(failed))
+    return {"cells": cells}
+
+
+def region_cells(proof: Proof) -> dict[str, Any]:
+    """Cells that may crash their process; if one does, that is the answer."""
+    return {"cells": measured(proof, alone=True)}
+
+
+def measured(proof: Proof, *, alone: bool) -> list[dict[str, Any]]:
+    from tools.bench.cells import CELLS
+
+    here = "cuda" if proof.on_gpu else "cpu"
+    cells = [cell for cell in CELLS if here in cell.devices and cell.alone == alone]
+    for data in sorted({cell.data for cell in cells}):
+        enlarged(proof, shards_of(proof, data), data)
+    # The cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
+    groups = [[c] for c in cells] if alone else [list(g) for _, g in itertools.groupby(cells, lambda c: c.backend)]
+    answers: list[dict[str, Any]] = []
+    with utilisation(proof) as busy:
+        for group in groups:
+            names, before = [cell.name for cell in group], len(answers)
+            with subprocess.Popen(cells_command(proof, names), stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    answers.append(answer | (busy(answer["began"], answer["ended"]) if "began" in answer else {}))
+                    proof.keep({"cells": answers})
+            reason = f"its process {how_it_ended(process.returncode)}"
+            answers += [{"name": name, "error": reason} for name in names[len(answers) - before :]]
+            proof.keep({"cells": answers})
+    return answers
+
+
+def cells_command(proof: Proof, names: list[str]) -> list[str]:
+    from tools.bench import cells
+
+    command = [sys.executable, cells.__file__, *names, "--shards", str(proof.scratch / "large")]
+    batch, seconds = (16, 0.5) if proof.tiny else (256, 5)
+    return [*command, "--device", proof.device, "--batch", str(batch), "--seconds", str(seconds)]
+
+
+@contextmanager
+def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, float | None]]]:
+    """Samples nvidia-smi about twice a second; yields a function of two Unix times.
+
+    It returns the median percent of the time between them that the GPU and its JPEG engine were busy: None without a
+    GPU, or if nvidia-smi is too old to report the engine.
+    """
+    samples: list[tuple[float, dict[str, float]]] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        # One process a sample: the lines of one that keeps running may wait in a buffer.
+        while not done.wait(0.5):
+            lines = nvidia_smi("dmon", "-s", "u", "-c", "1", "-i", proof.device.partition(":")[2] or "0")
+            if lines is None:
+                return
+            samples.append((time.time(), parse_dmon(lines)))
+
+    def busy(began: float, ended: float) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        for name, column in (("gpu_percent", "sm"), ("jpeg_engine_percent", "jpg")):
+            values = [row[column] for at, row in samples if began <= at <= ended and column in row]
+            found[name] = statistics.median(values) if values else None
+        return found
+
+    if proof.on_gpu:
+        threading.Thread(target=sample, daemon=True).start()
+    try:
+        yield busy
+    finally:
+        done.set()
+
+
+def parse_dmon(lines: list[str]) -> dict[str, float]:
+    """The last row of `nvidia-smi dmon` by the names in its header, without columns that hold no number ("-")."""
+    names: list[str] = []
+    row: dict[str, float] = {}
+    for line in map(str.strip, lines):
+        words = line.lstrip("# ").lower().split()
+        if line.startswith("#"):
+            names = words if "gpu" in words else names  # the second header line holds units
+            continue
+        row = {}
+        for name, word in zip(names, words):
+            with suppress(ValueError):
+                row[name] = float(word)
+    return row

@@ -1,0 +1,225 @@
+"""Step 1: what the machine has, and whether DALI decodes there what the CPU decodes."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ExpressError
+
+from .base import Proof
+from .data import pictures, shards_of
+
+NEEDED = ("torch", "numpy", "PIL", "accelerate", "safetensors", "tyro", "tqdm", "numba", "simplejpeg", "nvidia.dali")
+OPTIONAL = ("torchvision", "tensorboard", "zlib_ng", "scipy", "webdataset", "timm", "matplotlib", "sklearn", "pytest")
+BATCH, BATCHES = 16, 8
+
+
+def preflight(proof: Proof) -> dict[str, Any]:
+    """Many checks; one that fails costs only its own answer."""
+    found: dict[str, Any] = {"seconds": {}}
+    problems = []
+
+    def note(name: str, check: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        try:
+            found[name] = check()
+        except Exception as err:  # a check that cannot be made is an answer too
+            found[name] = {"error": f"{type(err).__name__}: {err}"}
+            problems.append(f"{name}: {err}")
+        found["seconds"][name] = round(time.perf_counter() - started, 1)
+        proof.keep(found)
+
+    for module in NEEDED:
+        note(module, lambda module=module: str(getattr(importlib.import_module(module), "__version__", "unknown")))
+    note("missing", lambda: [module for module in OPTIONAL if find_spec(module) is None])
+    note("gpu", lambda: describe_gpu(proof))
+    note("numba", compile_kernels)
+    shards = pictures(proof, classes=8, count=64)
+    for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
+        note(f"pixels, {how}", lambda options=options: compare_pixels(proof, shards, **options))
+    note("decoders", describe_decoders)
+    note("compiler", lambda: try_compiler(proof))  # last: the first time on a machine it may take most of a minute
+    if problems:
+        raise ExpressError("; ".join(problems))
+    return found
+
+
+def describe_gpu(proof: Proof) -> dict[str, Any]:
+    import torch
+
+    asked = "driver_version,memory.total,clocks.max.sm,power.limit"
+    found = {
+        "cuda_of_torch": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "NVIDIA_DRIVER_CAPABILITIES": os.environ.get("NVIDIA_DRIVER_CAPABILITIES"),
+        "nvidia_smi": nvidia_smi(f"--query-gpu={asked}", "--format=csv"),
+    }
+    if proof.on_gpu:
+        properties = torch.cuda.get_device_properties(proof.device)
+        found |= {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+    return found
+
+
+def nvidia_smi(*arguments: str) -> list[str] | None:
+    """Its lines; None if there is no such program, or it finds no GPU."""
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines() if not done.returncode else None
+
+
+def compile_kernels() -> str:
+    """Numba under this NumPy."""
+    from pipeline.read import fetch, portable
+
+    fetch.prepare()
+    portable.prepare(224, "float32", on_cpu=True)
+    return "compiles the loader's kernels"
+
+
+def try_compiler(proof: Proof) -> dict[str, Any]:
+    import torch
+
+    from train.networks import no_compiler
+
+    found = {name: shutil.which(name) for name in ("cc", "gcc", "g++")}
+    if reason := no_compiler(torch.device(proof.device)):
+        raise ExpressError(f"torch.compile does not work here ({reason}); compilers: {found}")
+    return {**found, "torch.compile": "works"}
+
+
+def describe_decoders() -> dict[str, Any]:
+    """After the pixels: libraries are mapped when something was decoded."""
+    from pipeline.read import dali
+
+    return dali.decoder_facts()
+
+
+# Pixels
+
+LOADS = {"GPU cores alone": 0.0, "both, as by default": 0.65, "hardware alone": 1.0}
+GPU_DECODERS: dict[str, dict[str, Any]] = {
+    **{how: {"hw_decoder_load": load} for how, load in LOADS.items()},
+    **{
+        f"{how}, memory under pressure": {"hw_decoder_load": load, "pressure": True}
+        for how, load in LOADS.items()
+        if load
+    },
+}
+CPU_DECODERS: dict[str, dict[str, Any]] = {"dali-cpu": {}, "dali-cpu, memory under pressure": {"pressure": True}}
+
+
+def real_pixels(proof: Proof) -> dict[str, Any]:
+    """The same comparison on the images that are given."""
+    result: dict[str, Any] = {}
+    for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
+        result[f"pixels, {how}"] = compare_pixels(proof, shards_of(proof, "jpeg"), **options)
+        proof.keep(result)
+    return result
+
+
+def compare_pixels(
+    proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65, pressure: bool = False
+) -> dict[str, Any]:
+    """Grey levels between DALI's crops on the device and the portable backend's, over the same crops.
+
+    pressure: torch takes, fills and frees memory between batches, and two batches stay unread meanwhile. A decoder that
+    writes into freed memory, or whose output is reused too early, shows.
+    Raises ExpressError if a tile of a crop differs by more than the training run's check tolerates.
+    """
+    from pipeline import AugmentConfig, Loader, LoaderConfig
+
+    options: dict[str, Any] = {"batch": BATCH, "dtype": "uint8", "augment": AugmentConfig(square=False)}
+    backend = "dali-gpu" if proof.on_gpu else "dali-cpu"
+    on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=hw_decoder_load)
+    differences, waiting = Differences(), []
+    squeeze = Pressure(proof.device) if pressure else None
+    with (
+        Loader(shards, config=LoaderConfig("portable"), **options) as right,
+        Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
+    ):
+        for expected, batch in itertools.islice(zip(epochs(right), epochs(tested)), BATCHES):
+            assert expected.ids.tolist() == batch.ids.tolist()
+            waiting.append((expected.images, batch.images))
+            if squeeze:
+                squeeze.change()
+            if len(waiting) > 2:
+                differences.add(*waiting.pop(0))
+        for pair in waiting:
+            differences.add(*pair)
+    return differences.result()
+
+
+def epochs(loader: Any) -> Iterator[Any]:
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+class Differences:
+    """How far crops are from what they should be, in grey levels."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        self._count = np.zeros(256, np.int64)  # of values, by their difference
+        self._worst_tile = 0.0
+
+    def add(self, expected: Any, images: Any) -> None:
+        """Two (n, 3, crop, crop) uint8 tensors."""
+        import numpy as np
+
+        from pipeline.read.pixel_check import largest_tile_mean
+
+        difference = (expected.short() - images.cpu().short()).abs()
+        self._count += np.bincount(difference.flatten().numpy(), minlength=256)
+        for crop in difference.float().mean(1).numpy():
+            self._worst_tile = max(self._worst_tile, largest_tile_mean(crop))
+
+    def result(self) -> dict[str, Any]:
+        """Raises ExpressError if a tile is out of tolerance."""
+        import numpy as np
+
+        from pipeline.read.pixel_check import TOLERANCE
+
+        values = int(self._count.sum())
+        above = {str(level): float(self._count[level + 1 :].sum() / values) for level in (0, 1, 2, 4, 8, 16)}
+        result = {
+            "crops": BATCH * BATCHES,
+            "mean": round(float((self._count * np.arange(256)).sum() / values), 4),
+            "largest": int(np.flatnonzero(self._count).max()),
+            "fraction_above": above,
+            "worst_tile_mean": round(self._worst_tile, 3),
+        }
+        if self._worst_tile > TOLERANCE:
+            raise ExpressError(f"a tile differs by {self._worst_tile:.1f} grey levels on average: {json.dumps(result)}")
+        return result
+
+
+class Pressure:
+    """Memory that is taken, filled and freed, so that allocators hand out what was in use a moment ago."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._torch, self._device, self._held = torch, device, {}
+        self._random = torch.Generator().manual_seed(0)
+
+    def change(self) -> None:
+        torch = self._torch
+        sizes = torch.randint(1 << 16, 1 << 23, (24,), generator=self._random).tolist()  # 64 KiB to 8 MiB
+        for slot, size in enumerate(sizes):
+            self._held[slot] = torch.full((size,), 0xAA, dtype=torch.uint8, device=self._device)
+        for slot in range(0, len(sizes), 2):
+            del self._held[slot]
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()  # back to the driver, where DALI's own pools can get it

@@ -1,0 +1,54 @@
+"""The registry of steps, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from . import checks, grid, preflight, training
+from .base import Proof
+
+
+def layers(proof: Proof) -> dict[str, Any]:
+    """Step 3: forms of conv1, LRN, pooling and the optimisers, each by itself."""
+    import torch
+
+    from tools.bench.layers import measure
+
+    options = {"batch": 4, "seconds": 0.02} if proof.tiny else {"batch": 1024, "seconds": 0.5}
+    result: dict[str, Any] = measure(proof.device, **options, dtype=torch.bfloat16)
+    return result
+
+
+@dataclass(frozen=True)
+class Step:
+    """data: what it needs on the command line, "images" or "cifar". in_tiny: whether a tiny walk includes it; another
+    step runs the same code with another number."""
+
+    run: Callable[[Proof], dict[str, Any]]
+    command: str  # A or B
+    limit_seconds: float
+    data: str = ""
+    in_tiny: bool = True
+
+
+# The figures that matter most come first; what takes long or may crash comes last.
+STEPS = {
+    "preflight": Step(preflight.preflight, "A", 60),
+    "train-256": Step(partial(training.synthetic, full_batch=256), "A", 75),
+    "train-1024": Step(partial(training.synthetic, full_batch=1024), "A", 60, in_tiny=False),
+    "profile": Step(training.profile, "A", 45),
+    "layers": Step(layers, "A", 40),
+    "resume": Step(checks.resume, "A", 60),
+    "ranks": Step(checks.two_ranks, "A", 60),
+    "tests": Step(checks.gpu_tests, "A", 120),
+    "loader": Step(grid.loader_grid, "B", 130, "images"),
+    "fed-1024": Step(partial(training.fed, full_batch=1024), "B", 75, "images"),
+    "fed-256": Step(partial(training.fed, full_batch=256), "B", 60, "images", in_tiny=False),
+    "pixels": Step(preflight.real_pixels, "B", 30, "images", in_tiny=False),
+    "region": Step(grid.region_cells, "B", 60, "images"),
+    "cifar-seed": Step(partial(training.cifar, recipe="seed"), "B", 100, "cifar"),
+    "cifar-modern": Step(partial(training.cifar, recipe="modern"), "B", 100, "cifar"),
+}

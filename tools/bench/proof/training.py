@@ -1,0 +1,138 @@
+"""Steps 2, 6 and 7: train/run.py as it is, on noise, fed from shards, and on CIFAR-10."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ExpressError
+
+from .base import RUN, Proof, how_it_ended, tail
+from .data import enlarged, pictures, shards_of
+
+CLASSES = 1000
+PIXELS = ("pixels_checked", "pixels_different")  # crops; on a GPU the loader checks some in the background
+LEVELS = (0.75, 0.85)  # top-1 that step 7 measures the seconds to
+
+
+def train(proof: Proof, *flags: object) -> None:
+    """Runs train/run.py. Raises ExpressError with its last lines if it fails or the step's time is over."""
+    command = [sys.executable, str(RUN), *map(str, flags)]
+    if find_spec("tensorboard") is None:  # a run with a tracker that is not installed is rejected
+        command += ["--run.trackers"]
+    seconds = proof.seconds_left()
+    try:
+        done = subprocess.run(command, env=proof.environment(), capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as err:
+        raise ExpressError(f"train/run.py took longer than {seconds:.0f} s: {tail(err.stderr)}") from err
+    if done.returncode:
+        raise ExpressError(f"train/run.py {how_it_ended(done.returncode)}: {tail(done.stdout + done.stderr)}")
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, without the one that a kill may have cut."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def seed_flags(proof: Proof, shards: Path, run: Path, *, batch: int, backend: str, steps: int) -> list[object]:
+    flags: list[object] = ["seed", "--data.shards", shards, "--run.dir", run, "--loader.backend", backend]
+    flags += ["--train.batch", batch, "--train.eval-batch", batch, "--train.precision", "bf16"]
+    flags += ["--train.compile", "auto", "--limit-steps", steps]
+    return [*flags, "--model.width", 0.25] if proof.tiny else flags
+
+
+def speed(proof: Proof, shards: Path, *, batch: int, backend: str) -> dict[str, Any]:
+    """Images per second of the preset `seed`: the median over metrics.jsonl's windows after a warm-up.
+
+    A window is the run's own, of 20 steps. Compiling falls into the first one; the checkpoint and the evaluation at the
+    run's end come after the last one.
+    """
+    run, (steps, every, warm_up) = proof.new_run(), (4, 1, 2) if proof.tiny else (150, 20, 40)
+    flags = seed_flags(proof, shards, run, batch=batch, backend=backend, steps=steps)
+    train(proof, *flags, "--run.log-every", every)
+    windows = [line for line in records(run, "train") if line["step"] > warm_up and line["step"] % every == 0]
+    described = json.loads((run / "config.json").read_text())
+    shutil.rmtree(run)  # its checkpoint holds half a gigabyte
+    return {
+        "batch": batch,
+        **{name: described[name] for name in ("backend", "compiled", "precision")},
+        "images_per_second": round(statistics.median(line["images_per_second"] for line in windows), 1),
+        "data_wait": round(statistics.median(line["data_wait"] for line in windows), 4),
+        "memory_gb": windows[-1]["memory_gb"],
+        **{name: sum(line[name] for line in windows) for name in PIXELS if name in windows[0]},
+        "windows": windows,
+    }
+
+
+def noise_index(proof: Proof) -> Path:
+    """A dataset of ImageNet's size and classes, of which the synthetic backend reads no image."""
+    return enlarged(proof, pictures(proof, classes=CLASSES, count=CLASSES), "noise")
+
+
+def synthetic(proof: Proof, full_batch: int) -> dict[str, Any]:
+    """What the network does alone."""
+    return speed(proof, noise_index(proof), batch=proof.batch(full_batch), backend="synthetic")
+
+
+def profile(proof: Proof) -> dict[str, Any]:
+    """torch's profiler: the slowest operations of ten steps."""
+    run, batch, steps = proof.new_run(), proof.batch(1024), 2 if proof.tiny else 10
+    flags = seed_flags(proof, noise_index(proof), run, batch=batch, backend="synthetic", steps=steps + 6)
+    train(proof, *flags, "--profile", steps)
+    table = (run / "profile" / "table.txt").read_text().splitlines()
+    shutil.rmtree(run)
+    return {"batch": batch, "table": table}
+
+
+def fed(proof: Proof, full_batch: int) -> dict[str, Any]:
+    """Fed from shards, and then without them on the same machine."""
+    batch, result = proof.batch(full_batch), {}
+    shards = enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
+    for name, backend in (("fed", "auto"), ("synthetic", "synthetic")):
+        result[name] = speed(proof, shards, batch=batch, backend=backend)
+        proof.keep(result)
+    fraction = result["fed"]["images_per_second"] / result["synthetic"]["images_per_second"]
+    return {**result, "fed_of_synthetic": round(fraction, 3)}
+
+
+def cifar(proof: Proof, recipe: str) -> dict[str, Any]:
+    """Seconds of training and evaluation until CIFAR-10's test images are known to 75 and 85 %."""
+    from tools.bench import accuracy, trained
+
+    assert proof.cifar is not None
+    shards, run = trained.shards(proof.cifar, proof.scratch / "cifar", size=36), proof.new_run()
+    epochs, width = (1, 0.125) if proof.tiny else (accuracy.EPOCHS // 2, 1.0)
+    flags = accuracy.flags(recipe, shards, epochs=epochs, width=width)
+    cut_short = ""
+    try:
+        train(proof, *flags, "--run.dir", run, "--train.stop-at", max(LEVELS))
+    except ExpressError as err:  # mostly for lack of time: what it reached until then counts
+        if not records(run, "val"):
+            raise
+        cut_short = str(err).splitlines()[0]
+    return times_to(LEVELS, run) | ({"cut_short": cut_short} if cut_short else {})
+
+
+def times_to(levels: tuple[float, ...], run: Path) -> dict[str, Any]:
+    """Seconds from the run's start until an evaluation, of the weights or their average, reached each top-1."""
+    start, evaluations = records(run, "start")[0]["time"], records(run, "val") + records(run, "val of average")
+    evaluations.sort(key=lambda line: line["time"])
+
+    def seconds_to(level: float) -> float | None:
+        return next((round(line["time"] - start, 1) for line in evaluations if line["top1"] >= level), None)
+
+    return {
+        "seconds_to": {f"{level:.0%}": seconds_to(level) for level in levels},
+        "best_top1": max(line["top1"] for line in evaluations),
+        "epochs": max(line["epoch"] for line in evaluations),
+        "images_per_second": round(statistics.median(line["images_per_second"] for line in records(run, "train")), 1),
+    }
