@@ -256,6 +256,15 @@ VARIANTS: dict[str, Variant] = {
 }  # fmt: skip
 
 
+class PoolToFit(nn.AdaptiveAvgPool2d):
+    """Averages any size down to side × side, and leaves that size alone: its backward pass on a GPU has no
+    deterministic kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fits = x.shape[-2] == x.shape[-1] == self.output_size
+        return x if fits else super().forward(x)
+
+
 class AlexNet(nn.Module):
     """The variant of `config` for square crops of `crop` pixels.
 
@@ -378,7 +387,7 @@ class _Builder:
                 self._append("bn", nn.BatchNorm2d(self.channels))
             case Place("pool6"):
                 self.side = 6
-                self.modules.append(("pool6", nn.AdaptiveAvgPool2d(6)))
+                self.modules.append(("pool6", PoolToFit(6)))
 
     def _conv(self, row: Conv) -> None:
         out = _scaled(row.channels, self.config.width)

@@ -80,3 +80,12 @@ def test_the_demo_learns_on_the_gpu(digits, tmp_path, precision):
     assert last["top1"] > 0.9
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert described["backend"] == "dali-gpu"
+
+
+@pytest.mark.parametrize("preset", ["modern", "torchvision"])
+def test_nets_with_adaptive_pooling_train_deterministically(shards, tmp_path, preset):
+    command = [sys.executable, str(ROOT / "train" / "run.py"), preset, "--data.shards", str(shards["jpeg"])]
+    command += ["--run.dir", str(tmp_path / "run"), "--train.batch", "4", "--limit-steps", "2", "--run.deterministic"]
+    command += ["--run.trackers", "--train.crop-sizes", "--train.crop-until"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=dict(os.environ))
+    assert done.returncode == 0, done.stderr

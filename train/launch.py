@@ -31,10 +31,10 @@ def make_accelerator(config: Config) -> Accelerator:
         # Views: a gradient lies where it is sent from, which spares a copy and the memory of all weights.
         hook = DDPCommunicationHookType({"none": "no"}.get(config.train.compress, config.train.compress))
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook))
+    torch.backends.cudnn.benchmark = not config.run.deterministic  # batches are all of one size
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     try:
         accelerator = Accelerator(
             mixed_precision=precision,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from model import AlexNet, ModelConfig
 from model.dropout import Dropout
@@ -243,19 +244,22 @@ def without_dropout(net: nn.Module) -> None:
 # Compiling
 
 
-def compile_net(net: nn.Module, how: str, device: torch.device) -> str:
-    """Compiles in place as train.compile says. Returns what was done, or why not."""
+def compile_net(net: nn.Module, how: str, device: torch.device, *, world: int = 1) -> str:
+    """Compiles in place as train.compile says. Returns what was done, or why not. world: ranks, joined by DDP."""
     if how == "auto":
         how = "model" if device.type == "cuda" else "norm"
+    why = ""
+    if how == "model" and world > 1 and TorchVersion(torch.__version__) < TorchVersion("2.14"):
+        how, why = "norm", f": a whole model on several ranks needs torch 2.14 or newer, not {torch.__version__}"
     norms = [m for m in net.modules() if isinstance(m, LocalResponseNorm | SpatialResponseNorm)]
     if how == "off" or (how == "norm" and not norms):
-        return "nothing"
+        return f"nothing{why}"
     if reason := no_compiler(device):
         return f"nothing: torch.compile does not work here ({reason}); --train.compile off leaves it out"
     if how == "norm":
         for module in norms:
             module.compiled = True
-        return "response normalisation"
+        return f"response normalisation{why}"
     net.compile()
     return "the model"
 

@@ -98,9 +98,9 @@ def make_stepper(net: nn.Module, config: Config, accelerator: Accelerator, optim
     device = accelerator.device
     average = Average(net.to(device), config.regularize.ema) if config.regularize.ema else None
     # Before it is wrapped, in place: names of weights stay.
-    compiled = compile_net(net, config.train.compile, device)
+    compiled = compile_net(net, config.train.compile, device, world=accelerator.num_processes)
     if average:
-        compile_net(average.net, config.train.compile, device)
+        compile_net(average.net, config.train.compile, device, world=accelerator.num_processes)
     first_apart, scaled = bool(config.train.conv1_epochs), accelerator.scaler is not None
     optimizer = make_optimizer(net, optim, first_apart=first_apart, scaled=scaled)
     try:

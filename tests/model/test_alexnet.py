@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import alexnet as torchvisions
 
 from model import AlexNet, ModelConfig
@@ -234,6 +236,27 @@ def test_any_convolution_can_be_left_out(name, dropped):
     assert len(convolutions) == 4
     assert len([m for m in net.in_order() if isinstance(m, nn.ReLU)]) == 6
     assert net(torch.randn(1, 3, VARIANTS[name].crop, VARIANTS[name].crop)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["modern", "torchvision"])
+def test_a_side_that_already_fits_is_not_pooled_again(name):
+    """Adaptive pooling has no deterministic backward pass on a GPU."""
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    net = AlexNet(ModelConfig(name, width=0.125), classes=5, crop=VARIANTS[name].crop).eval()
+    for side, pooled in ((VARIANTS[name].crop, False), (VARIANTS[name].crop + 64, True)):
+        x, seen = torch.randn(2, 3, side, side), []
+        with torch.no_grad(), Ops():
+            ours = net(x)
+        assert any("adaptive_avg_pool" in op for op in seen) == pooled
+        plain = copy.deepcopy(net)
+        (pool,) = (m for m in plain.modules() if isinstance(m, nn.AdaptiveAvgPool2d))
+        pool.forward = lambda x: F.adaptive_avg_pool2d(x, 6)
+        torch.testing.assert_close(ours, plain(x), rtol=0, atol=0)
 
 
 def test_alpha_weighs_the_sum_in_the_paper_and_the_mean_in_its_code():

@@ -147,6 +147,24 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
     assert sum(built) <= 3 * 1024  # images decoded once more
 
 
+@pytest.mark.parametrize("at", [0, 1, 500, 1022, 1023])
+def test_an_image_that_dali_does_not_name_is_found_by_halving_the_batch(monkeypatch, at):
+    images, built, build = [memoryview(jpeg())] * 1024, [], dali.Graph.why_not_decoded
+    images[at] = memoryview(POISON["truncated"]())
+
+    def counted(self, images, **kwargs):
+        built.append(len(images))
+        return build(self, images, **kwargs)
+
+    monkeypatch.setattr(dali.Graph, "why_not_decoded", counted)
+    graph = dali.Graph(output("cpu"), "image", False, True)
+    found, _ = graph.first_not_decoded(images, named=None, threads=2)
+    assert found == at
+    assert len(built) <= 12
+    images[at] = images[at - 1]
+    assert graph.first_not_decoded(images, named=None, threads=2) is None
+
+
 def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):
     """As on a GPU whose driver has failed: DALI then rejects every image."""
     with Loader(shards["jpeg"], batch=4, augment=AugmentConfig(), config=LoaderConfig("dali-cpu")) as loader:

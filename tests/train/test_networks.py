@@ -302,6 +302,23 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on(how, digits, tmp
     assert said[0].startswith("compiled: nothing: torch.compile does not work here (")
 
 
+@pytest.mark.parametrize(
+    ("version", "world", "done"),
+    [
+        ("2.14.1", 2, "the model"),
+        ("2.11.0+cu130", 1, "the model"),
+        (
+            "2.11.0+cu130",
+            2,
+            "response normalisation: a whole model on several ranks needs torch 2.14 or newer, not 2.11",
+        ),
+    ],
+)
+def test_whole_models_on_several_ranks_are_compiled_from_torch_2_14_on(compiler, monkeypatch, version, world, done):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert compile_net(small(), "model", torch.device("cpu"), world=world).startswith(done)
+
+
 def test_auto_compiles_the_norms_on_a_cpu(compiler):
     net = small()
     assert compile_net(net, "auto", torch.device("cpu")) == "response normalisation"
