@@ -32,9 +32,6 @@ class ModelConfig:
     """Share of units dropped at each of the table's two places, while training."""
     norm: Literal["variant", "lrn", "bn", "none"] = "variant"
     """Normalisation: the variant's own, local response, batch (modern and small only) or none."""
-    lrn_alpha: Literal["variant", "mean", "sum"] = "variant"
-    """How LRN weighs its neighbours' energy: their mean times 1e-4, as the original code, Caffe and torch do, or their
-    sum, as the paper's formula says: five times as much."""
     activation: Literal["relu", "tanh", "sigmoid"] = "relu"
     overlapping_pool: bool = True
     """Pools of 3 by 3, 2 apart; off: 2 by 2."""
@@ -76,12 +73,11 @@ class ModelConfig:
 
 CHOICES = {
     "norm": ("variant", "lrn", "bn", "none"),
-    "lrn_alpha": ("variant", "mean", "sum"),
     "activation": ("relu", "tanh", "sigmoid"),
     "weight_init": ("variant", "he", "torch"),
     "freeze": ("none", "features"),
 }
-SWITCHES = ("width", "dropout", "norm", "lrn_alpha", "activation", "overlapping_pool", "towers", "drop", "weight_init")
+SWITCHES = ("width", "dropout", "norm", "activation", "overlapping_pool", "towers", "drop", "weight_init")
 
 
 def _default(name: str) -> Any:
@@ -153,7 +149,6 @@ class Place:
 
 Act, Drop, BatchNorm, Pool6 = (Place(what) for what in ("act", "drop", "bn", "pool6"))
 Layer = Conv | Linear | Norm | SpatialNorm | Pool | Place
-ALPHAS = {"mean": 1e-4, "sum": 5e-4}  # of Norm, for windows of 5
 
 
 @dataclass(frozen=True)
@@ -416,11 +411,10 @@ class _Builder:
         self.modules.append((name, conv))
 
     def _lrn(self, row: Norm) -> LocalResponseNorm:
-        alpha = row.alpha if self.config.lrn_alpha == "variant" else ALPHAS[self.config.lrn_alpha]
         towers = self.towers if row.in_tower and self.seen else 1
         if self.channels % towers:
             raise ValueError(f"model.towers={towers}: {self.channels} channels do not divide")
-        return LocalResponseNorm(row.size, alpha, row.beta, row.k, towers=towers)
+        return LocalResponseNorm(row.size, row.alpha, row.beta, row.k, towers=towers)
 
     def _flatten(self) -> None:
         if not self.features:

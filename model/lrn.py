@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 class Window(NamedTuple):
@@ -23,13 +24,22 @@ class Window(NamedTuple):
 
 
 def local_response_norm(
-    x: Tensor, *, size: int, alpha: float, beta: float, k: float, towers: int = 1, compiled: bool = False
+    x: Tensor,
+    *,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    towers: int = 1,
+    compiled: bool = False,
+    save_scale: bool | None = None,
 ) -> Tensor:
     """Divides each channel by its neighbours' energy (Krizhevsky et al. 2012, section 3.3).
 
     x: (N, C, ...), any float dtype; computed in float32 (float64 stays), returned in x's dtype and memory format.
     alpha is divided by `size`, as in the original code and in torch: the paper's formula is alpha = size · 1e-4.
-    towers: equal parts of the channels that do not see each other. compiled: by torch.compile, where it can.
+    towers: equal groups of channels that do not see each other. compiled: by torch.compile, if it works.
+    save_scale: what the backward pass reads, see `saves_scale`, which decides if it is None.
     Raises ValueError when size is even or C does not divide.
     """
     _refuse_even(size)
@@ -40,21 +50,27 @@ def local_response_norm(
     lying = x.permute(0, 2, 3, 1) if last else x
     before, after = (lying.shape[:3], ()) if last else (lying.shape[:1], lying.shape[2:])
     window = Window(size, (len(before) + 1,), alpha / size, beta, k)
-    normalised = _normalise(lying.reshape(*before, towers, x.shape[1] // towers, *after), window, compiled).view(
-        lying.shape
-    )
+    grouped = lying.reshape(*before, towers, x.shape[1] // towers, *after)
+    normalised = _normalise(grouped, window, compiled, save_scale).view(lying.shape)
     return normalised.permute(0, 3, 1, 2) if last else normalised
 
 
 def spatial_response_norm(
-    x: Tensor, *, size: int, alpha: float, beta: float, k: float, compiled: bool = False
+    x: Tensor,
+    *,
+    size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    compiled: bool = False,
+    save_scale: bool | None = None,
 ) -> Tensor:
     """The same within each channel, over `size` × `size` pixels: what the original code has after its second LRN.
 
     x: (N, C, H, W). alpha is divided by size². Raises ValueError when size is even.
     """
     _refuse_even(size)
-    return _normalise(x, Window(size, (2, 3), alpha / size**2, beta, k), compiled)
+    return _normalise(x, Window(size, (2, 3), alpha / size**2, beta, k), compiled, save_scale)
 
 
 def _refuse_even(size: int) -> None:
@@ -62,11 +78,29 @@ def _refuse_even(size: int) -> None:
         raise ValueError(f"size={size}: must be odd, so that a channel is the middle of its neighbours")
 
 
-def _normalise(x: Tensor, window: Window, compiled: bool) -> Tensor:
+def saves_scale(device: torch.device) -> bool:
+    """Whether the forward pass saves the scale s for the backward pass, which otherwise recomputes it from x.
+
+    CPU: yes; measured eager and compiled, in float32 and bfloat16, where recomputing is slower (docs/results.md).
+    CUDA: no; decided by step 3 of `make gpu-proof`, not measured yet. Until then by memory traffic: in bfloat16 a
+    compiled model keeps 2 bytes an element between the passes (x) instead of 6.2 (x and padded float32 squares, which
+    torch.compile saves instead of s).
+    """
+    return device.type == "cpu"
+
+
+def _normalise(x: Tensor, window: Window, compiled: bool, save_scale: bool | None) -> Tensor:
+    save_scale = saves_scale(x.device) if save_scale is None else save_scale
+    arguments = (x, window, compiled and torch.is_grad_enabled(), save_scale)
     # Autocast would put the casts elsewhere: the function does its own.
     device = "cpu" if x.is_meta else x.device.type
     with torch.autocast(device, enabled=False):
-        normalised: Tensor = _Normalise.apply(x, window, compiled and torch.is_grad_enabled())
+        if torch.compiler.is_compiling() and not save_scale:
+            # torch.compile chooses what a compiled model saves; this makes it recompute (torch 2.12 or newer: older
+            # ones compute the same and save float32 squares).
+            normalised: Tensor = checkpoint(_Normalise.apply, *arguments, use_reentrant=False)
+        else:
+            normalised = _Normalise.apply(*arguments)
     return normalised
 
 
@@ -78,35 +112,42 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window, compiled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, window: Window, compiled: bool, save_scale: bool) -> Tensor:
         y: Tensor
-        y, scale = _form(forward, compiled)(_readable(x, compiled), window)
-        ctx.save_for_backward(x, scale)
+        y, *scale = _form(forward, compiled)(_readable(x, compiled), window, save_scale)
+        ctx.save_for_backward(x, *scale)
         ctx.window, ctx.compiled = window, compiled
-        return y.to(x.dtype)
+        return _cast(y, x.dtype)
 
     @staticmethod
     @once_differentiable  # the sum s is a constant here: a second derivative would silently be another one
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
+        x, *scale = ctx.saved_tensors
         grad_, x_ = _readable(grad, ctx.compiled), _readable(x, ctx.compiled)
-        dx: Tensor = _form(backward, ctx.compiled)(grad_, x_, scale, ctx.window)
-        return dx.to(x.dtype), None, None
+        dx: Tensor = _form(backward, ctx.compiled)(grad_, x_, ctx.window, *scale)
+        return _cast(dx, x.dtype), None, None, None
 
 
-def forward(x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """(y, s): y in x's dtype, s in float32, or float64 where x is."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    scale = window_sum(wide * wide, window) * window.alpha + window.k
-    return (wide * inverse_power(scale, window.beta)).to(x.dtype), scale
+def forward(x: Tensor, window: Window, save_scale: bool) -> tuple[Tensor, ...]:
+    """(y,) in x's dtype, or (y, s) with s as `scale_of` returns it."""
+    scale = scale_of(x, window)
+    y = _cast(_cast(x, scale.dtype) * inverse_power(scale, window.beta), x.dtype)
+    return (y, scale) if save_scale else (y,)
 
 
-def backward(grad: Tensor, x: Tensor, scale: Tensor, window: Window) -> Tensor:
-    """dx, in x's dtype."""
-    wide = x.to(scale.dtype)
-    direct = inverse_power(scale, window.beta) * grad.to(scale.dtype)
+def backward(grad: Tensor, x: Tensor, window: Window, scale: Tensor | None = None) -> Tensor:
+    """dx, in x's dtype. scale: s of the forward pass; None: it is computed again."""
+    scale = scale_of(x, window) if scale is None else scale
+    wide = _cast(x, scale.dtype)
+    direct = inverse_power(scale, window.beta) * _cast(grad, scale.dtype)
     through = window_sum(direct * wide / scale, window)
-    return (direct - 2 * window.alpha * window.beta * wide * through).to(x.dtype)
+    return _cast(direct - 2 * window.alpha * window.beta * wide * through, x.dtype)
+
+
+def scale_of(x: Tensor, window: Window) -> Tensor:
+    """s = k + α Σ x², in float32, or float64 where x is."""
+    wide = _cast(x, torch.promote_types(x.dtype, torch.float32))
+    return window_sum(wide * wide, window) * window.alpha + window.k
 
 
 def window_sum(x: Tensor, window: Window) -> Tensor:
@@ -120,6 +161,14 @@ def window_sum(x: Tensor, window: Window) -> Tensor:
             total = total + padded.narrow(dim, shift, length)
         x = total
     return x
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), never called where it would return x itself.
+
+    Under torch 2.11, one such call in a compiled autograd.Function's forward makes its gradient zero, without an error.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def inverse_power(scale: Tensor, beta: float) -> Tensor:

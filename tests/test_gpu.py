@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from model import AlexNet, ModelConfig
 from pipeline import AugmentConfig, Loader, LoaderConfig
 from tests.conftest import ROOT
 
@@ -89,3 +91,18 @@ def test_nets_with_adaptive_pooling_train_deterministically(shards, tmp_path, pr
     command += ["--run.trackers", "--train.crop-sizes", "--train.crop-until"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["seed", "original"])
+def test_a_compiled_net_has_the_gradients_of_an_eager_one(name):
+    torch.manual_seed(0)
+    net = AlexNet(ModelConfig(name, width=0.125, dropout=0, weight_init="torch"), classes=10, crop=64).cuda()
+    images, labels = torch.randn(8, 3, 64, 64, device="cuda"), torch.arange(8, device="cuda")
+    gradients = []
+    for form in (net, torch.compile(net)):
+        net.zero_grad()
+        F.cross_entropy(form(images), labels).backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager.norm() > 0
+        assert (eager - compiled).norm() <= 1e-2 * eager.norm()

@@ -27,7 +27,7 @@ from tools import cli
 KINDS = (".safetensors", ".onnx", ".pth")
 COMPARED = 16  # images
 # Of model.*: what makes another net of the same weights, or weights of other shapes.
-FORM = ("width", "norm", "lrn_alpha", "activation", "overlapping_pool", "towers", "drop")
+FORM = ("width", "norm", "activation", "overlapping_pool", "towers", "drop")
 CLOSE = {".safetensors": 0.0, ".pth": 0.0, ".onnx": 1e-4}  # logits, as a share of the greatest
 OPSET = 18
 EVALUATED = ("split", "views", "command", "top1", "top5", "loss", "images")

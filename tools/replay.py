@@ -91,12 +91,9 @@ def configured(described: dict[str, Any], shards: str, scratch: Path, *, resume:
     from train.resume import as_saved
 
     config = as_saved(Config(), described["config"])
-    # A roll-back ends as a step that was left out; there is nothing here to roll back to.
-    bad_numbers = "stop" if config.guard.on_bad_numbers == "stop" else "skip"
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, shards=os.path.abspath(shards)),
-        guard=dataclasses.replace(config.guard, on_bad_numbers=bad_numbers),
         run=dataclasses.replace(config.run, dir=str(scratch / "run"), record_ids=False),
         resume=resume,
     )

@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite: stop, leave the update out, or go back. All ranks together."""
+"""A loss or gradient that is NaN or infinite: stop, or leave the update out. All ranks together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ExpressError
-
-from . import checkpoint
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -26,13 +24,6 @@ class LossNotFinite(ExpressError):
         self.step, self.loss, self.ids = step, loss, ids or []
 
 
-class RollBack(Exception):
-    """To the last checkpoint, because of the bad numbers of `step`."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-
 class BadNumbers:
     """What a run does about them, as guard.on_bad_numbers says."""
 
@@ -44,14 +35,12 @@ class BadNumbers:
         return self.run.stepper.buffers() if self.guard.on_bad_numbers == "skip" else None
 
     def meet(self, bad: int, buffers: list[Tensor] | None) -> None:
-        """Step `bad` is left out, or raises LossNotFinite or RollBack."""
+        """Step `bad` is left out, or raises LossNotFinite."""
         left_out = self.run.state.left_out
         if self.guard.on_bad_numbers == "stop":
             self.refuse(bad)
         if len(left_out) >= self.guard.max_bad_steps:
             self.refuse(bad, f"guard.max_bad_steps={self.guard.max_bad_steps} batches were left out before; ")
-        if self.guard.on_bad_numbers == "rollback":
-            raise RollBack(bad)
         assert buffers is not None
         left_out.append(bad)
         self.run.stepper.put_back(buffers)
@@ -66,30 +55,11 @@ class BadNumbers:
             raise LossNotFinite(
                 f"{what_is_bad(loss)} at step {bad}; {why}"
                 f"tools/replay.py {run.path} {bad} shows it again; try a lower optim.lr than {run.config.optim.lr},"
-                " or leave such batches out by --guard.on-bad-numbers skip or rollback",
+                " or leave such batches out by --guard.on-bad-numbers skip",
                 step=bad,
                 loss=loss,
                 ids=run.ids_of(bad),
             )
-
-    def roll_back(self, bad: int) -> None:
-        """To the newest checkpoint, and from there again without the batch of step `bad`."""
-        run = self.run
-        run.saver.settle()
-        path = None
-        if run.accelerator.is_main_process and (saved := run.checkpoints.newest()[0]):
-            path = saved.path
-            run.checkpoints.set_aside_after(saved.state["step"])
-        path = run.agreement.from_first(path)
-        if path is None:
-            self.refuse(bad, "there is no checkpoint to roll back to; ")
-        left_out, loss = run.state.left_out, self._loss()
-        run.stepper.clear()
-        run.restore(checkpoint.load(path))
-        run.state.left_out = [*left_out, bad]
-        run.record.rewind(*run.resumed_at())
-        step = run.state.step
-        self._tell(bad, loss, step, f"back to step {step}, and on without that batch")
 
     def _tell(self, bad: int, loss: float, at: int, what: str) -> None:
         run = self.run

@@ -85,7 +85,7 @@ class TrainConfig:
             raise ConfigError(f"train.crop_until={_plain(self.crop_until)}: epochs that rise, from 1")
 
 
-SCHEDULES = ("constant", "step", "plateau", "poly", "cosine", "exponential")
+SCHEDULES = ("constant", "step", "plateau", "poly", "cosine")
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,12 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     """Greatest norm of the gradient; 0: any."""
-    schedule: Literal["constant", "step", "plateau", "poly", "cosine", "exponential"] = "constant"
-    """step: by milestones; plateau: where evaluation stalls; poly, cosine: towards zero over the run; exponential: by
-    factor at each epoch."""
+    schedule: Literal["constant", "step", "plateau", "poly", "cosine"] = "constant"
+    """step: by milestones; plateau: when evaluation stalls; poly, cosine: towards zero over the run."""
     milestones: tuple[float, ...] = ()
     """Of step: epochs at which the rate is multiplied by factor."""
     factor: float = 0.1
-    """What step, plateau and exponential multiply the rate by."""
+    """What step and plateau multiply the rate by."""
     plateau_patience: int = 5
     """Of plateau: evaluations without a better top-1 before the rate is lowered."""
     plateau_drops: int = 3
@@ -118,7 +117,7 @@ class OptimConfig:
     """Linear rise at the start."""
     warmup_from: float = 0.0
     """The rate that the rise begins at."""
-    scale_lr: Literal["none", "linear", "sqrt"] = "none"
+    scale_lr: Literal["none", "linear"] = "none"
     """How lr follows train.batch: lr is for base_batch."""
     base_batch: int = 256
     biases: Literal["variant", "weights", "no-decay"] = "variant"
@@ -135,7 +134,7 @@ class OptimConfig:
         zeros = dict.fromkeys(("lr", "momentum", "weight_decay", "clip_norm", "warmup_epochs", "warmup_from"), 0.0)
         _at_least(self, "optim", **zeros, power=0.0, plateau_patience=1, plateau_drops=0, base_batch=1)
         _one_of(self, "optim", name=("sgd", "velocity", "lars"), schedule=SCHEDULES)
-        _one_of(self, "optim", scale_lr=("none", "linear", "sqrt"), norms=("weights", "no-decay"))
+        _one_of(self, "optim", scale_lr=("none", "linear"), norms=("weights", "no-decay"))
         _one_of(self, "optim", biases=("variant", "weights", "no-decay"))
         for name, most in (("factor", 1.0), ("lars_eta", 1.0)):
             if not 0 < getattr(self, name) <= most:
@@ -158,23 +157,14 @@ class RegularizeConfig:
 
     label_smoothing: float = 0.0
     """Share of the target that all classes have alike."""
-    mixup: float = 0.0
-    """α of Beta(α, α), the share of a neighbour in the batch that an image is mixed with; 0: none."""
-    cutmix: float = 0.0
-    """α of Beta(α, α), the share of the area that a neighbour's pixels replace; with mixup, each half of the time."""
     ema: float = 0.0
     """Decay, at each update, of a moving average of the weights, which is evaluated and saved too; 0: none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "regularize", label_smoothing=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
-        _at_most(self, "regularize", mixup=100.0, cutmix=100.0)
+        _at_least(self, "regularize", label_smoothing=0.0, ema=0.0)
         for name in ("label_smoothing", "ema"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"regularize.{name}={getattr(self, name)}: must be below 1")
-
-    @property
-    def mixes(self) -> bool:
-        return bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True)
@@ -209,11 +199,11 @@ class RunConfig:
 class GuardConfig:
     """What a run does when something goes wrong; see docs/failures.md."""
 
-    on_bad_numbers: Literal["stop", "skip", "rollback"] = "stop"
-    """A loss or gradient that is NaN or infinite: end with 76; leave the update out; or go back to the last checkpoint
-    and leave that batch out. skip and rollback wait for a GPU at every step."""
+    on_bad_numbers: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or infinite: stop exits with code 76, skip leaves the update out. skip waits for
+    a GPU at every step."""
     max_bad_steps: int = 10
-    """Batches that skip and rollback may leave out over the run."""
+    """Batches that skip may leave out over the run."""
     hang_seconds: float = 600.0
     """A rank that makes no step for so long is named, all stacks are kept, the run ends with 77; 0: waits for ever."""
     on_save_error: Literal["stop", "continue"] = "stop"
@@ -221,7 +211,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, "guard", max_bad_steps=0, hang_seconds=0.0)
-        _one_of(self, "guard", on_bad_numbers=("stop", "skip", "rollback"), on_save_error=("stop", "continue"))
+        _one_of(self, "guard", on_bad_numbers=("stop", "skip"), on_save_error=("stop", "continue"))
         if 0 < self.hang_seconds < 2:
             raise ConfigError(f"guard.hang_seconds={self.hang_seconds:g}: at least 2, or 0 to wait for ever")
 
@@ -363,6 +353,20 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+# Fields that were removed, at the values that changed nothing. Checkpoints and model cards made before hold them.
+REMOVED = {"mixup": 0.0, "cutmix": 0.0, "lrn_alpha": "variant"}
+
+
+def check_removed(saved: dict[str, Any], source: str) -> None:
+    """Raises ConfigError if values that were saved, flat or nested names alike, set a removed field."""
+    for name, value in saved.items():
+        field_name = name.split(".")[-1]
+        if field_name in REMOVED and value != REMOVED[field_name]:
+            raise ConfigError(
+                f"{source}: {name}={value} is no longer supported; use the version of imagenet-express that made it"
+            )
 
 
 RESUME_NEWEST = "newest"

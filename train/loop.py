@@ -24,7 +24,7 @@ from pipeline.read.loader import Batch, Loader
 
 from . import checkpoint, environment, launch, parts, preempt, resume, tracking, watchdog
 from .agreement import Agreement, timeout_seconds
-from .bad_numbers import BadNumbers, LossNotFinite, RollBack
+from .bad_numbers import BadNumbers, LossNotFinite
 from .checkpoint import Saved
 from .config import Config, augment_at, behind_the_end
 from .finite import Finite
@@ -227,15 +227,7 @@ class Run:
         self._tick(DATA)
         self.watchdog.start()
         self.stop.running = True
-        nothing = self.agreement.from_first(not self.checkpoints.all())
-        if self.config.guard.on_bad_numbers == "rollback" and nothing:
-            self._save()
-        while True:
-            try:
-                result = self._train()
-                break
-            except RollBack as back:
-                self.bad_numbers.roll_back(back.step)
+        result = self._train()
         self._save_is_done()
         if self.profile:
             self._say(self.profile.cut_short())
@@ -250,7 +242,6 @@ class Run:
             self.record.say(note)
         if c.optim.scale_lr != "none":
             share = f"{c.train.batch} / {c.optim.base_batch}"
-            share = share if c.optim.scale_lr == "linear" else f"√({share})"
             self.record.say(f"optim.lr: {c.optim.lr:g} × {share} = {self.optim.lr:g}")
 
     def _train(self) -> Evaluation:
@@ -366,19 +357,16 @@ class Run:
         self._set_rate()
         number = state.step + 1
         ids = self.loader.ids(*self.coordinates(number))
-        if number in state.left_out:  # by a roll-back
-            stop, _, broken = self._agree(0)
+        buffers = self.bad_numbers.buffers()
+        # The backward pass is where ranks wait for each other.
+        loss, _ = stepper.backward(batch, ids, step=state.step, between=lambda: self._tick(BACKWARD))
+        stop, bad, broken = self._agree(self.finite.bad_step(number, loss))
+        if bad:
+            self.bad_numbers.meet(bad, buffers)
         else:
-            buffers = self.bad_numbers.buffers()
-            # The backward pass is where ranks wait for each other.
-            loss, _ = stepper.backward(batch, ids, step=state.step, between=lambda: self._tick(BACKWARD))
-            stop, bad, broken = self._agree(self.finite.bad_step(number, loss))
-            if bad:
-                self.bad_numbers.meet(bad, buffers)
-            else:
-                self._update()
-                self.meter.add(loss)
-            stepper.clear()
+            self._update()
+            self.meter.add(loss)
+        stepper.clear()
         state.step = number
         self.record.ids(number, ids)
         if broken:

@@ -127,7 +127,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, freeze_f
 def scaled_to_batch(config: OptimConfig, batch: int) -> OptimConfig:
     """`config` with the rates that its rule of scaling gives for a global batch."""
     share = batch / config.base_batch
-    factor = {"none": 1.0, "linear": share, "sqrt": math.sqrt(share)}[config.scale_lr]
+    factor = share if config.scale_lr == "linear" else 1.0
     return replace(config, lr=config.lr * factor, warmup_from=config.warmup_from * factor, scale_lr="none")
 
 
@@ -163,7 +163,6 @@ _SHAPES: dict[str, Callable[[OptimConfig, _At], float]] = {
     "plateau": lambda c, at: c.factor**at.drops,
     # Of the whole run, the warm-up counted in, as in Caffe.
     "poly": lambda c, at: (1 - min(at.step / max(at.total_steps, 1), 1)) ** c.power,
-    "exponential": lambda c, at: c.factor ** ((at.step - at.warmup) / at.steps_per_epoch),
 }
 
 

@@ -18,7 +18,6 @@ from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import Loader
 from pipeline.read.work import PixelType
 
-from . import mixing
 from .averaging import Average
 from .config import Config, OptimConfig
 from .launch import local_world
@@ -31,10 +30,9 @@ INIT = 1_000_000  # a stream of draws, away from the loader's
 
 
 def check_batch(config: Config, *, samples: int, world: int) -> None:
-    """Raises ConfigError for a batch that cannot be cut into ranks, passes and pairs."""
+    """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
     train = config.train
     order.check_batch(train.batch, samples=samples, world=world, partitions=config.data.partitions, field="train.batch")
-    mixing.check_pairs(config.regularize, batch=train.batch, world=world)
     part = train.batch // world
     if train.accumulate > max(part // 2, 1):
         raise ConfigError(

@@ -13,7 +13,7 @@ from pipeline.manifest import Dataset
 from . import hosts
 from .agreement import Agreement
 from .checkpoint import Checkpoints, Saved, load
-from .config import RESUME_NEWEST, Config, flatten
+from .config import REMOVED, RESUME_NEWEST, Config, check_removed, flatten
 from .folder import LOCK, RunFolder
 from .optim import learning_rate, scaled_to_batch
 
@@ -118,13 +118,20 @@ def what_must_stay(config: Config, dataset: Dataset, *, precision: str) -> dict[
 
     precision: what train.precision came to, with the launcher's word.
     """
-    fixed = {name: value for name, value in flatten(config).items() if not name.startswith(MAY_CHANGE)}
+    fixed = {name: value for name, value in flatten(config).items() if _is_fixed(name)}
     return fixed | {"train.precision": precision, "the dataset's fingerprint": dataset.fingerprint}
+
+
+def _is_fixed(name: str) -> bool:
+    return not name.startswith(MAY_CHANGE) and name.split(".")[-1] not in REMOVED
 
 
 def refuse_another_run(config: Config, dataset: Dataset, saved: Saved, *, precision: str, steps_per_epoch: int) -> None:
     """Raises ConfigError that names every field whose value would make this another run, with both values."""
     before, now = saved.state["config"], what_must_stay(config, dataset, precision=precision)
+    check_removed(before, str(saved.path))
+    # Fields that are new had their default.
+    before = {name: value for name, value in (flatten(Config()) | before).items() if _is_fixed(name)}
     differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differing:
         both = "; ".join(f"{name}={now.get(name)} but it was {before.get(name)}" for name in differing)
@@ -159,6 +166,7 @@ def _refuse_other_rates(config: Config, saved: Saved, steps_per_epoch: int) -> N
 def as_saved(config: Any, saved: dict[str, Any]) -> Any:
     """A dataclass with the values, nested as its own are, that JSON kept of another one."""
     changes: dict[str, Any] = {}
+    check_removed(saved, "configuration")
     for name in {field.name for field in dataclasses.fields(config)} & saved.keys():
         value, kept = getattr(config, name), saved[name]
         if dataclasses.is_dataclass(value):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -16,9 +19,15 @@ from pipeline.read import draws
 from pipeline.read.loader import Batch
 from pipeline.read.work import to_device
 
-from . import mixing
 from .averaging import Average
 from .config import Config
+
+
+def micro_batches(images: int, count: int) -> list[slice]:
+    """`count` consecutive slices of a rank's images, of two images at least: batch normalisation needs two."""
+    pairs = math.ceil(images / 2)
+    ends = [min(2 * (pairs * i // count), images) for i in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends) if b > a]
 
 
 class Stepper:
@@ -43,20 +52,16 @@ class Stepper:
 
         between: called after the last forward pass, before the ranks wait for each other.
         """
-        count, regularize = len(ids), self.config.regularize
-        parts = mixing.chunks(count, self.config.train.accumulate)
+        count, smoothing = len(ids), self.config.regularize.label_smoothing
+        parts = micro_batches(count, self.config.train.accumulate)
         losses = []
         for number, part in enumerate(parts):
-            images, labels, mix = batch.images[part], batch.labels[part], None
-            if regularize.mixes:
-                side = images.shape[-1]
-                mix = mixing.plan(regularize, ids[part], seed=self.config.run.seed, step=step, side=side)
-                images = mixing.apply(mix, images)
+            images, labels = batch.images[part], batch.labels[part]
             last = part is parts[-1]
             # Ranks add up their gradients once, after the last part.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 logits = self.logits(images, ids[part], step=step, part=number)
-                each = mixing.loss_of_each(logits, labels, mix, label_smoothing=regularize.label_smoothing)
+                each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
                 if last:
                     between()
                 self.accelerator.backward(each.sum() / count)
@@ -96,7 +101,7 @@ class Stepper:
         After its first backward pass DDP orders its buckets anew. A resumed run has another first step, and would add
         up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
         """
-        ids = ids[mixing.chunks(len(ids), self.config.train.accumulate)[0]]
+        ids = ids[micro_batches(len(ids), self.config.train.accumulate)[0]]
         images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device, dtype=dtype)
         images = images.to(memory_format=torch.channels_last)
         buffers = self.buffers()

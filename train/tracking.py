@@ -37,11 +37,7 @@ class Record:
         self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
-        self.rewind(*resumed_at)
-
-    def rewind(self, step: int, epoch: int) -> None:
-        """Forgets what was written of steps after `step`, and evaluations after `epoch`; all ranks together."""
-        self._close_files()
+        step, epoch = resumed_at  # what was written of later steps and evaluations is forgotten
         if self.main:
             _trim(self.run / METRICS, step, epoch)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ConfigError, DataError, ExpressError
 from train.command_line import SHORT, describe, parse
-from train.config import RESUME_NEWEST, augment_at, behind_the_end, flatten
+from train.config import RESUME_NEWEST, Config, augment_at, behind_the_end, flatten
 from train.presets import PRESETS, TOLD
+from train.resume import as_saved, refuse_another_run, what_must_stay
 
 
 def parsed(*argv: str):
@@ -68,8 +70,7 @@ def test_a_bare_resume_means_the_newest():
         (["modern", "--data.shards", "x", "--train.crop-until", "5", "5", "6"], "train.crop_until=5 5 6: epochs that"),
         (["modern", "--data.shards", "x", "--model.name", "seed", "--model.norm", "lrn"], "model.name=seed takes one"),
         (["modern", "--data.shards", "x", "--augment.normalize", "mean-image"], "mean-image is of one size"),
-        (["demo", "--data.shards", "x", "--regularize.mixup", "-1"], "regularize.mixup=-1"),
-        (["demo", "--data.shards", "x", "--regularize.cutmix", "1e9"], r"regularize.cutmix=1000000000.0: must be at m"),
+        (["demo", "--data.shards", "x", "--regularize.ema", "-1"], "regularize.ema=-1"),
         (["demo", "--data.shards", "x", "--regularize.ema", "1"], "regularize.ema=1.0: must be below 1"),
         (["demo", "--data.shards", "x", "--regularize.label-smoothing", "1"], "regularize.label_smoothing=1.0"),
         (["demo", "--data.shards", "x", "--run.trackers", "tensorbord"], r"unknown \(did you mean tensorboard\?\)"),
@@ -204,3 +205,35 @@ def test_crops_grow_and_colours_and_resizing_follow():
 
 def test_a_preset_is_changed_to_another_schedule_by_one_flag():
     assert parsed("caffe", "--data.shards", "x", "--optim.schedule", "cosine").optim.schedule == "cosine"
+
+
+@pytest.mark.parametrize("saved", [{"regularize": {"mixup": 0.4}}, {"model": {"lrn_alpha": "sum"}}])
+def test_a_removed_field_is_ignored_at_its_default_and_rejected_by_name_at_another_value(saved):
+    old = {"regularize": {"mixup": 0.0, "cutmix": 0.0, "ema": 0.5}, "model": {"lrn_alpha": "variant", "width": 0.5}}
+    config = as_saved(Config(), old)
+    assert (config.regularize.ema, config.model.width) == (0.5, 0.5)
+    ((name, value),) = next(iter(saved.values())).items()
+    with pytest.raises(ConfigError, match=f"{name}={value} is no longer supported"):
+        as_saved(Config(), saved)
+
+
+def test_a_checkpoint_made_before_fields_were_removed_and_added_resumes():
+    class Saved:
+        path = Path("runs/a/checkpoints/step-00000007")
+
+    class Data:
+        fingerprint = "f"
+
+    config = Config()
+    fixed = what_must_stay(config, Data, precision="fp32")
+    before = {k: v for k, v in fixed.items() if k != "optim.nesterov"}  # as if that field were new
+    before |= {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha": "variant"}
+    Saved.state = {"config": before, "step": 0}
+    refuse_another_run(config, Data, Saved, precision="fp32", steps_per_epoch=1)
+    for other, message in (
+        ({"regularize.mixup": 0.4}, "step-00000007: regularize.mixup=0.4 is no longer supported"),
+        ({"optim.nesterov": True}, "optim.nesterov=False but it was True"),
+    ):
+        Saved.state = {"config": before | other, "step": 0}
+        with pytest.raises(ConfigError, match=message):
+            refuse_another_run(config, Data, Saved, precision="fp32", steps_per_epoch=1)

@@ -24,7 +24,7 @@ FEW = ["--run.log-every", 1, "--run.record-ids"]
 # Torch's initialisation, whose rounding is not amplified at 0.01 (docs/model.md).
 RATE = ["--optim.lr", 0.01, "--optim.warmup-epochs", 0, "--model.weight-init", "torch"]
 FIFTY = ["--train.epochs", 3, "--limit-steps", 50]
-MIXED = ["--regularize.mixup", 0.4, "--regularize.cutmix", 1, "--regularize.label-smoothing", 0.1]
+SMOOTH = ["--regularize.label-smoothing", 0.1]
 QUICK = ["--model.width", 0.125, "--loader.threads", 1]
 
 
@@ -34,11 +34,11 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(digits, tmp_path_factory) -> Path:
-    """50 steps by one rank in one pass each, with dropout, mixup and cutmix."""
+    """50 steps by one rank in one pass each, with dropout."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = alone("demo", "--data.shards", digits, "--run.dir", run, *FIFTY, *FEW, *RATE, *MIXED)
+    done = alone("demo", "--data.shards", digits, "--run.dir", run, *FIFTY, *FEW, *RATE, *SMOOTH)
     assert done.returncode == 0, done.stderr
-    assert losses(run)[-1] < losses(run)[0]
+    assert sum(losses(run)[-10:]) < sum(losses(run)[:10])
     return run
 
 
@@ -46,7 +46,7 @@ def whole(digits, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 2), (1, 4), (2, 1), (4, 2)])
 def test_ranks_and_parts_of_a_batch_change_nothing_but_rounding(ranks, parts, whole, digits, tmp_path):
     run = tmp_path / "run"
-    args = ["demo", "--data.shards", digits, "--run.dir", run, *FIFTY, *FEW, *RATE, *MIXED]
+    args = ["demo", "--data.shards", digits, "--run.dir", run, *FIFTY, *FEW, *RATE, *SMOOTH]
     done = launch(*args, "--train.accumulate", parts, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert global_ids(run) == global_ids(whole)
@@ -59,7 +59,7 @@ def test_ranks_and_parts_of_a_batch_change_nothing_but_rounding(ranks, parts, wh
 
 def test_all_that_a_recipe_keeps_survives_a_stop_to_the_last_bit(digits, tmp_path):
     recipe = [
-        *("demo", "--data.shards", digits, "--train.epochs", 4, *FEW, *QUICK, *MIXED),
+        *("demo", "--data.shards", digits, "--train.epochs", 4, *FEW, *QUICK, *SMOOTH),
         *("--regularize.ema", 0.9, "--optim.name", "lars", "--optim.lars-clip", "--optim.lr", 0.1),
         *("--model.norm", "bn", "--optim.clip-norm", 1, "--optim.schedule", "plateau", "--optim.plateau-patience", 1),
         *("--train.accumulate", 2, "--train.conv1-epochs", 2, "--augment.colour", 0.1, "--train.colour-epochs", 1),
@@ -368,7 +368,6 @@ def test_a_stop_in_the_evaluation_at_the_limit_leaves_it_to_the_next_start(digit
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--regularize.mixup", 1, "--train.batch", 63], "train.batch=63 gives each of 1 ranks 63 images"),
         (["--train.accumulate", 33], "train.accumulate=33: a rank has 64 images a step"),
         (["--train.precision", "tf32"], "train.precision=tf32: needs an NVIDIA GPU"),
         (["--train.precision", "fp16"], "train.precision=fp16"),

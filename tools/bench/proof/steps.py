@@ -17,10 +17,8 @@ def layers(proof: Proof) -> dict[str, Any]:
     """Step 3: forms of conv1, LRN, pooling and the optimisers, each by itself."""
     import torch
 
-    try:
-        from tools.bench.layers import measure
-    except ImportError as err:
-        raise ExpressError(f"tools/bench/layers.py cannot be imported: {err}") from err
+    from tools.bench.layers import measure
+
     options = {"batch": 4, "seconds": 0.02} if proof.tiny else {"batch": 1024, "seconds": 0.3}
     result: dict[str, Any] = measure(proof.device, **options, dtype=torch.bfloat16)
     proof.keep(result)
