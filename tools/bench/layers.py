@@ -47,15 +47,19 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     return F.conv2d(space_to_depth(x), conv1_weights_as_blocks(weight))
 
 
-def measure(device: str | torch.device, *, batch: int, seconds: float, dtype: torch.dtype) -> dict[str, Any]:
+def measure(
+    device: str | torch.device, *, batch: int, seconds: float, dtype: torch.dtype, compiled: bool = True
+) -> dict[str, Any]:
     """{item: {"milliseconds", …}} or {item: {"error"}}: an item that fails costs nothing but itself.
 
     seconds: of each item, after a warm-up. Forward and backward together, channels last; lrn's "times_copy" is against
-    copying its input.
+    copying its input. compiled: also the compiled forms; compiling them takes most of the time on a CPU.
     """
     device = torch.device(device)
     found: dict[str, Any] = {}
     for name, prepare in items(device, batch, dtype).items():
+        if "compiled" in name and not compiled:
+            continue
         try:
             found[name] = {"milliseconds": round(milliseconds(prepare(), device, seconds), 4)}
         except Exception as err:  # whatever it is, the other items still have figures to give

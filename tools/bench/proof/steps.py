@@ -19,8 +19,9 @@ def layers(proof: Proof) -> dict[str, Any]:
 
     from tools.bench.layers import measure
 
-    options = {"batch": 4, "seconds": 0.02} if proof.tiny else {"batch": 1024, "seconds": 0.3}
-    result: dict[str, Any] = measure(proof.device, **options, dtype=torch.bfloat16)
+    batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
+    options = {"batch": batch, "seconds": seconds, "compiled": not proof.tiny}
+    result: dict[str, Any] = measure(proof.device, dtype=torch.bfloat16, **options)
     proof.keep(result)
     if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
         raise ExpressError("; ".join(failed))
