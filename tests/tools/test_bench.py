@@ -102,5 +102,7 @@ def test_each_layer_is_measured_and_one_that_fails_costs_only_itself(monkeypatch
     failed = {name for name, result in found.items() if "error" in result}
     assert failed == {"conv1 padding 2 48 channels", "conv1 padding 0 48 channels"}
     assert all(result["milliseconds"] > 0 for name, result in found.items() if name not in failed)
-    assert found["lrn1 eager, saves the scale"]["times_copy"] > 0
+    for form in ("eager", "compiled", "in a compiled model"):
+        for scale in ("saves the scale", "computes it again"):
+            assert found[f"lrn1 {form}, {scale}"]["times_copy"] > 0
     assert {"pool after lrn2", "optimiser sgd", "optimiser velocity", "optimiser lars"} <= found.keys()
