@@ -93,10 +93,9 @@ def test_nets_with_adaptive_pooling_train_deterministically(shards, tmp_path, pr
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["seed", "original"])
-def test_a_compiled_net_has_the_gradients_of_an_eager_one(name):
+def test_a_compiled_net_has_the_gradients_of_an_eager_one():
     torch.manual_seed(0)
-    net = AlexNet(ModelConfig(name, width=0.125, dropout=0, weight_init="torch"), classes=10, crop=64).cuda()
+    net = AlexNet(ModelConfig("original", width=0.125, dropout=0, weight_init="torch"), classes=10, crop=64).cuda()
     images, labels = torch.randn(8, 3, 64, 64, device="cuda"), torch.arange(8, device="cuda")
     gradients = []
     for form in (net, torch.compile(net)):
