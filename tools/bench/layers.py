@@ -49,12 +49,19 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 
 def measure(
-    device: str | torch.device, *, batch: int, seconds: float, dtype: torch.dtype, compiled: bool = True
+    device: str | torch.device,
+    *,
+    batch: int,
+    seconds: float,
+    dtype: torch.dtype,
+    compiled: bool = True,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """{item: {"milliseconds", …}} or {item: {"error"}}: an item that fails costs nothing but itself.
 
     seconds: of each item, after a warm-up. Forward and backward together, channels last; lrn's "times_copy" is against
     copying its input. compiled: also the compiled forms; compiling them takes most of the time on a CPU.
+    keep: is called with what was found so far.
     """
     device = torch.device(device)
     found: dict[str, Any] = {}
@@ -65,6 +72,7 @@ def measure(
             found[name] = {"milliseconds": round(milliseconds(prepare(), device, seconds), 4)}
         except Exception as err:  # whatever it is, the other items still have figures to give
             found[name] = {"error": f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"}
+        keep(found)
     for name, result in found.items():
         copy = found.get(f"{name.split()[0]} copy", {}).get("milliseconds")
         if name.startswith("lrn") and copy and "milliseconds" in result:

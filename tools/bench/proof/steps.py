@@ -21,7 +21,7 @@ def layers(proof: Proof) -> dict[str, Any]:
 
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
     options = {"batch": batch, "seconds": seconds, "compiled": not proof.tiny}
-    result: dict[str, Any] = measure(proof.device, dtype=torch.bfloat16, **options)
+    result: dict[str, Any] = measure(proof.device, dtype=torch.bfloat16, keep=proof.keep, **options)
     proof.keep(result)
     if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
         raise ExpressError("; ".join(failed))
@@ -46,7 +46,7 @@ STEPS = {
     "train-256": Step(partial(training.synthetic, full_batch=256), "A", 75),
     "train-1024": Step(partial(training.synthetic, full_batch=1024), "A", 60, in_tiny=False),
     "profile": Step(training.profile, "A", 45),
-    "layers": Step(layers, "A", 40),
+    "layers": Step(layers, "A", 60),
     "resume": Step(checks.resume, "A", 60),
     "ranks": Step(checks.two_ranks, "A", 60),
     "tests": Step(checks.gpu_tests, "A", 120),
