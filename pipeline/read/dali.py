@@ -116,6 +116,15 @@ class Graph:
         """Why this graph's decoder rejects one of the encoded images; None if it takes all. Builds a pipeline."""
         if self.stored == "raw":
             return None
+        try:
+            self._decoded(images, threads=threads)
+        except RuntimeError as err:
+            lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
+            return lines[-1] if lines else "DALI rejects it"
+        return None
+
+    def _decoded(self, images: list[memoryview], *, threads: int = 1) -> Any:
+        """The pipeline that has decoded the images. Raises RuntimeError."""
         fn, _, pipeline_def = _dali()
         arrays = [np.frombuffer(image, np.uint8) for image in images]
 
@@ -125,12 +134,9 @@ class Graph:
         def define() -> Any:
             return fn.decoders.image(fn.external_source(source=lambda: arrays, batch=True), **self._decoding())
 
-        try:
-            define().run()
-        except RuntimeError as err:
-            lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
-            return lines[-1] if lines else "DALI rejects it"
-        return None
+        pipeline = define()
+        pipeline.run()
+        return pipeline
 
     def first_not_decoded(self, images: list[memoryview], *, named: int | None, threads: int) -> tuple[int, str] | None:
         """The number of an image that this graph's decoder rejects, and why; None if it takes all.
@@ -153,9 +159,11 @@ class Graph:
         """One line: which decoder works, and what stands in the way of a faster one."""
         if self.device is None or self.stored == "raw":
             return "none: pixels are stored" if self.stored == "raw" else "libjpeg-turbo, by DALI"
-        if reason := self.why_not_decoded([memoryview(ANY_JPEG)]):  # loads the libraries, too
+        if reason := self.why_not_decoded([memoryview(ANY_JPEG)]):
             return f"none: DALI does not decode a JPEG here ({reason})"
+        pipeline = self._decoded([memoryview(ANY_JPEG)])  # keeps the libraries loaded, which go with the last pipeline
         found = decoder_facts()
+        del pipeline
         line = f"nvJPEG {found['nvjpeg'] or 'of an unknown version'}, hardware decoder load {self.hw_decoder_load:g}"
         if found["libnvcuvid"]:
             return f"{line}, libnvcuvid loads"
@@ -313,8 +321,8 @@ class Dali:
 
 
 def decoder_facts() -> dict[str, Any]:
-    """Of this process, once DALI has decoded something: {"nvjpeg": version or None, "libnvjpeg": file name or None,
-    "libnvcuvid": whether it loads}. nvJPEG reaches the hardware JPEG decoder through libnvcuvid."""
+    """Of this process, while there is a pipeline that has decoded something: {"nvjpeg": version or None, "libnvjpeg":
+    file name or None, "libnvcuvid": whether it loads}. nvJPEG reaches the hardware JPEG decoder through libnvcuvid."""
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:

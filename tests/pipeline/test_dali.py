@@ -68,7 +68,7 @@ def test_other_values_are_rejected_by_name(bad):
 
 def test_the_decoder_in_use_is_named_with_what_is_missing(monkeypatch):
     graph = dali.Graph(output("cuda:0"), "image", False, True, 0.9)
-    monkeypatch.setattr(dali.Graph, "why_not_decoded", lambda *_, **__: None)
+    monkeypatch.setattr(dali.Graph, "_decoded", lambda *_, **__: None)
     for libnvcuvid, ending in (
         (True, "hardware decoder load 0.9, libnvcuvid loads"),
         (False, "libnvcuvid does not load: no hardware decoder; a container needs "
@@ -84,7 +84,7 @@ def test_nvjpegs_version_is_read_from_the_library_that_is_mapped(shards):
     with Loader(shards["jpeg"], batch=4, config=LoaderConfig("dali-cpu"), augment=AugmentConfig()) as loader:
         next(iter(loader))
         assert loader.decoder() == "libjpeg-turbo, by DALI"
-    found = dali.decoder_facts()
+        found = dali.decoder_facts()
     assert found["libnvjpeg"].startswith("libnvjpeg.so")
     assert int(found["nvjpeg"].split(".")[0]) >= 12
     assert found["libnvcuvid"] is dali._loads("libnvcuvid.so.1")

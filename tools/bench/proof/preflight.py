@@ -47,7 +47,7 @@ def preflight(proof: Proof) -> dict[str, Any]:
     shards = pictures(proof, classes=8, count=64)
     for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
         note(f"pixels, {how}", lambda options=options: compare_pixels(proof, shards, **options))
-    note("decoders", describe_decoders)
+    note("decoders", lambda: describe_decoders(proof))
     note("compiler", lambda: try_compiler(proof))  # last: the first time on a machine it may take most of a minute
     if problems:
         raise ExpressError("; ".join(problems))
@@ -99,11 +99,18 @@ def try_compiler(proof: Proof) -> dict[str, Any]:
     return {**found, "torch.compile": "works"}
 
 
-def describe_decoders() -> dict[str, Any]:
-    """After the pixels: libraries are mapped when something was decoded."""
-    from pipeline.read import dali
+def describe_decoders(proof: Proof) -> dict[str, Any]:
+    """Which nvJPEG is loaded, while DALI decodes with it, and whether libnvcuvid is."""
+    import torch
 
-    return dali.decoder_facts()
+    from pipeline.read import dali
+    from pipeline.read.work import Output
+
+    output = Output(16, 1, "uint8", False, (1.0, 1.0, 1.0), torch.device(proof.device))
+    pipeline = dali.Graph(output, "image", False, True)._decoded([memoryview(dali.ANY_JPEG)])
+    found = dali.decoder_facts()
+    del pipeline
+    return found
 
 
 # Pixels
