@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
+from pipeline.cores import usable_cores
 from pipeline.files import write_json
 from pipeline.read import dali, reader
 from pipeline.write.build import Options, Plan, build
@@ -94,7 +95,8 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
 def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="imagenet-express-") as scratch:
         images = unpacked(args.images, Path(scratch) / "images")
-        build(Plan(ImageFolder(images), Options(Encoding("jpeg"), samples_per_shard=250)), Path(scratch) / "jpeg")
+        plan = Plan(ImageFolder(images), Options(Encoding("jpeg"), samples_per_shard=250))
+        build(plan, Path(scratch) / "jpeg", workers=usable_cores())
         rounds = [
             microseconds(Path(scratch) / "jpeg", batch=args.batch, batches=args.batches) for _ in range(args.rounds)
         ]
