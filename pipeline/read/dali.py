@@ -141,8 +141,8 @@ class Graph:
     def first_not_decoded(self, images: list[memoryview], *, named: int | None, threads: int) -> tuple[int, str] | None:
         """The number of an image that this graph's decoder rejects, and why; None if it takes all.
 
-        named: the one that DALI's own message names. A pipeline is of no use after an error, and building one takes
-        10 ms or more: halving the batch finds one image in 1,024 with 11 of them, which decode each image once or so.
+        named: the one that DALI's own message names. A pipeline is of no use after an error, and building one is
+        slow: halving the batch finds one image in 1,024 with 11 of them, which decode each image once or so.
         """
         if named is not None and named < len(images) and (reason := self.why_not_decoded([images[named]])):
             return named, reason
@@ -245,7 +245,7 @@ class Dali:
         """Raises BadSample for an image whose header DALI cannot take.
 
         DALI 2.4.0 parses the headers of a batch in threads, and ends the process by SIGSEGV if one of a large batch is
-        bad: seen at 1,024 images. Costs 0.2 µs an image, without the GIL.
+        bad: seen at 1,024 images. This check runs without the GIL.
         """
         images = work.read.wait()
         if self.graph.stored == "raw":
@@ -262,7 +262,7 @@ class Dali:
             return str(err)
         if found != size:
             return f"{found[0]}×{found[1]} pixels, but the index says {size[0]}×{size[1]}"
-        if kind == "JPEG":  # as good as never: one that breaks the rules where Pillow does not mind
+        if kind == "JPEG":  # as good as never: one that breaks rules which Pillow does not check
             return self.graph.why_not_decoded([image])
         return None if kind in FORMATS else f"DALI does not decode {kind}"
 

@@ -2,7 +2,7 @@
 
 Hardware JPEG decoders have returned wrong pixels in silence (pytorch/vision#9606, meta-pytorch/torchcodec#1634). The
 reference is libjpeg-turbo on the whole image, from the bytes as stored. The consumer's stream is not waited for: a crop
-is copied to pinned memory behind it. Costs the consumer some 20 µs for a checked crop, and a millisecond of one core.
+is copied to pinned memory behind it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .portable import decode_whole
 from .reader import Reader
 from .work import HostCopy, Output, Work
 
-TILE = 16  # pixels: a block that is wrong stands out in a tile, where a mean over the crop would hide it
+TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the crop would hide it
 # Grey levels, of a tile's mean difference. On CPUs, DALI's decoder differs by 0 and its resizer by 0.3 at most (7,000
 # crops of ImageNet); a block of other pixels by 30 and more. A GPU's decoders are not measured: gpu-proof records them.
 TOLERANCE = 10.0
