@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiled import compiled
+from .jit import compiled
 
 LANES = 4  # taps are summed in groups of so many; their number is padded with zero weights
 u = np.uintp

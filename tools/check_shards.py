@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-from pipeline import check, manifest
+from pipeline import manifest, verify
 from pipeline.cores import usable_cores
 from pipeline.errors import CHECK_FAILED, ConfigError
 from pipeline.files import write_json
@@ -37,12 +37,12 @@ def main() -> None:
     progress = Progress("checking", sum(split.samples for split in dataset.splits.values()))
     try:
         workers = args.workers or usable_cores()
-        found = check.check(args.dir, deep=args.deep, workers=workers, progress=progress.update)
+        found = verify.check(args.dir, deep=args.deep, workers=workers, progress=progress.update)
     finally:
         progress.close()
-    print(check.table(found))
+    print(verify.table(found))
     if args.json:
-        write_json(args.json, check.as_json(found))
+        write_json(args.json, verify.as_json(found))
     if not found.ok:
         sys.exit(CHECK_FAILED)
 

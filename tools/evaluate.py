@@ -61,7 +61,7 @@ def main() -> None:
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes what is answered")
     positions = submitted(dataset, args.split) if args.submission else {}
 
-    from train import launch
+    from train import distributed
     from train.classifier import open_classifier
 
     models = [
@@ -71,8 +71,8 @@ def main() -> None:
     for model in models:
         refuse_other_classes(model, dataset)
     precision = chosen_precision(args.precision, models)
-    accelerator = launch.make_plain_accelerator(precision)
-    launch.take_cores(accelerator.device)
+    accelerator = distributed.make_plain_accelerator(precision)
+    distributed.take_cores(accelerator.device)
     started = time.monotonic()
     answers = answered(models, dataset, args, accelerator)
     if accelerator.is_main_process:
@@ -109,10 +109,10 @@ def refuse_other_classes(model: Any, dataset: Dataset) -> None:
 
 def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
     from pipeline.read.loader import Loader
-    from train.answers import Part, answer
+    from train.build import pixel_type
+    from train.distributed import local_world
     from train.inputs import Inputs
-    from train.launch import local_world
-    from train.parts import pixel_type
+    from train.predictions import Part, answer
 
     groups: list[tuple[Any, Any, list[Any]]] = []  # nets that see the same pixels share a loader
     for model in models:
@@ -155,7 +155,7 @@ def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, acce
 
 
 def tell(answers: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, precision: str) -> None:
-    from train.answers import summary
+    from train.predictions import summary
 
     found = summary(answers, dataset.classes, resamples=args.resamples)
     for model in models:

@@ -128,11 +128,11 @@ def no_pth(model: Any) -> str:
 
 def refuse_another_card(model: Any, out: Path) -> None:
     """Files of one net may share a name and so a card; those of two may not."""
-    from train import card
+    from train import model_card
 
     beside, told = out.with_suffix(".json"), out.with_suffix(".md")
     there = next((path for path in (beside, told) if path.exists()), None)
-    of = card.read_beside(out) if there else None
+    of = model_card.read_beside(out) if there else None
     if there and (of is None or of.as_json() != model.card.as_json()):
         raise ConfigError(f"{there}: is there already, of something else; choose another name, or --force")
 
@@ -184,7 +184,7 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
 def write_safetensors(model: Any, images: Any, path: Path) -> None:
     from safetensors.torch import save_file
 
-    from train.card import METADATA
+    from train.model_card import METADATA
 
     tensors = {name: t.contiguous() for name, t in model.net.state_dict().items()}
     save_file(tensors, path, metadata={METADATA: json.dumps(model.card.as_json())})
@@ -206,7 +206,7 @@ def write_onnx(model: Any, images: Any, path: Path) -> None:
 
     import torch
 
-    from train.card import METADATA
+    from train.model_card import METADATA
 
     net = model.net.to(memory_format=torch.contiguous_format)
     with warnings.catch_warnings():

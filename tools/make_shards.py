@@ -26,7 +26,7 @@ import simplejpeg
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, DataError
 from pipeline.progress import Progress, clock
-from pipeline.write import existing, imagenet
+from pipeline.write import imagenet, index_existing
 from pipeline.write.build import BadImages, Options, Plan, build
 from pipeline.write.build import forecast as build_forecast
 from pipeline.write.images import Encoding
@@ -166,14 +166,16 @@ def index_existing(args: argparse.Namespace) -> None:
         raise ConfigError(f"--max-bad-fraction {args.max_bad_fraction}: must be in [0, 1)")
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
-    splits = {"train": existing.expand(args.tars)} | ({"val": existing.expand(args.val)} if args.val else {})
-    tars = existing.Existing(
+    splits = {"train": index_existing.expand(args.tars)} | (
+        {"val": index_existing.expand(args.val)} if args.val else {}
+    )
+    tars = index_existing.Existing(
         check_name(args.name), splits, class_names(args.classes), args.statistics, Encoding(size=args.size).size
     )
     started = time.monotonic()
     progress = Progress("indexing", sum(map(len, splits.values())), unit="tar")
     try:
-        written = existing.index(
+        written = index_existing.index(
             tars,
             args.out,
             workers=min(args.workers or usable_cores(), progress.total),

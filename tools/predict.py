@@ -140,7 +140,7 @@ def answered(model: Any, views: Any, names: list[str]) -> list[dict[str, Any]]:
     """views: (n, views, 3, crop, crop)."""
     import torch
 
-    from train.answers import joined
+    from train.predictions import joined
 
     known = model.card.inputs
     with torch.no_grad():

@@ -48,10 +48,10 @@ def main() -> None:
 def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train import again
     from train.checkpoint import Checkpoints
-    from train.folder import RunFolder
-    from train.hosts import open_alike
-    from train.launch import make_accelerator
-    from train.loop import Run
+    from train.distributed import make_accelerator
+    from train.preflight import open_alike
+    from train.run_folder import RunFolder
+    from train.trainer import Run
 
     described = read_run(args.run)
     saved = Checkpoints(args.run, keep=1).newest_before(args.step)

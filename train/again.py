@@ -8,7 +8,7 @@ import torch
 
 from pipeline.read.loader import Batch
 
-from .loop import Run
+from .trainer import Run
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
 
-from . import card as cards
 from . import inputs
-from .card import METADATA, Card
+from . import model_card as cards
 from .checkpoint import BEST, LATEST, RECORD, Checkpoints, Saved, load
 from .config import Config
+from .evaluation import NAMES
 from .inputs import PLAIN, Inputs
+from .model_card import METADATA, Card
 from .networks import heads, load_weights, make_net, read_weights
 from .presets import PRESETS
 from .resume import as_saved
-from .validation import NAMES
 
 WHICH = (BEST, LATEST)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pipeline.read.work import HostCopy
+from pipeline.read.backend import HostCopy
 
 
 class Finite:

@@ -10,12 +10,12 @@ from typing import Any
 from pipeline.errors import ConfigError, ExpressError, StorageError
 from pipeline.manifest import Dataset
 
-from . import hosts
+from . import preflight
 from .agreement import Agreement
 from .checkpoint import Checkpoints, Saved, load
 from .config import REMOVED, RESUME_NEWEST, Config, check_removed, flatten
-from .folder import LOCK, RunFolder
 from .optim import learning_rate, scaled_to_batch
+from .run_folder import LOCK, RunFolder
 
 # These change nothing of what is trained, or are meant to be changed: where the data lie, how they are read, what is
 # recorded, what is done about trouble. data.shards may be another place of the same data; its fingerprint may not.
@@ -83,7 +83,7 @@ def choose(
 def _refuse_apart(folder: RunFolder, claim: str, agreement: Agreement) -> None:
     """Raises ConfigError where a rank's run folder is not the one that rank 0 has claimed: checkpoints are read there,
     and heartbeats heard."""
-    seen = agreement.from_all((socket.gethostname(), hosts.sees(folder.path / LOCK, claim)))
+    seen = agreement.from_all((socket.gethostname(), preflight.sees(folder.path / LOCK, claim)))
     if apart := [host for host, there in seen if not there]:
         raise ConfigError(
             f"run.dir={folder.path}: host {apart[0]} does not see what host {seen[0][0]} writes there;"

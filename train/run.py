@@ -28,9 +28,9 @@ from pipeline.errors import ConfigError, ExpressError, StorageError, leave
 
 if TYPE_CHECKING:  # imported where they are needed: a mistyped preset is answered before torch is loaded
     from train.config import Config
-    from train.folder import RunFolder
-    from train.loop import Run
-    from train.preempt import Stop
+    from train.run_folder import RunFolder
+    from train.signals import Stop
+    from train.trainer import Run
 
 
 PARENT = os.getppid()  # the launcher, where there is one; it may be gone before the run stands
@@ -38,12 +38,12 @@ PARENT = os.getppid()  # the launcher, where there is one; it may be gone before
 
 def main(argv: list[str]) -> int:
     """Parses, trains and tells the end; returns the process's exit code."""
-    from train.preempt import Stop
+    from train.signals import Stop
 
     stop = Stop()
     stop.install()
     try:
-        from train.command_line import parse
+        from train.cli import parse
         from train.presets import PRESETS, TOLD
 
         try:
@@ -59,19 +59,19 @@ def main(argv: list[str]) -> int:
 
 def refuse(err: ExpressError) -> int:
     """For a command line that cannot be."""
-    from train.preempt import heed_no_more
+    from train.signals import heed_no_more
 
     heed_no_more()
     code = fail(err, only_rank0=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from train.hosts import tell_refusal
+        from train.preflight import tell_refusal
 
         tell_refusal(err)
     return code
 
 
 def start(config: Config, stop: Stop) -> int:
-    from train.folder import RunFolder
+    from train.run_folder import RunFolder
 
     folder = RunFolder(Path(config.run.dir))
     try:
@@ -85,9 +85,9 @@ NOT_BEGUN = "stopped before it went on with training; the same command starts ag
 
 def attempt(config: Config, folder: RunFolder, stop: Stop) -> int:
     """From building the run to its end; returns the exit code."""
-    from train.hosts import open_alike
-    from train.launch import make_accelerator
-    from train.loop import Run
+    from train.distributed import make_accelerator
+    from train.preflight import open_alike
+    from train.trainer import Run
 
     run = None
     try:
@@ -160,9 +160,9 @@ def is_lost_connection(err: RuntimeError) -> bool:
 def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
     """Tells people by one line and machines by exit.json."""
     from train import watchdog
-    from train.bad_numbers import LossNotFinite
-    from train.preempt import Preempted, heed_no_more
+    from train.nonfinite import LossNotFinite
     from train.saving import SaveFailed
+    from train.signals import Preempted, heed_no_more
 
     if run is None:  # refused: what the other ranks' ends bring about changes nothing
         heed_no_more()
@@ -182,9 +182,9 @@ def end(folder: RunFolder, run: Run | None, err: ExpressError) -> int:
 
 def write_end(folder: RunFolder, run: Run | None, err: ExpressError) -> None:
     """exit.json, by the rank that knows: a folder that another run holds is left alone."""
-    from train.bad_numbers import LossNotFinite
-    from train.preempt import Preempted
+    from train.nonfinite import LossNotFinite
     from train.saving import SaveFailed
+    from train.signals import Preempted
 
     if isinstance(err, Preempted) or (rank() and run is None) or not folder.path.is_dir():
         return  # written already, or told by rank 0

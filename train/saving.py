@@ -9,7 +9,7 @@ from pipeline.errors import StorageError
 
 from .agreement import Agreement
 from .checkpoint import Checkpoints
-from .tracking import Record
+from .metrics import Record
 
 
 class SaveFailed(StorageError):

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from model import AlexNet
-from pipeline.read import draws
+from pipeline.read import rng
+from pipeline.read.backend import to_device
 from pipeline.read.loader import Batch
-from pipeline.read.work import to_device
 
-from .averaging import Average
 from .config import Config
+from .ema import Average
 
 
 def micro_batches(images: int, count: int) -> list[slice]:
@@ -73,12 +73,12 @@ class Stepper:
         """Of the training net, with the dropout of step `step`."""
         seed = self.config.run.seed
         if self.takes_rows:  # masks from coordinates: the same at any world size
-            rows = draws.bits(ids, seed=seed, epoch=step, stream=draws.DROPOUT)
+            rows = rng.bits(ids, seed=seed, epoch=step, stream=rng.DROPOUT)
             upper = (rows >> np.uint64(32)).astype(np.uint32).view(np.int32)
             logits: Tensor = self.net(images, to_device(upper, images.device))
             return logits
         # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
-        torch.manual_seed(draws.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
+        torch.manual_seed(rng.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
         logits = self.net(images)
         return logits
 

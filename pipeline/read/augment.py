@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..geometry import centre_offset, resized
-from . import draws
+from . import rng
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 0.485, 0.456, 0.406 of 255, as the seed and torchvision use them
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -95,10 +95,10 @@ def place(
     width, height = width.astype(np.int64), height.astype(np.int64)
     if not train:
         return _views(config, width, height)
-    flip = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.FLIP, count=1)[:, 0] < 0.5
+    flip = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.FLIP, count=1)[:, 0] < 0.5
     if config.scale_jitter is not None:
         return Placement(_jittered(config, ids, width, height, seed=seed, epoch=epoch), flip & config.flip)
-    u = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.CROP, count=2)
+    u = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.CROP, count=2)
     w, h = resized(width, height, config.resize)
     left, top = (_random_offset(config, length, u[:, axis]) for axis, length in enumerate((w, h)))
     return Placement(_box(config, left, top, w, h, width, height), flip & config.flip)
@@ -145,7 +145,7 @@ def _jittered(
     """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
     rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels."""
     assert config.scale_jitter is not None
-    u = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.JITTER, count=2 * TRIES).reshape(len(ids), TRIES, 2)
+    u = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.JITTER, count=2 * TRIES).reshape(len(ids), TRIES, 2)
     least, most = config.scale_jitter
     flattest, narrowest = np.log(config.aspect_jitter[0]), np.log(config.aspect_jitter[1])
     area = (width * height)[:, None] * (least + (most - least) * u[..., 0])
@@ -157,7 +157,7 @@ def _jittered(
     w, h, found = w[rows, first], h[rows, first], fits[rows, first]
     w = np.where(found, w, np.minimum(width, np.rint(height * config.aspect_jitter[1]).astype(np.int64)))
     h = np.where(found, h, np.minimum(height, np.rint(width / config.aspect_jitter[0]).astype(np.int64)))
-    where = draws.uniform(ids, seed=seed, epoch=epoch, stream=draws.CROP, count=2)
+    where = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.CROP, count=2)
     left = np.where(found, (where[:, 0] * (width - w + 1)).astype(np.int64), centre_offset(width, w))
     top = np.where(found, (where[:, 1] * (height - h + 1)).astype(np.int64), centre_offset(height, h))
     return np.stack([left, top, w, h], axis=1).astype(np.float64)
@@ -175,5 +175,5 @@ def colour_shift(
     # Eigenvectors are known but for their sign, and libraries differ in it: the largest component is positive here.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
     size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
-    alpha = config.colour * draws.normal(ids, seed=seed, epoch=epoch, stream=draws.COLOUR, count=3)
+    alpha = config.colour * rng.normal(ids, seed=seed, epoch=epoch, stream=rng.COLOUR, count=3)
     return np.asarray(255 * (alpha * size) @ axes.T, np.float32)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic
 
-from ..compiled import compiled
+from ..jit import compiled
 
 u64, u32 = np.uint64, np.uint32
 cgutils: Any = untyped_cgutils

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from ..errors import ConfigError
+from .backend import Output, Work, check_raw_sizes, undecodable
 from .reader import ReadBatch
-from .work import Output, Work, check_raw_sizes, undecodable
 
 Stored = Literal["image", "raw"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from ..compiled import compiled
+from ..jit import compiled
 from . import checksum
 from .jpeg import cut_short, is_jpeg_of_size
 

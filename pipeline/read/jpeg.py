@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import compiled
+from ..jit import compiled
 
 # Upsampling colours looks at the next row of a half-height plane; the rest is a margin.
 ROWS_BELOW = 4

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from ..compiled import compiled, straight_lines_vectorised
+from ..jit import compiled, straight_lines_vectorised
 from ..resample import LANES, blend_columns, blend_rows, rounded, taps
 from .fetch import fetched
 

@@ -27,10 +27,10 @@ from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..geometry import centre_offset
 from ..manifest import Dataset, Statistics, open_dataset
-from . import draws, fetch, order
+from . import fetch, order, rng
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, colour_shift, place
+from .backend import Engine, Output, PixelType, Work, to_device
 from .reader import Reader
-from .work import Engine, Output, PixelType, Work, to_device
 
 if TYPE_CHECKING:
     from .pixel_check import PixelCheck
@@ -477,7 +477,7 @@ class Loader:
             mean = mean - colour_shift(self.augment, ids, self._covariance, seed=self.seed, epoch=epoch)
         checked = np.zeros(len(ids), np.bool_)
         if self._check_every:
-            chosen = draws.bits(ids, seed=self.seed, epoch=epoch, stream=draws.CHECK)
+            chosen = rng.bits(ids, seed=self.seed, epoch=epoch, stream=rng.CHECK)
             checked = chosen % np.uint64(self._check_every) == 0
         return _Planned(epoch, steps, ids, width, height, placement, np.ascontiguousarray(mean), checked)
 

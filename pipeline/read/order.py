@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import ConfigError
-from . import draws
+from . import rng
 
 
 def epoch_order(
@@ -44,14 +44,14 @@ def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: 
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
     ranges = [np.arange(a, b) for a, b in pairwise(bounds)]
-    shards = np.argsort(draws.bits(np.arange(first, last + 1), seed=seed, epoch=epoch, stream=draws.SHARDS))
+    shards = np.argsort(rng.bits(np.arange(first, last + 1), seed=seed, epoch=epoch, stream=rng.SHARDS))
     groups = [shards[i : i + window] for i in range(0, len(shards), window)]
     return np.concatenate([_shuffled(np.concatenate([ranges[s] for s in g]), seed=seed, epoch=epoch) for g in groups])
 
 
 def _shuffled(ids: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     """By their hashes, which are distinct: any correct sort gives the same order."""
-    return ids[np.argsort(draws.bits(ids, seed=seed, epoch=epoch, stream=draws.ORDER))]
+    return ids[np.argsort(rng.bits(ids, seed=seed, epoch=epoch, stream=rng.ORDER))]
 
 
 def steps_per_epoch(samples: int, *, batch: int) -> int:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from ..errors import BadSample, ExpressError
+from .backend import HostCopy, Output, Work
 from .kernels import Cropper
 from .portable import decode_whole
 from .reader import Reader
-from .work import HostCopy, Output, Work
 
 TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the crop would hide it
 # Grey levels, of a tile's mean difference. On CPUs, DALI's decoder differs by 0 and its resizer by 0.3 at most (7,000

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from simplejpeg import decode_jpeg
 
+from .backend import Output, Work, check_raw_sizes, normalised, to_device, undecodable
 from .fetch import fetch_images
 from .jpeg import ROWS_BELOW, cut_short
 from .kernels import Cropper
 from .reader import new_buffer
-from .work import Output, Work, check_raw_sizes, normalised, to_device, undecodable
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .work import Output, Work
+from .backend import Output, Work
 
 BATCHES = 4  # different ones, used in turn; more only cost memory: 1,024 float32 crops of 224 pixels are 617 MB
 

@@ -29,15 +29,15 @@ import simplejpeg
 from .. import manifest
 from ..errors import ConfigError, DataError, StorageError
 from ..files import PARTIAL, write_json
+from ..pool import follow_the_parent
 from ..shards import Sample, write_index, write_shard
 from ..tar import BLOCK, padded
-from ..workers import follow_the_parent
-from . import parts, pixels
+from . import journal, pixels
 from .images import BadImage, Encoding, Preparer
-from .measures import Statistics
-from .parts import Part
+from .journal import Part
 from .pixels import Sums
 from .sources import Item, Items, Source
+from .statistics import Statistics
 
 INFO = "_info.json"  # what timm's reader_wds asks for
 AHEAD = 16  # images that the system is asked to fetch before they are read
@@ -191,7 +191,7 @@ def build_shard(plan: Plan, number: int, out: Path, tell: Callable[[int, int, in
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
     shard, rows = write_shard(out / task.name, samples(), number=task.number, extension=extension)
     part = Part(shard, rows, sums, converted, bad)
-    parts.save(out, part)
+    journal.save(out, part)
     return part
 
 
@@ -252,7 +252,7 @@ def build(
     try:
         while not (finished := _claim(plan, out)):
             try:
-                lock = parts.lock(out, shared=not merge)
+                lock = journal.lock(out, shared=not merge)
             except FileNotFoundError:  # somebody finished it just now
                 continue
             with lock:
@@ -260,14 +260,14 @@ def build(
                     break
                 todo = [n for n in _missing(plan, out) if only is None or n in only]
                 if todo:
-                    first(out / parts.FOLDER)
+                    first(out / journal.FOLDER)
                 tell(_images(plan, _numbers(plan, only)) - _images(plan, todo), "")
                 if todo:
                     pixels.prepare()  # before workers are forked: once for all
                     _run(plan, out, todo, workers, tell)
                 return _publish(plan, out) if merge else None
         tell(_images(plan, _numbers(plan, only)), "")
-        parts.remove(out)  # a run that was killed at its very end leaves them
+        journal.remove(out)  # a run that was killed at its very end leaves them
         return finished
     except BrokenProcessPool as err:
         raise StorageError(f"{out}: a worker was killed, perhaps for want of memory; use fewer --workers") from err
@@ -290,7 +290,7 @@ def _missing(plan: Plan, out: Path) -> list[int]:
     """
     bad, missing, suspects = 0, [], []
     for number, task in enumerate(plan.tasks):
-        part = parts.load(out, task.name)
+        part = journal.load(out, task.name)
         if part is None:
             missing.append(number)
         elif part.bad:
@@ -382,7 +382,7 @@ def _claim(plan: Plan, out: Path) -> dict[str, Any] | None:
         finished = manifest.open_dataset(out).manifest
         if "plan" not in finished:
             raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
-        parts.refuse_other(out, finished["plan"], plan.identity, "a finished dataset")
+        journal.refuse_other(out, finished["plan"], plan.identity, "a finished dataset")
         fraction = len(finished["quarantine"]) / plan.samples
         if fraction > plan.options.max_bad_fraction:
             raise ConfigError(
@@ -391,14 +391,14 @@ def _claim(plan: Plan, out: Path) -> dict[str, Any] | None:
             )
         return finished
     ours = {plan.index_name(split) for split in plan.source.splits}
-    ours |= {INFO, manifest.NAME, plan.mean_image_name, parts.FOLDER}
+    ours |= {INFO, manifest.NAME, plan.mean_image_name, journal.FOLDER}
     splits = "|".join(map(re.escape, plan.source.splits))
     for entry in sorted(out.iterdir()):
         name = entry.name.removesuffix(PARTIAL)
         is_shard = re.fullmatch(rf"{re.escape(plan.source.name)}-({splits})-\d{{6}}\.(tar|idx)", name)
         if not (is_shard or name in ours):
             raise ConfigError(f"{out}: holds {entry.name}, which is none of ours; choose an empty --out")
-    parts.claim(out, plan.identity)
+    journal.claim(out, plan.identity)
     return None
 
 
@@ -413,7 +413,7 @@ def _publish(plan: Plan, out: Path) -> dict[str, Any]:
     of_split: dict[str, list[Part]] = {split: [] for split in plan.source.splits}
     missing = []
     for number, task in enumerate(plan.tasks):
-        if (part := parts.load(out, task.name)) is None:
+        if (part := journal.load(out, task.name)) is None:
             missing.append(number)
             continue
         if part.sums is not None:
@@ -460,7 +460,7 @@ def _publish(plan: Plan, out: Path) -> dict[str, Any]:
     }
     _remove_leftovers(plan, out)
     written = manifest.write_manifest(out, content)
-    parts.remove(out)
+    journal.remove(out)
     return written
 
 

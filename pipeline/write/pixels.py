@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..compiled import compiled, straight_lines_vectorised
 from ..geometry import centre_offset, resized
+from ..jit import compiled, straight_lines_vectorised
 from ..resample import LANES, blend_columns, blend_rows
 
 SLACK = 64  # bytes that a kernel may read beyond the last pixel, and weighs with zero

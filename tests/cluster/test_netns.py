@@ -11,11 +11,11 @@ import pytest
 
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import Digits
-from tests.cluster.test_hosts import the_line
+from tests.cluster.test_preflight import the_line
 from tests.cluster.two import Hosts, a_port
 from tests.conftest import ROOT
 from tests.faults.job import SMALL, Job, run, traces
-from train.hosts import FINGERPRINT
+from train.preflight import FINGERPRINT
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("NETNS_TEST"), reason="make netns-test runs it: as root, with network namespaces, in minutes"

@@ -11,7 +11,7 @@ import torch
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
 from pipeline.errors import BadSample, ConfigError
 from pipeline.read import dali, reader
-from pipeline.read.work import Output
+from pipeline.read.backend import Output
 from pipeline.shards import Sample, write_index, write_shard
 from tests.conftest import picture
 

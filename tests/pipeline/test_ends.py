@@ -260,15 +260,15 @@ def test_a_processor_that_cannot_verify_in_the_kernel_verifies_all_the_same(shar
 
 
 def test_machine_code_that_cannot_be_kept_is_made_anew(monkeypatch):
-    from pipeline import compiled
+    from pipeline import jit
 
-    real = compiled.numba.njit
+    real = jit.numba.njit
 
     def homeless(*args, cache=False, **kwargs):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(compiled.numba, "njit", homeless)
-    assert compiled.compiled(lambda x: x + 1)(1) == 2
+    monkeypatch.setattr(jit.numba, "njit", homeless)
+    assert jit.compiled(lambda x: x + 1)(1) == 2
     assert kernels.taps(1.0) == 4

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest, open_dataset
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import colour_shift
-from pipeline.read.work import to_device
+from pipeline.read.backend import to_device
 from pipeline.shards import Sample, write_index, write_shard
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding

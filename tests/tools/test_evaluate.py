@@ -34,10 +34,10 @@ from pipeline.write.sources import ImageFolder
 from tests.conftest import ROOT, real_images, run_here, run_tool, the_error
 from tests.pipeline.archives import ID_OF, Mini
 from tools import evaluate
-from train.answers import Answers, bootstrap, joined, summary
-from train.card import Card
 from train.classifier import Classifier
 from train.inputs import Inputs
+from train.model_card import Card
+from train.predictions import Answers, bootstrap, joined, summary
 
 EVALUATE = "tools/evaluate.py"
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]

@@ -146,7 +146,7 @@ def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_
     from safetensors.torch import save_file
 
     from pipeline.read.augment import AugmentConfig
-    from train.card import Card
+    from train.model_card import Card
 
     crop = 32 if name == "small" else 224
     config = ModelConfig(name, **switch)

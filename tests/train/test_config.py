@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, DataError, ExpressError
-from train.command_line import SHORT, describe, parse
+from train.cli import SHORT, describe, parse
 from train.config import RESUME_NEWEST, Config, augment_at, behind_the_end, flatten
 from train.presets import PRESETS, TOLD
 from train.resume import as_saved, refuse_another_run, what_must_stay

@@ -18,7 +18,7 @@ from model import AlexNet, ModelConfig
 from tests.conftest import ROOT, the_error
 from tests.faults.job import Job, global_ids, traces
 from tests.train.test_run import STEPS, TWO, alone, launch, metrics
-from train.averaging import Average
+from train.ema import Average
 
 FEW = ["--run.log-every", 1, "--run.record-ids"]
 # Torch's initialisation, whose rounding is not amplified at 0.01 (docs/model.md).

@@ -18,11 +18,11 @@ from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tools import report
 from tools.bench.loader import unpacked
-from train.command_line import parse
+from train.cli import parse
 from train.config import Config, flatten
-from train.folder import EXIT
 from train.presets import PRESETS
 from train.resume import as_saved
+from train.run_folder import EXIT
 
 RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
 

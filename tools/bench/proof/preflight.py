@@ -104,7 +104,7 @@ def describe_decoders(proof: Proof) -> dict[str, Any]:
     import torch
 
     from pipeline.read import dali
-    from pipeline.read.work import Output
+    from pipeline.read.backend import Output
 
     output = Output(16, 1, "uint8", False, (1.0, 1.0, 1.0), torch.device(proof.device))
     pipeline = dali.Graph(output, "image", False, True)._decoded([memoryview(dali.ANY_JPEG)])

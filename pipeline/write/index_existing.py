@@ -23,13 +23,13 @@ from PIL import Image
 
 from .. import manifest
 from ..errors import ConfigError, DataError, StorageError
+from ..pool import follow_the_parent
 from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, write_index
 from ..tar import Member, members
-from ..workers import follow_the_parent
 from . import pixels
 from .images import BadImage, Encoding, Preparer
-from .measures import Statistics
 from .pixels import Sums
+from .statistics import Statistics
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 MAX_SIDE = 65_535  # what the index holds

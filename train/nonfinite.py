@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.errors import ExpressError
 
 if TYPE_CHECKING:
-    from .loop import Run
+    from .trainer import Run
 
 
 class LossNotFinite(ExpressError):

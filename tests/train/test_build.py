@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.parts import pixel_type
+from train.build import pixel_type
 from train.step import micro_batches
 
 

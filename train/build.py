@@ -13,14 +13,14 @@ from model import AlexNet
 from model.alexnet import count_parameters
 from pipeline.errors import ConfigError
 from pipeline.manifest import Dataset
-from pipeline.read import draws, order
+from pipeline.read import order, rng
 from pipeline.read.augment import AugmentConfig
+from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
-from pipeline.read.work import PixelType
 
-from .averaging import Average
 from .config import Config, OptimConfig
-from .launch import local_world
+from .distributed import local_world
+from .ema import Average
 from .networks import compile_net, load_weights, refuse_sizes, set_training, without_dropout
 from .networks import make_net as make_bare_net
 from .optim import make_optimizer
@@ -72,7 +72,7 @@ def make_loader(
 
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:
     """On the host, initialised from the seed. Raises ConfigError for a net that cannot be."""
-    torch.manual_seed(draws.key(config.run.seed, INIT) >> 1)
+    torch.manual_seed(rng.key(config.run.seed, INIT) >> 1)
     net = make_bare_net(config.model, classes=classes, crop=config.augment.crop)
     refuse_sizes(net, config.model.name, config.train.crop_sizes)
     if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:

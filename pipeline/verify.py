@@ -23,9 +23,9 @@ from simplejpeg import decode_jpeg
 from . import manifest
 from .errors import DataError
 from .manifest import Split
+from .pool import follow_the_parent
 from .shards import crc32, file_sha256
 from .tar import Member, members
-from .workers import follow_the_parent
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".raw")
 MANY = 20  # findings of one kind that a shard names

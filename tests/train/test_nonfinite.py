@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.read import work as backend
-from pipeline.read.work import HostCopy
+from pipeline.read import backend
+from pipeline.read.backend import HostCopy
 from train.finite import Finite
 
 

@@ -22,21 +22,21 @@ from pipeline.progress import Progress, clock
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import Batch, Loader
 
-from . import checkpoint, environment, launch, parts, preempt, resume, tracking, watchdog
+from . import build, checkpoint, distributed, environment, metrics, resume, signals, watchdog
 from .agreement import Agreement, timeout_seconds
-from .bad_numbers import BadNumbers, LossNotFinite
 from .checkpoint import Saved
 from .config import Config, augment_at, behind_the_end
+from .distributed import take_cores
+from .evaluation import Evaluation, Result, evaluate
 from .finite import Finite
-from .folder import RunFolder
 from .inputs import Inputs
-from .launch import take_cores
 from .meter import Meter
+from .nonfinite import BadNumbers, LossNotFinite
 from .optim import Plateau, learning_rate, scaled_to_batch, set_learning_rate
-from .preempt import Preempted, Stop
 from .profiling import Profile
+from .run_folder import RunFolder
 from .saving import Saver
-from .validation import Evaluation, Result, evaluate
+from .signals import Preempted, Stop
 
 DATA, FORWARD, BACKWARD, EVALUATING, SAVING = range(len(watchdog.PHASES))
 MOST_OVERFLOWS = 60  # in a row: the scale has fallen from 2^16 to 2^-44, and gradients are infinite for another reason
@@ -86,15 +86,15 @@ class Run:
         self.folder, self.stop, self.state = folder or RunFolder(self.path), stop or Stop(), State()
         self.optim = scaled_to_batch(config.optim, config.train.batch)
         self.agreement = Agreement(self._world, timeout_seconds=timeout_seconds(config.guard.hang_seconds))
-        self.precision = launch.resolved_precision(config, accelerator)
+        self.precision = distributed.resolved_precision(config, accelerator)
         self.cores = take_cores(accelerator.device)
         self.dataset = dataset
         samples = config.overfit or self.dataset.split(config.data.train_split).samples
-        parts.check_batch(config, samples=samples, world=self._world)
+        build.check_batch(config, samples=samples, world=self._world)
         self.loader, self.val_loader = self._train_loader(0), self._loader(train=False, augment=config.augment)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * config.train.epochs
-        net = parts.make_net(config, classes=len(self.dataset.classes), say=self._say)
+        net = build.make_net(config, classes=len(self.dataset.classes), say=self._say)
         self.checkpoints = checkpoint.Checkpoints(self.path, keep=config.run.keep_checkpoints)
         self.saver = Saver(self.checkpoints, self.agreement, on_error=config.guard.on_save_error)
         saved = resume.choose(
@@ -108,8 +108,8 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
         )
         if config.model.init and not saved:
-            parts.start_from(net, config.model.init, say=self._say)
-        self.stepper, self.compiled = parts.make_stepper(net, config, accelerator, self.optim)
+            build.start_from(net, config.model.init, say=self._say)
+        self.stepper, self.compiled = build.make_stepper(net, config, accelerator, self.optim)
         if self._world > 1:
             dtype = getattr(torch, self.loader.dtype)
             self.stepper.settle_buckets(self.loader.ids(0, 0), crop=self.loader.augment.crop, dtype=dtype)
@@ -125,7 +125,7 @@ class Run:
             self.restore(saved)
             self._say(f"going on from {saved.path}: {self._done()} done")
         self._open_folder()
-        self.record = tracking.Record(
+        self.record = metrics.Record(
             self.path,
             accelerator,
             resumed_at=self.resumed_at() if saved else (-1, -1),
@@ -146,7 +146,7 @@ class Run:
         return self._loader(train=True, augment=augment_at(self.config, epoch))
 
     def _loader(self, *, train: bool, augment: AugmentConfig) -> Loader:
-        return parts.make_loader(self.config, self.dataset, self.accelerator, train=train, augment=augment)
+        return build.make_loader(self.config, self.dataset, self.accelerator, train=train, augment=augment)
 
     def _open_folder(self) -> None:
         if self.accelerator.is_main_process:
@@ -165,7 +165,7 @@ class Run:
             }
             write_json(self.path / "config.json", described)
             Inputs.of(self.dataset, self.config.augment).write(self.path)
-        tracking.start(self.accelerator, self.config)
+        metrics.start(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
 
     def _make_watchdog(self, parent: int) -> watchdog.Watchdog:
@@ -175,7 +175,7 @@ class Run:
             a.process_index,
             a.num_processes,
             self.config.guard.hang_seconds,
-            on_orphan=lambda: self.stop.request(preempt.ORPHAN),
+            on_orphan=lambda: self.stop.request(signals.ORPHAN),
             on_hang=self._told_of_hang,
             parent=parent if watchdog.is_launched() else 0,
         )
@@ -347,7 +347,7 @@ class Run:
             within = self.state.step % self.steps_per_epoch  # where limit_steps ends
             part = f", {within} of {self.steps_per_epoch} steps" if within else ""
             label = f"epoch {self.state.epoch + 1}/{self.config.train.epochs}{part}"
-            self.record.say(tracking.summary(label, metrics, self.meter.seconds))
+            self.record.say(metrics.summary(label, metrics, self.meter.seconds))
         self.meter = Meter(self.accelerator, self.config.train.batch)
 
     def step(self, batch: Batch) -> int:
@@ -423,8 +423,8 @@ class Run:
 
     def _end_by(self, stop: int) -> None:
         """All ranks are at the same step: saves, waits until that is on the disk, and ends."""
-        reason = preempt.name(stop // RANKS)
-        rank = f" at rank {stop % RANKS}" if stop // RANKS > preempt.FIRST_SIGNAL and self._world > 1 else ""
+        reason = signals.name(stop // RANKS)
+        rank = f" at rank {stop % RANKS}" if stop // RANKS > signals.FIRST_SIGNAL and self._world > 1 else ""
         self._save()
         self._save_is_done()
         self.stop.done()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.read.loader import Loader
 
-from .validation import rank_of_label
+from .evaluation import rank_of_label
 
 BEST = 5  # answers kept of each image
 CONFUSIONS = 10

@@ -1,4 +1,4 @@
-"""What all ranks must have in common is compared before they join (train/hosts.py); two launchers on the loopback."""
+"""What all ranks must have in common is compared before they join (train/preflight.py); two launchers on the loopback."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.write.sources import Digits
 from tests.cluster.two import a_port, machines
 from tests.conftest import ROOT
 from tests.faults.job import SMALL, Job
-from train import hosts
-from train.hosts import FINGERPRINT, verdict
+from train import preflight
+from train.preflight import FINGERPRINT, verdict
 
 FACTS = {FINGERPRINT: "1", "torch": "2.14.1", "optim.lr": 0.01, "train.batch": 64}
 
@@ -63,19 +63,19 @@ def test_an_error_of_one_host_is_told_with_its_name_and_of_all_without():
 def test_the_code_digest_is_of_every_line(monkeypatch, tmp_path):
     for package in ("model", "pipeline", "train"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(hosts.environment, "ROOT", tmp_path)
-    before = hosts.code_digest()
+    monkeypatch.setattr(preflight.environment, "ROOT", tmp_path)
+    before = preflight.code_digest()
     with open(tmp_path / "pipeline" / "read" / "draws.py", "a") as file:
         file.write("# \n")
-    after = hosts.code_digest()
+    after = preflight.code_digest()
     assert before != after
-    monkeypatch.setattr(hosts.environment, "ROOT", ROOT)
-    assert hosts.code_digest() == before
+    monkeypatch.setattr(preflight.environment, "ROOT", ROOT)
+    assert preflight.code_digest() == before
 
 
 def test_the_interface_of_an_address_is_found_and_the_loopback_is_none():
-    assert hosts.interface_to("127.0.0.1", 1) is None
-    assert hosts.interface_to("no.such.host.invalid", 1) is None
+    assert preflight.interface_to("127.0.0.1", 1) is None
+    assert preflight.interface_to("no.such.host.invalid", 1) is None
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_gloo_and_nccl_get_the_interface_to_rank_0_unless_it_is_set(monkeypatch,
     job = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     for name, value in (job | given).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hosts, "interface_to", lambda host, port: found)
-    hosts.name_interface()
+    monkeypatch.setattr(preflight, "interface_to", lambda host, port: found)
+    preflight.name_interface()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == gloo
     assert os.environ.get("NCCL_SOCKET_IFNAME") == nccl
 

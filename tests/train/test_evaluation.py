@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import OptimConfig
+from train.evaluation import Result, rank_of_label
 from train.optim import learning_rate
-from train.validation import Result, rank_of_label
 
 
 def test_ranks_count_the_classes_that_score_as_high():

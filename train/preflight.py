@@ -26,7 +26,7 @@ from pipeline.manifest import Dataset, open_dataset
 
 from . import environment
 from .config import Config, flatten
-from .preempt import heed_no_more
+from .signals import heed_no_more
 
 START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
 NOTICE_SECONDS = 20.0

@@ -6,17 +6,17 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.read import draws
+from pipeline.read import rng
 
 SMALL = st.integers(0, 2**31)
 
 
 def test_golden_values_hold_for_good():
-    bits = draws.bits(np.arange(4), seed=0, epoch=0, stream=draws.ORDER)
+    bits = rng.bits(np.arange(4), seed=0, epoch=0, stream=rng.ORDER)
     assert [f"{b:016x}" for b in bits.tolist()] == GOLDEN_BITS
-    values = draws.uniform(np.array([0, 1, 1_281_166]), seed=7, epoch=89, stream=draws.CROP, count=2)
+    values = rng.uniform(np.array([0, 1, 1_281_166]), seed=7, epoch=89, stream=rng.CROP, count=2)
     assert values.ravel().tolist() == GOLDEN_UNIFORM
-    assert draws.key(1, 2, 3) == GOLDEN_KEY
+    assert rng.key(1, 2, 3) == GOLDEN_KEY
 
 
 GOLDEN_BITS = ["3283cd232c6123f1", "8bf8e25d8751c750", "02acf09f5c92465d", "ff0f9dbfcdb9a239"]
@@ -33,7 +33,7 @@ GOLDEN_KEY = 2869315087210772132
 
 @given(SMALL, SMALL, st.integers(0, 10))
 def test_distinct_ids_never_collide(seed, epoch, stream):
-    bits = draws.bits(np.arange(5000), seed=seed, epoch=epoch, stream=stream)
+    bits = rng.bits(np.arange(5000), seed=seed, epoch=epoch, stream=stream)
     assert len(np.unique(bits)) == 5000
 
 
@@ -41,7 +41,7 @@ def test_distinct_ids_never_collide(seed, epoch, stream):
 def test_neighbouring_ids_epochs_seeds_streams_and_draws_share_no_number(seed, epoch):
     ids = np.arange(500)
     sets = [
-        draws.bits(ids, seed=s, epoch=e, stream=stream, draw=d)
+        rng.bits(ids, seed=s, epoch=e, stream=stream, draw=d)
         for s in (seed, seed + 1)
         for e in (epoch, epoch + 1)
         for stream in (0, 1)
@@ -54,13 +54,13 @@ def test_neighbouring_ids_epochs_seeds_streams_and_draws_share_no_number(seed, e
 @given(SMALL, SMALL, st.integers(0, 10))
 def test_a_draw_depends_on_its_own_id_alone(seed, epoch, stream):
     where = {"seed": seed, "epoch": epoch, "stream": stream, "count": 3}
-    together = draws.uniform(np.array([5, 900, 17]), **where)
-    alone = draws.uniform(np.array([900]), **where)
+    together = rng.uniform(np.array([5, 900, 17]), **where)
+    alone = rng.uniform(np.array([900]), **where)
     assert (together[1] == alone[0]).all()
 
 
 def test_uniform_fills_the_unit_interval_evenly_and_without_correlation():
-    u = draws.uniform(np.arange(200_000), seed=1, epoch=2, stream=draws.CROP, count=2)
+    u = rng.uniform(np.arange(200_000), seed=1, epoch=2, stream=rng.CROP, count=2)
     assert u.min() >= 0
     assert u.max() < 1
     counts = np.histogram2d(u[:, 0], u[:, 1], bins=20)[0]
@@ -71,5 +71,5 @@ def test_uniform_fills_the_unit_interval_evenly_and_without_correlation():
 
 
 def test_the_order_of_coordinates_matters():
-    keys = {draws.key(a, b) for a in range(60) for b in range(60)}
+    keys = {rng.key(a, b) for a in range(60) for b in range(60)}
     assert len(keys) == 3600

@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from pipeline import AugmentConfig, DataError, Loader, open_dataset
-from pipeline.write.existing import looks_sorted
+from pipeline.write.index_existing import looks_sorted
 from tests.conftest import picture, run_tool, the_error
 
 MAKE = "tools/make_shards.py"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.config import Config, RunConfig
-from train.launch import make_accelerator
+from train.distributed import make_accelerator
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
