@@ -156,12 +156,12 @@ def main() -> None:
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must not be negative")
     if args.source == "index":
-        index_existing(args)
+        index(args)
     else:
         make(args)
 
 
-def index_existing(args: argparse.Namespace) -> None:
+def index(args: argparse.Namespace) -> None:
     if not 0 <= args.max_bad_fraction < 1:
         raise ConfigError(f"--max-bad-fraction {args.max_bad_fraction}: must be in [0, 1)")
     if args.statistics < 1:

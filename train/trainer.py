@@ -343,11 +343,11 @@ class Run:
         if self.meter.steps:
             self._log()
         if self.meter.all_steps:
-            metrics = self.meter.whole() | {"lr": self.state.rate}
+            means = self.meter.whole() | {"lr": self.state.rate}
             within = self.state.step % self.steps_per_epoch  # where limit_steps ends
             part = f", {within} of {self.steps_per_epoch} steps" if within else ""
             label = f"epoch {self.state.epoch + 1}/{self.config.train.epochs}{part}"
-            self.record.say(metrics.summary(label, metrics, self.meter.seconds))
+            self.record.say(metrics.summary(label, means, self.meter.seconds))
         self.meter = Meter(self.accelerator, self.config.train.batch)
 
     def step(self, batch: Batch) -> int:
@@ -445,17 +445,17 @@ class Run:
     def _log(self) -> str:
         """Reads and records what was added up; returns it for the progress line."""
         state = self.state
-        metrics = self.meter.read(self.loader)
-        steps_a_second = metrics["images_per_second"] / self.config.train.batch
+        means = self.meter.read(self.loader)
+        steps_a_second = means["images_per_second"] / self.config.train.batch
         memory = environment.memory_gb(self.accelerator.device)
-        told: dict[str, Any] = {"epoch": state.epoch + 1, **metrics, "lr": state.rate, "memory_gb": memory}
+        told: dict[str, Any] = {"epoch": state.epoch + 1, **means, "lr": state.rate, "memory_gb": memory}
         if self.accelerator.scaler is not None:
             told["overflows"] = state.overflows
         self.record.write("train", state.step, told)
         left = (self._last_step() - state.step) / steps_a_second
         return (
-            f"step {state.step:,}/{self._last_step():,}, loss {metrics['loss']:.4f}, lr {state.rate:.3g},"
-            f" data wait {metrics['data_wait']:.0%}, {memory:.1f} GB, run ends in {clock(left)}"
+            f"step {state.step:,}/{self._last_step():,}, loss {means['loss']:.4f}, lr {state.rate:.3g},"
+            f" data wait {means['data_wait']:.0%}, {memory:.1f} GB, run ends in {clock(left)}"
         )
 
     def _last_step(self) -> int:

@@ -1,4 +1,4 @@
-"""What all ranks must have in common is compared before they join (train/preflight.py); two launchers on the loopback."""
+"""All ranks compare their facts before they join (train/preflight.py): two launchers on the loopback."""
 
 from __future__ import annotations
 
