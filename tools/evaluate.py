@@ -111,7 +111,7 @@ def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, acce
     from pipeline.read.loader import Loader
     from train.build import pixel_type
     from train.distributed import local_world
-    from train.inputs import Inputs
+    from train.model_card import Inputs
     from train.predictions import Part, answer
 
     groups: list[tuple[Any, Any, list[Any]]] = []  # nets that see the same pixels share a loader

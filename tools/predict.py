@@ -119,14 +119,14 @@ def decoded(name: str) -> Any:
 
 def make_viewer(model: Any, args: argparse.Namespace) -> Any:
     from pipeline.manifest import open_dataset
-    from pipeline.read.single import Viewer
-    from train.inputs import Inputs
+    from pipeline.read.portable import Viewer
+    from train.model_card import Inputs
 
     augment = dataclasses.replace(model.card.augment, views=args.views)
     if model.card.inputs:
         statistics = model.card.inputs.statistics
     elif augment.statistics == "imagenet":
-        from train.inputs import PLAIN as statistics
+        from train.model_card import PLAIN as statistics
     elif args.shards:
         statistics = Inputs.of(open_dataset(args.shards, check_splits=False), augment).statistics
     else:

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
 
-from . import inputs
 from . import model_card as cards
 from .checkpoint import BEST, LATEST, RECORD, Checkpoints, Saved, load
 from .config import Config
 from .evaluation import NAMES
-from .inputs import PLAIN, Inputs
-from .model_card import METADATA, Card
+from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_inputs
 from .networks import heads, load_weights, make_net, read_weights
 from .presets import PRESETS
 from .resume import as_saved
@@ -96,9 +94,9 @@ def _of_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) -> C
     flat = saved.state["config"]
     config = as_saved(Config(), nested(flat))
     described = _described(run)
-    known = inputs.read(run) or _from_shards(run, shards or described.get("shards", ""), config, flat)
+    known = read_inputs(run) or _from_shards(run, shards or described.get("shards", ""), config, flat)
     if known.fingerprint != flat["the dataset's fingerprint"]:
-        raise DataError(f"{run}: its {inputs.NAME} is of another dataset than {saved.path}; copy the run folder whole")
+        raise DataError(f"{run}: its {INPUTS} is of another dataset than {saved.path}; copy the run folder whole")
     net = _new_net(config, len(known.classes))
     use = bool(averaged and saved.average)
     try:
@@ -130,7 +128,7 @@ def _described(run: Path) -> dict[str, Any]:
 
 
 def _from_shards(run: Path, shards: str, config: Config, flat: dict[str, Any]) -> Inputs:
-    told = f"{run}: does not hold its {inputs.NAME}; name the shards that it was trained on by --data.shards"
+    told = f"{run}: does not hold its {INPUTS}; name the shards that it was trained on by --data.shards"
     try:
         dataset = open_dataset(shards, check_splits=False) if shards else None
     except DataError as err:

@@ -11,9 +11,9 @@ from pipeline.errors import ConfigError, ExpressError, StorageError
 from pipeline.manifest import Dataset
 
 from . import preflight
-from .agreement import Agreement
 from .checkpoint import Checkpoints, Saved, load
 from .config import REMOVED, RESUME_NEWEST, Config, check_removed, flatten
+from .distributed import Agreement
 from .optim import learning_rate, scaled_to_batch
 from .run_folder import LOCK, RunFolder
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pipeline.errors import StorageError
 
-from .agreement import Agreement
 from .checkpoint import Checkpoints
+from .distributed import Agreement
 from .metrics import Record
 
 

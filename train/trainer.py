@@ -23,15 +23,13 @@ from pipeline.read.augment import AugmentConfig
 from pipeline.read.loader import Batch, Loader
 
 from . import build, checkpoint, distributed, environment, metrics, resume, signals, watchdog
-from .agreement import Agreement, timeout_seconds
 from .checkpoint import Saved
 from .config import Config, augment_at, behind_the_end
-from .distributed import take_cores
+from .distributed import Agreement, take_cores, timeout_seconds
 from .evaluation import Evaluation, Result, evaluate
-from .finite import Finite
-from .inputs import Inputs
-from .meter import Meter
-from .nonfinite import BadNumbers, LossNotFinite
+from .metrics import Meter
+from .model_card import Inputs
+from .nonfinite import BadNumbers, Finite, LossNotFinite
 from .optim import Plateau, learning_rate, scaled_to_batch, set_learning_rate
 from .profiling import Profile
 from .run_folder import RunFolder

@@ -327,7 +327,8 @@ def decoder_facts() -> dict[str, Any]:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:
         mapped = ""
-    paths = re.findall(r"(/\S*/libnvjpeg\.so[.\d]*)$", mapped, flags=re.MULTILINE)
+    # torchvision's wheel holds a copy, libnvjpeg.<hash>.so.13: if it is loaded first, DALI decodes with that one.
+    paths = re.findall(r"(/\S*/libnvjpeg\.(?:\w+\.)?so[.\d]*)$", mapped, flags=re.MULTILINE)
     return {
         "nvjpeg": _nvjpeg_version(paths[0]) if paths else None,
         "libnvjpeg": os.path.basename(paths[0]) if paths else None,

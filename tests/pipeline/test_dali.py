@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from pipeline.errors import BadSample, ConfigError
 from pipeline.read import dali, reader
 from pipeline.read.backend import Output
 from pipeline.shards import Sample, write_index, write_shard
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 
 VIEW = AugmentConfig(resize=32, crop=24)
 
@@ -85,9 +88,23 @@ def test_nvjpegs_version_is_read_from_the_library_that_is_mapped(shards):
         next(iter(loader))
         assert loader.decoder() == "libjpeg-turbo, by DALI"
         found = dali.decoder_facts()
-    assert found["libnvjpeg"].startswith("libnvjpeg.so")
+    # A copy that torchvision brought, under a name of its own, if a test before this one has imported torchvision.
+    assert re.fullmatch(r"libnvjpeg\.(\w+\.)?so\.\d+.*", found["libnvjpeg"])
     assert int(found["nvjpeg"].split(".")[0]) >= 12
     assert found["libnvcuvid"] is dali._loads("libnvcuvid.so.1")
+
+
+def test_torchvisions_copy_of_nvjpeg_is_seen_when_it_is_the_one_that_dali_uses(shards):
+    code = (
+        "import sys, torchvision.io; from pipeline.read import dali;"
+        "from pipeline.read.loader import AugmentConfig, Loader, LoaderConfig;"
+        "loader = Loader(sys.argv[1], batch=4, config=LoaderConfig('dali-cpu'), augment=AugmentConfig());"
+        "next(iter(loader)); print(dali.decoder_facts()['nvjpeg'])"
+    )
+    seen = subprocess.run(
+        [sys.executable, "-c", code, shards["jpeg"]], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert int(seen.stdout.split(".")[0]) >= 12
 
 
 # Which image a failed batch fails by

@@ -192,7 +192,7 @@ def test_other_settings_are_rejected_by_name(bad):
 
 
 def test_training_counts_the_checks_of_all_ranks_in_its_metrics(shards):
-    from train.meter import Meter
+    from train.metrics import Meter
 
     class Two:
         num_processes, process_index, device = 2, 0, torch.device("cpu")

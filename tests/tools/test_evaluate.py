@@ -35,8 +35,7 @@ from tests.conftest import ROOT, real_images, run_here, run_tool, the_error
 from tests.pipeline.archives import ID_OF, Mini
 from tools import evaluate
 from train.classifier import Classifier
-from train.inputs import Inputs
-from train.model_card import Card
+from train.model_card import Card, Inputs
 from train.predictions import Answers, bootstrap, joined, summary
 
 EVALUATE = "tools/evaluate.py"

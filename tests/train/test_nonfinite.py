@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.read import backend
 from pipeline.read.backend import HostCopy
-from train.finite import Finite
+from train.nonfinite import Finite
 
 
 class Stream:

@@ -11,9 +11,9 @@ from pipeline import Loader, open_dataset
 from pipeline.errors import ConfigError
 from pipeline.manifest import Statistics
 from pipeline.read.augment import AugmentConfig
-from pipeline.read.single import Viewer
+from pipeline.read.portable import Viewer
 from pipeline.write.images import BadImage, decode
-from train.inputs import Inputs
+from train.model_card import Inputs
 
 SEEN = [
     {"normalize": "mean"},
