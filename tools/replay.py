@@ -47,18 +47,20 @@ def main() -> None:
 
 def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train import again
+    from train.build import build_trainer
     from train.checkpoint import Checkpoints
     from train.distributed import make_accelerator
     from train.preflight import open_alike
     from train.run_folder import RunFolder
-    from train.trainer import Run
+    from train.signals import Stop
 
     described = read_run(args.run)
     saved = Checkpoints(args.run, keep=1).newest_before(args.step)
     config = configured(described, args.shards or described["shards"], scratch, resume=str(saved) if saved else "")
     dataset = open_alike(config)
     accelerator = make_accelerator(config)
-    run = Run(config, accelerator, dataset, folder=RunFolder(Path(config.run.dir), private=True))
+    folder = RunFolder(Path(config.run.dir), private=True)
+    run = build_trainer(config, accelerator, dataset, folder=folder, stop=Stop())
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.read.loader import Batch
 
-from .trainer import Run
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Replayed:
     losses: list[float]
 
 
-def replay(run: Run, step: int) -> Replayed:
+def replay(run: Trainer, step: int) -> Replayed:
     """Trains up to `step`, counted from 1, and tells of its numbers in place of an update; all ranks together."""
     assert run.state.step < step <= run.total_steps
     while True:
@@ -32,9 +32,9 @@ def replay(run: Run, step: int) -> Replayed:
             run.step(batch)
 
 
-def _look_at(run: Run, batch: Batch, step: int) -> Replayed:
+def _look_at(run: Trainer, batch: Batch, step: int) -> Replayed:
     loss, each = run.stepper.backward(batch, run.loader.ids(*run.coordinates(step)), step=step - 1)
-    gradients = [p.grad for p in run.bare.parameters() if p.grad is not None]
+    gradients = [p.grad for p in run.stepper.bare.parameters() if p.grad is not None]
     return Replayed(
         ids=run.ids_of(step),
         loss=float(run.accelerator.reduce(loss, "mean")),

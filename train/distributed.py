@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
+from torch import nn
 
 from pipeline import cores
 from pipeline.errors import ConfigError
@@ -145,6 +146,13 @@ class Agreement:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+
+def broadcast_buffers(net: nn.Module) -> None:
+    """Gives every rank rank 0's buffers."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def timeout_seconds(hang_seconds: float) -> float:

@@ -178,3 +178,11 @@ def summary(label: str, metrics: dict[str, float], seconds: float) -> str:
         f"{label}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.4g},"
         f" {metrics['images_per_second']:,.0f} img/s, waiting for data {metrics['data_wait']:.0%}, {clock(seconds)}"
     )
+
+
+def progress_note(means: dict[str, float], *, step: int, last_step: int, seconds_left: float) -> str:
+    """What stands beside the progress bar."""
+    return (
+        f"step {step:,}/{last_step:,}, loss {means['loss']:.4f}, lr {means['lr']:.3g},"
+        f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(seconds_left)}"
+    )

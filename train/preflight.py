@@ -66,7 +66,7 @@ def open_alike(config: Config) -> Dataset:
     return dataset
 
 
-def tell_refusal(err: ExpressError) -> None:
+def report_rejection(err: ExpressError) -> None:
     """For a rank whose command line was refused: other hosts, whose own may be sound, must not wait for it."""
     if _alone() or _world() == int(os.environ.get("LOCAL_WORLD_SIZE", _world())):
         return  # one host's ranks read the same line and end by themselves

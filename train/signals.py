@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ExpressError
+from pipeline.errors import PREEMPTED, ExpressError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 COPY_SECONDS = 2.0  # a launcher's copy of a signal comes within milliseconds
@@ -23,12 +23,13 @@ FILE_SECONDS = 1.0  # between two looks for the stop file
 STOP_FILE = "stop"
 FILE, ORPHAN = 1, 2  # reasons beside the signals' numbers
 FIRST_SIGNAL = 10  # codes of signals are their number and this
+RANKS = 1 << 20  # a code and the rank that has it travel as one number
 
 
 class Preempted(ExpressError):
     """Stopped on request; what was trained is saved."""
 
-    code = 75
+    code, together = PREEMPTED, True
 
 
 class Stop:
@@ -86,9 +87,9 @@ class Stop:
             if self._file.exists():
                 self.request(FILE)
 
-    def ended(self) -> None:
-        """The process is about to end with its own code."""
-        heed_no_more()
+    def encoded(self, rank: int) -> int:
+        """The request as one number, the greatest of which all ranks follow; 0: none."""
+        return self.code * RANKS + rank if self.code else 0
 
     def done(self) -> None:
         """The request was honoured: the next run must not end by the same file."""
@@ -107,8 +108,14 @@ def heed_no_more() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def describe(encoded: int, *, world: int) -> str:
+    """What `Stop.encoded` stands for, with the rank if only one of several has the signal."""
+    code, rank = divmod(encoded, RANKS)
+    return name(code) + (f" at rank {rank}" if code > FIRST_SIGNAL and world > 1 else "")
+
+
 def name(code: int) -> str:
-    """What a code of `Stop` says."""
+    """A request in words."""
     if code == FILE:
         return f"the file {STOP_FILE!r} in the run folder"
     if code == ORPHAN:

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import errors
+
 HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
-CODE = 77
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
 ORPHAN_SECONDS = 20.0  # that a rank without launcher may go on without a step, to save
@@ -166,7 +167,7 @@ class Watchdog:
                 _kill(beats[rank])
         with contextlib.suppress(Exception):
             self.on_hang(reason)
-        os._exit(CODE)
+        os._exit(errors.HANG)
 
 
 def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: float, step: int) -> str:
