@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
@@ -24,6 +25,10 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 from pipeline.errors import CHECK_FAILED, DONE, leave
 from train.exit_report import ExitReport
 from train.signals import Stop, heed_no_more
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.run_folder import RunFolder
 
 PARENT = os.getppid()  # the launcher, if there is one; it may have ended before the run is built
 
@@ -41,14 +46,18 @@ def main(argv: list[str]) -> int:
 
 
 def run(argv: list[str], stop: Stop, report: ExitReport) -> None:
-    """Parses the command line, builds the run and trains it."""
-    from train.cli import parse  # each import where it is needed: a mistyped preset is reported before torch is loaded
+    from train.cli import parse  # imports where they are needed: a mistyped preset is reported before torch is loaded
     from train.presets import PRESETS, TOLD
 
     config = parse(argv, PRESETS, prog="train/run.py", told=TOLD)
     from train.run_folder import RunFolder
 
     report.config, report.folder = config, RunFolder(Path(config.run.dir))
+    train_run(config, report.folder, stop, report)
+
+
+def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport) -> None:
+    """Builds the run and trains it."""
     from train.build import build_trainer
     from train.distributed import make_accelerator
     from train.loop import train
@@ -56,12 +65,12 @@ def run(argv: list[str], stop: Stop, report: ExitReport) -> None:
 
     dataset = open_alike(config)
     accelerator = make_accelerator(config)
-    report.trainer = build_trainer(config, accelerator, dataset, folder=report.folder, stop=stop, parent=PARENT)
+    report.trainer = build_trainer(config, accelerator, dataset, folder=folder, stop=stop, parent=PARENT)
     stop.at_second = lambda reason: report.write(CHECK_FAILED, reason)
     result = train(report.trainer)
     report.trainer.close()
     if accelerator.is_main_process:
-        report.folder.write_exit(code=DONE, reason="done", step=report.trainer.state.step)
+        folder.write_exit(code=DONE, reason="done", step=report.trainer.state.step)
         print(result, flush=True)
 
 
