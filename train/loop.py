@@ -60,20 +60,20 @@ def train(t: Trainer) -> Evaluation:
     result = result or last_figures(t)
     finish_saving(t)
     if t.profile:
-        t.record.say(t.profile.cut_short())
+        t.record.log(t.profile.cut_short())
     return result
 
 
 def begin(t: Trainer) -> None:
     """Logs what the run uses, and starts to watch for hangs and requests to stop."""
     c, loader = t.config, t.loader
-    t.record.say(f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank")
-    t.record.say(f"decoder: {loader.decoder()}")
-    t.record.say(f"compiled: {t.compiled}")
+    t.record.log(f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank")
+    t.record.log(f"decoder: {loader.decoder()}")
+    t.record.log(f"compiled: {t.compiled}")
     for note in behind_the_end(c):
-        t.record.say(note)
+        t.record.log(note)
     if c.optim.scale_lr != "none":
-        t.record.say(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
+        t.record.log(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
     t.tick(DATA)
     t.watchdog.start()
     t.stop.running = True
@@ -122,7 +122,7 @@ def step(t: Trainer, batch: Batch) -> int:
 def report_profile(t: Trainer, table: str | None) -> None:
     """Prints the profile's table once there is one; a run has one profile."""
     if table:
-        t.record.say(table)
+        t.record.log(table)
         t.profile = None
 
 
@@ -138,7 +138,7 @@ def end_epoch(t: Trainer) -> None:
     if t.meter.all_steps:
         part = f", {t.within_epoch} of {t.steps_per_epoch} steps" if t.within_epoch else ""
         label = f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}"
-        t.record.say(metrics.summary(label, t.meter.whole() | {"lr": t.state.rate}, t.meter.seconds))
+        t.record.log(metrics.summary(label, t.meter.whole() | {"lr": t.state.rate}, t.meter.seconds))
     t.meter = Meter(t.accelerator, t.config.train.batch)
 
 
@@ -174,7 +174,7 @@ def evaluate_epoch(t: Trainer) -> Evaluation | None:
     if is_due and (state.best_step is None or result.best.top1 > state.best_top1):
         state.best_top1, state.best_step = result.best.top1, state.step
     if t.optim.schedule == "plateau" and on_schedule and state.plateau.see(result.weights.top1, t.optim):
-        t.record.say(f"top-1 has stalled: the learning rate falls to {state.rate * t.optim.factor:.4g}")
+        t.record.log(f"top-1 has stalled: the learning rate falls to {state.rate * t.optim.factor:.4g}")
     record_evaluation(t, result, epoch=number)
     return result
 

@@ -167,7 +167,7 @@ class Trainer:
         self.stepper.put_back(buffers)
         loss = self.finite.mean_loss(self.accelerator)
         self.record.write("left out", bad, {"bad_step": bad, "loss": nonfinite.as_json(loss), "ids": self.ids_of(bad)})
-        self.record.say(f"step {bad}: {nonfinite.describe(loss)}; its update is left out")
+        self.record.log(f"step {bad}: {nonfinite.describe(loss)}; its update is left out")
 
     def raise_if_bad(self, bad: int, why: str = "") -> None:
         """Raises LossNotFinite, at all ranks, if the step that `bad` names was not finite; 0: none was at this rank."""

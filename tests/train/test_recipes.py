@@ -130,7 +130,7 @@ import torch
 from accelerate import Accelerator
 from train import distributed as launch
 made = launch.make_accelerator
-launch.refuse_unscaled = lambda accelerator: None
+launch.check_scaler = lambda accelerator: None
 def with_scaler(config):
     # What Accelerate does for fp16 on a GPU. The scale is too large at first, and grows again every six steps.
     accelerator = made(config)
