@@ -7,6 +7,7 @@ The loader is imported when it is first asked for, so that the sharder does not 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, ExpressError, StorageError
@@ -14,7 +15,9 @@ from .manifest import Dataset, open_dataset
 
 if TYPE_CHECKING:
     from .read.augment import AugmentConfig
-    from .read.loader import Batch, Loader, LoaderConfig, LoaderDataset
+    from .read.config import LoaderConfig
+    from .read.loader import Batch, Loader
+    from .read.torch_dataset import LoaderDataset
 
 __all__ = [
     "AugmentConfig",
@@ -31,13 +34,16 @@ __all__ = [
 ]
 
 
+_LAZY = {
+    "AugmentConfig": "augment",
+    "Batch": "loader",
+    "Loader": "loader",
+    "LoaderConfig": "config",
+    "LoaderDataset": "torch_dataset",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "AugmentConfig":
-        from .read import augment
-
-        return augment.AugmentConfig
-    if name in ("Batch", "Loader", "LoaderConfig", "LoaderDataset"):
-        from .read import loader
-
-        return getattr(loader, name)
+    if name in _LAZY:
+        return getattr(import_module(f".read.{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

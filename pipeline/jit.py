@@ -1,9 +1,10 @@
-"""How the loader's inner loops are compiled: by Numba, once for a machine, without the GIL."""
+"""How the inner loops are compiled: by Numba, once for a machine, without the GIL."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numba
@@ -12,11 +13,15 @@ from numba.core import config
 NUMBA: Any = config
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
     try:
-        return numba.njit(nogil=True, fastmath=True, cache=True)(function)
+        return numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
     except RuntimeError:  # nowhere to keep machine code: a read-only installation without a home
-        return numba.njit(nogil=True, fastmath=True)(function)
+        return numba.njit(nogil=True, fastmath=fastmath)(function)
+
+
+# For floating point that is not in whole numbers: the same on every processor.
+exactly_compiled = partial(compiled, fastmath=False)
 
 
 class straight_lines_vectorised:

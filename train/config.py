@@ -16,7 +16,7 @@ from model import ModelConfig
 from model.alexnet import VARIANTS
 from pipeline.errors import ConfigError
 from pipeline.read.augment import AugmentConfig
-from pipeline.read.loader import LoaderConfig
+from pipeline.read.config import LoaderConfig
 
 
 @dataclass(frozen=True)

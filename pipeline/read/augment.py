@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..geometry import centre_offset, resized
+from ..manifest import Dataset, Statistics
 from . import rng
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 0.485, 0.456, 0.406 of 255, as the seed and torchvision use them
@@ -177,3 +178,36 @@ def colour_shift(
     size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
     alpha = config.colour * rng.normal(ids, seed=seed, epoch=epoch, stream=rng.COLOUR, count=3)
     return np.asarray(255 * (alpha * size) @ axes.T, np.float32)
+
+
+class Normalisation(NamedTuple):
+    """Pixels become (x - mean) / std, or (x - image) if there is a mean image."""
+
+    mean: np.ndarray  # (3,) float32
+    std: tuple[float, ...]
+    image: np.ndarray | None  # (3, crop, crop) float32
+
+
+def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Normalisation:
+    """What the configuration makes of the statistics of a dataset. Raises ConfigError for a mean image that does not
+    fit or does not exist."""
+    imagenet = config.statistics == "imagenet"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (measured.mean, measured.std)
+    image = None
+    if config.normalize == "mean-image":
+        if measured.mean_image is None:
+            raise ConfigError("augment.normalize=mean-image: the statistics hold no mean image")
+        mean, image = (0.0, 0.0, 0.0), _mean_image_crop(measured.mean_image, config)
+    return Normalisation(np.array(mean, np.float32), std if config.normalize == "mean-std" else (1.0,) * 3, image)
+
+
+def _mean_image_crop(image: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """(3, crop, crop) float32, of the mean image's centre: for every crop the same, as in the 2012 code."""
+    if len(image) != config.resize:
+        raise ConfigError(
+            f"augment.resize={config.resize} but the mean image was measured at {len(image)} pixels;"
+            f" shard the data with --size {config.resize}, or use normalize=mean"
+        )
+    offset = int(centre_offset(len(image), config.crop))
+    crop = image[offset : offset + config.crop, offset : offset + config.crop]
+    return np.ascontiguousarray(crop.transpose(2, 0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -10,20 +11,20 @@ import numpy as np
 import torch
 
 from ..errors import BadSample
-from .augment import Placement
-from .reader import ReadBatch
+from .fetch import HEIGHT, SIZE, WIDTH
+from .reader import ReadBatch, Reader
 
 PixelType = Literal["uint8", "float32", "float16", "bfloat16"]
 
 
 class Work(NamedTuple):
-    """A batch of n images, planned and being read. A crop is a row of `placement` and `mean`: one an image, or more."""
+    """A batch of n images, planned and being read; of each image `views` crops."""
 
     ids: np.ndarray  # (n,) int64
-    width: np.ndarray  # (n,) int64, pixels as stored
-    height: np.ndarray
-    placement: Placement
-    mean: np.ndarray  # (rows, 3) float32: what to subtract, the colour shift with it
+    rows: np.ndarray  # (n, 7) int64: of the index, see fetch.py
+    box: np.ndarray  # (n, views, 4) float64, see augment.Placement
+    flip: np.ndarray  # (n, views) bool
+    mean: np.ndarray  # (n, views, 3) float32: what to subtract, the colour shift with it
     checked: np.ndarray  # (n,) bool: whose pixels are compared with the reference decoder's
     read: ReadBatch
 
@@ -41,13 +42,13 @@ class Output:
 
 
 class Engine(Protocol):
-    """A backend: decodes what the plan names, where the plan names it. Nothing in it is random or keeps an order."""
+    """A backend: decodes what the plan names, at the place that the plan names. Nothing in it is random."""
 
     def start(self, source: Callable[[], Work]) -> None:
         """`source` gives the next batch whenever the engine can begin with it."""
 
     def next(self) -> tuple[Work, torch.Tensor]:
-        """The next batch and its (rows, 3, crop, crop) crops. Raises DataError for an image that it cannot decode."""
+        """The next batch and its (n · views, 3, crop, crop) crops. Raises DataError for an image it cannot decode."""
 
     def stop(self) -> None:
         """Forgets all that is under way. Nothing of it is written or read to any more when this returns."""
@@ -59,23 +60,22 @@ class Engine(Protocol):
         """Which decoder turns stored bytes into pixels, for a log line."""
 
 
-def undecodable(work: Work, number: int, reason: object, describe: Callable[[int], str]) -> BadSample:
+def undecodable(work: Work, number: int, reason: object, reader: Reader) -> BadSample:
     """The error for image `number` of a batch, which a backend's decoder rejects."""
     sample = int(work.ids[number])
     return BadSample(
-        f"{describe(sample)}: cannot be decoded ({reason});"
+        f"{reader.describe(sample)}: cannot be decoded ({reason});"
         " shard the data again with --encode jpeg, or without this image",
         sample=sample,
     )
 
 
-def check_raw_sizes(work: Work, start: int, end: int, describe: Callable[[int], str]) -> None:
+def check_raw_sizes(work: Work, start: int, end: int, reader: Reader) -> None:
     """Raises BadSample if one of images [start, end) of a batch has not the bytes of its width × height pixels."""
-    part = slice(start, end)
-    size, width, height = work.read.size[part], work.width[part], work.height[part]
+    size, width, height = (work.rows[start:end, column] for column in (SIZE, WIDTH, HEIGHT))
     for i in np.flatnonzero(size != 3 * width * height)[:1].tolist():
         reason = f"{size[i]} bytes, but {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
-        raise undecodable(work, start + i, reason, describe)
+        raise undecodable(work, start + i, reason, reader)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -84,6 +84,13 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def _recorded(device: torch.device | None = None) -> Any:
+    """An event that the device reaches when it has done all that its current stream holds now."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class HostCopy:
@@ -96,14 +103,28 @@ class HostCopy:
             return
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._values.copy_(values, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        self._event = _recorded(values.device)
 
     def read(self) -> torch.Tensor:
         """The values, on the host. Waits for the copy and for nothing that was queued after it."""
         if self._event is not None:
             self._event.synchronize()
         return self._values
+
+
+class Held:
+    """Host memory that a GPU still reads: held until the GPU has done what its stream holds now."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[Any, object]] = deque()
+
+    def hold(self, memory: object, device: torch.device) -> None:
+        self._held.append((_recorded(device), memory))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
+
+    def clear(self) -> None:
+        self._held.clear()
 
 
 def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,33 +6,56 @@ other threads. Here a block of images costs one call.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
 
 from ..jit import compiled
-from . import checksum
+from ..shards import INDEX_DTYPE
+from .checksum import crc32
 from .jpeg import cut_short, is_jpeg_of_size
 
-# What the C library has anyway: called by address, so that compiled code can be kept on disk.
+# The columns of `rows`: (n, 7) int64, a sample a row. One gather takes a sample's numbers from one cache line.
+OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(INDEX_DTYPE))
+
+# What the C library has anyway: called by its name, so that compiled code can be kept on disk.
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
 
-IN_MEMORY = -1  # instead of a file's descriptor: the bytes are in the buffer already
+IN_MEMORY = -1  # instead of a file's descriptor: the bytes are in the buffer already, verified
+NO_CUTS = np.zeros(0, np.int64), np.zeros(0, np.bool_)
+
+
+class Block(NamedTuple):
+    """Where n images are and where they go: the first arguments of the compiled functions."""
+
+    buffer: np.ndarray  # flat uint8
+    at: np.ndarray  # (n,) int64: the image's first byte in the buffer
+    fds: np.ndarray  # (n,) int64: descriptors, or IN_MEMORY
+    rows: np.ndarray
+    verify: bool
+
+
+def index_rows(index: np.ndarray) -> np.ndarray:
+    """(samples, 7) int64: a split's index. Taking rows from the mapped record array costs three times as much."""
+    rows = np.empty((len(index), len(INDEX_DTYPE)), np.int64)
+    for column, name in enumerate(INDEX_DTYPE.names or ()):
+        rows[:, column] = index[name]
+    return rows
 
 
 @compiled
 def fetched(buffer: np.ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool) -> bool:
-    """buffer[at : at + size] = the file's bytes from `offset` on. False where that fails, or the CRC-32 differs."""
-    done = 0
-    while fd >= 0 and done < size:
-        got = _pread(
-            np.int32(fd), np.uintp(buffer.ctypes.data + at + done), np.uintp(size - done), np.int64(offset + done)
-        )
+    """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs."""
+    if fd == IN_MEMORY:
+        return True
+    done, address = 0, np.uintp(buffer.ctypes.data + at)
+    while done < size:
+        got = _pread(np.int32(fd), address + np.uintp(done), np.uintp(size - done), np.int64(offset + done))
         if got <= 0:
             return False
         done += got
-    return not verify or checksum.crc32(buffer, at, size) == crc
+    return not verify or np.int64(crc32(np.uint32(0), address, np.uint32(size))) == crc
 
 
 @compiled
@@ -40,41 +63,35 @@ def fetch_images(
     buffer: np.ndarray,
     at: np.ndarray,
     fds: np.ndarray,
-    offset: np.ndarray,
-    size: np.ndarray,
-    crc: np.ndarray,
-    verify: bool,
-    width: np.ndarray,
-    height: np.ndarray,
     rows: np.ndarray,
+    verify: bool,
+    needed: np.ndarray,
     cut: np.ndarray,
 ) -> int:
-    """n images to buffer[at[i] : at[i] + size[i]]; returns the number of the first that fails, or n.
+    """Fetches n images; returns the number of the first that fails, or n.
 
-    cut: (n,) bool, set where image i is a JPEG that could be made rows[i] high: see jpeg.cut_short. Where cut is empty,
-    width, height and rows are not used.
+    cut: (n,) bool, set if image i is a JPEG that could be made needed[i] rows high: see jpeg.cut_short. NO_CUTS: none.
     """
     for i in range(len(at)):
-        if not fetched(buffer, at[i], fds[i], offset[i], size[i], crc[i], verify):
+        size, width, height = rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT]
+        if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], size, rows[i, CRC32], verify):
             return i
         if len(cut):
-            cut[i] = rows[i] < height[i] and cut_short(buffer, at[i], size[i], width[i], height[i], rows[i])
+            cut[i] = needed[i] < height and cut_short(buffer, at[i], size, width, height, needed[i])
     return len(at)
 
 
 @compiled
-def not_plain_jpegs(
-    buffer: np.ndarray, at: np.ndarray, size: np.ndarray, width: np.ndarray, height: np.ndarray
-) -> np.ndarray:
+def not_plain_jpegs(buffer: np.ndarray, at: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):
-        odd[i] = not is_jpeg_of_size(buffer, at[i], size[i], width[i], height[i])
+        odd[i] = not is_jpeg_of_size(buffer, at[i], rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT])
     return odd
 
 
 def prepare() -> None:
-    """Compiles the kernels, or loads what an earlier process compiled."""
-    none, one = np.zeros(0, np.int64), np.zeros(1, np.uint8)
-    not_plain_jpegs(one, none, none, none, none)
-    fetch_images(one, none, none, none, none, none, False, none, none, none, np.zeros(0, np.bool_))
+    """Compiles the functions, or loads what an earlier process compiled."""
+    pixel, none, rows = np.zeros(1, np.uint8), np.zeros(0, np.int64), np.zeros((0, len(INDEX_DTYPE)), np.int64)
+    not_plain_jpegs(pixel, none, rows)
+    fetch_images(pixel, none, none, rows, False, *NO_CUTS)

@@ -1,62 +1,23 @@
-"""The portable backend's inner loop: from decoded pixels to a finished crop, without the GIL, compiled by Numba.
+"""The portable backend's inner loop: from stored pixels to a finished crop, without the GIL, compiled by Numba.
 
 One pass over the crop's rows does it all: only the source rows and columns under it are read; resampling, flip,
-normalisation and memory layout come with the store. One core, 224 of a 500×375 image: 0.2 ms, where Pillow's
+normalisation and memory layout come with the store. One core, 224 of a 500×375 image: 0.2 ms, while Pillow's
 resize(box=) takes 0.9 ms and torch's antialiased interpolate, which knows no box, 0.4 ms.
-
-Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a signed index a test for wrapping.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numba
 import numpy as np
 from numba.extending import overload
 
-from ..jit import compiled, straight_lines_vectorised
-from ..resample import LANES, blend_columns, blend_rows, rounded, taps
-from .fetch import fetched
+from ..jit import compiled, exactly_compiled, straight_lines_vectorised
+from ..resample import lines_for, resample_row, triangle
+from .fetch import CRC32, HEIGHT, IN_MEMORY, OFFSET, SIZE, WIDTH, Block, fetched
 
 u = np.uintp
-
-
-@compiled
-def _triangle(
-    start: float,
-    scale: float,
-    length: int,
-    count: int,
-    reverse: bool,
-    first: np.ndarray,
-    f: int,
-    weights: np.ndarray,
-    w: int,
-) -> None:
-    """Antialiased bilinear weights, as Pillow defines them, of `count` resampled pixels: the first source pixel of each
-    from first[f] on, its taps(scale) weights from weights[w] on."""
-    spread = max(scale, 1.0)
-    needed = taps(scale)
-    for i in range(count):
-        centre = start + (i + 0.5) * scale
-        low = max(int(centre - spread + 0.5), 0)
-        high = min(int(centre + spread + 0.5), length)
-        low = min(low, length - 1)
-        at = count - 1 - i if reverse else i
-        total = 0.0
-        for k in range(needed):
-            weight = 0.0
-            if low + k < high:
-                weight = max(1.0 - abs((low + k - centre + 0.5) / spread), 0.0)
-            weights[w + at * needed + k] = weight
-            total += weight
-        if total == 0.0:  # a centre on the very edge
-            weights[w + at * needed] = total = 1.0
-        for k in range(needed):
-            weights[w + at * needed + k] /= total
-        first[f + at] = low
 
 
 @compiled
@@ -125,31 +86,14 @@ def _store_float32(
         out[red + plane + plane + x] = (np.float32(values[p + u(2)]) - m2) * s2
 
 
-@compiled
+@exactly_compiled
 def _crop(
-    pixels: np.ndarray,
-    base: int,
-    width: int,
-    height: int,
-    out: np.ndarray,
-    number: int,
-    side: int,
-    packed: bool,
-    box: np.ndarray,
-    flips: np.ndarray,
-    mean: np.ndarray,
-    scale: np.ndarray,
-    floats: np.ndarray,
-    first: np.ndarray,
-    row: np.ndarray,
-) -> None:
-    """Crop `number` of the batch, of the image that begins at pixels[base]; all arrays are flat.
-
-    floats: weights across, weights down, a line, a blended line.
-    """
-    start, m, flip = 3 * side * side * number, 3 * number, flips[number]
-    left, top = box[4 * number], box[4 * number + 1]
-    x_scale, y_scale = box[4 * number + 2] / side, box[4 * number + 3] / side
+    pixels: np.ndarray, base: int, width: int, height: int, out: np.ndarray, number: int, side: int, packed: bool,
+    box: np.ndarray, flip: bool, mean: np.ndarray, scale: np.ndarray,
+) -> None:  # fmt: skip
+    """Crop `number` of the batch, of the image that begins at pixels[base]."""
+    start, m, row = 3 * side * side * number, 3 * number, np.empty(3 * side, np.uint8)
+    left, top, x_scale, y_scale = box[0], box[1], box[2] / side, box[3] / side
     if x_scale == 1.0 and y_scale == 1.0 and left == int(left) and top == int(top):
         for y in range(side):
             at = base + 3 * ((int(top) + y) * width + int(left))
@@ -159,107 +103,57 @@ def _crop(
             else:
                 _store(pixels, at, out, start, side, y, packed, mean, m, scale)
         return
-    x_taps, y_taps = taps(x_scale), taps(y_scale)
-    down = side * x_taps
-    line = down + side * y_taps
-    blended = len(floats) - 3 * side - 1
-    _triangle(left, x_scale, width, side, flip, first, 0, floats, 0)
-    _triangle(top, y_scale, height, side, False, first, side, floats, down)
-    leftmost, rightmost = min(first[0], first[side - 1]), max(first[0], first[side - 1])
-    a, b = 3 * leftmost, 3 * min(rightmost + x_taps, width)
+    across = triangle(left / x_scale, x_scale, width, side, flip)
+    down = triangle(top / y_scale, y_scale, height, side, False)
+    lines = lines_for(across, width)
     for y in range(side):
-        blend_rows(pixels, base, 3 * width, height, first[side + y], a, b - a, floats, down + y * y_taps, y_taps, line)
-        blend_columns(floats, line, a, first, side, x_taps, blended)
-        rounded(floats, blended, 3 * side, row)
+        resample_row(pixels, base, width, height, across, down, y, lines, row, 0)
         _store(row, 0, out, start, side, y, packed, mean, m, scale)
 
 
 @compiled
-def _crop_stored(
-    buffer: np.ndarray,
-    at: np.ndarray,
-    fds: np.ndarray,
-    offset: np.ndarray,
-    size: np.ndarray,
-    crc: np.ndarray,
-    verify: bool,
-    width: np.ndarray,
-    height: np.ndarray,
-    views: int,
-    out: np.ndarray,
-    number: int,
-    side: int,
-    packed: bool,
-    box: np.ndarray,
-    flips: np.ndarray,
-    mean: np.ndarray,
-    scale: np.ndarray,
-    floats: np.ndarray,
-    first: np.ndarray,
-    row: np.ndarray,
-) -> int:
-    """Fetches images that are stored as pixels (see fetch.fetch_images) and crops each while its bytes are at hand."""
-    for i in range(len(at)):
-        if not fetched(buffer, at[i], fds[i], offset[i], size[i], crc[i], verify):
+def crop_images(
+    buffer: np.ndarray, at: np.ndarray, fds: np.ndarray, rows: np.ndarray, verify: bool,
+    out: np.ndarray, number: int, side: int, packed: bool,
+    box: np.ndarray, flip: np.ndarray, mean: np.ndarray, scale: np.ndarray,
+) -> int:  # fmt: skip
+    """Fetches a Block of images that are stored as pixels, and crops each while its bytes are in the cache.
+
+    Returns the number of the first image that fails, or n. The rest: see Cropper.
+    """
+    n, views = flip.shape
+    for i in range(n):
+        if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], rows[i, SIZE], rows[i, CRC32], verify):
             return i
         for view in range(views):
-            _crop(
-                buffer, at[i], width[i], height[i], out, number + i * views + view, side, packed, box, flips, mean,
-                scale, floats, first, row,
-            )  # fmt: skip
-    return len(at)
+            width, height = rows[i, WIDTH], rows[i, HEIGHT]
+            at_row = number + i * views + view
+            _crop(buffer, at[i], width, height, out, at_row, side, packed, box[i, view], flip[i, view], mean, scale)
+    return n
 
 
 class Cropper:
-    """Cuts, resamples, flips and normalises: one compiled kernel for one kind of output.
+    """Cuts, resamples, flips and normalises: one compiled function for one kind of output.
 
     side: of the crops, in pixels. dtype: uint8 (mean and scale are not used) or float32.
     packed: crops are (side, side, 3) in memory, otherwise (3, side, side).
     """
 
     def __init__(self, side: int, *, dtype: str, packed: bool) -> None:
-        self.side, self.packed, self._local = side, packed, threading.local()
-        self._empty = np.zeros(3 * side * side, dtype)
+        self.side, self.dtype, self.packed = side, dtype, packed
 
-    def compile(self, *, raw: bool) -> None:
-        """Compiles the kernel, or loads what an earlier process compiled."""
-        ones, box, flip = np.ones(3, np.float32), np.ones(4), np.zeros(1, bool)
-        pixels, one = np.zeros(3, np.uint8), np.ones(1, np.int64)
+    def compile(self) -> None:
+        """Compiles the function, or loads what an earlier process compiled."""
+        ones = np.ones(3, np.float32)
         with straight_lines_vectorised():
-            if raw:
-                files = pixels, one - 1, one - 2, one, 3 * one, one, False
-                self.stored(files, one, one, 1, self._empty, 0, box, flip, ones, ones)
-            else:
-                self(pixels, 1, 1, self._empty, 0, box, flip, ones, ones)
+            block = decoded_block(np.zeros(3, np.uint8), 1, 1)
+            self(
+                block, np.zeros(3 * self.side**2, self.dtype), 0, np.ones((1, 1, 4)), np.zeros((1, 1), bool), ones, ones
+            )
 
     def __call__(
         self,
-        pixels: np.ndarray,
-        width: int,
-        height: int,
-        out: np.ndarray,
-        number: int,
-        box: np.ndarray,
-        flip: np.ndarray,
-        mean: np.ndarray,
-        scale: np.ndarray,
-    ) -> None:
-        """Writes crop `number` of a batch of n.
-
-        pixels: (height · width · 3,) uint8, RGB. out: (n · 3 · side · side,). flip: (n,) bool.
-        box: (n · 4,) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
-            needs beyond the box comes from the image around it.
-        mean: (n · 3,), scale: (3,) float32; the crop is (x - mean) · scale.
-        """
-        floats, first, row = self._scratch(width, max(box[4 * number + 2], box[4 * number + 3]))
-        _crop(pixels, 0, width, height, out, number, self.side, self.packed, box, flip, mean, scale, floats, first, row)
-
-    def stored(
-        self,
-        files: tuple[Any, ...],
-        width: np.ndarray,
-        height: np.ndarray,
-        views: int,
+        block: Block,
         out: np.ndarray,
         number: int,
         box: np.ndarray,
@@ -267,28 +161,22 @@ class Cropper:
         mean: np.ndarray,
         scale: np.ndarray,
     ) -> int:
-        """Reads m images that are stored as pixels and writes their crops, from crop `number` on.
+        """Writes the crops of n images from crop `number` of `out` on; returns the first image that fails, or n.
 
-        files: what fetch.fetch_images takes first. width, height: (m,) int64. Returns the number of the first image
-        that fails, or m.
+        block: images as pixels, (height · width · 3,) uint8, RGB. out: flat.
+        box: (n, views, 4) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
+            needs beyond the box comes from the image around it. flip: (n, views) bool.
+        mean: flat, 3 for each crop of `out`, scale: (3,) float32; the crop is (x - mean) · scale.
         """
-        sizes = box[4 * number : 4 * (number + len(width) * views)].reshape(-1, 4)[:, 2:]
-        scratch = self._scratch(int(width.max()), float(sizes.max()))
-        done: int = _crop_stored(
-            *files, width, height, views, out, number, self.side, self.packed, box, flip, mean, scale, *scratch
-        )
+        done: int = crop_images(*block, out, number, self.side, self.packed, box, flip, mean, scale)
         return done
 
-    def _scratch(self, width: int, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This thread's arrays for an image of this width and a box of this size; they grow with what they meet."""
-        local = self._local
-        if width > getattr(local, "width", 0) or size > local.size:
-            local.width, local.size = max(width, getattr(local, "width", 0)), max(size, getattr(local, "size", 0.0))
-            needed = taps.py_func(local.size / self.side)
-            floats = 2 * self.side * needed + 3 * (local.width + needed) + 3 * self.side + 2 * LANES
-            # Zeros, since weights of zero meet what stands beyond a line's end, and 0 · NaN is not 0.
-            local.arrays = (
-                np.zeros(floats, np.float32), np.zeros(2 * self.side, np.int64), np.zeros(3 * self.side, np.uint8)
-            )  # fmt: skip
-        arrays: tuple[np.ndarray, np.ndarray, np.ndarray] = local.arrays
-        return arrays
+
+_HERE, _FIRST = np.full(1, IN_MEMORY), np.zeros(1, np.int64)
+
+
+def decoded_block(pixels: np.ndarray, width: int, height: int) -> Block:
+    """One image whose pixels are at hand."""
+    row = np.zeros((1, 7), np.int64)
+    row[0, WIDTH], row[0, HEIGHT] = width, height
+    return Block(pixels, _FIRST, _HERE, row, False)

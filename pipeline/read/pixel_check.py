@@ -1,8 +1,8 @@
 """Finds images that a decoder got wrong without an error: one crop in N is decoded again, in the background.
 
 Hardware JPEG decoders have returned wrong pixels in silence (pytorch/vision#9606, meta-pytorch/torchcodec#1634). The
-reference is libjpeg-turbo on the whole image, from the bytes as stored. The consumer's stream is not waited for: a crop
-is copied to pinned memory behind it.
+reference is libjpeg-turbo on the whole image, from the bytes as stored. Nothing waits for the consumer's
+stream: a crop is copied to pinned memory behind it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 
 from ..errors import BadSample, ExpressError
 from .backend import HostCopy, Output, Work
-from .kernels import Cropper
+from .fetch import HEIGHT, WIDTH
+from .kernels import Cropper, decoded_block
 from .portable import decode_whole
 from .reader import Reader
 
@@ -35,8 +35,8 @@ log = logging.getLogger("imagenet_express")
 class _Entry(NamedTuple):
     sample: int
     size: tuple[int, int]  # width, height
-    box: np.ndarray  # (4,) float64
-    flip: np.ndarray  # (1,) bool
+    box: np.ndarray  # (1, 1, 4) float64
+    flip: np.ndarray  # (1, 1) bool
     mean: np.ndarray  # (3,) float32
     crop: HostCopy
 
@@ -44,48 +44,58 @@ class _Entry(NamedTuple):
 class PixelCheck:
     """Compares chosen crops of a loader's backend with the reference.
 
-    decoder: its name, for messages. describe: a sample's. Thread-safe counts: `checked`, `different`, `left_out`
-    (crops that could not be checked in time). `error`: the first difference.
+    decoder: its name, for messages. Thread-safe counts: `checked`, `different`, `left_out` (crops that could not be
+    checked in time). `error`: the first difference.
     """
 
-    def __init__(
-        self, output: Output, *, raw: bool, reader: Reader, describe: Callable[[int], str], decoder: str
-    ) -> None:
-        self.output, self.raw, self.decoder = output, raw, decoder
-        self._reader, self._describe = reader, describe
+    def __init__(self, output: Output, *, raw: bool, reader: Reader, decoder: str) -> None:
+        self.output, self.raw, self._reader, self.decoder = output, raw, reader, decoder
         self._std = np.array(output.std, np.float32)[:, None, None]
         self._cropper = Cropper(output.crop, dtype="uint8", packed=False)
         self.checked = self.different = self.left_out = 0
         self.error: BadSample | None = None
         self._entries: queue.Queue[_Entry | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="express-check", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        self._reported = (0, 0)
 
     def add(self, work: Work, images: torch.Tensor) -> None:
         """Queues the chosen crops of a batch: (rows, 3, crop, crop), as the backend made them. Does not wait."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="express-check", daemon=True)
+            self._thread.start()
         views = self.output.views
         for i in np.flatnonzero(work.checked).tolist():
             if self._entries.qsize() >= WAITING:
                 self.left_out += 1
                 continue
             sample = int(work.ids[i])
-            row = i * views + sample % views
-            place, size = work.placement, (int(work.width[i]), int(work.height[i]))
-            of_row = place.box[row].copy(), place.flip[row : row + 1].copy(), work.mean[row].copy()
-            self._entries.put(_Entry(sample, size, *of_row, HostCopy(images[row])))
+            view, size = sample % views, (int(work.rows[i, WIDTH]), int(work.rows[i, HEIGHT]))
+            crop = (
+                work.box[i, view].copy()[None, None],
+                work.flip[i, view].copy()[None, None],
+                work.mean[i, view].copy(),
+            )
+            self._entries.put(_Entry(sample, size, *crop, HostCopy(images[i * views + view])))
+
+    def counts(self) -> dict[str, float]:
+        """Since the last call: crops that were checked, and crops that differed."""
+        before, self._reported = self._reported, (self.checked, self.different)
+        checked, different = (now - then for now, then in zip(self._reported, before, strict=True))
+        return {"pixels_checked": checked, "pixels_different": different}
 
     def close(self) -> None:
         """Checks what is waiting, and ends the thread."""
-        self._entries.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._entries.put(None)
+            self._thread.join()
 
     def _run(self) -> None:
-        self._cropper.compile(raw=False)
+        self._cropper.compile()
         while (entry := self._entries.get()) is not None:
             try:
                 difference = self._difference(entry)
             except (ExpressError, ValueError) as err:  # the loader reports what it cannot read or decode itself
-                log.info("%s: not checked (%s)", self._describe(entry.sample), err)
+                log.info("%s: not checked (%s)", self._reader.describe(entry.sample), err)
                 self.left_out += 1
                 continue
             self.checked += 1
@@ -98,7 +108,7 @@ class PixelCheck:
         stored = self._reader.stored(entry.sample)
         pixels = stored if self.raw else decode_whole(stored, width, height)
         ours, unused = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32)
-        self._cropper(pixels, width, height, ours, 0, entry.box, entry.flip, unused, unused)
+        self._cropper(decoded_block(pixels, width, height), ours, 0, entry.box, entry.flip, unused, unused)
         theirs = entry.crop.read().float().numpy()
         if self.output.dtype != "uint8":
             theirs = theirs * self._std + entry.mean[:, None, None]
@@ -107,8 +117,8 @@ class PixelCheck:
     def _report(self, sample: int, difference: float) -> None:
         self.different += 1
         message = (
-            f"{self._describe(sample)}: {self.decoder} on {self.output.device} made other pixels than libjpeg-turbo,"
-            f" by {difference:.0f} grey levels in a tile of {TILE} pixels (tolerance {TOLERANCE:g}); try"
+            f"{self._reader.describe(sample)}: {self.decoder} on {self.output.device} made other pixels than"
+            f" libjpeg-turbo, by {difference:.0f} grey levels in a tile of {TILE} pixels (tolerance {TOLERANCE:g}); try"
             " --loader.hw-decoder-load 0, or --loader.backend portable"
         )
         self.error = self.error or BadSample(message, sample=sample)

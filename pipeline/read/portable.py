@@ -1,33 +1,32 @@
 """The reference backend: threads over libjpeg-turbo, and one compiled kernel for the crop. Runs wherever torch does.
 
 A thread decodes an image into its own buffer, which the next image reuses, and writes the crop straight into the
-batch. What libjpeg-turbo refuses (PNG, CMYK, a slightly damaged JPEG) Pillow decodes.
+batch. What libjpeg-turbo rejects (PNG, CMYK, a slightly damaged JPEG) Pillow decodes.
 """
 
 from __future__ import annotations
 
 import io
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from simplejpeg import decode_jpeg
 
-from ..errors import ConfigError
 from ..manifest import Statistics
-from .augment import AugmentConfig, place
-from .backend import Output, Work, check_raw_sizes, normalised, to_device, undecodable
-from .fetch import fetch_images
+from .augment import AugmentConfig, normalisation, place
+from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
+from .buffers import Buffers
+from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images
 from .jpeg import ROWS_BELOW, cut_short
-from .kernels import Cropper
-from .loader import mean_image_crop
-from .reader import new_buffer
+from .kernels import Cropper, decoded_block
+from .reader import Reader
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
@@ -47,21 +46,21 @@ def kernel_type(dtype: str, *, on_cpu: bool) -> str:
 def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
     """Compiles what a Portable needs for encoded images, or loads what an earlier process compiled."""
     cut_short(np.zeros(1, np.uint8), 0, 1, 1, 1, 1)
-    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile(raw=False)
+    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile()
 
 
 class Portable:
-    """See work.Engine. raw: images are stored as pixels. describe: a sample's name for a message."""
+    """See backend.Engine. raw: images are stored as pixels."""
 
-    def __init__(self, output: Output, *, raw: bool, threads: int, depth: int, describe: Callable[[int], str]) -> None:
-        self.output, self.raw, self.threads, self.depth, self._describe = output, raw, threads, depth, describe
+    def __init__(self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int) -> None:
+        self.output, self.raw, self.threads, self.depth, self._reader = output, raw, threads, depth, reader
         stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
         self._in_kernel = stored == "float32"
         self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
-        self._cropper.compile(raw=raw)
+        self._cropper.compile()
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
-        self._buffers = Buffers(pinned=output.device.type == "cuda")
+        self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._local = threading.local()
         self._jobs: deque[_Job] = deque()
@@ -74,13 +73,12 @@ class Portable:
         self._fill(1)
         job = self._jobs.popleft()
         try:
-            self._fill(self.depth)  # the threads go on while the consumer works on this batch
+            self._fill(self.depth)  # the threads continue while the consumer works on this batch
             for task in job.tasks:
                 task.result()
         except BaseException:
             self._jobs.appendleft(job)  # for stop() to wait for
             raise
-        job.work.read.release()
         return job.work, self._delivered(job)
 
     def stop(self) -> None:
@@ -101,7 +99,7 @@ class Portable:
             self._jobs.append(self._begin(self._source()))
 
     def _begin(self, work: Work) -> _Job:
-        side, rows, n = self.output.crop, len(work.placement.box), len(work.ids)
+        side, n, rows = self.output.crop, len(work.ids), work.flip.size
         shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
         crops = self._buffers.take(shape, np.float32 if self._in_kernel else np.uint8)
         step = min(IMAGES_A_TASK, -(-n // self.threads))
@@ -112,54 +110,50 @@ class Portable:
         """A thread's task: images [start, end) of the batch."""
         if self.raw:
             return self._crop_raw(work, crops, start, end)
-        ends = np.cumsum(work.read.size[start:end])
-        while start < end:
-            fits = int(np.searchsorted(ends, ends[0] - work.read.size[start] + BYTES_A_BLOCK, "right"))
-            n = max(1, fits)
-            self._decode_block(work, crops, start, start + n)
-            start, ends = start + n, ends[n:]
+        # A block ends with the image that takes it to BYTES_A_BLOCK.
+        number = (np.cumsum(work.rows[start:end, SIZE]) - 1) // BYTES_A_BLOCK
+        bounds = [start, *(np.flatnonzero(np.diff(number)) + start + 1).tolist(), end]
+        for a, b in pairwise(bounds):
+            self._decode_block(work, crops, a, b)
 
     def _crop_raw(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
-        width, height, views = work.width[a:b], work.height[a:b], self.output.views
-        check_raw_sizes(work, a, b, self._describe)  # the kernel checks no bounds
-        out, mean, scale = crops.reshape(-1), work.mean.reshape(-1), self._inverse_std
-        box, flip = work.placement.box.reshape(-1), work.placement.flip
-        with work.read.files(a, b, in_turn=True) as files:
-            done = self._cropper.stored(files, width, height, views, out, a * views, box, flip, mean, scale)
+        check_raw_sizes(work, a, b, self._reader)  # the compiled code checks no bounds
+        with self._reader.block(work.read, a, b, in_turn=True) as block:
+            done = self._crop(work, crops, block, a, b)
         if done < b - a:
-            work.read.refuse(a + done)
+            self._reader.raise_reason(int(work.ids[a + done]))
+
+    def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int) -> int:
+        """Images [a, b), which are pixels in the block, to their crops."""
+        mean, number = work.mean.reshape(-1), a * self.output.views
+        return self._cropper(block, crops.reshape(-1), number, work.box[a:b], work.flip[a:b], mean, self._inverse_std)
 
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
-        width, height, rows = work.width[a:b], work.height[a:b], self._rows_needed(work, a, b)
-        cut = np.zeros(b - a, np.bool_)
-        with work.read.files(a, b) as files:
-            done = fetch_images(*files, width, height, rows, cut)
+        rows, needed, cut = work.rows[a:b], self._rows_needed(work.box[a:b]), np.zeros(b - a, np.bool_)
+        with self._reader.block(work.read, a, b) as block:
+            done = fetch_images(*block, needed, cut)
         if done < b - a:
-            work.read.refuse(a + done)
-        out, mean, scale, views = crops.reshape(-1), work.mean.reshape(-1), self._inverse_std, self.output.views
-        box, flip, crop, number = work.placement.box.reshape(-1), work.placement.flip, self._cropper, a * views
-        columns = (files.at, files.at + files.size, cut, rows, width, height)
+            self._reader.raise_reason(int(work.ids[a + done]))
+        columns = (block.at, block.at + rows[:, SIZE], cut, needed, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
-        for i, (start, end, is_cut, needed, w, h) in enumerate(sizes, a):
-            image = files.buffer[start:end]
+        for i, (start, end, is_cut, top, width, height) in enumerate(sizes, a):
+            image = block.buffer[start:end]
             try:
-                pixels = self._top(image, w, h, needed) if is_cut else self._decoded(image, w, h)
+                pixels = self._top(image, width, height, top) if is_cut else self._decoded(image, width, height)
             except Exception as err:  # Pillow's decoders raise whatever they like
-                raise undecodable(work, i, err, self._describe) from err
-            for number in range(i * views, (i + 1) * views):
-                crop(pixels, w, h, out, number, box, flip, mean, scale)
+                raise undecodable(work, i, err, self._reader) from err
+            self._crop(work, crops, decoded_block(pixels, width, height), i, i + 1)
 
-    def _rows_needed(self, work: Work, start: int, end: int) -> np.ndarray:
-        """(n,) int64: how many rows of images [start, end), from the top, their crops are made of."""
-        views = self.output.views
-        _, top, _, size = work.placement.box[start * views : end * views].T
+    def _rows_needed(self, box: np.ndarray) -> np.ndarray:
+        """(n,) int64: how many rows of the images, from the top, their crops are made of."""
+        top, size = box[..., 1], box[..., 3]
         taps = np.maximum(size / self.output.crop, 1)
-        rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).reshape(-1, views).max(1) + ROWS_BELOW
+        rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).max(1) + ROWS_BELOW
         return rows
 
     def _top(self, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
-        """The first rows of an image that was cut short, or all of it where that is refused, as _decoded()."""
+        """The first rows of an image that was cut short, or all of it if libjpeg-turbo rejects that, as _decoded()."""
         try:  # not strict: the rest of the image is what it would complain of
             pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=False)
         except ValueError:
@@ -186,10 +180,10 @@ class Portable:
             return images.to(dtype)
         images = images.to(self.output.device, non_blocking=True)
         if self.output.device.type == "cuda":
-            self._buffers.keep_until_copied(job.crops)
+            self._copying.hold(job.crops, self.output.device)
         if self.output.dtype == "uint8":
             return images
-        mean = to_device(job.work.mean, images.device)[:, :, None, None]
+        mean = to_device(job.work.mean.reshape(-1, 3), images.device)[:, :, None, None]
         return normalised(images, mean, self._std, dtype)
 
 
@@ -209,47 +203,16 @@ def _flat(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     return pixels.reshape(-1)
 
 
-class Buffers:
-    """Memory for batches, used again once nobody holds a tensor of it: fresh pages cost more than their filling."""
-
-    def __init__(self, *, pinned: bool) -> None:
-        self.pinned = pinned
-        self._free: list[np.ndarray] = []
-        self._copying: deque[tuple[Any, np.ndarray]] = deque()
-
-    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        while self._copying and self._copying[0][0].query():
-            self._copying.popleft()
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        at = next((i for i, memory in enumerate(self._free) if len(memory) >= size), None)
-        memory = new_buffer(size, pinned=self.pinned) if at is None else self._free.pop(at)
-        array: np.ndarray = memory[:size].view(dtype).reshape(shape)
-        # A tensor on the array holds the array: when the last one is gone, so is the array, and the memory is free.
-        weakref.finalize(array, self._free.append, memory).atexit = False
-        return array
-
-    def keep_until_copied(self, view: np.ndarray) -> None:
-        """Holds a pinned batch until the device has it."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._copying.append((event, view))
-
-
 class Viewer:
-    """Cuts and normalises decoded images, one at a time: their centre, or ten views where augment.views is 10."""
+    """Cuts and normalises decoded images, one at a time: their centre, or ten views if augment.views is 10."""
 
     def __init__(self, augment: AugmentConfig, statistics: Statistics) -> None:
         self.augment = augment
         self._cropper = Cropper(augment.crop, dtype="float32", packed=False)
-        self._cropper.compile(raw=False)
-        self._image: np.ndarray | None = None
-        mean, std = statistics.mean, statistics.std if augment.normalize == "mean-std" else (1.0, 1.0, 1.0)
-        if augment.normalize == "mean-image":
-            if statistics.mean_image is None:
-                raise ConfigError("augment.normalize=mean-image: the statistics hold no mean image")
-            self._image, mean = mean_image_crop(statistics.mean_image, augment), (0.0, 0.0, 0.0)
-        self._mean = np.tile(np.array(mean, np.float32), augment.views)
-        self._scale = (1 / np.array(std, np.float64)).astype(np.float32)
+        self._cropper.compile()
+        normal = normalisation(augment, statistics)
+        self._image, self._mean = normal.image, np.tile(normal.mean, augment.views)
+        self._scale = (1 / np.array(normal.std, np.float64)).astype(np.float32)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """(views, 3, crop, crop) float32. pixels: (height, width, 3) uint8, RGB."""
@@ -257,9 +220,8 @@ class Viewer:
         ids, size = np.zeros(1, np.int64), (np.array([width]), np.array([height]))
         placement = place(self.augment, ids, *size, seed=0, epoch=0, train=False)
         views, crop = self.augment.views, self.augment.crop
-        out = np.empty(views * 3 * crop * crop, np.float32)
-        flat, box = np.ascontiguousarray(pixels).reshape(-1), placement.box.reshape(-1)
-        for number in range(views):
-            self._cropper(flat, width, height, out, number, box, placement.flip, self._mean, self._scale)
+        out, block = np.empty(views * 3 * crop * crop, np.float32), decoded_block(pixels.reshape(-1), width, height)
+        box, flip = placement.box[None], placement.flip[None]
+        self._cropper(block, out, 0, box, flip, self._mean, self._scale)
         crops = out.reshape(views, 3, crop, crop)
         return crops if self._image is None else crops - self._image

@@ -15,7 +15,7 @@ BATCHES = 4  # different ones, used in turn; more only cost memory: 1,024 float3
 
 
 class Synthetic:
-    """See work.Engine. rows: crops of the largest batch."""
+    """See backend.Engine. rows: crops of the largest batch."""
 
     def __init__(self, output: Output, *, rows: int) -> None:
         self.output, self.rows = output, rows
@@ -33,7 +33,7 @@ class Synthetic:
         work = self._source()
         images = self._batches[self._delivered % BATCHES]
         self._delivered += 1
-        return work, images[: len(work.placement.box)]
+        return work, images[: work.flip.size]
 
     def stop(self) -> None:
         self._source = None

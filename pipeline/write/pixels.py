@@ -1,80 +1,18 @@
-"""The sharder's inner loops: resizing and adding up, in whole numbers, compiled by Numba.
-
-The resize is Pillow's antialiased bilinear one, down and then across, and faster. Whole numbers, because
-floating point differs by a grey level where one processor joins a product and a sum and another does not, and then
-shards made on two machines would not be the same bytes; whole numbers in float32, because vectors multiply those twice
-as fast as integers.
-"""
+"""The sharder's inner loops: resizing and adding up, in whole numbers, compiled by Numba."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from ..geometry import centre_offset, resized
 from ..jit import compiled, straight_lines_vectorised
-from ..resample import LANES, blend_columns, blend_rows
+from ..resample import resize
 
-SLACK = 64  # bytes that a kernel may read beyond the last pixel, and weighs with zero
-ONE = 1 << 15  # weights are whole numbers of 1/ONE: their sums of bytes have 23 bits, and float32 holds 24
+SLACK = 64  # bytes that a caller keeps free behind an image's last pixel
 u = np.uintp
-
-
-class Taps(NamedTuple):
-    """What each resampled pixel is the sum of."""
-
-    first: np.ndarray  # (count,) int64: its first source pixel
-    weights: np.ndarray  # (count · taps,) float32
-    taps: int  # a multiple of LANES
-
-
-@lru_cache(4096)
-def triangle(length: int, resampled: int, start: int, count: int) -> Taps:
-    """Antialiased bilinear weights, as Pillow defines them, for pixels [start, start + count) of `resampled`."""
-    scale = length / resampled
-    spread = max(scale, 1.0)
-    centre = (np.arange(start, start + count) + 0.5) * scale
-    low = np.maximum((centre - spread + 0.5).astype(np.int64), 0)
-    high = np.minimum((centre + spread + 0.5).astype(np.int64), length)
-    needed = -(-int((high - low).max()) // LANES) * LANES
-    at = low[:, None] + np.arange(needed)
-    weights = np.maximum(1.0 - np.abs((at - centre[:, None] + 0.5) * (1.0 / spread)), 0.0)
-    weights[at >= high[:, None]] = 0.0
-    weights /= weights.sum(1, keepdims=True)
-    return Taps(low, (np.rint(weights * ONE) / ONE).astype(np.float32).reshape(-1), needed)
-
-
-@compiled
-def _resize(
-    pixels: np.ndarray,
-    width: int,
-    height: int,
-    x_first: np.ndarray,
-    x_taps: int,
-    y_first: np.ndarray,
-    y_taps: int,
-    floats: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """out: a pixel for each of y_first and x_first. floats: weights across, weights down, a line, a blended line."""
-    columns = len(x_first)
-    down = columns * x_taps
-    line = down + len(y_first) * y_taps
-    blended = len(floats) - 3 * columns - 1
-    a = 3 * x_first[0]
-    n = u(3 * min(x_first[columns - 1] + x_taps, width) - a)
-    q = u(0)
-    for y in range(len(y_first)):
-        blend_rows(pixels, 0, 3 * width, height, y_first[y], a, n, floats, down + y * y_taps, y_taps, line)
-        for j in range(n):
-            floats[u(line) + j] = np.float32(np.int32(floats[u(line) + j] + np.float32(0.5)))
-        blend_columns(floats, line, a, x_first, columns, x_taps, blended)
-        for j in range(u(3 * columns)):
-            out[q + j] = np.uint8(np.int32(floats[u(blended) + j] + np.float32(0.5)))
-        q += u(3 * columns)
 
 
 @compiled
@@ -117,34 +55,25 @@ def _add_image(pixels: np.ndarray, start: int, stride: int, side: int, image: np
 
 
 class Resizer:
-    """Resizes RGB images into buffers of its own, which the next call reuses. For one thread."""
+    """Resizes RGB images into a buffer of its own, which the next call reuses. For one thread."""
 
     def __init__(self) -> None:
-        self._out, self._floats = np.zeros(0, np.uint8), np.zeros(0, np.float32)
+        self._out = np.zeros(0, np.uint8)
 
     def __call__(
         self, pixels: np.ndarray, size: tuple[int, int], to: tuple[int, int], part: tuple[int, int, int, int]
     ) -> np.ndarray:
         """(bottom - top, right - left, 3) uint8: `part` of the image resized, valid until the next call.
 
-        pixels: flat uint8, RGB, with SLACK bytes behind the last pixel. size, to: (width, height).
-        part: left, top, right, bottom of the resized image.
+        pixels: flat uint8, RGB. size, to: (width, height). part: left, top, right, bottom of the resized image.
         """
         (width, height), (left, top, right, bottom) = size, part
-        x = triangle(width, to[0], left, right - left)
-        y = triangle(height, to[1], top, bottom - top)
-        columns, rows, weights = len(x.first), len(y.first), len(x.weights) + len(y.weights)
-        needed = weights + 3 * (width + x.taps) + 3 * columns + 2 * LANES
-        if len(self._floats) < needed:
-            # Zeros, since weights of zero meet what stands beyond a line's end, and 0 · NaN is not 0.
-            self._floats = np.zeros(needed * 5 // 4, np.float32)
+        rows, columns = bottom - top, right - left
         if len(self._out) < rows * columns * 3:
             self._out = np.zeros(rows * columns * 15 // 4, np.uint8)
-        floats, out = self._floats[:needed], self._out[: rows * columns * 3]
-        floats[: len(x.weights)] = x.weights
-        floats[len(x.weights) : weights] = y.weights
-        _resize(pixels, width, height, x.first, x.taps, y.first, y.taps, floats, out)
-        return out.reshape(rows, columns, 3)
+        out = self._out[: rows * columns * 3].reshape(rows, columns, 3)
+        resize(pixels, width, height, left, top, width / to[0], height / to[1], out)
+        return out
 
 
 def resize_short_side(resizer: Resizer, pixels: np.ndarray, size: tuple[int, int], short: int) -> np.ndarray:
@@ -161,7 +90,7 @@ def resized_square(resizer: Resizer, pixels: np.ndarray, size: tuple[int, int], 
 
 
 class Square(NamedTuple):
-    """The centre pixels of an image, in place."""
+    """The centre pixels of an image, in place: no copy."""
 
     pixels: np.ndarray  # (n,) uint8: the image, RGB
     start: int  # of the first, in bytes
@@ -170,14 +99,14 @@ class Square(NamedTuple):
 
     @staticmethod
     def centre(pixels: np.ndarray, side: int) -> Square:
-        """pixels: (h, w, 3), contiguous. Where a margin is odd, as torchvision's CenterCrop."""
+        """pixels: (h, w, 3), contiguous. An odd margin is split as by torchvision's CenterCrop."""
         height, width, _ = pixels.shape
         top, left = (int(centre_offset(length, side)) for length in (height, width))
         return Square(pixels.reshape(-1), 3 * (top * width + left), 3 * width, side)
 
 
 class Sums:
-    """Of one shard's images, in whole numbers: see measures.Statistics."""
+    """Sums over one shard's images, in whole numbers: see statistics.Statistics."""
 
     FLUSH = 257  # images whose sum fits 16 bits, which are half the memory to go through for each
 
@@ -224,7 +153,7 @@ class Sums:
 
     @staticmethod
     def restored(arrays: Mapping[str, np.ndarray]) -> Sums:
-        """Raises KeyError or ValueError where they are not what `arrays` gave."""
+        """Raises KeyError or ValueError for anything but what `arrays` returned."""
         size, images, pixels = arrays["counts"].tolist()
         sums = Sums(size)
         sums.images, sums.pixels = images, pixels

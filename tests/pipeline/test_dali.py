@@ -9,20 +9,15 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
 from pipeline.errors import BadSample, ConfigError
-from pipeline.read import dali, reader
-from pipeline.read.backend import Output
+from pipeline.read import buffers, dali_decoder
+from pipeline.read.dali_decoder import Decoder
 from pipeline.shards import Sample, write_index, write_shard
 from tests.conftest import ROOT, picture
 
 VIEW = AugmentConfig(resize=32, crop=24)
-
-
-def output(device: str, views: int = 1) -> Output:
-    return Output(24, views, "float32", True, (1.0, 1.0, 1.0), torch.device(device))
 
 
 # What is decoded, and by which decoder
@@ -48,16 +43,16 @@ def test_on_a_gpu_bytes_are_read_into_pinned_memory_and_one_crop_in_250_is_check
         pinned.append(kwargs["pinned"])
         return np.empty(size, np.uint8)
 
-    monkeypatch.setattr(reader, "new_buffer", buffer)
+    monkeypatch.setattr(buffers, "new_buffer", buffer)
     for device, backend in (("cuda:0", "dali-gpu"), ("cpu", "dali-cpu")):
         with Loader(shards["jpeg"], batch=4, device=device, config=LoaderConfig(backend)) as loader:
             loader._reader.read(np.arange(4)).wait()
-            assert loader._check_every == (250 if device == "cuda:0" else 0)
+            assert loader.plan.check_every == (250 if device == "cuda:0" else 0)
     assert pinned == [True, False]
 
 
 def test_the_hardware_decoders_load_is_given_to_decoders_on_a_gpu_alone():
-    on_gpu, on_cpu = (dali.Graph(output(d), "image", False, True, 0.9)._decoding() for d in ("cuda:0", "cpu"))
+    on_gpu, on_cpu = (Decoder(device, 0.9).options() for device in (0, None))
     assert (on_gpu["device"], on_gpu["hw_decoder_load"]) == ("mixed", 0.9)
     assert on_cpu["device"] == "cpu"
     assert "hw_decoder_load" not in on_cpu
@@ -70,36 +65,36 @@ def test_other_values_are_rejected_by_name(bad):
 
 
 def test_the_decoder_in_use_is_named_with_what_is_missing(monkeypatch):
-    graph = dali.Graph(output("cuda:0"), "image", False, True, 0.9)
-    monkeypatch.setattr(dali.Graph, "_decoded", lambda *_, **__: None)
+    decoder = Decoder(0, 0.9)
+    monkeypatch.setattr(Decoder, "decoded", lambda *_, **__: None)
     for libnvcuvid, ending in (
         (True, "hardware decoder load 0.9, libnvcuvid loads"),
         (False, "libnvcuvid does not load: no hardware decoder; a container needs "
                 "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"),
     ):  # fmt: skip
         found = {"nvjpeg": "13.3.2", "libnvjpeg": "libnvjpeg.so.13", "libnvcuvid": libnvcuvid}
-        monkeypatch.setattr(dali, "decoder_facts", lambda found=found: found)
-        assert graph.decoder().startswith("nvJPEG 13.3.2, ")
-        assert graph.decoder().endswith(ending)
+        monkeypatch.setattr(dali_decoder, "decoder_facts", lambda found=found: found)
+        assert decoder.describe().startswith("nvJPEG 13.3.2, ")
+        assert decoder.describe().endswith(ending)
 
 
 def test_nvjpegs_version_is_read_from_the_library_that_is_mapped(shards):
     with Loader(shards["jpeg"], batch=4, config=LoaderConfig("dali-cpu"), augment=AugmentConfig()) as loader:
         next(iter(loader))
         assert loader.decoder() == "libjpeg-turbo, by DALI"
-        found = dali.decoder_facts()
+        found = dali_decoder.decoder_facts()
     # A copy that torchvision brought, under a name of its own, if a test before this one has imported torchvision.
     assert re.fullmatch(r"libnvjpeg\.(\w+\.)?so\.\d+.*", found["libnvjpeg"])
     assert int(found["nvjpeg"].split(".")[0]) >= 12
-    assert found["libnvcuvid"] is dali._loads("libnvcuvid.so.1")
+    assert found["libnvcuvid"] is dali_decoder._loads("libnvcuvid.so.1")
 
 
 def test_torchvisions_copy_of_nvjpeg_is_seen_when_it_is_the_one_that_dali_uses(shards):
     code = (
-        "import sys, torchvision.io; from pipeline.read import dali;"
-        "from pipeline.read.loader import AugmentConfig, Loader, LoaderConfig;"
+        "import sys, torchvision.io; from pipeline.read import dali_decoder;"
+        "from pipeline import AugmentConfig, Loader, LoaderConfig;"
         "loader = Loader(sys.argv[1], batch=4, config=LoaderConfig('dali-cpu'), augment=AugmentConfig());"
-        "next(iter(loader)); print(dali.decoder_facts()['nvjpeg'])"
+        "next(iter(loader)); print(dali_decoder.decoder_facts()['nvjpeg'])"
     )
     seen = subprocess.run(
         [sys.executable, "-c", code, shards["jpeg"]], capture_output=True, text=True, cwd=ROOT, check=True
@@ -148,13 +143,13 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
     tmp_path, monkeypatch, kind, place, views
 ):
     at = 0 if place == "first" else 1023
-    root, built, build = poisoned(tmp_path, POISON[kind](), count=1024, at=at), [], dali.Graph.why_not_decoded
+    root, built, build = poisoned(tmp_path, POISON[kind](), count=1024, at=at), [], Decoder.why_not_decoded
 
     def counted(self, images, **kwargs):
         built.append(len(images))
         return build(self, images, **kwargs)
 
-    monkeypatch.setattr(dali.Graph, "why_not_decoded", counted)
+    monkeypatch.setattr(Decoder, "why_not_decoded", counted)
     view = AugmentConfig(resize=32, crop=24, views=views)
     with Loader(root, batch=1024, train=False, augment=view, config=LoaderConfig("dali-cpu")) as loader:
         with pytest.raises(BadSample, match=rf"x\.tar: sample {at} \('s{at}'\) .*cannot be decoded") as caught:
@@ -166,26 +161,26 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
 
 @pytest.mark.parametrize("at", [0, 1, 500, 1022, 1023])
 def test_an_image_that_dali_does_not_name_is_found_by_halving_the_batch(monkeypatch, at):
-    images, built, build = [memoryview(jpeg())] * 1024, [], dali.Graph.why_not_decoded
+    images, built, build = [memoryview(jpeg())] * 1024, [], Decoder.why_not_decoded
     images[at] = memoryview(POISON["truncated"]())
 
     def counted(self, images, **kwargs):
         built.append(len(images))
         return build(self, images, **kwargs)
 
-    monkeypatch.setattr(dali.Graph, "why_not_decoded", counted)
-    graph = dali.Graph(output("cpu"), "image", False, True)
-    found, _ = graph.first_not_decoded(images, named=None, threads=2)
+    monkeypatch.setattr(Decoder, "why_not_decoded", counted)
+    decoder = Decoder(None)
+    found, _ = decoder.first_rejected(images, named=None, threads=2)
     assert found == at
     assert len(built) <= 12
     images[at] = images[at - 1]
-    assert graph.first_not_decoded(images, named=None, threads=2) is None
+    assert decoder.first_rejected(images, named=None, threads=2) is None
 
 
 def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):
     """As on a GPU whose driver has failed: DALI then rejects every image."""
     with Loader(shards["jpeg"], batch=4, augment=AugmentConfig(), config=LoaderConfig("dali-cpu")) as loader:
         next(iter(loader))
-        monkeypatch.setattr(dali.Graph, "why_not_decoded", lambda *_, **__: "CUDA error")
+        monkeypatch.setattr(Decoder, "why_not_decoded", lambda *_, **__: "CUDA error")
         err = RuntimeError("CUDA error: an illegal memory access was encountered")
         assert loader._engine._explain(err) is err

@@ -16,9 +16,11 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
 from pipeline.read import checksum, kernels, portable, reader
+from pipeline.read.checksum import crc32
 from pipeline.read.jpeg import cut_short
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
@@ -105,7 +107,7 @@ def fail(*args, **kwargs):
 def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monkeypatch):
     with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
         next(iter(loader))
-        monkeypatch.setattr(loader, "_plan", fail)
+        monkeypatch.setattr(loader.plan, "step", fail)
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             take(loader, 40)
 
@@ -198,13 +200,18 @@ def test_a_shard_that_shrinks_under_the_decoding_threads_is_named_and_ends_no_pr
             take(loader, 40)
 
 
+@njit
+def compiled_crc32(data, start, size):
+    return crc32(np.uint32(0), np.uintp(data.ctypes.data + start), np.uint32(size))
+
+
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.integers(0, 3))
-def test_the_checksum_is_zlibs(data, repeat):
+def test_the_checksum_in_compiled_code_is_zlibs(data, repeat):
     data = data * (1 + repeat * 7)
-    if not checksum.AVAILABLE:
-        pytest.skip("this processor does not multiply without carries")
     whole = np.frombuffer(b"before" + data + b"after", np.uint8).copy()
-    assert checksum.crc32(whole, 6, len(data)) == zlib.crc32(data)
+    assert compiled_crc32(whole, 6, len(data)) == zlib.crc32(data)
+    assert checksum.by_zlib(0, whole.ctypes.data + 6, len(data)) == zlib.crc32(data)
 
 
 @settings(deadline=None)
@@ -236,15 +243,29 @@ def test_a_jpeg_cut_short_has_the_same_rows_and_a_damaged_one_harms_nobody(optio
         assert np.array_equal(top[: max(exact, 0)], whole[: max(exact, 0)])
 
 
+WITHOUT_ZLIB_NG = """
+import sys
+sys.modules["zlib_ng"] = None
+from pipeline.read import checksum
+assert checksum._fastest() is checksum.by_zlib
+from pipeline import AugmentConfig, Loader, LoaderConfig
+with Loader(sys.argv[1], batch=4, augment=AugmentConfig(), config=LoaderConfig("portable")) as loader:
+    assert len(list(loader)) == 3
+"""
+
+
+def test_without_zlib_ng_images_are_verified_all_the_same(shards):
+    subprocess.run([sys.executable, "-c", WITHOUT_ZLIB_NG, str(shards["keep"])], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("kind", ["keep", "raw"])
-def test_a_processor_that_cannot_verify_in_the_kernel_verifies_all_the_same(shards, tmp_path, monkeypatch, kind):
+def test_a_changed_byte_is_found_in_the_threads_that_decode(shards, tmp_path, kind):
     root = tmp_path / "copy"
     if kind == "raw":
         build(Plan(Digits(side=20), Options(Encoding("raw", 20, square=True))), root, workers=1)
     else:
         shutil.copytree(shards["keep"], root)
     view = AugmentConfig(resize=20, crop=16)
-    monkeypatch.setattr(checksum, "AVAILABLE", False)
     with Loader(root, batch=4, augment=view, config=LoaderConfig("portable")) as loader:
         expected = [batch.images for batch in loader]
         split, sample = loader.split, int(loader.ids(1, 0)[2])
@@ -271,4 +292,4 @@ def test_machine_code_that_cannot_be_kept_is_made_anew(monkeypatch):
 
     monkeypatch.setattr(jit.numba, "njit", homeless)
     assert jit.compiled(lambda x: x + 1)(1) == 2
-    assert kernels.taps(1.0) == 4
+    assert kernels.triangle(0.0, 1.0, 4, 4, False).taps == 4

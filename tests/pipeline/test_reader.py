@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -10,8 +11,8 @@ from zlib_ng import zlib_ng
 
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
-from pipeline.read import reader
-from pipeline.read.fetch import fetch_images
+from pipeline.read import source
+from pipeline.read.fetch import NO_CUTS, SIZE, fetch_images
 from pipeline.read.reader import Reader
 
 
@@ -32,8 +33,7 @@ def test_batches_in_flight_do_not_disturb_each_other_and_buffers_are_reused(spli
             for sample, image in zip(ids, batch.wait()):
                 assert zlib_ng.crc32(image) == split.index["crc32"][sample]
         for batch in batches:
-            buffers.add(np.frombuffer(batch.wait()[0], np.uint8).ctypes.data)
-            batch.release()
+            buffers.add(batch.buffer.ctypes.data)
     assert len(buffers) < 15
     r.close()
 
@@ -69,17 +69,23 @@ def test_a_shard_that_shrinks_or_goes_away_during_training_is_named(split):
 
 
 def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_OPEN", 2)
+    monkeypatch.setattr(source, "MAX_OPEN", 2)
     r = Reader(split, threads=3, always_ahead=True)
     for _ in range(10):
         r.read(np.arange(12)).wait()
     direct = Reader(split)
-    with direct.read(np.arange(12)).files(0, 12) as files:
-        none, cut = np.zeros(0, np.int64), np.zeros(0, bool)
-        assert fetch_images(*files, none, none, none, cut) == 12
-        for at, size, sample in zip(files.at, files.size, range(12)):
-            assert zlib_ng.crc32(files.buffer[at : at + size]) == split.index["crc32"][sample]
+    with direct.block(direct.read(np.arange(12)), 0, 12) as block:
+        assert fetch_images(*block, *NO_CUTS) == 12
+        for at, size, sample in zip(block.at, block.rows[:, SIZE], range(12)):
+            assert zlib_ng.crc32(block.buffer[at : at + size]) == split.index["crc32"][sample]
     direct.close()
-    assert len(r.files._open) <= 2 + 3  # those in use are never closed
+
+    def shards_open():
+        return sum(".tar" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if is_link(fd))
+
+    def is_link(fd):
+        return os.path.islink(f"/proc/self/fd/{fd}")
+
+    assert shards_open() <= 2
     r.close()
-    assert not r.files._open
+    assert shards_open() == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, StorageError, open_dataset
-from pipeline.read.loader import choose_backend
+from pipeline.read.config import choose_backend
 
 VIEW = AugmentConfig(resize=256, crop=224)
 SYNTHETIC = LoaderConfig("synthetic")

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import manifest
+from pipeline import manifest, resample
 from pipeline.errors import ConfigError, DataError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
@@ -101,10 +101,10 @@ def test_a_shard_is_byte_for_byte_what_webdataset_writes(tmp_path_factory, sampl
 
 def blended(image: np.ndarray, length: int, resampled: int) -> np.ndarray:
     """Axis 0 resampled with the sharder's weights, in NumPy's whole numbers."""
-    x = pixels.triangle(length, resampled, 0, resampled)
-    weights = (x.weights.reshape(resampled, x.taps) * pixels.ONE).astype(np.int64)
+    x = resample.triangle(0.0, length / resampled, length, resampled, False)
+    weights = (x.weights.reshape(resampled, x.taps) * resample.ONE).astype(np.int64)
     rows = image[np.minimum(x.first[:, None] + np.arange(x.taps), length - 1)].astype(np.int64)
-    return (np.einsum("rt,rtwc->rwc", weights, rows) + pixels.ONE // 2) // pixels.ONE
+    return (np.einsum("rt,rtwc->rwc", weights, rows) + resample.ONE // 2) // resample.ONE
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import AugmentConfig, Loader, manifest, open_dataset
-from pipeline.read.loader import PLAN_IMAGES
+from pipeline.read.plan import PLAN_IMAGES
 from pipeline.shards import write_index
 
 SAMPLES, VALIDATION, EPOCHS = 1_281_167, 32, 20
@@ -100,7 +100,8 @@ def planner_microseconds(root: Path, *, batch: int) -> float:
         seconds = []
         for start in range(0, 30 * PLAN_IMAGES // batch, PLAN_IMAGES // batch):
             started = time.perf_counter()
-            planned = loader._plan_steps(0, start)
+            steps = range(start, start + PLAN_IMAGES // batch)
+            planned = loader.plan.steps(0, steps, loader._reader.rows)
             seconds.append((time.perf_counter() - started) / len(planned.ids))
         started = time.perf_counter()
         loader.ids(1, 0)  # the next epoch's order

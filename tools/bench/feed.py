@@ -1,4 +1,4 @@
-"""The DALI feed's Python work: the part of handing images to DALI that holds the interpreter's lock."""
+"""The DALI feed's Python work: the part of it that holds the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -64,26 +64,27 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
     """Per image: all CPU time of the Python threads but the compiled reads, and DALI's own part of it."""
     pool, compiled, source = CpuTime(), CpuTime(), CpuTime()
-    tasks, fetch = reader.ReadBatch._read_ahead, reader.fetch_images
-    reader.ReadBatch._read_ahead = pool.of(tasks)  # type: ignore[method-assign]
+    tasks, fetch = reader.Reader._read_ahead, reader.fetch_images
+    reader.Reader._read_ahead = pool.of(tasks)  # type: ignore[method-assign]
     reader.fetch_images = compiled.of(fetch)
     try:
         view, config = AugmentConfig(square=False), LoaderConfig("dali-cpu", threads=1)
         with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
             engine: Any = loader._engine
             engine.graph = NoDecode(**vars(engine.graph))
-            loader._source = source.of(loader._source)  # type: ignore[method-assign]
-            loader._start()
+            works = loader._plan_and_read()
+            engine.start(source.of(works.__next__))
             for number in range(batches + 8):
-                if number == 8:  # after the first batches: pages and kernels are warm
+                if number == 8:  # after the first batches: pages and compiled functions are warm
                     started = time.thread_time()
                     pool.seconds = compiled.seconds = source.seconds = 0.0
                 engine._pipeline.run()
-                engine._retire(engine._decoding.popleft().read)
+                engine._decoding.popleft()
             consumer = time.thread_time() - started
             engine.stop()
+            works.close()
     finally:
-        reader.ReadBatch._read_ahead, reader.fetch_images = tasks, fetch  # type: ignore[method-assign]
+        reader.Reader._read_ahead, reader.fetch_images = tasks, fetch  # type: ignore[method-assign]
     images = batches * batch / 1e6
     return {
         "python_and_dali": round((consumer + pool.seconds - compiled.seconds) / images, 2),

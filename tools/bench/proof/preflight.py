@@ -103,12 +103,10 @@ def describe_decoders(proof: Proof) -> dict[str, Any]:
     """Which nvJPEG is loaded, while DALI decodes with it, and whether libnvcuvid is."""
     import torch
 
-    from pipeline.read import dali
-    from pipeline.read.backend import Output
+    from pipeline.read.dali_decoder import ANY_JPEG, Decoder, decoder_facts
 
-    output = Output(16, 1, "uint8", False, (1.0, 1.0, 1.0), torch.device(proof.device))
-    pipeline = dali.Graph(output, "image", False, True)._decoded([memoryview(dali.ANY_JPEG)])
-    found = dali.decoder_facts()
+    pipeline = Decoder(torch.device(proof.device).index).decoded([memoryview(ANY_JPEG)])
+    found = decoder_facts()
     del pipeline
     return found
 

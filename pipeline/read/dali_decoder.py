@@ -1,0 +1,148 @@
+"""DALI's image decoder: its options, which images it rejects, and what keeps it from using a GPU's hardware."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ConfigError
+
+
+def _any_jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "JPEG")
+    return out.getvalue()
+
+
+ANY_JPEG = _any_jpeg()
+FORMATS = {"PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"}  # that DALI decodes beside JPEG, by Pillow's names
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """device: CUDA ordinal, or None: on the CPU. hw_decoder_load: of a GPU that has a hardware decoder."""
+
+    device: int | None
+    hw_decoder_load: float = 0.65
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of all decoding operators."""
+        _, types, _ = load_dali()
+        on_gpu = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
+        return {
+            **({"device": "cpu"} if self.device is None else on_gpu),
+            "output_type": types.RGB,
+            "adjust_orientation": False,  # ImageNet is used without EXIF rotation everywhere
+            "jpeg_fancy_upsampling": True,  # as libjpeg and Pillow: equal pixels on the CPU, at no measurable cost
+        }
+
+    def why_not_decoded(self, images: list[memoryview], *, threads: int = 1) -> str | None:
+        """Why it rejects one of the encoded images; None if it takes all. Builds a pipeline."""
+        try:
+            self.decoded(images, threads=threads)
+        except RuntimeError as err:
+            lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
+            return lines[-1] if lines else "DALI rejects it"
+        return None
+
+    def decoded(self, images: list[memoryview], *, threads: int = 1) -> Any:
+        """The pipeline that has decoded the images. Raises RuntimeError."""
+        fn, _, pipeline_def = load_dali()
+        arrays = [np.frombuffer(image, np.uint8) for image in images]
+
+        @pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=len(arrays), num_threads=threads, device_id=self.device, prefetch_queue_depth=1
+        )
+        def define() -> Any:
+            return fn.decoders.image(fn.external_source(source=lambda: arrays, batch=True), **self.options())
+
+        pipeline = define()
+        pipeline.run()
+        return pipeline
+
+    def first_rejected(self, images: list[memoryview], *, named: int | None, threads: int) -> tuple[int, str] | None:
+        """The number of an image that it rejects, and why; None if it takes all.
+
+        named: the one that DALI's own message names. A pipeline is of no use after an error, and building one is
+        slow: halving the batch finds one image in 1,024 with 11 of them, which decode each image once or so.
+        """
+        if named is not None and named < len(images) and (reason := self.why_not_decoded([images[named]])):
+            return named, reason
+        first, count = 0, len(images)
+        reason = self.why_not_decoded(images, threads=threads)
+        while reason and count > 1:
+            half = count // 2
+            upper = self.why_not_decoded(images[first : first + half], threads=threads)
+            first, count = (first, half) if upper else (first + half, count - half)
+            reason = upper or (self.why_not_decoded([images[first]]) if count == 1 else reason)
+        return (first, reason) if reason else None
+
+    def describe(self) -> str:
+        """One line: which decoder works, and what stands in the way of a faster one."""
+        if self.device is None:
+            return "libjpeg-turbo, by DALI"
+        if reason := self.why_not_decoded([memoryview(ANY_JPEG)]):
+            return f"none: DALI does not decode a JPEG here ({reason})"
+        pipeline = self.decoded([memoryview(ANY_JPEG)])  # keeps the libraries loaded, which go with the last pipeline
+        found = decoder_facts()
+        del pipeline
+        line = f"nvJPEG {found['nvjpeg'] or 'of an unknown version'}, hardware decoder load {self.hw_decoder_load:g}"
+        if found["libnvcuvid"]:
+            return f"{line}, libnvcuvid loads"
+        return (
+            f"{line}, but libnvcuvid does not load: no hardware decoder;"
+            " a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+
+
+def decoder_facts() -> dict[str, Any]:
+    """Of this process, while there is a pipeline that has decoded something: {"nvjpeg": version or None, "libnvjpeg":
+    file name or None, "libnvcuvid": whether it loads}. nvJPEG reaches the hardware JPEG decoder through libnvcuvid."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        mapped = ""
+    # torchvision's wheel holds a copy, libnvjpeg.<hash>.so.13: if it is loaded first, DALI decodes with that one.
+    paths = re.findall(r"(/\S*/libnvjpeg\.(?:\w+\.)?so[.\d]*)$", mapped, flags=re.MULTILINE)
+    return {
+        "nvjpeg": _nvjpeg_version(paths[0]) if paths else None,
+        "libnvjpeg": os.path.basename(paths[0]) if paths else None,
+        "libnvcuvid": _loads("libnvcuvid.so.1"),
+    }
+
+
+def _nvjpeg_version(path: str) -> str | None:
+    part = ctypes.c_int()
+    parts = []
+    for number in range(3):  # major, minor, patch: libraryPropertyType_t
+        if ctypes.CDLL(path).nvjpegGetProperty(number, ctypes.byref(part)):
+            return None
+        parts.append(str(part.value))
+    return ".".join(parts)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def load_dali() -> tuple[Any, Any, Any]:
+    try:
+        from nvidia.dali import fn, pipeline_def, types  # type: ignore[attr-defined]
+    except ImportError as err:
+        raise ConfigError(
+            f"loader.backend needs NVIDIA DALI ({err}); install it with pip install 'imagenet-express[dali-cu13]'"
+            " (Linux; dali-cu12 for drivers before 580)"
+        ) from err
+    return fn, types, pipeline_def

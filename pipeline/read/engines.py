@@ -1,0 +1,43 @@
+"""Makes a backend. Each is imported when it is used: DALI and Numba's machine code take a while to load."""
+
+from __future__ import annotations
+
+import torch
+
+from . import fetch
+from .backend import Engine, Output, PixelType
+from .config import Backend, LoaderConfig
+from .plan import Plan
+from .reader import Reader
+
+
+def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:
+    """Compiles what a backend needs, or loads what an earlier process compiled."""
+    fetch.prepare()
+    if backend == "portable":
+        from . import portable
+
+        portable.prepare(crop, dtype, on_cpu=device.type == "cpu")
+
+
+def make(
+    backend: Backend, output: Output, reader: Reader, plan: Plan, config: LoaderConfig, *, raw: bool, threads: int
+) -> Engine:
+    """raw: images are stored as pixels."""
+    rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
+    if backend == "synthetic":
+        from .synthetic import Synthetic
+
+        return Synthetic(output, rows=rows)
+    if backend == "portable":
+        from .portable import Portable
+
+        return Portable(output, reader, raw=raw, threads=threads, depth=depth)
+    from .dali import Dali, Graph
+
+    short_sides = reader.rows[:, [fetch.WIDTH, fetch.HEIGHT]].min(axis=1)
+    jittered = plan.train and plan.augment.scale_jitter is not None
+    resized = jittered or bool((short_sides != plan.augment.resize).any())
+    whole = backend == "dali-gpu" if config.decode == "auto" else config.decode == "whole"
+    graph = Graph(output, "raw" if raw else "image", resized, whole, config.hw_decoder_load)
+    return Dali(graph, reader, rows=rows, threads=threads, depth=depth)
