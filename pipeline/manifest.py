@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .files import canonical_json, write_json
+from .files import canonical_json, json_bytes
 from .shards import Shard, file_sha256, read_index, sample_keys
+from .storage import Folder
 
 FORMAT = "imagenet-express"
 VERSION = 1
 NAME = "manifest.json"
+INFO = "_info.json"  # read by timm's reader_wds
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,28 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
     }
 
 
+def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
+    """The content of INFO. splits: of the manifest."""
+    info = {}
+    for name, split in splits.items():
+        info[name] = {
+            "name": name,
+            "num_samples": split["samples"],
+            "filenames": [shard["name"] for shard in split["shards"]],
+            "shard_lengths": [shard["samples"] for shard in split["shards"]],
+        }
+    return {"splits": info}
+
+
 def fingerprint(manifest: dict[str, Any]) -> str:
     """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
     content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def write_manifest(root: Path, content: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
     """Adds format, version and fingerprint and publishes the manifest: the last file of a dataset."""
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["fingerprint"] = fingerprint(manifest)
-    write_json(root / NAME, manifest)
+    folder.write(NAME, json_bytes(manifest))
     return manifest
