@@ -56,7 +56,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says of one tar."""
+    """The manifest's record of one tar."""
 
     name: str
     samples: int

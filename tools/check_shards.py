@@ -1,4 +1,4 @@
-"""Checks whether a shard folder is what its manifest says: counts, sizes, sha256, headers, index, labels, checksums.
+"""Checks a shard folder against its manifest: counts, sizes, sha256, headers, index, labels, checksums.
 
     python tools/check_shards.py shards/digits
     python tools/check_shards.py /data/shards --deep --json check.json
@@ -62,10 +62,11 @@ def print_report(report: verify.Report) -> None:
             print(f"  {result}   {what}")
         for finding in found:
             print(f"      {finding.file}: {finding.what}")
-    within, across = report.duplicated(across=False), report.duplicated(across=True)
+    across = sum(len({copy.split for copy in group}) > 1 for group in report.duplicates)
+    differ = sum(len({copy.label for copy in group}) > 1 for group in report.duplicates)
     print(
-        f"  note: {within} groups of equal images within a split, {across} across splits,"
-        f" {report.contradictory()} with different labels"
+        f"  note: {len(report.duplicates) - across} groups of equal images within a split, {across} across splits,"
+        f" {differ} with different labels"
     )
 
 

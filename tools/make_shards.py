@@ -5,7 +5,7 @@
     python tools/make_shards.py imagefolder --train /data/train --val /data/val --out /data/shards
     python tools/make_shards.py index 'tars/imagenet1k-train-{0000..1023}.tar' --out /data/shards
 
-Run again, it goes on where it was ended, and touches nothing that is whole. Exit codes: 0 done, 2 usage, 65 bad data,
+Run again, it resumes, and changes nothing that is whole. Exit codes: 0 done, 2 usage, 65 bad data,
 74 disk full or folder not writable.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import re
 import shutil
 
 import PIL
@@ -64,7 +65,7 @@ def add_index(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images to measure mean and deviation of (%(default)s)",
     )
-    add_common(p, out="where to write; the tars' folder or another", size="statistics")
+    add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
 def add_common(p: argparse.ArgumentParser, *, out: str, size: str) -> None:
@@ -139,12 +140,17 @@ def index(args: argparse.Namespace) -> dict:
     splits = {"train": index_existing.expand(args.tars)} | (
         {"val": index_existing.expand(args.val)} if args.val else {}
     )
-    tars = index_existing.Existing(
-        check_name(args.name), splits, class_names(args.classes), args.statistics, Encoding(size=args.size).size
-    )
     with Progress("indexing", sum(map(len, splits.values())), unit="tar") as progress:
         return index_existing.index(
-            tars, args.out, workers=args.workers, max_bad_fraction=fraction, progress=progress.update
+            check_name(args.name),
+            splits,
+            args.out,
+            classes=class_names(args.classes),
+            statistics_images=args.statistics,
+            size=Encoding(size=args.size).size,
+            max_bad_fraction=fraction,
+            workers=args.workers,
+            progress=progress.update,
         )
 
 
@@ -191,23 +197,20 @@ def make(args: argparse.Namespace) -> dict | None:
 
 def numbers(text: str, shards: int) -> range:
     """ "0:64" → range(0, 64); "3/16" → the fourth of 16 slices, which differ by one shard at most and may be empty."""
+    if match := re.fullmatch(r"(\d+)/(\d+)", text):
+        number, slices = map(int, match.groups())
+        if number < slices:
+            return range(number * shards // slices, (number + 1) * shards // slices)
     if "/" in text:
-        return slice_of(text, shards)
-    first, colon, last = text.partition(":")
-    if not (colon and (first + "0").isdigit() and (last + "0").isdigit()):
-        raise ConfigError(f"--shards {text}: say A:B, the first and the one after the last, or I/N, slice I of N")
+        raise ConfigError(f"--shards {text}: write I/N, with I from 0 to N - 1")
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise ConfigError(f"--shards {text}: write A:B, the first and the one after the last, or I/N, slice I of N")
+    first, last = match.groups()
     chosen = range(int(first or 0), min(int(last or shards), shards))
     if not chosen:
         raise ConfigError(f"--shards {text}: there are {shards} shards, 0 to {shards - 1}")
     return chosen
-
-
-def slice_of(text: str, shards: int) -> range:
-    number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
-        raise ConfigError(f"--shards {text}: say I/N, with I from 0 to N - 1")
-    n, slices = int(number), int(of)
-    return range(n * shards // slices, (n + 1) * shards // slices)
 
 
 def print_decoders(*, trusted: bool) -> None:

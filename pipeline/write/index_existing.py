@@ -1,4 +1,4 @@
-"""WebDataset tars that exist already, indexed where they lie: no image is copied, every byte is read once.
+"""WebDataset tars that exist already, indexed in place: no image is copied, every byte is read once.
 
 As in webdataset, a sample is the members of one key: an image and a label.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from glob import glob
 from itertools import groupby
 from operator import itemgetter
@@ -32,17 +32,6 @@ from .publish import Collected
 
 MAX_SIDE = 65_535  # what the index holds
 SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet has a thousandth
-
-
-@dataclass(frozen=True)
-class Existing:
-    """Tars to index. splits: name → tars in order. statistics_images: how many of the training images to decode."""
-
-    name: str
-    splits: dict[str, list[Path]]
-    classes: list[str] | None = None
-    statistics_images: int = 10_000
-    size: int = 256
 
 
 def expand(pattern: str) -> list[Path]:
@@ -118,7 +107,7 @@ def _read(path: Path, member: Member) -> bytes:
 def _size(data: bytes) -> tuple[int, int]:
     try:
         width, height = Image.open(io.BytesIO(data)).size
-    except Exception as err:  # Pillow's parsers raise whatever they like
+    except Exception as err:  # Pillow's parsers raise many kinds
         raise BadImage("not an image") from err
     if max(width, height) > MAX_SIDE:
         raise BadImage(f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than the index holds")
@@ -126,35 +115,44 @@ def _size(data: bytes) -> tuple[int, int]:
 
 
 def index(
-    existing: Existing, out: Path, *, workers: int, max_bad_fraction: float, progress: Callable[[int], None]
+    name: str,
+    splits: dict[str, list[Path]],
+    out: Path,
+    *,
+    classes: list[str] | None = None,
+    statistics_images: int = 10_000,
+    size: int = 256,
+    max_bad_fraction: float = 0.0,
+    workers: int,
+    progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Writes index, mean image and manifest into `out`, beside the tars or apart from them; returns the manifest.
 
-    progress: called with 1 after each tar.
+    splits: name → tars in order. statistics_images: how many of the training images to decode. progress: called with 1
+    after each tar.
     """
     folder = Folder(out)
     if manifest.NAME in folder.names():
         raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
     pixels.prepare()  # before workers are forked
-    records = _records(existing, out, workers, progress)
-    collected = Collected(records, size=existing.size, max_bad_fraction=max_bad_fraction)
-    usable = {split: [r for r in records if r.shard.samples] for split, records in collected.of_split.items()}
+    records = _records(splits, out, statistics_images=statistics_images, size=size, workers=workers, progress=progress)
+    collected = Collected(records, size=size, max_bad_fraction=max_bad_fraction)
+    usable = {split: [r for r in found if r.shard.samples] for split, found in collected.of_split.items()}
     collected.of_split = usable
-    labels = 1 + max(int(record.rows["label"].max()) for records in usable.values() for record in records)
-    classes = existing.classes or [str(label) for label in range(labels)]
+    labels = 1 + max(int(record.rows["label"].max()) for found in usable.values() for record in found)
+    classes = classes or [str(label) for label in range(labels)]
     if len(classes) < labels:
         raise ConfigError(f"--classes names {len(classes)} classes, but there are labels up to {labels - 1}")
-    splits = collected.write_splits(folder, existing.name)
+    written, totals = collected.write_splits(folder, name), collected.totals
     content = {
-        "dataset": existing.name,
+        "dataset": name,
         "label_kind": "class index, 0-based",
         "classes": classes,
-        "splits": splits,
-        "statistics": collected.totals.publish(folder, f"{existing.name}-mean.npy")
-        | {"images": collected.totals.images},
+        "splits": written,
+        "statistics": totals.publish(folder, f"{name}-mean.npy") | {"images": totals.images},
         "source": {"kind": "existing webdataset tars"},
-        "stored_order": {split: _stored_order(records) for split, records in usable.items()},
-        "options": {"statistics_images": existing.statistics_images, "size": existing.size},
+        "stored_order": {split: stored_order(found) for split, found in usable.items()},
+        "options": {"statistics_images": statistics_images, "size": size},
         "converted": [],
         "quarantine": collected.bad,
     }
@@ -162,14 +160,20 @@ def index(
 
 
 def _records(
-    existing: Existing, out: Path, workers: int, progress: Callable[[int], None]
+    splits: dict[str, list[Path]],
+    out: Path,
+    *,
+    statistics_images: int,
+    size: int,
+    workers: int,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[str, ShardRecord]]:
-    tars = [(split, path) for split, paths in existing.splits.items() for path in paths]
-    measured = -(-existing.statistics_images // len(existing.splits["train"]))  # of each training tar
+    tars = [(split, path) for split, paths in splits.items() for path in paths]
+    measured = -(-statistics_images // len(splits["train"]))  # of each training tar
 
     def read(tar: tuple[str, Path]) -> ShardRecord:
         split, path = tar
-        record = index_tar(path, statistics_images=measured * (split == "train"), size=existing.size)
+        record = index_tar(path, statistics_images=measured * (split == "train"), size=size)
         return record._replace(shard=replace(record.shard, name=os.path.relpath(path.resolve(), out.resolve())))
 
     for (split, _), record in zip(tars, pool.run(read, tars, workers=workers, place=out), strict=True):
@@ -177,7 +181,7 @@ def _records(
         progress(1)
 
 
-def _stored_order(records: list[ShardRecord]) -> str:
+def stored_order(records: list[ShardRecord]) -> str:
     labels = np.concatenate([record.rows["label"] for record in records])
     return "class after class" if looks_sorted(labels) else "mixed"
 

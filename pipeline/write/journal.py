@@ -82,7 +82,7 @@ def reject_other(folder: Folder, begun: dict[str, Any], plan: dict[str, Any], wh
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ConfigError(
-                f"{folder.path}: holds {what} with {name}={theirs.get(name)} where this one has {ours.get(name)};"
+                f"{folder.path}: holds {what} with {name}={theirs.get(name)}, but this one has {ours.get(name)};"
                 " run it with the same options, remove it, or choose another --out"
             )
 

@@ -95,7 +95,7 @@ def test_counts_are_the_kits(tmp_path):
     images.popitem()
     inner["n01440764.tar"] = tar_of(images, order=np.random.default_rng(0))
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner, order=np.random.default_rng(0)))
-    with pytest.raises(DataError, match=rf"n01440764 has {len(images)} images where the kit counts {len(images) + 1}"):
+    with pytest.raises(DataError, match=rf"n01440764 has {len(images)} images, but the kit counts {len(images) + 1}"):
         source(made, 2012)
     assert len(source(made, 2012, counts=False).splits["train"]) == len(made.data) - 11 - 4 - 1
 
@@ -117,7 +117,7 @@ def test_a_first_class_that_is_not_imagenets_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "ID_OF", dict(zip(renamed, archives.ID_OF.values())))
     monkeypatch.setattr(archives, "WNIDS", renamed)
     made = Mini(tmp_path, 2012)
-    with pytest.raises(DataError, match="its first class is n01443537 where ImageNet 2012 has n01440764"):
+    with pytest.raises(DataError, match="its first class is n01443537, but ImageNet 2012 has n01440764"):
         source(made, 2012)
 
 

@@ -29,8 +29,8 @@ def test_a_failed_task_ends_the_others_at_once_even_while_they_send_large_result
         if number == 1:
             raise ZeroDivisionError("on purpose")
         if number == 2:
-            (tmp_path / "begun").touch()
             try:
+                (tmp_path / "begun").touch()
                 time.sleep(60)
             finally:
                 (tmp_path / "ended").touch()

@@ -26,7 +26,7 @@ from pipeline.shards import Sample, write_shard
 from pipeline.storage import Folder
 from pipeline.write import images, pixels
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.images import BadImage, Encoding, prepare
+from pipeline.write.images import BadImage, Encoding, Preparer
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
 from tests.conftest import picture
 
@@ -35,6 +35,10 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def prepare(data: bytes, encoding: Encoding) -> images.Prepared:
+    return Preparer(encoding)(data)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -437,7 +441,7 @@ def test_a_finished_dataset_and_foreign_files_are_never_overwritten(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     before = folder_bytes(tmp_path)
     build(plan, tmp_path, workers=1)
-    with pytest.raises(ConfigError, match=r"holds a finished dataset with options\.seed=0 where this one has 1;"):
+    with pytest.raises(ConfigError, match=r"holds a finished dataset with options\.seed=0, but this one has 1;"):
         build(Plan(Digits(side=8), Options(seed=1)), tmp_path, workers=1)
     assert folder_bytes(tmp_path) == before
 

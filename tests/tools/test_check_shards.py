@@ -89,7 +89,7 @@ def test_damage_to_a_tar_is_found_and_named(whole, tmp_path, kind):
 def test_training_refuses_damage_of_size_at_opening_and_changed_bytes_at_their_first_read(whole, tmp_path, kind):
     root, shard, _ = damaged(whole, tmp_path, kind)
     if kind.startswith("cut"):
-        with pytest.raises(DataError, match=rf"{shard}: \d+ bytes where the manifest says"):
+        with pytest.raises(DataError, match=rf"{shard}: \d+ bytes, \d+ in the manifest"):
             open_dataset(root)
         return
     with Loader(root, batch=64, config=LoaderConfig("portable")) as loader:
@@ -117,11 +117,11 @@ def test_other_damage_is_found_too(whole, tmp_path):
     done = run_tool(CHECK, root)
     assert done.returncode == 1
     for said in (
-        f"{shards[0]}: missing",
+        f"{shards[0]}: the shard is missing",
         f"{shards[2]}: {shards[2][:-3]}idx does not name",
         "digits-mean.npy: ",
         "_info.json: differs from the manifest",
-        f"{shards[3]}: {label.name} says b'",
+        f"{shards[3]}: {label.name} has b'",
     ):
         assert said in done.stdout
 

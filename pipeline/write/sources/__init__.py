@@ -1,4 +1,4 @@
-"""Where labelled images come from. A new kind of input is a file here, with a class like this, and a line in SOURCES:
+"""Sources of labelled images. A new kind of input is a file here, with a class like this, and a line in SOURCES:
 
 @dataclass
 class Listed(Source):

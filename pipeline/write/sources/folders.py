@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,12 @@ class ImageFolder(Source):
 
 def _held_out(items: Items, fraction: float) -> dict[str, Items]:
     """Holds out the images of each class whose hashes are smallest: the same ones on every machine."""
+    hashes = [hashlib.sha256(f"val/{key}".encode()).digest() for key in items.keys]
+    order = sorted(range(len(items)), key=lambda i: (items.labels[i], hashes[i]))
     held: set[int] = set()
-    by_class: dict[int, list[tuple[bytes, int]]] = {}
-    for i, label in enumerate(items.labels.tolist()):
-        by_class.setdefault(label, []).append((hashlib.sha256(f"val/{items.keys[i]}".encode()).digest(), i))
-    for members in by_class.values():
-        held.update(i for _, i in sorted(members)[: min(round(fraction * len(members)), len(members) - 1)])
+    for _, group in groupby(order, key=items.labels.__getitem__):
+        members = list(group)
+        held.update(members[: min(round(fraction * len(members)), len(members) - 1)])
     if not held:
         raise DataError(f"--val-fraction {fraction}: no class is large enough to spare an image; choose more")
     return {

@@ -63,7 +63,7 @@ class ImageNet(Source):
         self.classes, self.class_names, self.class_ids = kit.wnids, kit.names, kit.ids
         if self.name == "imagenet2012" and self.classes[0] != FIRST_CLASS:
             raise DataError(
-                f"{kit.path}: its first class is {self.classes[0]} where ImageNet 2012 has {FIRST_CLASS};"
+                f"{kit.path}: its first class is {self.classes[0]}, but ImageNet 2012 has {FIRST_CLASS};"
                 " download the kit again"
             )
         patch = self.src / self.patches
@@ -113,7 +113,7 @@ class ImageNet(Source):
             expected = kit.train_counts.get(wnid, len(images))
             if self.counts and len(images) != expected:
                 raise DataError(
-                    f"{path}: {wnid} has {len(images):,} images where the kit counts {expected:,};"
+                    f"{path}: {wnid} has {len(images):,} images, but the kit counts {expected:,};"
                     " download it again, or pass --no-counts"
                 )
             for name, extent in images:
@@ -154,7 +154,7 @@ class ImageNet(Source):
                         progress.update(len(chunk))
                 if digest.hexdigest() != expected:
                     raise DataError(
-                        f"{path}: md5 {digest.hexdigest()} where the official archive has {expected};"
+                        f"{path}: md5 {digest.hexdigest()}, but the official archive has {expected};"
                         " download it again, or pass --no-md5"
                     )
                 known[name] = state
