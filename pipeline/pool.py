@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import FrameType
@@ -23,21 +24,24 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run(function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: Path) -> Iterator[Result]:
-    """Yields function(task) of each task, in order; in this process if one worker is enough.
+@contextmanager
+def run(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: Path
+) -> Iterator[Iterator[Result]]:
+    """Opens an iterator over function(task) of each task, in order; in this process if one worker is enough.
 
-    If the caller stops early, or one task fails, the workers end at once. Raises StorageError, which names `place`, if
-    a worker was killed.
+    If the block raises, or a task does, the workers end at once. Raises StorageError, which names `place`, if a worker
+    was killed.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
-        yield from map(function, tasks)
+        yield map(function, tasks)
         return
     others = set(active_children())
     fork = get_context("fork")  # the function is inherited: sending ImageNet's plan would cost 100 MB
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow_parent, initargs=(function,)) as pool:
         try:
-            yield from pool.map(_call, tasks)
+            yield pool.map(_call, tasks)
         except BrokenProcessPool as err:
             cure = "perhaps for want of memory; use fewer --workers"
             raise StorageError(f"{place}: a worker was killed, {cure}") from err

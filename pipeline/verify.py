@@ -12,6 +12,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -106,9 +107,10 @@ def check(
     report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
     for split in dataset.splits.values():
         if _check_index(split, len(dataset.classes), report):
-            for shard, findings in zip(split.shards, _check_shards(dataset, split, deep, workers)):
-                report.findings += findings
-                progress(shard.samples)
+            with _check_shards(dataset, split, deep, workers) as found:
+                for shard, findings in zip(split.shards, found):
+                    report.findings += findings
+                    progress(shard.samples)
     report.findings += _check_extras(dataset)
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
@@ -134,7 +136,9 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
     return True
 
 
-def _check_shards(dataset: manifest.Dataset, split: Split, deep: bool, workers: int) -> Iterator[list[Finding]]:
+def _check_shards(
+    dataset: manifest.Dataset, split: Split, deep: bool, workers: int
+) -> AbstractContextManager[Iterator[list[Finding]]]:
     ours, raw = "plan" in dataset.manifest, dataset.encoding == "raw"
 
     def check_shard(number: int) -> list[Finding]:

@@ -151,10 +151,11 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
         return record._replace(sums=None)
 
     written, bad, started = 0, 0, time.monotonic()
-    for number, record in zip(todo, pool.run(make, todo, workers=workers, place=folder.path)):
-        written, bad = written + record.shard.bytes, bad + len(record.bad)
-        rate = written / 1e6 / (time.monotonic() - started)
-        report(plan.images([number]), f"{rate:,.0f} MB/s" + (f", {bad} bad" if bad else ""))
+    with pool.run(make, todo, workers=workers, place=folder.path) as records:
+        for number, record in zip(todo, records):
+            written, bad = written + record.shard.bytes, bad + len(record.bad)
+            rate = written / 1e6 / (time.monotonic() - started)
+            report(plan.images([number]), f"{rate:,.0f} MB/s" + (f", {bad} bad" if bad else ""))
 
 
 def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:

@@ -176,9 +176,10 @@ def _records(
         record = index_tar(path, statistics_images=measured * (split == "train"), size=size)
         return record._replace(shard=replace(record.shard, name=os.path.relpath(path.resolve(), out.resolve())))
 
-    for (split, _), record in zip(tars, pool.run(read, tars, workers=workers, place=out), strict=True):
-        yield split, record
-        progress(1)
+    with pool.run(read, tars, workers=workers, place=out) as records:
+        for (split, _), record in zip(tars, records, strict=True):
+            yield split, record
+            progress(1)
 
 
 def stored_order(records: list[ShardRecord]) -> str:

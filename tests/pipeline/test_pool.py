@@ -19,7 +19,8 @@ def test_results_come_in_the_order_of_the_tasks(tmp_path, workers):
         time.sleep(0.2 * (number == 0))
         return number, os.getpid()
 
-    found = list(pool.run(slow_first, range(9), workers=workers, place=tmp_path))
+    with pool.run(slow_first, range(9), workers=workers, place=tmp_path) as results:
+        found = list(results)
     assert [number for number, _ in found] == list(range(9))
     assert (os.getpid() in {process for _, process in found}) == (workers == 1)
 
@@ -37,8 +38,11 @@ def test_a_failed_task_ends_the_others_at_once_even_while_they_send_large_result
         return np.zeros(1 << 22)
 
     started = time.monotonic()
-    with pytest.raises(ZeroDivisionError, match="on purpose"):
-        list(pool.run(work, range(40), workers=3, place=tmp_path))
+    with (
+        pytest.raises(ZeroDivisionError, match="on purpose"),
+        pool.run(work, range(40), workers=3, place=tmp_path) as results,
+    ):
+        list(results)
     assert time.monotonic() - started < 30
     assert (tmp_path / "begun").exists() == (tmp_path / "ended").exists()
 
@@ -48,8 +52,26 @@ def test_a_killed_worker_is_named_with_the_cure(tmp_path):
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(StorageError, match=rf"{tmp_path}: a worker was killed.*use fewer --workers"):
-        list(pool.run(work, range(5), workers=2, place=tmp_path))
+    with (
+        pytest.raises(StorageError, match=rf"{tmp_path}: a worker was killed.*use fewer --workers"),
+        pool.run(work, range(5), workers=2, place=tmp_path) as results,
+    ):
+        list(results)
+
+
+def interrupted_after_one(results):
+    next(results)
+    raise KeyboardInterrupt
+
+
+def test_a_caller_that_stops_early_does_not_wait_for_the_rest(tmp_path):
+    started = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pool.run(lambda number: time.sleep(20 * number), range(50), workers=2, place=tmp_path) as results,
+    ):
+        interrupted_after_one(results)
+    assert time.monotonic() - started < 15
 
 
 def test_workers_are_counted(monkeypatch):
