@@ -30,12 +30,13 @@ def fsync_path(path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that takes the name `path` when the block ends well: partial → fsync → rename.
 
-    After an exception nothing stands at `path` that was not there before. Raises StorageError where another process is
-    writing the same file.
+    After an exception, what was at `path` before is unchanged. Raises StorageError if another process is writing the
+    same file.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with open(_claimed(partial), "wb") as file:
+    with open(locked(partial), "wb") as file:
         try:
+            file.truncate()  # what a killed process left
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,18 +47,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     fsync_path(path.parent)
 
 
-def _claimed(partial: Path) -> int:
-    """A descriptor of the file, emptied and locked. What a killed process left is taken over."""
-    fd = locked(partial)
-    os.ftruncate(fd, 0)
-    return fd
-
-
 def locked(path: Path, *, shared: bool = False, wait_seconds: float = LOCK_SECONDS) -> int:
     """A descriptor of the file, made if need be, that holds its lock until it is closed.
 
-    Raises StorageError where another process holds it for longer than `wait_seconds`. Where the filesystem knows no
-    locks, there is none.
+    Raises StorageError if another process holds it for longer than `wait_seconds`. On a filesystem without locks, the
+    file is not locked.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -85,7 +79,12 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Publishes `value` as indented JSON."""
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write(json_bytes(value))

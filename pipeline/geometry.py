@@ -19,6 +19,6 @@ def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
 
 
 def centre_offset(length: int | np.ndarray, part: int | np.ndarray) -> np.ndarray:
-    """Where a centred `part` of `length` pixels starts; a half rounds to even, as torchvision's CenterCrop."""
+    """The start of a centred `part` of `length` pixels; a half rounds to even, as torchvision's CenterCrop."""
     offset: np.ndarray = np.rint((np.asarray(length) - part) / 2).astype(np.int64)
     return offset

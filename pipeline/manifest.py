@@ -1,9 +1,10 @@
-"""What a dataset is: a folder exists as a dataset only once its manifest.json says so."""
+"""A folder is a dataset only once it has a manifest.json, which is written last."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .files import canonical_json, write_json
+from .files import canonical_json, json_bytes
 from .shards import Shard, file_sha256, read_index, sample_keys
+from .storage import Folder
 
 FORMAT = "imagenet-express"
 VERSION = 1
 NAME = "manifest.json"
+INFO = "_info.json"  # read by timm's reader_wds
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: its shards, and where each sample lies in them."""
+    """One split of a dataset: its shards, and the place of each sample in them."""
 
     root: Path
     name: str
@@ -47,25 +50,26 @@ class Split:
             keys += sample_keys(self.root / shard.name, offsets)
         return keys
 
-    def check(self) -> None:
-        """Every shard is there at its full size, and the index fits them. Reads no image. Raises DataError."""
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """(file, what is wrong with it) of shards that are missing or too short, and of an index that does not fit.
+
+        Reads no image.
+        """
         for shard in self.shards:
             path = self.root / shard.name
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                raise DataError(f"{path}: the shard is missing; copy it again or shard the data again")
-            if size != shard.bytes:
-                raise DataError(
-                    f"{path}: {size} bytes where the manifest says {shard.bytes}; copy it again or shard the data again"
-                )
+            if not path.is_file():
+                yield shard.name, "the shard is missing; copy it again or shard the data again"
+            elif (size := path.stat().st_size) != shard.bytes:
+                cure = "copy it again or shard the data again"
+                yield shard.name, f"{size} bytes, {shard.bytes} in the manifest; {cure}"
         counts = np.bincount(self.index["shard"], minlength=len(self.shards))  # a shard may have lost all its images
         if counts.tolist() != [shard.samples for shard in self.shards]:
-            raise DataError(f"{self.root / self.index_name}: the index and the manifest count differently")
+            yield self.index_name, "the index and the manifest count differently"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a net's inputs are normalised with: of its training images, whatever images it is shown later."""
+    """The statistics of the training images, with which all inputs of a net are normalised."""
 
     mean: tuple[float, float, float]  # per channel, grey levels 0..255
     std: tuple[float, float, float]
@@ -109,18 +113,15 @@ class Dataset:
     @cached_property
     def mean_image(self) -> np.ndarray:
         """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
-        image: np.ndarray = np.load(self.root / self._mean_image_name(), allow_pickle=False)
-        return image
-
-    def statistics(self, *, mean_image: bool = False) -> Statistics:
-        return Statistics(self.mean, self.std, self.mean_image if mean_image else None)
-
-    def _mean_image_name(self) -> str:
         record = self._measured("mean_image")
         path = self.root / record["file"]
         if not path.is_file() or file_sha256(path) != record["sha256"]:
             raise DataError(f"{path}: the mean image is missing or damaged; copy it again or shard the data again")
-        return str(record["file"])
+        image: np.ndarray = np.load(path, allow_pickle=False)
+        return image
+
+    def statistics(self, *, mean_image: bool = False) -> Statistics:
+        return Statistics(self.mean, self.std, self.mean_image if mean_image else None)
 
     def _measured(self, name: str) -> Any:
         if name not in self.manifest["statistics"]:
@@ -144,8 +145,8 @@ class Dataset:
 def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
     """Opens a shard folder; every shard's presence and size is checked, no image is read.
 
-    check_splits: False leaves the shards to whoever asks.
-    Raises DataError where the folder is missing, unfinished, damaged or of another kind.
+    check_splits: False leaves the shards unchecked.
+    Raises DataError if the folder is missing, unfinished, damaged or of another kind.
     """
     root = Path(root)
     path = root / NAME
@@ -161,21 +162,20 @@ def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise DataError(
                 f"{path}: format {manifest['format']} version {manifest['version']},"
-                f" where this program reads {FORMAT} version {VERSION}; shard the data again"
+                f" but this program reads {FORMAT} version {VERSION}; shard the data again"
             )
         if fingerprint(manifest) != manifest["fingerprint"]:
             raise DataError(f"{path}: changed since it was written (its fingerprint differs); shard the data again")
-        splits = {name: _split(root, name, s) for name, s in manifest["splits"].items()}
+        splits = {
+            name: Split(root, name, tuple(Shard(**s) for s in split["shards"]), split["index"], split["index_sha256"])
+            for name, split in manifest["splits"].items()
+        }
     except (ValueError, KeyError, TypeError) as err:
         raise DataError(f"{path}: not a manifest of {FORMAT} ({err}); shard the data again") from err
     for split in splits.values() if check_splits else ():
-        split.check()
+        for name, fault in split.faults():
+            raise DataError(f"{root / name}: {fault}")
     return Dataset(root, manifest, splits)
-
-
-def _split(root: Path, name: str, record: dict[str, Any]) -> Split:
-    shards = tuple(Shard(**shard) for shard in record["shards"])
-    return Split(root, name, shards, record["index"], record["index_sha256"])
 
 
 def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dict[str, Any]:
@@ -188,15 +188,28 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
     }
 
 
+def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
+    """The content of INFO. splits: of the manifest."""
+    info = {}
+    for name, split in splits.items():
+        info[name] = {
+            "name": name,
+            "num_samples": split["samples"],
+            "filenames": [shard["name"] for shard in split["shards"]],
+            "shard_lengths": [shard["samples"] for shard in split["shards"]],
+        }
+    return {"splits": info}
+
+
 def fingerprint(manifest: dict[str, Any]) -> str:
     """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
     content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def write_manifest(root: Path, content: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
     """Adds format, version and fingerprint and publishes the manifest: the last file of a dataset."""
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["fingerprint"] = fingerprint(manifest)
-    write_json(root / NAME, manifest)
+    folder.write(NAME, json_bytes(manifest))
     return manifest

@@ -1,4 +1,4 @@
-"""What forked worker processes owe their parent."""
+"""Work spread over forked processes. What a forked worker needs is inherited, and only its results are sent."""
 
 from __future__ import annotations
 
@@ -6,12 +6,73 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from .cores import usable_cores
+from .errors import ConfigError, StorageError
+
+STOP = signal.SIGUSR1
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-def follow_the_parent() -> None:
-    """A worker leaves Ctrl-C to the parent, and ends when the parent was killed: its queue alone would not tell it."""
+@contextmanager
+def run(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: Path
+) -> Iterator[Iterator[Result]]:
+    """Opens an iterator over function(task) of each task, in order; in this process if one worker is enough.
+
+    If the block raises, or a task does, the workers end at once. Raises StorageError, which names `place`, if a worker
+    was killed.
+    """
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield map(function, tasks)
+        return
+    others = set(active_children())
+    fork = get_context("fork")  # the function is inherited: sending ImageNet's plan would cost 100 MB
+    with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow_parent, initargs=(function,)) as pool:
+        try:
+            yield pool.map(_call, tasks)
+        except BrokenProcessPool as err:
+            cure = "perhaps for want of memory; use fewer --workers"
+            raise StorageError(f"{place}: a worker was killed, {cure}") from err
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(active_children()) - others:
+                if worker.pid and worker.is_alive():
+                    os.kill(worker.pid, STOP)
+            raise
+
+
+def worker_count(chosen: int) -> int:
+    """The value of --workers; 0 means one for each usable core."""
+    if chosen < 0:
+        raise ConfigError(f"--workers {chosen}: must not be negative")
+    return chosen or usable_cores()
+
+
+class _Worker:
+    """The state of a forked process."""
+
+    function: Callable[[Any], Any]
+    working = stopped = False
+
+
+def _follow_parent(function: Callable[[Any], Any]) -> None:
+    """Leaves Ctrl-C to the parent, and exits if the parent was killed, which the executor's queue does not show."""
+    _Worker.function = staticmethod(function)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(STOP, _stop)
     parent = os.getppid()
 
     def watch() -> None:
@@ -20,3 +81,23 @@ def follow_the_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Ends the task, so that its half-written files are removed, but never while a result is being sent.
+
+    The parent would wait forever for the rest of that result.
+    """
+    _Worker.stopped = True
+    if _Worker.working:
+        raise SystemExit
+
+
+def _call(task: Any) -> Any:
+    try:
+        _Worker.working = True
+        return None if _Worker.stopped else _Worker.function(task)
+    except SystemExit:
+        return None
+    finally:
+        _Worker.working = False

@@ -12,40 +12,52 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-    """Counts towards `total`; `note` adds what is worth reading beside it. Writes to stderr."""
+    """Counts towards `total`, from the first update on; `note` is shown beside it. Writes to stderr."""
 
     def __init__(self, label: str, total: int, *, unit: str = "img", enabled: bool = True) -> None:
         self.label, self.total, self.unit, self.enabled = label, total, unit, enabled
         self.done, self.note = 0, ""
-        self.started = self.said = time.monotonic()
+        self.started = self.printed = 0.0
         self.bar: Any = None
-        if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", smoothing=0.1, leave=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def update(self, count: int, note: str = "") -> None:
+        if not self.started:
+            self._start()
         self.done, self.note = self.done + count, note
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.said >= PLAIN_SECONDS:
-            self.say()
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.print_line()
 
-    def say(self) -> None:
-        """One plain line."""
+    def _start(self) -> None:
+        self.started = self.printed = time.monotonic()
+        if self.enabled and sys.stderr.isatty():
+            scale = self.unit == "B"
+            self.bar = tqdm(
+                total=self.total, desc=self.label, unit=self.unit, unit_scale=scale, smoothing=0.1, leave=False
+            )
+
+    def print_line(self) -> None:
         if not self.enabled:
             return
-        self.said = time.monotonic()
-        rate = self.done / max(self.said - self.started, 1e-9)
+        self.printed = time.monotonic()
+        rate = self.done / max(self.printed - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
-        line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s"
-        parts = [line, f"{clock(left)} left"] + ([self.note] if self.note else [])
-        print(", ".join(parts), file=sys.stderr, flush=True)
+        line = f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s, {clock(left)} left"
+        print(line + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.said > self.started:  # a quick job leaves no line
-            self.say()
+        elif self.printed > self.started:  # a quick job leaves no line
+            self.print_line()
 
 
 def clock(seconds: float) -> str:

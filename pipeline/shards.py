@@ -1,16 +1,17 @@
 """The shard format: a USTAR tar that webdataset reads, DALI's .idx beside it, and one array index a split.
 
-A sample is two members, `<key>.cls` (ASCII label) and `<key>.jpg` (or `.raw`), in this order. All that a loader needs
-to fetch a sample stands in the array index, a NumPy array of INDEX_DTYPE: 28 bytes a sample, 36 MB for ImageNet, opened
+A sample is two members, `<key>.cls` (ASCII label) and `<key>.jpg` (or `.raw`), in this order. Everything a loader needs
+to fetch a sample is in the array index, a NumPy array of INDEX_DTYPE: 28 bytes a sample, 36 MB for ImageNet, opened
 by mmap.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import io
+import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +20,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from .errors import DataError
-from .files import atomic_write
-from .tar import BLOCK, RECORD, padded
+from .storage import Folder
+from .tar import BLOCK, RECORD, Member, padded
 
 try:
     from zlib_ng.zlib_ng import crc32 as crc32  # 2 µs a 256-side JPEG
 except ImportError:  # no wheel for this platform
     from zlib import crc32 as crc32  # the same polynomial at a thirteenth of the speed
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")  # extensions, by preference if a sample has several
 
 # width and height stand here, so that a crop is planned in whole pixels before the image is decoded.
 INDEX_DTYPE = np.dtype(
@@ -53,7 +56,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says of one tar."""
+    """The manifest's record of one tar."""
 
     name: str
     samples: int
@@ -94,37 +97,64 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def write_shard(
-    path: Path, samples: Iterable[Sample], *, number: int, extension: str = "jpg"
+    folder: Folder, name: str, samples: Iterable[Sample], *, number: int, extension: str = "jpg"
 ) -> tuple[Shard, np.ndarray]:
-    """Writes the tar `path` and its DALI index; both appear whole or not at all.
+    """Writes the tar `name` and its DALI index; both appear whole or not at all.
 
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
     the array index, (n,) INDEX_DTYPE with `number` as shard.
     """
-    rows, idx = [], []
-    with atomic_write(path) as file:
+    rows, stored = [], []
+    with folder.publish(name) as file:
         tar = _HashingFile(file)
         for s in samples:
-            label = str(s.label).encode()
-            cls_at, size = tar.bytes + BLOCK, len(s.image)
-            image_at = cls_at + padded(len(label)) + BLOCK
-            head = tar_header(f"{s.key}.cls", len(label)) + label.ljust(padded(len(label)), b"\0")
-            tar.write(head + tar_header(f"{s.key}.{extension}", size), s.image, bytes(padded(size) - size))
-            rows.append((image_at, size, number, s.label, crc32(s.image), s.width, s.height))
-            idx.append(f"cls {cls_at} {len(label)} {s.key}.cls {extension} {image_at} {size} {s.key}.{extension}\n")
+            text, size = str(s.label).encode(), len(s.image)
+            label = Member(f"{s.key}.cls", tar.bytes + BLOCK, len(text))
+            image = Member(f"{s.key}.{extension}", label.offset + padded(label.size) + BLOCK, size)
+            head = tar_header(label.name, label.size) + text.ljust(padded(label.size), b"\0")
+            tar.write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
+            rows.append((image.offset, size, number, s.label, crc32(s.image), s.width, s.height))
+            stored.append((label, image))
         end = -(-(tar.bytes + 2 * BLOCK) // RECORD) * RECORD
         tar.write(bytes(end - tar.bytes))
-    with atomic_write(path.with_suffix(".idx")) as file:
-        file.write(f"v1.2 {len(idx)}\n".encode() + "".join(idx).encode())
-    shard = Shard(path.name, len(rows), tar.bytes, tar.sha256.hexdigest())
-    return shard, np.array(rows, dtype=INDEX_DTYPE)
+    folder.write(dali_index_name(name), "".join(f"{line}\n" for line in dali_index(stored)).encode())
+    return Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest()), np.array(rows, dtype=INDEX_DTYPE)
 
 
-def write_index(path: Path, index: np.ndarray) -> str:
-    """Publishes a split's array index as .npy; returns its sha256."""
-    with atomic_write(path) as file:
-        np.save(file, index, allow_pickle=False)
-    return file_sha256(path)
+def dali_index_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".idx"
+
+
+def dali_index(samples: Sequence[Iterable[Member]]) -> list[str]:
+    """The lines of DALI's index: a header, then each sample's members."""
+    return [f"v1.2 {len(samples)}"] + [
+        " ".join(f"{split_name(m.name)[1]} {m.offset} {m.size} {m.name}" for m in sample) for sample in samples
+    ]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension) of a member, as webdataset has it: the key ends at the first dot behind the folder."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def stored_label(fields: Mapping[str, bytes]) -> str | None:
+    """The label in a sample's members by extension: `cls`, or `label` in `json`. None if it has neither."""
+    if "cls" in fields:
+        return fields["cls"].decode(errors="replace").strip()
+    try:
+        return str(json.loads(fields["json"])["label"]) if "json" in fields else None
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+def write_array(folder: Folder, name: str, array: np.ndarray) -> str:
+    """Publishes an array as .npy; returns the file's sha256."""
+    data = io.BytesIO()
+    np.save(data, array, allow_pickle=False)
+    folder.write(name, data.getbuffer())
+    return hashlib.sha256(data.getbuffer()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -136,7 +166,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_index(path: Path, *, sha256: str) -> np.ndarray:
-    """The array index as a read-only memory map, (n,) INDEX_DTYPE; DataError where it is not what was written."""
+    """The array index as a read-only memory map, (n,) INDEX_DTYPE; raises DataError if it is not what was written."""
     if not path.is_file():
         raise DataError(f"{path}: the index is missing; copy it again or shard the data again")
     if file_sha256(path) != sha256:
@@ -158,5 +188,5 @@ def sample_keys(path: Path, offsets: Iterable[int]) -> list[str]:
     with open(path, "rb") as file:
         for offset in offsets:
             file.seek(offset - BLOCK)
-            keys.append(os.path.splitext(file.read(100).split(b"\0")[0].decode(errors="replace"))[0])
+            keys.append(split_name(file.read(100).split(b"\0")[0].decode(errors="replace"))[0])
     return keys

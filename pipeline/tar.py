@@ -1,6 +1,6 @@
-"""The members of a tar, strictly: what is damaged, cut short or unsafe is refused, where tarfile stops without a word.
+"""The members of a tar, strictly: raises an error for damage, cuts and unsafe names at which tarfile stops silently.
 
-Headers are decoded by the standard library's tarfile; what it makes of their order is not used.
+Headers are decoded by the standard library's tarfile; the walk from header to header is our own.
 """
 
 from __future__ import annotations
@@ -43,55 +43,63 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
     """The files of an uncompressed tar, or of the one that fills `size` bytes from `start` of another, in order.
 
     Raises DataError at the first header that is damaged, at a member that does not fit, is a link, a device or has an
-    unsafe or repeated name, and where no end mark stands at the end.
+    unsafe or repeated name, and if there is no end mark at the end.
     """
     with open(path, "rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size if size is None else start + size
-        yield from _walk(path, file.fileno(), start, end)
+        try:
+            yield from _walk(file.fileno(), start, end)
+        except _Damage as err:
+            at, what = err.args
+            raise DataError(f"{path}: at byte {at}: {what}; download or copy it again") from err
 
 
-def _walk(path: Path, fd: int, at: int, end: int) -> Iterator[Member]:
+class _Damage(Exception):
+    """Has the byte's position and what is wrong there."""
+
+
+def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
     seen: set[str] = set()
     start = at
-    name, length = None, None  # as a header before the member's own says
+    name, length = None, None  # from a header before the member's own
     while (header := os.pread(fd, BLOCK, at)) != _ZEROS:
         if len(header) < BLOCK or at + BLOCK > end:
-            raise _damaged(path, at, "cut short: no end mark")
+            raise _Damage(at, "cut short: no end mark")
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as err:
             what = "not a tar header" if at > start else "not an uncompressed tar"
-            raise _damaged(path, at, f"{what} ({err})") from err
+            raise _Damage(at, f"{what} ({err})") from err
         offset = at + BLOCK
         taken = length if length is not None and info.type in _FILES else info.size
         if offset + taken > end:
-            raise _damaged(path, at, f"cut short within {info.name!r}")
+            raise _Damage(at, f"cut short within {info.name!r}")
         if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE):
             data = os.pread(fd, info.size, offset)
             if info.type == tarfile.XHDTYPE:
-                pax = _pax(path, at, data)
+                pax = _pax(at, data)
                 name, length = pax.get("path", name), int(pax["size"]) if "size" in pax else length
             elif info.type == tarfile.GNUTYPE_LONGNAME:
                 name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif info.type in _FILES:
             member = Member(name or info.name, offset, taken)
-            _refuse_unsafe(path, at, member.name)
+            _check_name(at, member.name)
             if member.name in seen:
-                raise _damaged(path, at, f"a second {member.name!r}")
+                raise _Damage(at, f"a second {member.name!r}")
             seen.add(member.name)
             yield member
             name = length = None
         elif info.type == tarfile.DIRTYPE:
-            _refuse_unsafe(path, at, name or info.name)
+            _check_name(at, name or info.name)
             taken, name, length = 0, None, None
         else:
             what = _KINDS.get(info.type, f"of the unknown kind {info.type!r}")
-            raise _damaged(path, at, f"{name or info.name!r} is {what}")
+            raise _Damage(at, f"{name or info.name!r} is {what}")
         at = offset + padded(taken)
-    _refuse_more(path, fd, at, end)
+    _check_padding(fd, at, end)
 
 
-def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
+def _pax(at: int, data: bytes) -> dict[str, str]:
     """An extended header's records, "length key=value" and a line feed each."""
     records = {}
     try:
@@ -102,28 +110,24 @@ def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
             data = data[length:] if length > 0 else b"?"
         int(records.get("size", 0))
     except (ValueError, IndexError) as err:
-        raise _damaged(path, at, "an extended header that cannot be read") from err
+        raise _Damage(at, "an extended header that cannot be read") from err
     return records
 
 
-def _refuse_unsafe(path: Path, at: int, name: str) -> None:
+def _check_name(at: int, name: str) -> None:
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or not name.strip("/"):
-        raise _damaged(path, at, f"the unsafe name {name!r}")
+        raise _Damage(at, f"the unsafe name {name!r}")
 
 
-def _refuse_more(path: Path, fd: int, at: int, end: int) -> None:
-    """After the end mark there is padding and nothing else: a hole in the middle looks like the end."""
+def _check_padding(fd: int, at: int, end: int) -> None:
+    """After the end mark only padding may follow: a hole in the middle looks like the end."""
     mark = at
     while at < end:
         part = os.pread(fd, min(1 << 20, end - at), at)
         if part.count(0) != len(part):
-            raise _damaged(path, mark, "an end mark, but more behind it")
+            raise _Damage(mark, "an end mark, but more behind it")
         if not part:
             break
         at += len(part)
     if end - mark < BLOCK:
-        raise _damaged(path, mark, "cut short: no end mark")
-
-
-def _damaged(path: Path, at: int, what: str) -> DataError:
-    return DataError(f"{path}: at byte {at}: {what}; download or copy it again")
+        raise _Damage(mark, "cut short: no end mark")

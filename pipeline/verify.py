@@ -1,37 +1,55 @@
-"""Whether a dataset is what its manifest says, to the last byte: shards, headers, checksums, labels and images.
+"""Checks a dataset against its manifest, to the last byte: shards, headers, checksums, labels and images.
 
-What is wrong is named: file, byte, sample.
+Each finding names the file, and the byte or sample.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from simplejpeg import decode_jpeg
 
-from . import manifest
+from . import manifest, pool
 from .errors import DataError
 from .manifest import Split
-from .pool import follow_the_parent
-from .shards import crc32, file_sha256
+from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
 from .tar import Member, members
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".raw")
+STORED = (*IMAGES, "raw")
 MANY = 20  # findings of one kind that a shard names
 
+CHECKS = {
+    "size": "shards exist, at their full size",
+    "sha256": "shards' sha256",
+    "tar": "tar headers, names and end marks",
+    "index": "index against the tars' members",
+    "idx": "DALI's .idx against the tars' members",
+    "label": "labels in the tars",
+    "crc32": "samples' checksums",
+    "info": "_info.json and mean image",
+    "decode": "every image can be decoded",
+    "webdataset": "samples as webdataset itself reads them",
+}
+DEEP = ("decode", "webdataset")  # checks that are not made by default
 
-class Finding(NamedTuple):
+Add = Callable[[str, str], None]  # adds a finding: the check and what is wrong
+
+
+@dataclass
+class Finding:
     """Something wrong. check: which of CHECKS."""
 
     check: str
@@ -39,22 +57,9 @@ class Finding(NamedTuple):
     what: str
 
 
-CHECKS = {
-    "size": "shards are there, at their full size",
-    "sha256": "shards' sha256",
-    "tar": "tar headers, names and end marks",
-    "index": "index against the tars' members",
-    "idx": "DALI's .idx against the tars' members",
-    "label": "labels in the tars",
-    "crc32": "samples' checksums",
-    "decode": "every image can be decoded",
-    "info": "_info.json and mean image",
-}
-
-
 @dataclass
 class SplitReport:
-    """What a split holds."""
+    """The content of a split."""
 
     shards: int
     samples: int
@@ -64,8 +69,17 @@ class SplitReport:
 
 
 @dataclass
+class Copy:
+    """One of several samples with the same bytes. sample: its number in the split."""
+
+    split: str
+    sample: int
+    label: int
+
+
+@dataclass
 class Report:
-    """What was looked at and what was found."""
+    """What was checked and what was found."""
 
     root: str
     dataset: str
@@ -73,140 +87,121 @@ class Report:
     deep: bool
     splits: dict[str, SplitReport] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    # Groups of samples with the same bytes, each sample as split, number and label.
-    duplicates: list[list[tuple[str, int, int]]] = field(default_factory=list)
+    duplicates: list[list[Copy]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         return not self.findings
 
-    def duplicated(self, *, across: bool) -> int:
-        """Groups within one split, or across several."""
-        return sum((len({split for split, _, _ in group}) > 1) == across for group in self.duplicates)
-
-    def contradictory(self) -> int:
-        """Groups whose samples have different labels."""
-        return sum(len({label for _, _, label in group}) > 1 for group in self.duplicates)
-
 
 def check(
     root: Path, *, deep: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda samples: None
 ) -> Report:
-    """Looks at everything, whatever is found on the way. Raises DataError where the folder is no dataset at all.
+    """Checks everything, whatever is found on the way. Raises DataError if the folder is no dataset at all.
 
-    deep: decode every image, too. progress is told of samples.
+    deep: also decode every image, and read the tars with webdataset. progress: called with numbers of samples.
     """
+    if deep:
+        import webdataset  # noqa: F401  # it loads torch: once, before workers are forked
     dataset = manifest.open_dataset(root, check_splits=False)
     report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
-    labels = len(dataset.classes)
-    for name, split in dataset.splits.items():
-        try:
-            index = split.index
-        except DataError as err:
-            report.findings.append(Finding("index", split.index_name, str(err)))
-            continue
-        known = index["label"][index["label"] >= 0]
-        histogram = np.bincount(known, minlength=labels).tolist()
-        total = sum(shard.bytes for shard in split.shards)
-        report.splits[name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
-        if len(histogram) > labels:
-            report.findings.append(
-                Finding("index", split.index_name, f"a label of {len(histogram) - 1}, {labels} classes")
-            )
-        counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
-        if counts != [shard.samples for shard in split.shards]:
-            report.findings.append(Finding("index", split.index_name, "counts samples otherwise than the manifest"))
-        of_ours = "plan" in dataset.manifest
-        for findings, samples in _shards(split, deep, of_ours, dataset.encoding == "raw", workers):
-            report.findings += findings
-            progress(samples)
-    report.findings += _extras(dataset)
-    report.duplicates = _duplicates({name: dataset.splits[name] for name in report.splits})
+    for split in dataset.splits.values():
+        if _check_index(split, len(dataset.classes), report):
+            with _check_shards(dataset, split, deep, workers) as found:
+                for shard, findings in zip(split.shards, found):
+                    report.findings += findings
+                    progress(shard.samples)
+    report.findings += _check_extras(dataset)
+    report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
 
 
-def _shards(split: Split, deep: bool, of_ours: bool, raw: bool, workers: int) -> Iterator[tuple[list[Finding], int]]:
-    tasks = [(split, number, deep, of_ours, raw) for number in range(len(split.shards))]
-    if workers == 1 or len(tasks) == 1:
-        yield from map(_shard, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=follow_the_parent) as pool:
-        try:
-            yield from pool.map(_shard, tasks)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _check_index(split: Split, classes: int, report: Report) -> bool:
+    """Whether the index can be read; enters the split in the report."""
+
+    try:
+        index = split.index
+    except DataError as err:
+        report.findings.append(Finding("index", split.index_name, str(err)))
+        return False
+    known = index["label"][index["label"] >= 0]
+    histogram = np.bincount(known, minlength=classes).tolist()
+    total = sum(shard.bytes for shard in split.shards)
+    report.splits[split.name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
+    if len(histogram) > classes:
+        what = f"a label of {len(histogram) - 1}, {classes} classes"
+        report.findings.append(Finding("index", split.index_name, what))
+    for name, fault in split.faults():
+        report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
+    return True
 
 
-def _shard(task: tuple[Split, int, bool, bool, bool]) -> tuple[list[Finding], int]:
-    split, number, deep, of_ours, raw = task
+def _check_shards(
+    dataset: manifest.Dataset, split: Split, deep: bool, workers: int
+) -> AbstractContextManager[Iterator[list[Finding]]]:
+    ours, raw = "plan" in dataset.manifest, dataset.encoding == "raw"
+
+    def check_shard(number: int) -> list[Finding]:
+        return _check_shard(split, number, deep=deep, ours=ours, raw=raw)
+
+    return pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root)
+
+
+def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool) -> list[Finding]:
     shard, rows = split.shards[number], split.index[split.index["shard"] == number]
-    path, found = split.root / split.shards[number].name, list[Finding]()
+    path = split.root / shard.name
+    found: dict[str, list[str]] = defaultdict(list)
 
-    def say(check: str, what: str) -> None:
-        found.append(Finding(check, shard.name, what))
+    def add(check: str, what: str) -> None:
+        found[check].append(what)
 
     if not path.is_file():
-        say("size", "missing; copy it again")
-        return found, shard.samples
-    if (size := path.stat().st_size) != shard.bytes:
-        say("size", f"{size} bytes where the manifest says {shard.bytes}; copy it again")
+        return []  # see Split.faults
     if file_sha256(path) != shard.sha256:
-        say("sha256", "its bytes are not those that were written; copy it again")
-    inside = _members(path, say)
-    _compare_index(rows, inside, say)
-    with open(path, "rb") as file:
-        _read_samples(file.fileno(), rows, inside, say, deep=deep, raw=raw)
-    if of_ours:
-        _compare_idx(path.with_suffix(".idx"), inside, say)
-    return _not_too_many(found), shard.samples
-
-
-def _members(path: Path, say: Callable[[str, str], None]) -> dict[int, Member]:
-    """By offset; those before the first damage."""
-    inside: dict[int, Member] = {}
+        add("sha256", "its bytes are not those that were written; copy it again")
+    inside: dict[int, Member] = {}  # by offset, up to the first damage
     try:
-        for member in members(path):
-            inside[member.offset] = member
+        inside |= ((member.offset, member) for member in members(path))
     except DataError as err:
-        say("tar", str(err).removeprefix(f"{path}: "))
-    return inside
+        add("tar", str(err).removeprefix(f"{path}: "))
+    with open(path, "rb") as file:
+        _compare_samples(file.fileno(), rows, inside, add, deep=deep, raw=raw)
+    if ours:
+        _compare_dali_index(path.with_name(dali_index_name(path.name)), inside, add)
+    if deep and not found:
+        _compare_with_webdataset(path, rows, inside, add)
+    # A shard of zeros needs no thousand lines.
+    named = {
+        check: what[:MANY] + [f"and {len(what) - MANY} more"] * (len(what) > MANY) for check, what in found.items()
+    }
+    return [Finding(check, shard.name, what) for check in CHECKS for what in named.get(check, ())]
 
 
-def _compare_index(rows: np.ndarray, inside: dict[int, Member], say: Callable[[str, str], None]) -> None:
-    last = max(inside, default=-1)
-    for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
-        member = inside.get(offset)
-        if member is None and offset <= last:
-            say("index", f"the index names a sample at byte {offset}, where no member begins")
-        elif member is not None and member.size != size:
-            say("index", f"{member.name} at byte {offset} has {member.size} bytes, {size} in the index")
-    images = sum(os.path.splitext(member.name)[1].lower() in IMAGES for member in inside.values())
+def _compare_samples(fd: int, rows: np.ndarray, inside: dict[int, Member], add: Add, *, deep: bool, raw: bool) -> None:
+    images = sum(split_name(member.name)[1] in STORED for member in inside.values())
     if images > len(rows):
-        say("index", f"{images} images in the tar, {len(rows)} in the index")
-
-
-def _read_samples(
-    fd: int, rows: np.ndarray, inside: dict[int, Member], say: Callable[[str, str], None], *, deep: bool, raw: bool
-) -> None:
-    by_name = {member.name: member for member in inside.values()}
-    for row in rows:
-        offset, size = int(row["offset"]), int(row["size"])
+        add("index", f"{images} images in the tar, {len(rows)} in the index")
+    by_name, last = {member.name: member for member in inside.values()}, max(inside, default=-1)
+    for offset, size, _, label, crc, width, height in rows.tolist():
         member = inside.get(offset)
         where = f"{member.name} at byte {offset}" if member else f"the sample at byte {offset}"
+        if member is None and offset <= last:
+            add("index", f"the index names a sample at byte {offset}, but no member begins there")
+        elif member and member.size != size:
+            add("index", f"{where} has {member.size} bytes, {size} in the index")
         data = os.pread(fd, size, offset)
         if len(data) < size:
-            say("size", f"ends within {where}")
+            add("size", f"ends within {where}")
             return
-        if crc32(data) != row["crc32"]:
-            say("crc32", f"{where}: its bytes changed since they were written")
-        elif deep and (fault := _undecodable(data, int(row["width"]), int(row["height"]), raw)):
-            say("decode", f"{where}: {fault}")
-        label = by_name.get(os.path.splitext(member.name)[0] + ".cls") if member else None
-        if label:
-            text = os.pread(fd, min(label.size, 32), label.offset)
-            if text.strip() != str(row["label"]).encode():
-                say("label", f"{label.name} says {text[:20]!r}, the index {row['label']}")
+        if crc32(data) != crc:
+            add("crc32", f"{where}: its bytes changed since they were written")
+        elif deep and (fault := _undecodable(data, width, height, raw)):
+            add("decode", f"{where}: {fault}")
+        cls = by_name.get(split_name(member.name)[0] + ".cls") if member else None
+        if cls:
+            text = os.pread(fd, min(cls.size, 32), cls.offset)
+            if text.strip() != str(label).encode():
+                add("label", f"{cls.name} has {text[:20]!r}, the index {label}")
 
 
 def _undecodable(data: bytes, width: int, height: int, raw: bool) -> str | None:
@@ -217,124 +212,86 @@ def _undecodable(data: bytes, width: int, height: int, raw: bool) -> str | None:
     except ValueError:
         try:
             pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except Exception as err:  # Pillow's decoders raise whatever they like
+        except Exception as err:  # Pillow's decoders raise many kinds
             return f"cannot be decoded ({err})"
     if pixels.shape[:2] != (height, width):
         return f"{pixels.shape[1]}×{pixels.shape[0]} pixels, {width}×{height} in the index"
     return None
 
 
-def _compare_idx(path: Path, inside: dict[int, Member], say: Callable[[str, str], None]) -> None:
+def _compare_dali_index(path: Path, inside: dict[int, Member], add: Add) -> None:
     try:
         header, *lines = path.read_text().splitlines()
-        named = {int(at): (name, int(size)) for line in lines for _, at, size, name in _fours(line.split())}
     except (OSError, ValueError) as err:
-        say("idx", f"{path.name} cannot be read ({err}); shard the data again")
+        add("idx", f"{path.name} cannot be read ({err}); shard the data again")
         return
     if header != f"v1.2 {len(lines)}":
-        say("idx", f"{path.name} begins with {header!r} and has {len(lines)} lines")
-    wrong = [m for m in inside.values() if named.get(m.offset) != (m.name, m.size)]
+        add("idx", f"{path.name} begins with {header!r} and has {len(lines)} lines")
+    samples = [list(group) for _, group in groupby(inside.values(), key=lambda member: split_name(member.name)[0])]
+    listed = set(lines)
+    wrong = [sample[0] for sample, line in zip(samples, dali_index(samples)[1:]) if line not in listed]
     if wrong:
-        say("idx", f"{path.name} does not name {wrong[0].name} at byte {wrong[0].offset}")
+        add("idx", f"{path.name} does not name {wrong[0].name} at byte {wrong[0].offset}")
 
 
-def _fours(fields: list[str]) -> Iterator[list[str]]:
-    if not fields or len(fields) % 4:
-        raise ValueError("a line without groups of four")
-    for i in range(0, len(fields), 4):
-        yield fields[i : i + 4]
+class _Seen(NamedTuple):
+    """A sample as it is compared."""
+
+    key: str
+    label: str | None
+    bytes: int
+    crc32: int
 
 
-def _not_too_many(found: list[Finding]) -> list[Finding]:
-    """A shard of zeros needs no thousand lines."""
-    kept: list[Finding] = []
-    for check in CHECKS:
-        of = [finding for finding in found if finding.check == check]
-        kept += of[:MANY]
-        if len(of) > MANY:
-            kept.append(Finding(check, of[0].file, f"and {len(of) - MANY} more"))
-    return kept
+def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Member], add: Add) -> None:
+    """Reads a tar with webdataset, as other programs will; names the first sample that differs from the index."""
+    from webdataset import WebDataset
+
+    expected = [
+        _Seen(split_name(inside[offset].name)[0], str(label), size, crc)
+        for offset, label, size, crc in sorted(rows[["offset", "label", "size", "crc32"]].tolist())
+    ]
+    read = []
+    try:
+        for sample in WebDataset([str(path.resolve())], shardshuffle=False, empty_check=False):
+            image = next((sample[extension] for extension in STORED if extension in sample), None)
+            if image is not None:
+                read.append(_Seen(sample["__key__"], stored_label(sample), len(image), crc32(image)))
+    except Exception as err:  # it raises whatever tarfile or a handler meets
+        add("webdataset", f"cannot be read by webdataset ({err}); shard the data again")
+        return
+    for theirs, ours in zip_longest(read, expected):
+        if theirs != ours:
+            add("webdataset", f"webdataset reads {theirs}, the index has {ours}; shard the data again")
+            return
 
 
-def _extras(dataset: manifest.Dataset) -> list[Finding]:
+def _check_extras(dataset: manifest.Dataset) -> list[Finding]:
     found = []
     if "mean_image" in dataset.manifest["statistics"]:
         try:
             dataset.mean_image  # noqa: B018
         except DataError as err:
             found.append(Finding("info", dataset.manifest["statistics"]["mean_image"]["file"], str(err)))
-    path = dataset.root / "_info.json"
     if "plan" in dataset.manifest:
         try:
-            info = {name: of["num_samples"] for name, of in json.loads(path.read_text())["splits"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-            return [*found, Finding("info", path.name, f"cannot be read ({err}); shard the data again")]
-        if info != {name: split.samples for name, split in dataset.splits.items()}:
-            found.append(Finding("info", path.name, "counts samples otherwise than the manifest"))
+            info = json.loads((dataset.root / manifest.INFO).read_bytes())
+        except (OSError, ValueError) as err:
+            return [*found, Finding("info", manifest.INFO, f"cannot be read ({err}); shard the data again")]
+        if info != manifest.timm_info(dataset.manifest["splits"]):
+            found.append(Finding("info", manifest.INFO, "differs from the manifest; shard the data again"))
     return found
 
 
-def _duplicates(splits: dict[str, Split]) -> list[list[tuple[str, int, int]]]:
+def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     """Samples with the same bytes: those of one checksum and size are compared by sha256."""
-    if not splits:
-        return []
-    names = list(splits)
-    of = np.concatenate([np.full(len(splits[name].index), i) for i, name in enumerate(names)])
-    number = np.concatenate([np.arange(len(splits[name].index)) for name in names])
-    keys = np.concatenate(
-        [splits[name].index["crc32"].astype(np.uint64) << np.uint64(32) | splits[name].index["size"] for name in names]
-    )
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    groups: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
-    for i in np.flatnonzero(counts[inverse] > 1).tolist():
-        split, sample = splits[names[of[i]]], int(number[i])
-        row = split.index[sample]
-        try:
-            with open(split.root / split.shards[row["shard"]].name, "rb") as file:
+    keys = [split.index["crc32"].astype(np.uint64) << np.uint64(32) | split.index["size"] for split in splits]
+    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *keys]), return_counts=True)
+    groups: dict[str, list[Copy]] = defaultdict(list)
+    for split, of_split in zip(splits, keys):
+        for sample in np.flatnonzero(np.isin(of_split, values[counts > 1])).tolist():
+            row = split.index[sample]
+            with contextlib.suppress(OSError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
                 data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
-        except OSError:
-            continue
-        key = int(inverse[i]), hashlib.sha256(data).hexdigest()
-        groups.setdefault(key, []).append((names[of[i]], sample, int(row["label"])))
+                groups[hashlib.sha256(data).hexdigest()].append(Copy(split.name, sample, int(row["label"])))
     return [group for group in groups.values() if len(group) > 1]
-
-
-def table(report: Report) -> str:
-    """For people: what is there, what was checked, what was found."""
-    lines = [f"{report.root}: {report.dataset}, fingerprint {report.fingerprint[:16]}"]
-    for name, split in report.splits.items():
-        used = [count for count in split.histogram if count]
-        line = f"  {name}: {split.samples:,} samples in {split.shards} shards, {split.bytes / 1e6:,.1f} MB"
-        if used:
-            spread = f"{min(used):,} to {max(used):,} samples each"
-            line += f"; {len(used)} of {len(split.histogram)} classes, {spread}"
-        lines.append(line + (f"; {split.unlabelled:,} without a label" if split.unlabelled else ""))
-    for check, what in CHECKS.items():
-        if check == "decode" and not report.deep:
-            lines.append(f"  not looked at   {what} (--deep)")
-            continue
-        of = [finding for finding in report.findings if finding.check == check]
-        lines.append(f"  {'ok           ' if not of else f'{len(of):>4} wrong   '}   {what}")
-        lines += [f"      {finding.file}: {finding.what}" for finding in of]
-    within, across = report.duplicated(across=False), report.duplicated(across=True)
-    lines.append(
-        f"  note: {within} groups of equal images within a split, {across} across splits,"
-        f" {report.contradictory()} with different labels"
-    )
-    return "\n".join(lines)
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    return {
-        "root": report.root,
-        "dataset": report.dataset,
-        "fingerprint": report.fingerprint,
-        "deep": report.deep,
-        "ok": report.ok,
-        "splits": {name: vars(split) for name, split in report.splits.items()},
-        "findings": [finding._asdict() for finding in report.findings],
-        "duplicates": [
-            [{"split": split, "sample": sample, "label": label} for split, sample, label in group]
-            for group in report.duplicates
-        ],
-    }

@@ -1,4 +1,4 @@
-"""Looks whether a shard folder is what its manifest says: counts, sizes, sha256, headers, index, labels, checksums.
+"""Checks a shard folder against its manifest: counts, sizes, sha256, headers, index, labels, checksums.
 
     python tools/check_shards.py shards/digits
     python tools/check_shards.py /data/shards --deep --json check.json
@@ -14,9 +14,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
-from pipeline import manifest, verify
-from pipeline.cores import usable_cores
-from pipeline.errors import CHECK_FAILED, ConfigError
+from dataclasses import asdict
+
+from pipeline import manifest, pool, verify
+from pipeline.errors import CHECK_FAILED
 from pipeline.files import write_json
 from pipeline.progress import Progress
 from tools import cli
@@ -25,26 +26,48 @@ from tools import cli
 def main() -> None:
     p = cli.Parser(prog="check_shards.py", description=__doc__)
     p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
-    p.add_argument("--deep", action="store_true", help="decode every image, too")
+    p.add_argument("--deep", action="store_true", help="also decode every image and read the tars with webdataset")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
     p.add_argument(
         "--json", type=cli.new_file, metavar="FILE", help="write all that was found there, with class histograms"
     )
     args = p.parse_args()
-    if args.workers < 0:
-        raise ConfigError(f"--workers {args.workers}: must not be negative")
+    workers = pool.worker_count(args.workers)
     dataset = manifest.open_dataset(args.dir, check_splits=False)
-    progress = Progress("checking", sum(split.samples for split in dataset.splits.values()))
-    try:
-        workers = args.workers or usable_cores()
+    with Progress("checking", sum(split.samples for split in dataset.splits.values())) as progress:
         found = verify.check(args.dir, deep=args.deep, workers=workers, progress=progress.update)
-    finally:
-        progress.close()
-    print(verify.table(found))
+    print_report(found)
     if args.json:
-        write_json(args.json, verify.as_json(found))
+        write_json(args.json, asdict(found) | {"ok": found.ok})
     if not found.ok:
         sys.exit(CHECK_FAILED)
+
+
+def print_report(report: verify.Report) -> None:
+    """What the folder holds, what was checked, what was found."""
+    print(f"{report.root}: {report.dataset}, fingerprint {report.fingerprint[:16]}")
+    for name, split in report.splits.items():
+        used = [count for count in split.histogram if count]
+        line = f"  {name}: {split.samples:,} samples in {split.shards} shards, {split.bytes / 1e6:,.1f} MB"
+        if used:
+            spread = f"{min(used):,} to {max(used):,} samples each"
+            line += f"; {len(used)} of {len(split.histogram)} classes, {spread}"
+        print(line + (f"; {split.unlabelled:,} without a label" if split.unlabelled else ""))
+    for check, what in verify.CHECKS.items():
+        found = [finding for finding in report.findings if finding.check == check]
+        result = f"{len(found):>4} wrong   " if found else "ok           "
+        if check in verify.DEEP and not report.deep:
+            print(f"  not checked    {what} (--deep)")
+        else:
+            print(f"  {result}   {what}")
+        for finding in found:
+            print(f"      {finding.file}: {finding.what}")
+    across = sum(len({copy.split for copy in group}) > 1 for group in report.duplicates)
+    differ = sum(len({copy.label for copy in group}) > 1 for group in report.duplicates)
+    print(
+        f"  note: {len(report.duplicates) - across} groups of equal images within a split, {across} across splits,"
+        f" {differ} with different labels"
+    )
 
 
 if __name__ == "__main__":

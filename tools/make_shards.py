@@ -5,7 +5,7 @@
     python tools/make_shards.py imagefolder --train /data/train --val /data/val --out /data/shards
     python tools/make_shards.py index 'tars/imagenet1k-train-{0000..1023}.tar' --out /data/shards
 
-Run again, it goes on where it was ended, and touches nothing that is whole. Exit codes: 0 done, 2 usage, 65 bad data,
+Run again, it resumes, and changes nothing that is whole. Exit codes: 0 done, 2 usage, 65 bad data,
 74 disk full or folder not writable.
 """
 
@@ -18,19 +18,22 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import re
 import shutil
 
 import PIL
 import simplejpeg
 
-from pipeline.cores import usable_cores
+from pipeline import pool
 from pipeline.errors import ConfigError, DataError
 from pipeline.progress import Progress, clock
-from pipeline.write import imagenet, index_existing
-from pipeline.write.build import BadImages, Options, Plan, build
-from pipeline.write.build import forecast as build_forecast
+from pipeline.write import index_existing
+from pipeline.write.build import build, forecast
 from pipeline.write.images import Encoding
-from pipeline.write.sources import Digits, ImageFolder, Source
+from pipeline.write.plan import Options, Plan
+from pipeline.write.publish import BadImages
+from pipeline.write.sources import SOURCES
+from pipeline.write.sources.base import check_fraction, check_name
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
@@ -42,25 +45,9 @@ def parser() -> cli.Parser:
         description=__doc__,
     )
     kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    digits = kinds.add_parser("digits", help="1,797 handwritten digits that come with the project")
-    digits.add_argument("--side", type=int, default=36, help="pixels of a digit's side (%(default)s)")
-    for name in imagenet.EDITIONS:
-        official = kinds.add_parser(name, help=f"the official archives of {name[-4:]}, read in place")
-        official.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder that holds them")
-        official.add_argument(
-            "--no-md5", action="store_true", help="do not compare md5 sums (2012: minutes of reading)"
-        )
-        official.add_argument("--no-counts", action="store_true", help="do not compare counts with the kit's")
-        add_options(official)
-    folder = kinds.add_parser("imagefolder", help="DIR/<class>/<image>, any depth below the class")
-    folder.add_argument("--train", type=Path, required=True, metavar="DIR")
-    validation = folder.add_mutually_exclusive_group()
-    validation.add_argument("--val", type=Path, metavar="DIR")
-    validation.add_argument(
-        "--val-fraction", type=float, default=0.0, metavar="F", help="hold out this part of each class as validation"
-    )
-    folder.add_argument("--name", default="imagefolder", help="the shards' first name (%(default)s)")
-    for kind in (digits, folder):
+    for name, source in SOURCES.items():
+        kind = kinds.add_parser(name, help=source.help)
+        source.add_options(kind)
         add_options(kind)
     add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
     return p
@@ -69,10 +56,8 @@ def parser() -> cli.Parser:
 def add_index(p: argparse.ArgumentParser) -> None:
     p.add_argument("tars", metavar="PATTERN", help="training tars, with {0000..1023} or *; quote it")
     p.add_argument("--val", metavar="PATTERN", help="validation tars")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; the tars' folder or another")
     p.add_argument("--name", default="webdataset", help="the dataset's name (%(default)s)")
     p.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each (default: their numbers)")
-    p.add_argument("--size", type=int, default=256, help="short side in pixels, for statistics (%(default)s)")
     p.add_argument(
         "--statistics",
         type=int,
@@ -80,25 +65,12 @@ def add_index(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images to measure mean and deviation of (%(default)s)",
     )
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
-    p.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help="leave out so many (%(default)s)")
+    add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, empty or new")
-    p.add_argument(
-        "--encode",
-        choices=("keep", "jpeg", "raw"),
-        default="keep",
-        help="keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)",
-    )
-    p.add_argument(
-        "--size", type=int, default=256, help="short side in pixels, for jpeg, raw and statistics (%(default)s)"
-    )
-    p.add_argument("--square", action="store_true", help="jpeg, raw: store only the centre square")
-    p.add_argument("--quality", type=int, default=90, help="jpeg: quality, 1 to 100 (%(default)s)")
-    p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+def add_common(p: argparse.ArgumentParser, *, out: str, size: str) -> None:
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
+    p.add_argument("--size", type=int, default=256, help=f"short side in pixels, for {size} (%(default)s)")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
     p.add_argument(
         "--max-bad-fraction",
@@ -107,6 +79,20 @@ def add_options(p: argparse.ArgumentParser) -> None:
         metavar="F",
         help="leave out up to this fraction of images that cannot be used (%(default)s)",
     )
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    add_common(p, out="folder to write, empty or new", size="jpeg, raw and statistics")
+    p.add_argument(
+        "--encode",
+        choices=("keep", "jpeg", "raw"),
+        default="keep",
+        help="keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)",
+    )
+    p.add_argument("--square", action="store_true", help="jpeg, raw: store only the centre square")
+    p.add_argument("--quality", type=int, default=90, help="jpeg: quality, 1 to 100 (%(default)s)")
+    p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
     p.add_argument(
         "--stats",
         choices=("on", "off"),
@@ -133,65 +119,39 @@ def add_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def source(args: argparse.Namespace) -> Source:
-    if args.source == "digits":
-        if not 8 <= args.side <= 1024:
-            raise ConfigError(f"--side {args.side}: choose 8 to 1024 pixels")
-        return Digits(side=args.side)
-    if args.source in imagenet.EDITIONS:
-        return imagenet.ImageNet(args.src, imagenet.EDITIONS[args.source], counts=not args.no_counts)
-    if not 0 <= args.val_fraction < 1:
-        raise ConfigError(f"--val-fraction {args.val_fraction}: must be in [0, 1)")
-    return ImageFolder(args.train, args.val, check_name(args.name), args.val_fraction)
-
-
-def check_name(name: str) -> str:
-    if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
-        raise ConfigError(f"--name {name!r}: use letters, digits, - and _")
-    return name
-
-
 def main() -> None:
     args = parser().parse_args()
-    if args.workers < 0:
-        raise ConfigError(f"--workers {args.workers}: must not be negative")
-    if args.source == "index":
-        index(args)
-    else:
-        make(args)
+    args.workers = pool.worker_count(args.workers)
+    started = time.monotonic()
+    try:
+        written = index(args) if args.source == "index" else make(args)
+    except BadImages as err:
+        for bad in err.listed:
+            print(f"bad: {bad['image']}: {bad['reason']}")
+        raise
+    if written:
+        report(written, args.out, time.monotonic() - started)
 
 
-def index(args: argparse.Namespace) -> None:
-    if not 0 <= args.max_bad_fraction < 1:
-        raise ConfigError(f"--max-bad-fraction {args.max_bad_fraction}: must be in [0, 1)")
+def index(args: argparse.Namespace) -> dict:
+    fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
     splits = {"train": index_existing.expand(args.tars)} | (
         {"val": index_existing.expand(args.val)} if args.val else {}
     )
-    tars = index_existing.Existing(
-        check_name(args.name), splits, class_names(args.classes), args.statistics, Encoding(size=args.size).size
-    )
-    started = time.monotonic()
-    progress = Progress("indexing", sum(map(len, splits.values())), unit="tar")
-    try:
-        written = index_existing.index(
-            tars,
+    with Progress("indexing", sum(map(len, splits.values())), unit="tar") as progress:
+        return index_existing.index(
+            check_name(args.name),
+            splits,
             args.out,
-            workers=min(args.workers or usable_cores(), progress.total),
-            max_bad_fraction=args.max_bad_fraction,
-            progress=lambda samples: progress.update(1),
+            classes=class_names(args.classes),
+            statistics_images=args.statistics,
+            size=Encoding(size=args.size).size,
+            max_bad_fraction=fraction,
+            workers=args.workers,
+            progress=progress.update,
         )
-    finally:
-        progress.close()
-    report(written, args.out, time.monotonic() - started)
-    for split, how in written["stored_order"].items():
-        if split == "train" and how != "mixed":
-            print(
-                f"warning: the samples of {split} are stored {how}; leave window at 0 or set it to many shards"
-                " (docs/order.md), or a batch will hold few classes",
-                file=sys.stderr,
-            )
 
 
 def class_names(path: Path | None) -> list[str] | None:
@@ -203,7 +163,8 @@ def class_names(path: Path | None) -> list[str] | None:
         raise DataError(f"{path}: not UTF-8; save it as UTF-8, a class name a line") from err
 
 
-def make(args: argparse.Namespace) -> None:
+def make(args: argparse.Namespace) -> dict | None:
+    """The manifest; None if it was not to be written."""
     if args.shards and args.merge:
         raise ConfigError("--merge goes without --shards: it makes no shard")
     options = Options(
@@ -214,105 +175,74 @@ def make(args: argparse.Namespace) -> None:
         args.stats == "on",
         args.check,
     )
-    say_decoders(trusted=args.trust_images)
-    plan = Plan(source(args), options)
-    only = numbers(args.shards, len(plan.tasks)) if args.shards else None
-    if only is not None and not only:
-        print(f"{args.out}: slice {args.shards} of {len(plan.tasks)} shards has none; nothing to do")
-        return
-    workers = min(args.workers or usable_cores(), len(plan.tasks))
+    print_decoders(trusted=args.trust_images)
+    plan = Plan(SOURCES[args.source].from_options(args), options)
+    every = range(len(plan.tasks))
+    only = numbers(args.shards, len(every)) if args.shards else every
+    if not only:
+        print(f"{args.out}: slice {args.shards} of {len(every)} shards has none; nothing to do")
+        return None
     if args.dry_run:
-        foresee(plan, only, args.out, workers)
-        return
-    started = time.monotonic()
-    images = sum(len(task.rows) for n, task in enumerate(plan.tasks) if only is None or n in only)
-    progress: Progress | None = None
-
-    def tell(done: int, note: str) -> None:
-        nonlocal progress
-        progress = progress or Progress("sharding", images)
-        progress.update(done, note)
-
-    def first(folder: Path) -> None:
-        # Of a job array, the task that makes shard 0 reads the archives once for all.
-        if isinstance(plan.source, imagenet.ImageNet) and not args.no_md5 and (only is None or 0 in only):
-            verify(plan.source, folder / "md5.json")
-
-    try:
+        print_forecast(plan, only, args.out, min(args.workers, len(only)))
+        return None
+    with Progress("sharding", plan.images(only)) as progress:
         nothing = range(0) if args.merge else only
-        written = build(plan, args.out, workers=workers, tell=tell, only=nothing, merge=not args.shards, first=first)
-    except BadImages as err:
-        for bad in err.listed:
-            print(f"bad: {bad['image']}: {bad['reason']}")
-        raise
-    finally:
-        if progress:
-            progress.close()
+        written = build(
+            plan, args.out, workers=args.workers, report=progress.update, only=nothing, merge=not args.shards
+        )
     if written is None:
-        print(f"{args.out}: shards {args.shards} of {len(plan.tasks)} are whole; with all of them there, run --merge")
-    else:
-        report(written, args.out, time.monotonic() - started)
+        print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")
+    return written
 
 
 def numbers(text: str, shards: int) -> range:
     """ "0:64" → range(0, 64); "3/16" → the fourth of 16 slices, which differ by one shard at most and may be empty."""
+    if match := re.fullmatch(r"(\d+)/(\d+)", text):
+        number, slices = map(int, match.groups())
+        if number < slices:
+            return range(number * shards // slices, (number + 1) * shards // slices)
     if "/" in text:
-        return slice_of(text, shards)
-    first, colon, last = text.partition(":")
-    if not (colon and (first + "0").isdigit() and (last + "0").isdigit()):
-        raise ConfigError(f"--shards {text}: say A:B, the first and the one after the last, or I/N, slice I of N")
+        raise ConfigError(f"--shards {text}: write I/N, with I from 0 to N - 1")
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise ConfigError(f"--shards {text}: write A:B, the first and the one after the last, or I/N, slice I of N")
+    first, last = match.groups()
     chosen = range(int(first or 0), min(int(last or shards), shards))
     if not chosen:
         raise ConfigError(f"--shards {text}: there are {shards} shards, 0 to {shards - 1}")
     return chosen
 
 
-def slice_of(text: str, shards: int) -> range:
-    number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
-        raise ConfigError(f"--shards {text}: say I/N, with I from 0 to N - 1")
-    n, slices = int(number), int(of)
-    return range(n * shards // slices, (n + 1) * shards // slices)
-
-
-def say_decoders(*, trusted: bool) -> None:
-    """What decodes. Pillow-SIMD lags behind Pillow, and then has faults that are known to whoever made an image."""
+def print_decoders(*, trusted: bool) -> None:
+    """Rejects old decoders: Pillow-SIMD lags behind Pillow, and then has faults that whoever made an image may know."""
     simd = ".post" in PIL.__version__
     name = f"{'Pillow-SIMD' if simd else 'Pillow'} {PIL.__version__}"
     if tuple(int(part) for part in PIL.__version__.split(".")[:2]) < PILLOW and not trusted:
         raise ConfigError(
             f"{name} is older than {'.'.join(map(str, PILLOW))}, whose predecessors have known security faults;"
-            " install a newer one, or pass --trust-images where you know where the images are from"
+            " install a newer one, or pass --trust-images if you know where the images are from"
         )
     print(f"decoding with libjpeg-turbo (simplejpeg {simplejpeg.__version__}), odd images with {name}", flush=True)
 
 
-def verify(official: imagenet.ImageNet, remembered: Path) -> None:
-    total = sum(size for _, size in official.to_verify())
-    if not total:
-        return
-    progress = Progress("md5", total, unit="B")
-    try:
-        official.verify(progress.update, remembered)
-    finally:
-        progress.close()
-
-
-def foresee(plan: Plan, only: range | None, out: Path, workers: int) -> None:
-    """--dry-run: what would be written, how much of it, and for how long."""
-    forecast = build_forecast(plan, only)
+def print_forecast(plan: Plan, only: range, out: Path, workers: int) -> None:
+    """--dry-run: what would be written, its size, and the time it takes."""
+    record, seconds = forecast(plan, only)
+    tried = record.shard.samples + len(record.bad)
+    factor = plan.images(only) / tried
+    size = record.shard.bytes * factor
     for split, items in plan.source.splits.items():
         shards = sum(task.split == split for task in plan.tasks)
         print(f"{split}: {len(items):,} images in {shards} shards")
     existing_folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing_folder).free
-    chosen = f"shards {only.start}:{only.stop}" if only else "all shards"
+    chosen = "all shards" if len(only) == len(plan.tasks) else f"shards {only.start}:{only.stop}"
     print(
-        f"{chosen}: about {forecast.bytes / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {existing_folder};"
-        f" about {clock(forecast.seconds / workers)} with {workers} workers,"
-        f" by {forecast.tried} images that were tried, {forecast.bad} of them bad"
+        f"{chosen}: about {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {existing_folder};"
+        f" about {clock(seconds * factor / workers)} with {workers} workers,"
+        f" by {tried} images that were tried, {len(record.bad)} of them bad"
     )
-    if forecast.bytes > free:
+    if size > free:
         print(f"warning: {out} has too little room", file=sys.stderr)
 
 
@@ -324,6 +254,12 @@ def report(written: dict, out: Path, seconds: float) -> None:
         if written[what]:
             print(f"{label}: {len(written[what])}, listed in the manifest under {what!r}")
     print(f"{out}: {len(written['classes'])} classes, done in {clock(seconds)}")
+    if written.get("stored_order", {}).get("train", "mixed") != "mixed":
+        print(
+            f"warning: the samples of train are stored {written['stored_order']['train']}; leave window at 0 or set it"
+            " to many shards (docs/order.md), or a batch will hold few classes",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One image file, safely: decoded, checked, resized and encoded. Pure, and nothing is trusted but the content."""
+"""Decodes, checks, resizes and encodes one image file. Pure; only the content is trusted, never the name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..geometry import resized
 from .pixels import SLACK, Resizer, Square, resize_short_side, resized_square
 
-MAX_PIXELS = 100_000_000  # refused from the header: 300 MB decoded, 5 times ImageNet's largest
+MAX_PIXELS = 100_000_000  # rejected from the header: 300 MB decoded, 5 times ImageNet's largest
 MAX_SIDE = 65_500  # libjpeg's limit
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 
@@ -54,22 +54,22 @@ class Measured(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """An image ready to be stored, and what was learnt on the way."""
+    """An image ready to be stored, its size, and what was measured."""
 
     image: bytes
     width: int
     height: int
     measured: Measured | None
-    converted: str | None  # what it was before, where it had to be converted
+    converted: str | None  # its kind before, if it had to be converted
 
 
 class Preparer:
     """Decodes, checks, resizes and encodes, image after image, in buffers of its own. For one thread.
 
-    measure: also give what statistics are made of. check: `full` decodes every image, `header` looks no further than
-    at its size where `keep` stores it as it is.
+    measure: also return the pixels of the statistics. check: `full` decodes every image, `header` reads only its size
+    if `keep` stores it as it is.
 
-    libjpeg-turbo does what it can; what it refuses or warns of is Pillow's to judge.
+    libjpeg-turbo decodes; Pillow decodes what libjpeg-turbo rejects or warns of.
     """
 
     def __init__(self, encoding: Encoding, *, measure: bool = True, check: str = "full") -> None:
@@ -92,11 +92,9 @@ class Preparer:
         (width, height), converted = self._decode(data, header)
         encoding, size = self.encoding, (width, height)
         if encoding.kind == "keep":
-            stored = data
-            if converted:
-                stored = _jpeg(self._pixels[: 3 * width * height].reshape(height, width, 3), CONVERTED_QUALITY)
+            stored = _jpeg(self._image(size), CONVERTED_QUALITY) if converted else data
             return Prepared(stored, width, height, self._measured(size) if self.measure else None, converted)
-        _refuse_slivers(size, encoding.size)
+        _reject_slivers(size, encoding.size)
         if encoding.square:
             pixels = resized_square(self._resizer, self._pixels, size, encoding.size)
         else:
@@ -121,10 +119,10 @@ class Preparer:
         converted = _foreign(image) or _untidy(data)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # odd EXIF and the like: the pixels are what counts
+                warnings.simplefilter("ignore")  # of odd EXIF, for example; only the pixels matter
                 image.load()
             pixels = np.asarray(_to_8_bit(image).convert("RGB"))
-        except Exception as err:  # the decoders of thirty formats raise whatever they like
+        except Exception as err:  # the decoders of thirty formats raise many kinds
             raise BadImage(f"damaged or truncated image ({err})") from err
         self._make_room(*image.size)
         self._pixels[: pixels.size] = pixels.reshape(-1)
@@ -135,25 +133,24 @@ class Preparer:
             self._pixels = np.zeros(3 * width * height * 5 // 4 + SLACK, np.uint8)
 
     def _measured(self, size: tuple[int, int]) -> Measured:
-        """The centre square, its short side encoding.size; pixels are counted at their own size where it is smaller."""
+        """The centre square of short side encoding.size; a smaller image's pixels are counted at their own size."""
         short, wanted = min(size), self.encoding.size
         square = Square.centre(resized_square(self._resizer, self._pixels, size, wanted), wanted)
         if short >= wanted:
             return Measured(square, square)
-        whole = self._pixels[: 3 * size[0] * size[1]].reshape(size[1], size[0], 3)
-        return Measured(square, Square.centre(whole, short))
+        return Measured(square, Square.centre(self._image(size), short))
 
-
-def prepare(data: bytes, encoding: Encoding) -> Prepared:
-    """One image: see Preparer."""
-    return Preparer(encoding)(data)
+    def _image(self, size: tuple[int, int]) -> np.ndarray:
+        """(height, width, 3): what was decoded last."""
+        width, height = size
+        return self._pixels[: 3 * width * height].reshape(height, width, 3)
 
 
 def decode(data: bytes) -> np.ndarray:
     """(height, width, 3) uint8, RGB, of any image that can become a sample. Raises BadImage with the reason."""
     preparer = Preparer(Encoding(), measure=False)
-    (width, height), _ = preparer._decode(data, _plain_jpeg(data))
-    return preparer._pixels[: 3 * width * height].reshape(height, width, 3)
+    size, _ = preparer._decode(data, _plain_jpeg(data))
+    return preparer._image(size)
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -189,7 +186,7 @@ def _size_fault(width: int, height: int) -> str | None:
     return None
 
 
-def _refuse_slivers(size: tuple[int, int], short: int) -> None:
+def _reject_slivers(size: tuple[int, int], short: int) -> None:
     """A 3000×2 image would become 384,000×256: more than JPEG holds, and soon more than memory does."""
     width, height = map(int, resized(*size, short))
     if max(width, height) > MAX_SIDE:
@@ -204,7 +201,7 @@ def _foreign(image: Image.Image) -> str | None:
 
 
 def _untidy(data: bytes) -> str | None:
-    """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders refuse the whole image."""
+    """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders reject the whole image."""
     if data[:2] != b"\xff\xd8":
         return None
     at = 2

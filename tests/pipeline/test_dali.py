@@ -14,7 +14,8 @@ from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
 from pipeline.errors import BadSample, ConfigError
 from pipeline.read import buffers, dali_decoder
 from pipeline.read.dali_decoder import Decoder
-from pipeline.shards import Sample, write_index, write_shard
+from pipeline.shards import Sample, write_array, write_shard
+from pipeline.storage import Folder
 from tests.conftest import ROOT, picture
 
 VIEW = AugmentConfig(resize=32, crop=24)
@@ -129,10 +130,12 @@ POISON = {
 def poisoned(root, poison: bytes, *, count: int, at: int):
     images = [jpeg()] * count
     images[at] = poison
-    shard, rows = write_shard(root / "x.tar", (Sample(f"s{i}", im, 0, 32, 32) for i, im in enumerate(images)), number=0)
-    split = manifest.split_record([shard], "x.npy", write_index(root / "x.npy", rows))
+    shard, rows = write_shard(
+        Folder(root), "x.tar", (Sample(f"s{i}", im, 0, 32, 32) for i, im in enumerate(images)), number=0
+    )
+    split = manifest.split_record([shard], "x.npy", write_array(Folder(root), "x.npy", rows))
     statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}
-    manifest.write_manifest(root, {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
+    manifest.write_manifest(Folder(root), {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
     return root
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 from pipeline import manifest
 from pipeline.errors import DataError
+from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.imagenet import EDITIONS, ImageNet
+from pipeline.write.sources.imagenet import ImageNet, ImageNet2010, ImageNet2012
 from tests.conftest import run_tool, the_error
 from tests.pipeline import archives
 from tests.pipeline.archives import WNIDS, Mini, tar_of
@@ -27,7 +29,7 @@ def mini(request, tmp_path_factory) -> tuple[int, Mini]:
 
 
 def source(mini: Mini, year: int, **options) -> ImageNet:
-    return ImageNet(mini.root, EDITIONS[f"imagenet{year}"], **options)
+    return {2010: ImageNet2010, 2012: ImageNet2012}[year](mini.root, **options)
 
 
 def test_every_image_has_its_label_and_its_bytes(mini, tmp_path):
@@ -93,7 +95,7 @@ def test_counts_are_the_kits(tmp_path):
     images.popitem()
     inner["n01440764.tar"] = tar_of(images, order=np.random.default_rng(0))
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner, order=np.random.default_rng(0)))
-    with pytest.raises(DataError, match=rf"n01440764 has {len(images)} images where the kit counts {len(images) + 1}"):
+    with pytest.raises(DataError, match=rf"n01440764 has {len(images)} images, but the kit counts {len(images) + 1}"):
         source(made, 2012)
     assert len(source(made, 2012, counts=False).splits["train"]) == len(made.data) - 11 - 4 - 1
 
@@ -115,7 +117,7 @@ def test_a_first_class_that_is_not_imagenets_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "ID_OF", dict(zip(renamed, archives.ID_OF.values())))
     monkeypatch.setattr(archives, "WNIDS", renamed)
     made = Mini(tmp_path, 2012)
-    with pytest.raises(DataError, match="its first class is n01443537 where ImageNet 2012 has n01440764"):
+    with pytest.raises(DataError, match="its first class is n01443537, but ImageNet 2012 has n01440764"):
         source(made, 2012)
 
 
@@ -142,14 +144,12 @@ def test_md5_sums_are_compared_and_the_file_named(tmp_path):
 
 
 def test_md5_sums_that_agree_are_remembered(tmp_path, monkeypatch):
-    made = source(Mini(tmp_path, 2012), 2012)
-    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in made.edition.md5}
-    made.edition = made.edition._replace(md5=sums)
-    read = []
-    made.verify(read.append, tmp_path / "md5.json")
-    assert sum(read) == sum((tmp_path / name).stat().st_size for name in sums)
+    made = source(Mini(tmp_path, 2012), 2012, md5=True)
+    made.sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in made.sums}
+    made.verify(Folder(tmp_path), "md5.json")
+    assert json.loads((tmp_path / "md5.json").read_text()).keys() == made.sums.keys()
     monkeypatch.setattr(hashlib, "md5", None)  # not needed again
-    made.verify(read.append, tmp_path / "md5.json")
+    made.verify(Folder(tmp_path), "md5.json")
 
 
 def test_2012_without_the_test_archive_has_no_test_split(tmp_path):

@@ -359,7 +359,8 @@ def test_after_an_error_the_same_batch_comes_again_and_not_the_next(shards, tmp_
 
 def test_an_image_that_pillow_takes_and_dali_refuses_is_named(tmp_path):
     from pipeline import manifest
-    from pipeline.shards import Sample, write_index, write_shard
+    from pipeline.shards import Sample, write_array, write_shard
+    from pipeline.storage import Folder
 
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(out, "JPEG")
@@ -367,11 +368,11 @@ def test_an_image_that_pillow_takes_and_dali_refuses_is_named(tmp_path):
     end = 4 + int.from_bytes(good[4:6], "big")
     images = [good, good[:end] + b"\0\1\2" + good[end:], good]
     shard, rows = write_shard(
-        tmp_path / "x.tar", (Sample(f"s{i}", image, 0, 64, 64) for i, image in enumerate(images)), number=0
+        Folder(tmp_path), "x.tar", (Sample(f"s{i}", image, 0, 64, 64) for i, image in enumerate(images)), number=0
     )
-    split = manifest.split_record([shard], "x.npy", write_index(tmp_path / "x.npy", rows))
+    split = manifest.split_record([shard], "x.npy", write_array(Folder(tmp_path), "x.npy", rows))
     statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}
-    manifest.write_manifest(tmp_path, {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
+    manifest.write_manifest(Folder(tmp_path), {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
     view = AugmentConfig(resize=64, crop=32)
     with (
         Loader(tmp_path, batch=3, augment=view, config=LoaderConfig("dali-cpu")) as loader,

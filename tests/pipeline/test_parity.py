@@ -16,7 +16,8 @@ from pipeline import AugmentConfig, Loader, LoaderConfig, manifest, open_dataset
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import colour_shift
 from pipeline.read.backend import to_device
-from pipeline.shards import Sample, write_index, write_shard
+from pipeline.shards import Sample, write_array, write_shard
+from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
@@ -57,11 +58,11 @@ def dataset_of(images: list[bytes], root, **statistics):
     """A dataset that holds exactly these bytes, whatever they are."""
     sizes = [Image.open(io.BytesIO(image)).size for image in images]
     samples = (Sample(f"s{i}", image, i, *size) for i, (image, size) in enumerate(zip(images, sizes)))
-    shard, rows = write_shard(root / "x.tar", samples, number=0)
-    split = manifest.split_record([shard], "x.npy", write_index(root / "x.npy", rows))
+    shard, rows = write_shard(Folder(root), "x.tar", samples, number=0)
+    split = manifest.split_record([shard], "x.npy", write_array(Folder(root), "x.npy", rows))
     measured = {"mean": [120.0, 110.0, 100.0], "std": [60.0, 59.0, 58.0]} | statistics
     content = {"classes": [str(i) for i in range(len(images))], "splits": {"train": split}, "statistics": measured}
-    manifest.write_manifest(root, content)
+    manifest.write_manifest(Folder(root), content)
     return root
 
 

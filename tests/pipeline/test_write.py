@@ -23,9 +23,10 @@ from pipeline import manifest, resample
 from pipeline.errors import ConfigError, DataError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
+from pipeline.storage import Folder
 from pipeline.write import images, pixels
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.images import BadImage, Encoding, prepare
+from pipeline.write.images import BadImage, Encoding, Preparer
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
 from tests.conftest import picture
 
@@ -34,6 +35,10 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
+
+
+def prepare(data: bytes, encoding: Encoding) -> images.Prepared:
+    return Preparer(encoding)(data)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -91,7 +96,7 @@ samples = st.builds(
 @given(st.lists(samples, max_size=25, unique_by=lambda sample: sample.key), st.sampled_from(["jpg", "raw"]))
 def test_a_shard_is_byte_for_byte_what_webdataset_writes(tmp_path_factory, samples, extension):
     path = tmp_path_factory.mktemp("shard") / "x.tar"
-    write_shard(path, samples, number=0, extension=extension)
+    write_shard(Folder(path.parent), path.name, samples, number=0, extension=extension)
     expected = io.BytesIO()
     with webdataset.TarWriter(expected, mtime=0, encoder=False) as tar:
         for sample in samples:
@@ -203,7 +208,7 @@ def test_the_seed_shuffles_over_all_shards(tmp_path):
 def test_digits_are_scikit_learns():
     sklearn = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed").load_digits()
     source = Digits(side=8)
-    for item in source.splits["val"][:50] + source.splits["train"][:50]:
+    for item in [*source.splits["val"]][:50] + [*source.splits["train"]][:50]:
         i = int(item.where)
         assert item.label == sklearn.target[i]
         decoded = np.asarray(Image.open(io.BytesIO(source.read(item)))).astype(float)
@@ -436,7 +441,7 @@ def test_a_finished_dataset_and_foreign_files_are_never_overwritten(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     before = folder_bytes(tmp_path)
     build(plan, tmp_path, workers=1)
-    with pytest.raises(ConfigError, match=r"holds a finished dataset with options\.seed=0 where this one has 1;"):
+    with pytest.raises(ConfigError, match=r"holds a finished dataset with options\.seed=0, but this one has 1;"):
         build(Plan(Digits(side=8), Options(seed=1)), tmp_path, workers=1)
     assert folder_bytes(tmp_path) == before
 

@@ -57,7 +57,7 @@ def test_slices_cover_every_shard_once_and_differ_by_one(shards, slices):
 
 @pytest.mark.parametrize("text", ["3/3", "-1/3", "1/0", "/2", "1/", "a/b", "1/2/3"])
 def test_other_slices_are_refused(text):
-    with pytest.raises(ConfigError, match="say I/N"):
+    with pytest.raises(ConfigError, match="write I/N"):
         numbers(text, 10)
 
 

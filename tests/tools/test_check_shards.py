@@ -6,16 +6,21 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import Loader, LoaderConfig, open_dataset
+from pipeline import Loader, LoaderConfig, manifest, open_dataset
 from pipeline.errors import DataError
+from pipeline.shards import INDEX_DTYPE, Shard, crc32, file_sha256, write_array
+from pipeline.storage import Folder
+from pipeline.tar import members
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import Digits, ImageFolder
 from tests.conftest import run_tool, the_error
@@ -35,6 +40,7 @@ def test_a_whole_dataset_passes_and_its_histogram_is_written(whole, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train: 1,438 samples in 5 shards" in done.stdout
     assert "wrong" not in done.stdout
+    assert re.search("ok +samples as webdataset itself reads them", done.stdout)
     written = json.loads((tmp_path / "check.json").read_text())
     assert written["ok"]
     assert sum(written["splits"]["val"]["histogram"]) == 359
@@ -83,7 +89,7 @@ def test_damage_to_a_tar_is_found_and_named(whole, tmp_path, kind):
 def test_training_refuses_damage_of_size_at_opening_and_changed_bytes_at_their_first_read(whole, tmp_path, kind):
     root, shard, _ = damaged(whole, tmp_path, kind)
     if kind.startswith("cut"):
-        with pytest.raises(DataError, match=rf"{shard}: \d+ bytes where the manifest says"):
+        with pytest.raises(DataError, match=rf"{shard}: \d+ bytes, \d+ in the manifest"):
             open_dataset(root)
         return
     with Loader(root, batch=64, config=LoaderConfig("portable")) as loader:
@@ -111,11 +117,11 @@ def test_other_damage_is_found_too(whole, tmp_path):
     done = run_tool(CHECK, root)
     assert done.returncode == 1
     for said in (
-        f"{shards[0]}: missing",
+        f"{shards[0]}: the shard is missing",
         f"{shards[2]}: {shards[2][:-3]}idx does not name",
         "digits-mean.npy: ",
-        "_info.json: cannot be read",
-        f"{shards[3]}: {label.name} says b'",
+        "_info.json: differs from the manifest",
+        f"{shards[3]}: {label.name} has b'",
     ):
         assert said in done.stdout
 
@@ -133,6 +139,46 @@ def test_an_undecodable_image_is_found_when_asked_for(image_folder, tmp_path):
     assert done.returncode == 1
     assert "cat_0.jpg at byte" in done.stdout
     assert "cannot be decoded" in done.stdout
+
+
+def in_another_order(names: list[str]) -> list[str]:
+    """Both labels before both images: webdataset takes them for four samples."""
+    return [names[0], names[2], names[1], names[3], *names[4:]]
+
+
+def under_another_key(names: list[str]) -> list[str]:
+    """A label's member that belongs to no image."""
+    return ["other.cls", *names[1:]]
+
+
+@pytest.mark.parametrize("change", [in_another_order, under_another_key])
+def test_a_set_that_webdataset_reads_differently_is_found(whole, tmp_path, change):
+    """Index, sizes and checksums agree with the tar: only reading it as others will shows the difference."""
+    with tarfile.open(sorted(whole.glob("*-val-*.tar"))[0]) as tar:
+        stored = {m.name: tar.extractfile(m).read() for m in tar.getmembers()[:6]}
+    images = [data for name, data in stored.items() if name.endswith("jpg")]
+    renamed = dict(zip(change(list(stored)), [stored.get(name, b"0") for name in change(list(stored))]))
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in renamed.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    rows = []
+    for member in members(path):
+        if member.name.endswith("jpg"):
+            label = int(stored[member.name.replace("jpg", "cls")])
+            rows.append((member.offset, member.size, 0, label, crc32(stored[member.name]), 20, 20))
+    folder = Folder(tmp_path)
+    shard = Shard("x.tar", len(images), path.stat().st_size, file_sha256(path))
+    name = write_array(folder, "x.npy", np.array(rows, INDEX_DTYPE))
+    splits = {"train": manifest.split_record([shard], "x.npy", name)}
+    manifest.write_manifest(folder, {"classes": list("0123456789"), "splits": splits, "statistics": {}})
+    assert run_tool(CHECK, tmp_path).returncode == 0
+    done = run_tool(CHECK, tmp_path, "--deep")
+    assert done.returncode == 1
+    assert "x.tar: webdataset reads " in done.stdout
+    assert re.search("1 wrong +samples as webdataset itself reads them", done.stdout)
 
 
 def test_duplicates_are_counted_within_and_across_splits(image_folder, tmp_path):

@@ -28,9 +28,9 @@ from model import AlexNet, ModelConfig
 from pipeline.manifest import open_dataset
 from pipeline.read.augment import AugmentConfig
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.imagenet import EDITIONS, ImageNet
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
+from pipeline.write.sources.imagenet import ImageNet2012
 from tests.conftest import ROOT, real_images, run_here, run_tool, the_error
 from tests.pipeline.archives import ID_OF, Mini
 from tools import evaluate
@@ -161,7 +161,7 @@ def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(trained, digits, t
 
 def test_a_submission_has_the_official_order_and_numbers(tmp_path):
     mini = Mini(tmp_path / "archives", 2012)
-    source = ImageNet(tmp_path / "archives", EDITIONS["imagenet2012"])
+    source = ImageNet2012(tmp_path / "archives")
     build(Plan(source, Options()), tmp_path / "shards", workers=1)
     dataset = open_dataset(tmp_path / "shards")
     torch.manual_seed(1)

@@ -116,7 +116,7 @@ def test_other_options_are_refused_with_both_values(job, tmp_path, finished):
     done = run_tool(MAKE, *args, "--out", out, "--quality", 70)
     assert done.returncode == 2
     what = "a finished dataset" if finished else "an unfinished sharding"
-    assert f"holds {what} with options.encoding.quality=90 where this one has 70" in the_error(done)
+    assert f"holds {what} with options.encoding.quality=90, but this one has 70" in the_error(done)
 
 
 def test_two_at_once_in_one_folder_do_not_harm_each_other(job, tmp_path):

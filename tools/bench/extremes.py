@@ -16,7 +16,8 @@ import numpy as np
 
 from pipeline import AugmentConfig, Loader, manifest, open_dataset
 from pipeline.read.plan import PLAN_IMAGES
-from pipeline.shards import write_index
+from pipeline.shards import write_array
+from pipeline.storage import Folder
 
 SAMPLES, VALIDATION, EPOCHS = 1_281_167, 32, 20
 
@@ -59,14 +60,14 @@ def enlarge(root: Path, out: Path) -> Path:
     def record(index: np.ndarray, name: str) -> dict[str, Any]:
         counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
         shards = [type(s)(s.name, count, s.bytes, s.sha256) for s, count in zip(split.shards, counts, strict=True)]
-        return manifest.split_record(shards, name, write_index(out / name, index))
+        return manifest.split_record(shards, name, write_array(Folder(out), name, index))
 
     repeated = np.resize(np.asarray(split.index), SAMPLES)
     repeated = repeated[np.argsort(repeated["shard"], kind="stable")]
     splits = {"train": record(repeated, "large.npy"), "val": record(split.index[:VALIDATION], "val.npy")}
     names = ("dataset", "classes", "statistics", "options")
     same = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
-    manifest.write_manifest(out, same | {"splits": splits})
+    manifest.write_manifest(Folder(out), same | {"splits": splits})
     return out
 
 

@@ -17,7 +17,8 @@ DIFFERENT = 64  # pictures; more only take time to make
 def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     """Shards of `count` made JPEGs over `classes` classes: for checks. They flatter decoders, so not for rates."""
     from pipeline import manifest
-    from pipeline.shards import Sample, write_index, write_shard
+    from pipeline.shards import Sample, write_array, write_shard
+    from pipeline.storage import Folder
 
     out = proof.scratch / f"pictures-{classes}-{count}"
     if (out / manifest.NAME).is_file():
@@ -25,10 +26,10 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     out.mkdir(exist_ok=True)
     made = _made(min(count, DIFFERENT))
     samples = (Sample(f"p{i:05d}", made[i % len(made)], i % classes, WIDTH, HEIGHT) for i in range(count))
-    shard, rows = write_shard(out / "pictures.tar", samples, number=0)
-    split = manifest.split_record([shard], "index.npy", write_index(out / "index.npy", rows))
+    shard, rows = write_shard(Folder(out), "pictures.tar", samples, number=0)
+    split = manifest.split_record([shard], "index.npy", write_array(Folder(out), "index.npy", rows))
     content = {"dataset": "pictures", "classes": [f"{c:04d}" for c in range(classes)], "splits": {"train": split}}
-    manifest.write_manifest(out, content | {"statistics": {"mean": [127.5] * 3, "std": [64.0] * 3}})
+    manifest.write_manifest(Folder(out), content | {"statistics": {"mean": [127.5] * 3, "std": [64.0] * 3}})
     return out
 
 

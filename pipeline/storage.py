@@ -1,0 +1,63 @@
+"""The folder that a sharding writes. Storage without files would implement the same methods."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO
+
+from .files import LOCK_SECONDS, atomic_write, locked
+
+
+class Folder:
+    """A local folder. A name may have one folder before it: `parts/lock`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        """All files and folders in it, sorted. Makes the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return sorted(os.listdir(self.path))
+
+    def size(self, name: str) -> int | None:
+        """In bytes; None if there is no such file."""
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def publish(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """Opens a file that gets its name when the block succeeds: see atomic_write."""
+        return atomic_write(self._with_folder(name))
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        with self.publish(name) as file:
+            file.write(data)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, or a folder with all that is in it."""
+        path = self.path / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def lock(self, name: str, *, shared: bool = False, wait_seconds: float = LOCK_SECONDS) -> BinaryIO:
+        """While the returned file is open, no other process holds the lock; those that ask for a shared one may.
+
+        Raises StorageError if another process does not release it within `wait_seconds`.
+        """
+        while True:
+            try:
+                return open(locked(self._with_folder(name), shared=shared, wait_seconds=wait_seconds), "rb")
+            except FileNotFoundError:  # the process that held it has removed the folder
+                continue
+
+    def _with_folder(self, name: str) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path

@@ -1,0 +1,104 @@
+"""The plan of a sharding: which image goes into which shard. A function of the source and the options alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import PIL
+import simplejpeg
+
+from ..errors import ConfigError
+from .images import Encoding
+from .sources import Item, Items, Source
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a source becomes shards. stats: measure the training pixels. check: how images that are kept are checked."""
+
+    encoding: Encoding = field(default_factory=Encoding)
+    samples_per_shard: int = 1000
+    seed: int = 0
+    max_bad_fraction: float = 0.0
+    stats: bool = True
+    check: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"samples-per-shard={self.samples_per_shard}: must be at least 1")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise ConfigError(f"max-bad-fraction={self.max_bad_fraction}: must be in [0, 1)")
+        if self.check not in ("full", "header"):
+            raise ConfigError(f"check={self.check}: choose full or header")
+        if self.check == "header" and (self.stats or self.encoding.kind != "keep"):
+            raise ConfigError("check=header goes with encode=keep and stats off: all else decodes every image anyway")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make."""
+
+    split: str
+    number: int
+    name: str
+    source: Items
+    rows: np.ndarray  # positions in `source`, in the shard's order
+
+    @property
+    def items(self) -> list[Item]:
+        return [self.source[row] for row in self.rows.tolist()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image goes into which shard."""
+
+    source: Source
+    options: Options
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        tasks, per = [], self.options.samples_per_shard
+        for split, items in self.source.splits.items():
+            shuffled = _shuffled(self.options.seed, split, items)
+            for number, start in enumerate(range(0, len(shuffled), per)):
+                name = f"{self.source.name}-{split}-{number:06d}.tar"
+                tasks.append(Task(split, number, name, items, shuffled[start : start + per]))
+        return tasks
+
+    def numbers(self, only: range | None) -> range:
+        """The tasks' numbers; `only`: no others than these."""
+        every = range(len(self.tasks))
+        return every if only is None else every[only.start : only.stop]
+
+    def images(self, numbers: Iterable[int]) -> int:
+        """How many images these shards are made of."""
+        return sum(len(self.tasks[n].rows) for n in numbers)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the bytes, except the images themselves: runs may share a folder if this is the same."""
+        options = asdict(self.options)
+        del options["max_bad_fraction"]
+        return {
+            "dataset": self.source.name,
+            "source": self.source.describe(),
+            "options": options,
+            "images": {split: items.digest() for split, items in self.source.splits.items()},
+            # the decoders and encoders that make the pixels and bytes
+            "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
+        }
+
+
+def _shuffled(seed: int, split: str, items: Items) -> np.ndarray:
+    """(n,) int64. By a hash of the key, not by a generator: the same on every version of Python and NumPy."""
+    digests = bytearray(16 * len(items))
+    for i, key in enumerate(items.keys):
+        digests[16 * i : 16 * i + 16] = hashlib.sha256(f"{seed}/{split}/{key}".encode()).digest()[:16]
+    words = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    return np.lexsort((words[:, 1], words[:, 0]))

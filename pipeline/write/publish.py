@@ -1,0 +1,102 @@
+"""From the records of all shards to what the manifest holds: for new shards and for tars that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from .. import manifest
+from ..errors import DataError
+from ..shards import write_array
+from ..storage import Folder
+from .journal import ShardRecord
+from .pixels import Sums
+
+NAMED_BAD = 10  # in the error's one line
+
+
+class BadImages(DataError):
+    """More images cannot be used than are allowed; `listed` names all of them."""
+
+    def __init__(self, listed: list[dict[str, str]], of: int) -> None:
+        self.listed = listed
+        named = "; ".join(f"{bad['image']}: {bad['reason']}" for bad in listed[:NAMED_BAD])
+        more = f"; and {len(listed) - NAMED_BAD} more" if len(listed) > NAMED_BAD else ""
+        super().__init__(
+            f"{len(listed)} of {of} images cannot be used ({named}{more});"
+            " repair or remove them, or allow them with --max-bad-fraction"
+        )
+
+
+class Totals:
+    """Sums of all shards, over the images' centre squares of `size` pixels, in grey levels."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.images, self.pixels = size, 0, 0
+        self.image = np.zeros(3 * size * size, np.int64)
+        self.channels = np.zeros(3, np.int64)
+        self.products = np.zeros(6, np.int64)  # rr, rg, rb, gg, gb, bb
+
+    def add(self, sums: Sums) -> None:
+        for name in ("images", "pixels", "image", "channels", "products"):
+            setattr(self, name, getattr(self, name) + getattr(sums, name))
+
+    def publish(self, folder: Folder, name: str) -> dict[str, Any]:
+        """Writes the mean image as `name`; returns all other statistics for the manifest, with the file's sha256."""
+        mean = self.channels / self.pixels
+        rr, rg, rb, gg, gb, bb = self.products / self.pixels
+        covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)
+        values, vectors = np.linalg.eigh(covariance)
+        # An eigenvector may point either way: this fixes the direction.
+        vectors *= np.sign(vectors[np.abs(vectors).argmax(0), [0, 1, 2]])
+        mean_image = (self.image / self.images).reshape(self.size, self.size, 3)
+        return {
+            "mean": mean.tolist(),
+            "std": np.sqrt(np.diag(covariance)).tolist(),
+            "covariance": covariance.tolist(),
+            "eigenvalues": values.round(9).tolist(),  # the last digits depend on the machine's linear algebra
+            "eigenvectors": vectors.T.round(9).tolist(),  # each a row, of unit length, in the order of the values
+            "mean_image": {"file": name, "sha256": write_array(folder, name, mean_image.astype(np.float32))},
+        }
+
+
+class Collected:
+    """The records of all shards by split, their statistics, and the images that were converted or cannot be used.
+
+    The records are kept without their sums: a mean image a shard would be a gigabyte for ImageNet.
+    Raises BadImages if more images than max_bad_fraction cannot be used.
+    """
+
+    def __init__(self, records: Iterable[tuple[str, ShardRecord]], *, size: int, max_bad_fraction: float) -> None:
+        self.of_split: dict[str, list[ShardRecord]] = {}
+        self.totals = Totals(size)
+        self.converted: list[dict[str, str]] = []
+        self.bad: list[dict[str, str]] = []
+        samples = 0
+        for split, record in records:
+            if record.sums is not None:
+                self.totals.add(record.sums)
+            self.of_split.setdefault(split, []).append(record._replace(sums=None))
+            self.converted += record.converted
+            self.bad += record.bad
+            samples += record.shard.samples
+        for listed in (self.converted, self.bad):
+            listed.sort(key=lambda entry: entry["image"])  # and not in the order of the shuffle
+        if len(self.bad) > max_bad_fraction * (samples + len(self.bad)):
+            raise BadImages(self.bad, samples + len(self.bad))
+
+    def write_splits(self, folder: Folder, dataset: str) -> dict[str, Any]:
+        """Writes each split's index; returns the splits for the manifest."""
+        splits = {}
+        for split, records in self.of_split.items():
+            for number, record in enumerate(records):
+                record.rows["shard"] = number
+            if not any(len(record.rows) for record in records):
+                raise DataError(f"{split}: no usable image is left in this split")
+            rows = np.concatenate([record.rows for record in records])
+            index = f"{dataset}-{split}.index.npy"
+            shards = [record.shard for record in records]
+            splits[split] = manifest.split_record(shards, index, write_array(folder, index, rows))
+        return splits

@@ -1,0 +1,148 @@
+"""What a source of labelled images is: it lists its items in a fixed order and reads one at a time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...errors import ConfigError
+from ...storage import Folder
+
+MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
+
+
+class Item(NamedTuple):
+    """One image of a split. `where` names it for people, and is all that some sources need to find it."""
+
+    key: str
+    label: int  # 0-based; -1: not known
+    where: str
+    extent: tuple[int, int, int] = (0, 0, 0)  # archive, first byte, bytes: for sources that read archives
+
+
+class Names(Sequence[str]):
+    """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, name: str) -> None:
+        self._bytes += name.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+
+
+class Items(Sequence[Item]):
+    """A split's images: 100 bytes each."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.keys, self.where = Names(), Names()
+        labels, extents = array("i"), array("q")
+        for item in items:
+            self.keys.append(item.key)
+            self.where.append(item.where)
+            labels.append(item.label)
+            extents.extend(item.extent)
+        self.labels = np.array(labels, np.int32)
+        self.extents = np.array(extents, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: Any) -> Any:
+        i = range(len(self))[i]  # IndexError ends an iteration
+        return Item(self.keys[i], int(self.labels[i]), self.where[i], tuple(self.extents[i].tolist()))
+
+    def digest(self) -> str:
+        """A hash of all that decides what is stored, except the images themselves."""
+        digest = hashlib.sha256()
+        for name in (*self.keys, *self.where):
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        digest.update(self.labels.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+class Source:
+    """A set of labelled images. Forked workers inherit it as it is, so it holds no open file before the first read."""
+
+    name: str
+    classes: list[str]
+    splits: dict[str, Items]
+    class_names: list[str] | None = None  # for people, if `classes` are ids
+    class_ids: list[int] | None = None  # official numbers of the classes, if labels are others
+
+    help = ""  # of the command line
+
+    def read(self, item: Item) -> bytes:
+        """The image file's bytes. Raises BadImage if there is none."""
+        raise NotImplementedError
+
+    def ahead(self, item: Item) -> None:
+        """Asks the system to fetch what read() will want soon; returns at once."""
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry on the source: nothing that differs from machine to machine."""
+        return {"kind": self.name}
+
+    def verify(self, folder: Folder, note: str) -> None:
+        """Checks the whole input before any shard is made. `note`: a file in `folder` for results worth keeping."""
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        """Adds the command line's options of this source."""
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> Source:
+        return cls()
+
+
+class UniqueKeys:
+    """Tar keys for names: ASCII, no dots or slashes, at most MAX_KEY + a counter long, each one once.
+
+    webdataset cuts a key at its first dot, so that "a.b.jpg" and "a.c.jpg" would be one sample.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Counter[str] = Counter()
+
+    def __call__(self, name: str) -> str:
+        slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_"
+        # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
+        # A slug holds no "~", so a counter behind one never meets another slug.
+        self._seen[slug.lower()] += 1
+        n = self._seen[slug.lower()]
+        return slug if n == 1 else f"{slug}~{n}"
+
+
+def advise(fd: int, offset: int, size: int) -> None:
+    """Asks the system to read `size` bytes of a file ahead; 0: all up to its end."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a pipe
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def check_name(name: str) -> str:
+    """The value of --name, with which the names of shards start."""
+    if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+        raise ConfigError(f"--name {name!r}: use letters, digits, - and _")
+    return name
+
+
+def check_fraction(option: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{option} {value}: must be in [0, 1)")
+    return value

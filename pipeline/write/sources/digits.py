@@ -1,0 +1,65 @@
+"""The handwritten digits that come with the project."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...errors import ConfigError
+from .base import Item, Items, Source
+
+
+@dataclass
+class Digits(Source):
+    """scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten Digits", CC BY 4.0).
+
+    Every fifth is held out as validation. Each 8×8 image becomes a JPEG of `side`² pixels.
+    """
+
+    side: int = 40
+
+    name = "digits"
+    help = "1,797 handwritten digits that come with the project"
+
+    def __post_init__(self) -> None:
+        self.classes = [str(digit) for digit in range(10)]
+        _, labels = _digits()
+        items = [Item(f"digit{i:04d}", label, str(i)) for i, label in enumerate(labels.tolist())]
+        self.splits = {
+            "train": Items(item for i, item in enumerate(items) if i % 5 != 4),
+            "val": Items(item for i, item in enumerate(items) if i % 5 == 4),
+        }
+
+    def read(self, item: Item) -> bytes:
+        grey = (_digits()[0][int(item.where)].astype(np.uint16) * 255 // 16).astype(np.uint8)
+        image = Image.fromarray(grey).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=95)
+        return out.getvalue()
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "digits", "side": self.side}
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--side", type=int, default=36, help="pixels of a digit's side (%(default)s)")
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> Digits:
+        if not 8 <= args.side <= 1024:
+            raise ConfigError(f"--side {args.side}: choose 8 to 1024 pixels")
+        return cls(args.side)
+
+
+@lru_cache(1)
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) uint8 in 0..16 and (1797,) labels."""
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        return file["images"], file["labels"]

@@ -1,0 +1,270 @@
+"""ImageNet's official archives of archives, read in place, nothing unpacked.
+
+Labels are 0-based in the order of the sorted WordNet ids, as torchvision and timm have them; the ids in the development
+kit are in another order. Facts on the archives: docs/shards.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ...errors import DataError
+from ...files import json_bytes
+from ...progress import Progress
+from ...storage import Folder
+from ...tar import members
+from ..images import BadImage
+from .base import Item, Items, Source, UniqueKeys, advise
+
+FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
+HASH_CHUNK = 8 << 20
+
+
+@dataclass
+class ImageNet(Source):
+    """The official archives in the folder `src`.
+
+    counts: compare with the numbers of images in the kit. md5: let `verify` compare the archives with the official
+    sums. Raises DataError for an archive that is missing, damaged or not as the kit describes it.
+    """
+
+    src: Path
+    counts: bool = True
+    md5: bool = False
+
+    id_field: ClassVar[str]  # of the kit's classes
+    devkit: ClassVar[str]
+    train: ClassVar[str]
+    val: ClassVar[str]
+    val_labels: ClassVar[str]  # in the kit
+    tests: ClassVar[tuple[str, ...]]  # any one of these archives, or none
+    test_labels: ClassVar[str | None] = None  # a file beside the archives
+    patches: ClassVar[str]  # an archive of images that replace others
+    sums: ClassVar[dict[str, str]] = {}  # official md5 by file
+
+    def __post_init__(self) -> None:
+        self._archives: list[Path] = []
+        if not self.src.is_dir():
+            raise DataError(f"{self.src}: no such folder; --src names the one that holds {self.train}")
+        kit = _Kit(self._needed(self.devkit), self.id_field)
+        self.classes, self.class_names, self.class_ids = kit.wnids, kit.names, kit.ids
+        if self.name == "imagenet2012" and self.classes[0] != FIRST_CLASS:
+            raise DataError(
+                f"{kit.path}: its first class is {self.classes[0]}, but ImageNet 2012 has {FIRST_CLASS};"
+                " download the kit again"
+            )
+        patch = self.src / self.patches
+        self._patches = dict(self._images(patch)) if patch.is_file() else {}
+        self._unused = set(self._patches)
+        train, val = self._needed(self.train), self._needed(self.val)
+        val_labels = kit.labels(kit.path / self.val_labels, kit.file(self.val_labels))
+        self.splits = {"train": Items(self._training(train, kit)), "val": self._evaluation(val, "val", val_labels)}
+        required = self.tests[0] if self.test_labels else None
+        if test := next((name for name in self.tests if (self.src / name).is_file()), required):
+            path, labels = self._needed(test), None
+            if self.test_labels:
+                file = self._needed(self.test_labels)
+                labels = kit.labels(file, file.read_bytes())
+            self.splits["test"] = self._evaluation(path, "test", labels)
+        if self._unused:
+            raise DataError(f"{patch}: {min(self._unused)} replaces no image of these archives; download them again")
+
+    def _needed(self, name: str) -> Path:
+        path = self.src / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing; download it from image-net.org into {self.src}")
+        return path
+
+    def _images(self, path: Path, *within: int) -> list[tuple[str, tuple[int, int, int]]]:
+        """(file name, extent) of each image of an archive, or of the tar within it."""
+        if path not in self._archives:
+            self._archives.append(path)
+        archive = self._archives.index(path)
+        return [(os.path.basename(m.name), (archive, m.offset, m.size)) for m in members(path, *within)]
+
+    def _item(self, name: str, extent: tuple[int, int, int], split: str, label: int, unique: UniqueKeys) -> Item:
+        self._unused.discard(name)
+        return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.get(name, extent))
+
+    def _training(self, path: Path, kit: _Kit) -> Iterator[Item]:
+        unique = UniqueKeys()
+        left = set(self.classes)
+        for inner in members(path):
+            wnid, extension = os.path.splitext(os.path.basename(inner.name))
+            if extension != ".tar" or wnid not in kit.label_of:
+                raise DataError(f"{path}: holds {inner.name}, which is no class of {kit.path.name}")
+            if wnid not in left:
+                raise DataError(f"{path}: holds {wnid} twice; download it again")
+            left.remove(wnid)
+            images = self._images(path, inner.offset, inner.size)
+            expected = kit.train_counts.get(wnid, len(images))
+            if self.counts and len(images) != expected:
+                raise DataError(
+                    f"{path}: {wnid} has {len(images):,} images, but the kit counts {expected:,};"
+                    " download it again, or pass --no-counts"
+                )
+            for name, extent in images:
+                yield self._item(name, extent, "train", kit.label_of[wnid], unique)
+        if left:
+            raise DataError(
+                f"{path}: {len(left)} of {len(self.classes)} classes are missing, {min(left)} first; download it again"
+            )
+
+    def _evaluation(self, path: Path, split: str, labels: list[int] | None) -> Items:
+        """Labels are in the order of the images' names, not of the archive."""
+        found = sorted(self._images(path))
+        if not found:
+            raise DataError(f"{path}: holds no images; download it again")
+        if labels is not None and len(found) != len(labels):
+            raise DataError(
+                f"{path}: holds {len(found):,} images, but there are {len(labels):,} labels; download it again"
+            )
+        unique = UniqueKeys()
+        pairs = zip(found, labels or [-1] * len(found))
+        return Items(self._item(name, extent, split, label, unique) for (name, extent), label in pairs)
+
+    def verify(self, folder: Folder, note: str) -> None:
+        """Compares the archives' md5 with the official ones. `note` keeps which archives need not be read again."""
+        sizes = {name: os.stat(self.src / name).st_size for name in self.sums if self.md5}
+        known: dict[str, Any] = json.loads(folder.read(note)) if folder.size(note) else {}
+        with Progress("md5", sum(sizes.values()), unit="B", enabled=bool(sizes)) as progress:
+            for name, size in sizes.items():
+                path, expected = self.src / name, self.sums[name]
+                state = [size, os.stat(path).st_mtime_ns, expected]
+                if known.get(name) == state:
+                    progress.update(size)
+                    continue
+                digest = hashlib.md5(usedforsecurity=False)
+                with open(path, "rb") as file:
+                    while chunk := file.read(HASH_CHUNK):
+                        digest.update(chunk)
+                        progress.update(len(chunk))
+                if digest.hexdigest() != expected:
+                    raise DataError(
+                        f"{path}: md5 {digest.hexdigest()}, but the official archive has {expected};"
+                        " download it again, or pass --no-md5"
+                    )
+                known[name] = state
+                folder.write(note, json_bytes(known))
+
+    def ahead(self, item: Item) -> None:
+        archive, offset, size = item.extent
+        advise(_descriptor(self._archives[archive]), offset, size)
+
+    def read(self, item: Item) -> bytes:
+        archive, offset, size = item.extent
+        path = self._archives[archive]
+        data = os.pread(_descriptor(path), size, offset)
+        if len(data) < size:
+            raise BadImage(f"{path.name} ends before it")
+        return data
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder that holds them")
+        p.add_argument("--no-md5", action="store_true", help="do not compare md5 sums (2012: minutes of reading)")
+        p.add_argument("--no-counts", action="store_true", help="do not compare counts with the kit's")
+
+    @classmethod
+    def from_options(cls, args: argparse.Namespace) -> ImageNet:
+        return cls(args.src, counts=not args.no_counts, md5=not args.no_md5)
+
+
+class ImageNet2012(ImageNet):
+    name = "imagenet2012"
+    help = "the official archives of 2012, read in place"
+    id_field = "ILSVRC2012_ID"
+    devkit = "ILSVRC2012_devkit_t12.tar.gz"
+    train = "ILSVRC2012_img_train.tar"
+    val = "ILSVRC2012_img_val.tar"
+    val_labels = "data/ILSVRC2012_validation_ground_truth.txt"
+    tests = ("ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar")
+    patches = "ILSVRC2012_img_test_patch_v10102019.tar"
+    sums: ClassVar[dict[str, str]] = {
+        "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+        "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+        "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+    }
+
+
+class ImageNet2010(ImageNet):
+    name = "imagenet2010"
+    help = "the official archives of 2010, read in place"
+    id_field = "ILSVRC2010_ID"
+    devkit = "ILSVRC2010_devkit-1.0.tar.gz"
+    train = "ILSVRC2010_images_train.tar"
+    val = "ILSVRC2010_images_val.tar"
+    val_labels = "data/ILSVRC2010_validation_ground_truth.txt"
+    tests = ("ILSVRC2010_images_test.tar",)
+    test_labels = "ILSVRC2010_test_ground_truth.txt"
+    patches = "patch_images.tar"
+
+
+@lru_cache
+def _descriptor(path: Path) -> int:
+    """Stays open as long as the process lives; pread has no position, so forked workers may share it."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+class _Kit:
+    """The development kit: the classes, and how many training images each has."""
+
+    def __init__(self, path: Path, id_field: str) -> None:
+        self.path = path
+        leaves = self._leaves(id_field)
+        self._wnid_of = {int(leaf[id_field]): str(leaf["WNID"]) for leaf in leaves}
+        named = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
+        self.wnids = sorted(named)
+        self.names = [named[wnid] for wnid in self.wnids]
+        self.label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
+        self.ids = sorted(self._wnid_of, key=self._wnid_of.__getitem__)
+        counted = "num_train_images" in leaves[0].dtype.names
+        self.train_counts = {str(leaf["WNID"]): int(leaf["num_train_images"]) for leaf in leaves} if counted else {}
+
+    def file(self, name: str) -> bytes:
+        """The content of a file of the kit."""
+        try:
+            with tarfile.open(self.path, "r:gz") as tar:
+                found = [member for member in tar if member.isfile() and f"/{member.name}".endswith(f"/{name}")]
+                file = tar.extractfile(found[-1]) if found else None
+                if file:
+                    return file.read()
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
+            raise DataError(f"{self.path}: damaged ({err}); download it again") from err
+        raise DataError(f"{self.path}: holds no {name}; download it again")
+
+    def _leaves(self, id_field: str) -> list[Any]:
+        from scipy.io import loadmat  # half a second that other sources do not pay
+
+        meta = io.BytesIO(self.file("data/meta.mat"))
+        try:
+            synsets = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+            leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
+            ids = sorted(int(leaf[id_field]) for leaf in leaves)
+            wnids = {str(leaf["WNID"]) for leaf in leaves}
+        except Exception as err:  # SciPy raises whatever its parser meets
+            raise DataError(f"{self.path}: data/meta.mat cannot be read ({err}); download it again") from err
+        if not leaves or ids != list(range(1, len(leaves) + 1)) or len(wnids) != len(leaves):
+            raise DataError(f"{self.path}: data/meta.mat does not number its {len(leaves)} classes from 1 on")
+        return leaves
+
+    def labels(self, path: Path, data: bytes) -> list[int]:
+        """0-based labels from a file of 1-based ids, a line each."""
+        words = data.decode("ascii", "replace").split()
+        for number, word in enumerate(words, 1):
+            if not word.isdigit() or int(word) not in self._wnid_of:
+                raise DataError(f"{path}: line {number} is {word!r}, no class of {self.path.name}; download it again")
+        return [self.label_of[self._wnid_of[int(word)]] for word in words]
