@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import StorageError
@@ -44,24 +43,22 @@ class Saver:
         try:
             self.checkpoints.wait()
         except OSError as err:
+            self._error = f"{err.filename or self.checkpoints.folder}: {err.strerror or err}"
             kept = self.checkpoints.all()
             last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
-            self._report("save", err, self.checkpoints.folder, f"; {last}")
+            print(f"could not save: {self._error}; {last}", file=sys.stderr, flush=True)
 
     def is_broken(self, record: Record) -> int:
         """1 if this rank has met an error that must stop the run. Prints any error."""
         if record.error is not None:
             err, record.error = record.error, None
-            self._report("record", err, record.run)
+            self._error = f"{err.filename or record.run}: {err.strerror or err}"
+            print(f"could not record: {self._error}", file=sys.stderr, flush=True)
         elif self.checkpoints.failed:
             self.settle()
         else:
             return 0
         return int(self.on_error == "stop")
-
-    def _report(self, doing: str, err: OSError, place: Path, note: str = "") -> None:
-        self._error = f"{err.filename or place}: {err.strerror or err}"
-        print(f"could not {doing}: {self._error}{note}", file=sys.stderr, flush=True)
 
     def finish(self, step: int) -> None:
         """Waits until the last save is on the disk. Raises SaveFailed, at all ranks, if it could not be written."""
