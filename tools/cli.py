@@ -57,6 +57,15 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--preset", default="", metavar="NAME", help="what weights without a model card are of")
 
 
+def open_model(path: Path, args: argparse.Namespace) -> Any:
+    """The Classifier that a MODEL is, as the options of `add_model_options` and --data.shards ask for it."""
+    from train.classifier import open_classifier
+
+    return open_classifier(
+        path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=str(args.shards)
+    )
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: an error of the user's is one line and its exit code."""
     try:

@@ -129,7 +129,7 @@ class Checkpoints:
             _remove(stale)
         partial.mkdir(parents=True)
         try:
-            record = {name: _write_tensors(partial / name, tensors) for name, tensors in staged.items()}
+            record = {name: write_tensors(partial / name, tensors) for name, tensors in staged.items()}
             record[STATE] = _write_hashed(partial / STATE, json.dumps(state, indent=1).encode())
             write_json(partial / RECORD, record)
             fsync_path(partial)
@@ -198,13 +198,13 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Writes a safetensors file from the tensors' own memory; returns its sha256.
 
     Of the library's writers (0.8.0), `save` copies everything and holds the interpreter's lock meanwhile, 0.45 s for
     480 MB; `save_file` makes files that only their owner can read, and "disk full" is no OSError.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     arrays: list[Any] = []
     end = 0
     for name, tensor in sorted(tensors.items()):

@@ -16,8 +16,8 @@ ROWS = 10
 class Profile:
     """Profiles `steps` steps of this process within an epoch, after the first BEFORE ones.
 
-    Call `asks` before waiting for a batch, `begins` when it has come, `ends` after its step. The time between `ends` and
-    `asks`, such as saving, counts as neither waiting nor computing.
+    Call `asks` before waiting for a batch, `begins` when it has come, `ends` after its step. The time between `ends`
+    and `asks`, such as saving, counts as neither waiting nor computing.
 
     Leaves RUN/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and table.txt, the ten slowest operations.
     Not by torch.profiler.schedule: its step marks would be the slowest rows of the table.
