@@ -45,6 +45,12 @@ def new_file(name: str) -> Path:
     return path
 
 
+def add_files(p: argparse.ArgumentParser, **helps: str) -> None:
+    """Options that name files to write."""
+    for name, text in helps.items():
+        p.add_argument(f"--{name}", type=new_file, metavar="FILE", help=text)
+
+
 def printable(name: str) -> str:
     """A file's name on one line, without what would steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

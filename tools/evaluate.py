@@ -41,12 +41,11 @@ def parser() -> cli.Parser:
     p.add_argument("--precision", choices=("trained", "fp32", "bf16"), default="trained", help="(as %(default)s)")
     cli.add_model_options(p)
     p.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 0: none (%(default)s)")
-    p.add_argument(
-        "--json", type=cli.new_file, metavar="FILE", help="all figures, by class too, with what they depend on"
-    )
-    p.add_argument("--csv", type=cli.new_file, metavar="FILE", help="each image's label and five predictions")
-    p.add_argument(
-        "--submission", type=cli.new_file, metavar="FILE", help="five labels a line, for ImageNet's test images"
+    cli.add_files(
+        p,
+        json="all figures, by class too, with what they depend on",
+        csv="each image's label and five predictions",
+        submission="five labels a line, for ImageNet's test images",
     )
     return p
 
@@ -60,7 +59,7 @@ def main() -> None:
     labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
     if not (labelled or args.submission or args.csv):
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
-    positions = submitted(dataset, args.split) if args.submission else {}
+    order = submission_order(dataset, args.split) if args.submission else []
 
     from train import distributed
 
@@ -78,8 +77,8 @@ def main() -> None:
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
         if args.submission:
-            write_submission(args.submission, predictions, positions, dataset)
-            print(f"{args.submission}: {len(positions):,} lines of five labels")
+            write_submission(args.submission, predictions, order, dataset)
+            print(f"{args.submission}: {len(order):,} lines of five labels")
         if labelled:
             report(predictions, models, dataset, args, precision)
 
@@ -203,8 +202,8 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
 # The submission
 
 
-def submitted(dataset: Dataset, split: str) -> dict[int, int]:
-    """{official number: position in the split}. Raises DataError if the split is not ImageNet's whole test split."""
+def submission_order(dataset: Dataset, split: str) -> list[int]:
+    """Positions in the order of the official numbers. Raises DataError if these are not ImageNet's whole test split."""
     if "class_ids" not in dataset.manifest:
         raise DataError(f"{dataset.root}: its manifest has no official class numbers; shard ImageNet's archives again")
     found: dict[int, int] = {}
@@ -220,15 +219,14 @@ def submitted(dataset: Dataset, split: str) -> dict[int, int]:
         raise DataError(
             f"{dataset.root}: test image {missing} is missing, and a submission has a line for each; shard again"
         )
-    return found
+    return [found[number] for number in sorted(found)]
 
 
-def write_submission(path: Path, predictions: Any, positions: dict[int, int], dataset: Dataset) -> None:
-    """Five official numbers a line, the best first, lines in the order of the images' numbers."""
+def write_submission(path: Path, predictions: Any, order: list[int], dataset: Dataset) -> None:
+    """Five official numbers a line, the most probable first."""
     ids = dataset.manifest["class_ids"]
     with atomic_write(path) as file:
-        for number in sorted(positions):
-            best = predictions.best[positions[number]]
+        for best in predictions.best[order]:
             file.write((" ".join(str(ids[label]) for label in best) + "\n").encode())
 
 

@@ -35,8 +35,7 @@ def parser() -> cli.Parser:
     p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
     cli.add_model_options(p)
     p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="the training data, if asked for")
-    p.add_argument("--html", type=cli.new_file, metavar="FILE", help="a page with the pictures and bars")
-    p.add_argument("--json", type=cli.new_file, metavar="FILE", help="all predictions")
+    cli.add_files(p, html="a page with the pictures and bars", json="all predictions")
     return p
 
 

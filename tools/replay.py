@@ -36,7 +36,7 @@ def main() -> None:
     p.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     p.add_argument("step", type=int, metavar="STEP", help="counted from 1, as in metrics.jsonl and exit.json")
     p.add_argument("--shards", default="", metavar="DIR", help="where the run's data lie now (default: where they lay)")
-    p.add_argument("--json", type=cli.new_file, metavar="FILE", help="write the numbers there, with all ids")
+    cli.add_files(p, json="write the numbers there, with all ids")
     args = p.parse_args()
     if args.step < 1:
         raise ConfigError(f"STEP {args.step}: steps count from 1")

@@ -47,7 +47,7 @@ class Saved:
 
     path: Path
     model: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # by "<parameter>.<name>", for `restore_optimizer`
     state: dict[str, Any]
     average: dict[str, Tensor] = field(default_factory=dict)
 
@@ -231,7 +231,7 @@ def load(path: Path) -> Saved:
     files = verified(path)
     try:
         state = json.loads(files[STATE])
-        optimizer = _join_optimizer(deserialise(files[OPTIMIZER]), state.pop("optimizer"))
+        optimizer = deserialise(files[OPTIMIZER]) | state.pop("optimizer")
         _require(state, step=int, epoch=int, best_top1=float, config=dict, loader=dict)
         average = deserialise(files[AVERAGE]) if AVERAGE in files else {}
         return Saved(path, deserialise(files[MODEL]), optimizer, state, average)
@@ -275,14 +275,6 @@ def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict
     return tensors, numbers
 
 
-def _join_optimizer(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **numbers}.items():
-        parameter, _, name = key.partition(".")
-        state.setdefault(int(parameter), {})[name] = value
-    return {"state": state}
-
-
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Loads the state; groups stay as configured, since the schedule sets their lr at every step.
 
@@ -290,11 +282,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     are equal, and would silently mix up the momenta of a channels-last net.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: {name: _like(value, parameters[i]) for name, value in own.items()} for i, own in saved["state"].items()}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in saved.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _like(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

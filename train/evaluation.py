@@ -175,7 +175,7 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
     assert labels.min() >= 0
     hits = {"top1": ranks < 1, "top5": ranks < BEST}
     images, *correct = (
-        np.bincount(labels[of], minlength=len(classes)).tolist() for of in (slice(None), *hits.values())
+        np.bincount(labels[of], minlength=len(classes)).tolist() for of in (labels >= 0, *hits.values())
     )
     values = {**hits, "loss": losses}
     wrong = ~hits["top1"] & (best[:, 0] != labels)  # ties alone make no confusion

@@ -219,6 +219,17 @@ def test_intervals_are_the_binomial_ones_where_those_are_known():
     assert high == pytest.approx(0.75 + half, abs=half / 10)
 
 
+def test_intervals_are_percentiles_of_resampled_means():
+    generator = np.random.default_rng(5)
+    values = {"top1": generator.random(500) < 0.6, "loss": generator.gamma(2, size=500)}
+    means = [[v[drawn].mean() for v in values.values()] for drawn in generator.integers(0, 500, (3000, 500))]
+    found = bootstrap(values, resamples=3000)
+    expected = np.percentile(means, [2.5, 97.5], axis=0).T
+    np.testing.assert_allclose(list(found.values()), expected, rtol=0.01)
+    assert bootstrap(values, resamples=3000) == found
+    assert bootstrap(values, resamples=0) == {}
+
+
 def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
     far = torch.tensor([[0.0, -150.0, -200.0]])
     order = mean_scores([far, far])[0].argsort(descending=True).tolist()
