@@ -43,9 +43,7 @@ def parser() -> cli.Parser:
     p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(WRITERS)}")
     cli.add_model_options(p)
     p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="images to compare (the run's own)")
-    p.add_argument(
-        "--images", type=Path, metavar="DIR", help="a folder of images to compare, where there are no shards"
-    )
+    p.add_argument("--images", type=Path, metavar="DIR", help="a folder of images to compare, if there are no shards")
     p.add_argument(
         "--evaluation",
         type=Path,
@@ -154,7 +152,7 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
         return torch.from_numpy(np.concatenate([viewer(predict.decoded(file)) for file in files]))
     shards = args.shards or model.card.recipe.get("config", {}).get("data", {}).get("shards", "")
     if not shards or not Path(shards).is_dir():
-        where = f"its shards {shards} are not here" if shards else "it does not say where its data lie"
+        where = f"its shards {shards} are not here" if shards else "it does not record its shards"
         raise ConfigError(f"{model.source}: {where}; name images to compare by --data.shards or --images")
     dataset = open_dataset(shards, check_splits=False)
     split = "val" if "val" in dataset.splits else next(iter(dataset.splits))

@@ -74,7 +74,7 @@ def open_classifier(
         raise DataError(f"{path}: no such file or folder; name a run, a checkpoint or weights")
     if path.is_dir():
         if preset:
-            raise ConfigError(f"--preset {preset}: {path} says itself what net it holds; leave it out")
+            raise ConfigError(f"--preset {preset}: {path} records its net; leave it out")
         return _from_checkpoint(*_find_checkpoint(path, which), averaged=averaged, shards=shards)
     if path.suffix.lower() == ".onnx":
         return _from_onnx(path)
@@ -113,7 +113,7 @@ def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) ->
     try:
         net.load_state_dict(saved.average if averaged else saved.model)
     except RuntimeError as err:
-        raise DataError(f"{saved.path}: its weights are of another net than its configuration says") from err
+        raise DataError(f"{saved.path}: its weights do not fit the net of its configuration") from err
     weights = {"classes": len(known.classes), "step": saved.state["step"], "averaged": averaged}
     names = ("config", "command", "ranks", "precision", "environment")
     recipe = {name: described[name] for name in names if name in described}
@@ -159,7 +159,7 @@ def _validated(run: Path, weights: dict[str, Any], recipe: dict[str, Any]) -> li
 def _from_weights(path: Path, preset: str) -> Classifier:
     card = _card(path, _metadata(path))
     if card and preset:
-        raise ConfigError(f"--preset {preset}: {path} has a model card that says what it is; leave it out")
+        raise ConfigError(f"--preset {preset}: {path} has a model card that names its net; leave it out")
     card = card or _card_of_preset(path, preset)
     net = _new_net(card.model, card.augment.crop, card.weights["classes"])
     try:
@@ -179,7 +179,7 @@ def _from_weights(path: Path, preset: str) -> Classifier:
 def _card_of_preset(path: Path, preset: str) -> Card:
     """The card of weights that have none."""
     if not preset:
-        raise ConfigError(f"{path}: has no model card; say by --preset what net it is of: {', '.join(PRESETS)}")
+        raise ConfigError(f"{path}: has no model card; name its net by --preset: {', '.join(PRESETS)}")
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     model, augment = PRESETS[preset].model, PRESETS[preset].augment
