@@ -5,19 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NoReturn
 
-# The exit codes are an interface that launchers and job scripts build on: 0 done, 1 a check failed, and
-CHECK_FAILED = 1
+# The exit codes are an interface that launchers and job scripts build on.
+DONE = 0
+CHECK_FAILED = 1  # also a lost rank, and a crash
 USAGE = 2
 BAD_DATA = 65
 IO_FAILED = 74
+PREEMPTED = 75  # and saved
+NON_FINITE = 76
+HANG = 77
 
 
 class ExpressError(Exception):
-    """One line for the user: names the thing and the cure. `code` is the exit code of the process."""
+    """One line for the user: names the thing and the cure.
 
-    code = 1
+    code: exit code of the process. together: whether all ranks raise it at one step, so that one line is enough.
+    here: False if another rank met it and reports it. facts: what exit.json says of it beside code and reason.
+    """
+
+    code = CHECK_FAILED
+    together = False
+    here = True
+    facts: Mapping[str, object] = MappingProxyType({})
 
 
 class ConfigError(ExpressError):

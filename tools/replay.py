@@ -45,11 +45,12 @@ def main() -> None:
 
 
 def replay(args: argparse.Namespace, scratch: Path) -> None:
+    from train.build import build_trainer
     from train.checkpoint import Checkpoints
     from train.distributed import make_accelerator
     from train.preflight import open_alike
     from train.run_folder import RunFolder, read_config
-    from train.trainer import Run
+    from train.signals import Stop
 
     described = read_config(args.run, "config", "ranks", "shards")
     saved, _ = Checkpoints(args.run, keep=1).newest(before=args.step)
@@ -57,7 +58,8 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     config = configured(described["config"], shards, scratch, resume=resume)
     dataset = open_alike(config)
     accelerator = make_accelerator(config)
-    run = Run(config, accelerator, dataset, folder=RunFolder(Path(config.run.dir), private=True))
+    folder = RunFolder(Path(config.run.dir), private=True)
+    run = build_trainer(config, accelerator, dataset, folder=folder, stop=Stop())
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step
@@ -101,7 +103,7 @@ def measured(run: Any, step: int) -> dict[str, Any]:
                 run.step(batch)
                 continue
             loss, losses = run.stepper.backward(batch, run.loader.ids(*run.coordinates(step)), step=step - 1)
-            gradients = [p.grad for p in run.bare.parameters() if p.grad is not None]
+            gradients = [p.grad for p in run.stepper.bare.parameters() if p.grad is not None]
             return {
                 "ids": run.ids_of(step),
                 "loss": float(run.accelerator.reduce(loss, "mean")),

@@ -1,8 +1,10 @@
-"""What a run is put together from, as its configuration says."""
+"""Builds a run from its configuration: loaders, net, optimiser, checkpoint to resume from, records."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,20 +13,31 @@ from torch import nn
 
 from model import AlexNet
 from model.alexnet import count_parameters
-from pipeline.errors import ConfigError
+from pipeline.errors import HANG, ConfigError, DataError
 from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
 
-from .config import Config, OptimConfig
-from .distributed import local_world
+from . import metrics, resume, signals, watchdog
+from .checkpoint import Checkpoints, Saved, restore_optimizer
+from .config import Config, OptimConfig, augment_at
+from .distributed import Agreement, local_world, resolved_precision, take_cores, timeout_seconds
 from .ema import Average
+from .metrics import Meter, Record
+from .model_card import Inputs
 from .networks import compile_net, load_weights, refuse_sizes, set_training, without_dropout
 from .networks import make_net as make_bare_net
-from .optim import make_optimizer
+from .nonfinite import Finite
+from .optim import Plateau, make_optimizer, scaled_to_batch
+from .profiling import Profile
+from .run_folder import RunFolder
+from .saving import Saver
+from .signals import Stop
 from .step import Stepper
+from .trainer import Trainer, TrainState
+from .watchdog import Watchdog
 
 INIT = 1_000_000  # a stream of draws, away from the loader's
 
@@ -44,6 +57,128 @@ def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
     """What pixels a net is given. On a GPU, bf16 and fp16 nets get float16: their first layer rounds further, and the
     pixels are half the bytes. On a CPU pixels stay float32, so that runs keep their bits."""
     return "float16" if device.type == "cuda" and mixed_precision in ("bf16", "fp16") else "float32"
+
+
+def build_trainer(
+    config: Config, accelerator: Accelerator, dataset: Dataset, *, folder: RunFolder, stop: Stop, parent: int = 0
+) -> Trainer:
+    """Builds the run, resumed from a checkpoint if there is one, and opens its run folder.
+
+    parent: process id of the launcher, 0 if there is none. Raises ExpressError, the same at all ranks, before anything
+    of the run folder has changed.
+    """
+    main, world = accelerator.is_main_process, accelerator.num_processes
+    optim = scaled_to_batch(config.optim, config.train.batch)
+    agreement = Agreement(world, timeout_seconds=timeout_seconds(config.guard.hang_seconds))
+    precision, cores = resolved_precision(config, accelerator), take_cores(accelerator.device)
+    check_batch(config, samples=config.overfit or dataset.split(config.data.train_split).samples, world=world)
+
+    def say(line: str) -> None:
+        if main:
+            print(line, flush=True)
+
+    def loader_at(epoch: int) -> Loader:
+        return make_loader(config, dataset, accelerator, train=True, augment=augment_at(config, epoch))
+
+    loader = loader_at(0)
+    val_loader = make_loader(config, dataset, accelerator, train=False, augment=config.augment)
+    net = make_net(config, classes=len(dataset.classes), say=say)
+    checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
+    saved = resume.choose(
+        config,
+        dataset,
+        folder=folder,
+        checkpoints=checkpoints,
+        agreement=agreement,
+        first=main,
+        precision=precision,
+        steps_per_epoch=len(loader),
+    )
+    if config.model.init and not saved and (note := load_weights(net, Path(config.model.init))):
+        say(note)
+    stepper, compiled = make_stepper(net, config, accelerator, optim)
+    if world > 1:
+        stepper.settle_buckets(loader.ids(0, 0), crop=loader.augment.crop, dtype=getattr(torch, loader.dtype))
+    state, meter = TrainState(), Meter(accelerator, config.train.batch)
+    if saved:
+        restore(saved, state, stepper=stepper, meter=meter, loader=loader)
+        say(f"going on from {saved.path}: {done(state, config, steps_per_epoch=len(loader))} done")
+    if main:
+        folder.describe(config, dataset, loader, precision=precision, compiled=compiled, ranks=world, threads=cores)
+        Inputs.of(dataset, config.augment).write(folder.path)
+    metrics.start(accelerator, config)
+    accelerator.wait_for_everyone()
+    resumed_at = (state.step, state.epoch) if saved else (-1, -1)
+    record = Record(folder.path, accelerator, resumed_at=resumed_at, record_ids=config.run.record_ids)
+    record.write("start", state.step, {"ranks": world})
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        dataset=dataset,
+        loader=loader,
+        loader_at=loader_at,
+        val_loader=val_loader,
+        stepper=stepper,
+        optim=optim,
+        precision=precision,
+        compiled=compiled,
+        state=state,
+        finite=Finite(
+            stepper.bare.parameters(),
+            late=accelerator.device.type == "cuda" and config.guard.on_bad_numbers == "stop",
+            gradients=accelerator.scaler is None,
+        ),
+        meter=meter,
+        agreement=agreement,
+        saver=Saver(checkpoints, agreement, on_error=config.guard.on_save_error),
+        record=record,
+        folder=folder,
+        stop=stop,
+        watchdog=Watchdog(
+            folder.path,
+            accelerator.process_index,
+            world,
+            config.guard.hang_seconds,
+            on_orphan=lambda: stop.request(signals.ORPHAN),
+            on_hang=partial(report_hang, folder, state, accelerator.process_index),
+            parent=parent if watchdog.is_launched() else 0,
+        ),
+        profile=Profile(folder.path, config.profile, accelerator.device) if config.profile and main else None,
+    )
+
+
+def report_hang(folder: RunFolder, state: TrainState, rank: int, reason: str) -> None:
+    """Called in the watchdog's thread before the process ends."""
+    print(f"error: [rank {rank}] {reason}", file=sys.stderr, flush=True)
+    folder.write_exit(code=HANG, reason=reason, step=state.step)
+
+
+def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, loader: Loader) -> None:
+    """Sets everything to what the checkpoint holds. Raises DataError if it is of another net."""
+    kept, scaler, average = saved.state, stepper.accelerator.scaler, stepper.average
+    try:
+        stepper.bare.load_state_dict(saved.model)
+        restore_optimizer(stepper.optimizer, saved.optimizer)
+        if scaler is not None and kept["scaler"]:
+            scaler.load_state_dict(kept["scaler"])
+        for name in vars(state):
+            setattr(state, name, kept[name])
+        state.plateau = Plateau(**kept["plateau"])
+        if average:
+            average.net.load_state_dict(saved.average)
+            average.updates = state.updates
+        meter.load_state_dict(kept["meter"])
+    except (LookupError, RuntimeError, TypeError, ValueError) as err:
+        reason = str(err).splitlines()[0]
+        raise DataError(f"{saved.path}: does not fit this net ({reason}); choose another --run.dir") from err
+    loader.load_state_dict(kept["loader"])
+
+
+def done(state: TrainState, config: Config, *, steps_per_epoch: int) -> str:
+    """How far the run is, in words."""
+    steps = state.step - state.epoch * steps_per_epoch
+    more = f" and {steps} of {steps_per_epoch} steps" if steps else ""
+    return f"{state.epoch} of {config.train.epochs} epochs{more}"
 
 
 def make_loader(
@@ -82,12 +217,6 @@ def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.
         without_dropout(net)
     # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
     return net.to(memory_format=torch.channels_last)
-
-
-def start_from(net: nn.Module, weights: str, *, say: Callable[[str], None]) -> None:
-    """Raises DataError for weights of another net."""
-    if note := load_weights(net, Path(weights)):
-        say(note)
 
 
 def make_stepper(net: nn.Module, config: Config, accelerator: Accelerator, optim: OptimConfig) -> tuple[Stepper, str]:

@@ -24,7 +24,7 @@ from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_beside, read
 from .networks import heads, load_weights, make_net, read_weights
 from .presets import PRESETS
 from .resume import as_saved
-from .run_folder import read_config, read_metrics
+from .run_folder import CONFIG, read_config, read_metrics
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) ->
     flat = saved.state["config"]
     config = as_saved(Config(), nested(flat))
     # A checkpoint that was copied out of its run has none.
-    described = read_config(run) if (run / "config.json").exists() else {}
+    described = read_config(run) if (run / CONFIG).exists() else {}
     known = read_inputs(run) or _inputs_from_shards(run, shards or described.get("shards", ""), config, flat)
     if known.fingerprint != flat["the dataset's fingerprint"]:
         raise DataError(f"{run}: its {INPUTS} is of another dataset than {saved.path}; copy the run folder whole")

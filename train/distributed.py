@@ -1,4 +1,4 @@
-"""How a process of a run begins: its device, its precision, its ranks."""
+"""Devices, precision and processes, and every collective of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
+from torch import nn
 
 from pipeline import cores
 from pipeline.errors import ConfigError
@@ -18,7 +19,7 @@ from .config import Config
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Accelerate's part: devices, precision, processes. Refuses a launch whose ranks do not know of each other."""
+    """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
     precision = {"launcher": None, "fp32": "no", "tf32": "no"}.get(config.train.precision, config.train.precision)
     if config.train.precision == "tf32" and not torch.cuda.is_available():
         raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
@@ -51,34 +52,36 @@ def make_accelerator(config: Config) -> Accelerator:
             f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
         )
     set_products(config.train.precision)
-    refuse_unscaled(accelerator)
+    check_scaler(accelerator)
     if (parts := accelerator.gradient_accumulation_steps) != 1:  # it would divide what is divided already
         raise ConfigError(f"the launcher's gradient_accumulation_steps={parts}: use --train.accumulate {parts} instead")
     return accelerator
 
 
 def make_plain_accelerator(precision: str) -> Accelerator:
-    """For what only evaluates: device and processes, and fp32 or bf16 whatever the launcher says."""
+    """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
     set_products(precision)
     return accelerator
 
 
-def refuse_unscaled(accelerator: Accelerator) -> None:
-    """Accelerate takes fp16 on a CPU for fp32 without a word."""
+def check_scaler(accelerator: Accelerator) -> None:
+    """Raises ConfigError for fp16 on a CPU, which Accelerate silently treats as fp32."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("train.precision=fp16: a CPU has neither fp16 nor a loss scaler; choose bf16 or fp32")
 
 
 def set_products(precision: str) -> None:
-    """How precise float32 products are on NVIDIA GPUs. torch's own default rounds in convolutions and not elsewhere,
-    and Accelerate's depends on the launcher's compiler: to be called when it has set its own."""
+    """Sets how precise float32 products are on NVIDIA GPUs. Call it after Accelerate, which sets its own choice.
+
+    torch's default rounds in convolutions and not elsewhere, Accelerate's depends on the launcher's compiler.
+    """
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
 def resolved_precision(config: Config, accelerator: Accelerator) -> str:
-    """What train.precision came to, with the launcher's word."""
+    """What train.precision resolves to: the launcher may decide."""
     if config.train.precision == "tf32":
         return "tf32"
     precision: str = accelerator.mixed_precision
@@ -91,9 +94,9 @@ def local_world() -> int:
 
 
 def take_cores(device: torch.device) -> dict[str, Any]:
-    """Pins this rank to its share of the cores near its GPU, where those are known, and lets torch use all it has.
+    """Pins this rank to its share of the cores near its GPU, if they are known, and lets torch use all of them.
 
-    Launchers set one thread a rank, which starves a CPU. Returns what was done, for the run folder.
+    Launchers set one thread a rank, which starves a CPU. Returns what was done, for config.json.
     """
     ranks = local_world()
     shares = None
@@ -113,9 +116,9 @@ def _cores_near_gpu(gpu: int) -> list[int] | None:
 
 
 class Agreement:
-    """An exchange between all ranks on the host, which does not wait for what the devices still have to do.
+    """Exchanges small values between the ranks' hosts, without waiting for the devices' queued work.
 
-    Costs a fifth of a millisecond between processes of one machine. timeout_seconds: how long a rank waits for another.
+    A call costs 0.2 ms between processes of one machine. timeout_seconds: how long a rank waits for another.
     """
 
     def __init__(self, world: int, *, timeout_seconds: float) -> None:
@@ -123,7 +126,7 @@ class Agreement:
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
 
     def largest(self, *values: int) -> list[int]:
-        """Of each value the largest of all ranks: of flags, whether any rank has raised it."""
+        """The largest of each value over all ranks; for flags: whether any rank has raised it."""
         if self.group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -147,6 +150,13 @@ class Agreement:
         return box[0]
 
 
+def broadcast_buffers(net: nn.Module) -> None:
+    """Gives every rank rank 0's buffers."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def timeout_seconds(hang_seconds: float) -> float:
-    """How long a rank waits for another: the watchdog, which knows more, must come first. 0: a year."""
+    """How long a rank waits for another: longer than the watchdog, which can name the cause. 0: a year."""
     return max(1800.0, 20 * hang_seconds) if hang_seconds else 365 * 86400.0

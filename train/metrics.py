@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard events, recorded ids, and lines for people."""
+"""A run's metrics: summed on the device, then written to metrics.jsonl, to trackers and to the console."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def start(accelerator: Accelerator, config: Config) -> None:
     """Accelerate's trackers, each told the configuration; TensorBoard's events lie in the run folder."""
     names = config.run.trackers
     project = "tensorboard" if names == ("tensorboard",) else "imagenet-express"
-    told = {name: str(value) for name, value in flatten(config).items()} if names != ("tensorboard",) else None
-    accelerator.init_trackers(project, config=told)
+    values = {name: str(value) for name, value in flatten(config).items()} if names != ("tensorboard",) else None
+    accelerator.init_trackers(project, config=values)
 
 
 class Record:
@@ -101,7 +101,7 @@ class Record:
         if self.main:
             _trim(self.run / METRICS, step, epoch)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
-            # Of all ranks that ever were: the run may go on with fewer.
+            # Also of ranks that there are no more: a run may resume on fewer.
             for path in (self.run / IDS).glob("rank-*.jsonl"):
                 _trim(path, step, epoch)
             if self.record_ids:
@@ -135,7 +135,7 @@ class Record:
         file.write(json.dumps(line) + "\n")
         file.flush()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self.main:
             print(line, flush=True)
 
@@ -154,7 +154,7 @@ class Record:
 
 
 def _trim(path: Path, step: int, epoch: int) -> None:
-    """Takes from a .jsonl what a killed run wrote after the checkpoint that it goes on from; all of it below step 0."""
+    """Removes from a .jsonl what a killed run wrote after the checkpoint that it resumes from; step -1: all lines."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True) if step >= 0 else []
@@ -164,17 +164,27 @@ def _trim(path: Path, step: int, epoch: int) -> None:
 
 def _is_before(line: bytes, step: int, epoch: int) -> bool:
     try:
-        told = json.loads(line)
+        values = json.loads(line)
         if not line.endswith(b"\n"):
             return False
-        return int(told["step"]) <= step and (not told.get("kind", "").startswith("val") or int(told["epoch"]) <= epoch)
+        return int(values["step"]) <= step and (
+            not values.get("kind", "").startswith("val") or int(values["epoch"]) <= epoch
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two
 
 
 def summary(label: str, metrics: dict[str, float], seconds: float) -> str:
-    """The line an epoch leaves on the console."""
+    """The console's line about an epoch."""
     return (
         f"{label}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.4g},"
         f" {metrics['images_per_second']:,.0f} img/s, waiting for data {metrics['data_wait']:.0%}, {clock(seconds)}"
+    )
+
+
+def progress_note(means: dict[str, float], *, step: int, last_step: int, seconds_left: float) -> str:
+    """What stands beside the progress bar."""
+    return (
+        f"step {step:,}/{last_step:,}, loss {means['loss']:.4f}, lr {means['lr']:.3g},"
+        f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(seconds_left)}"
     )

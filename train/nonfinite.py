@@ -1,20 +1,18 @@
-"""A loss or gradient that is NaN or infinite: stop, or leave the update out. All ranks together."""
+"""A loss or gradient that is NaN or infinite: how it is found without waiting for the device, and what follows."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-
-from pipeline.errors import ExpressError
-
-if TYPE_CHECKING:
-    from .trainer import Run
 from collections.abc import Callable, Iterable
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.errors import NON_FINITE, ExpressError
 from pipeline.read.backend import HostCopy
+
+from .config import GuardConfig
 
 
 class Finite:
@@ -52,6 +50,11 @@ class Finite:
         before, self._before = self._before, None
         return self._report(before[0], before[1].read().tolist()) if before else 0
 
+    def mean_loss(self, accelerator: Accelerator) -> float:
+        """Over all ranks, of the step that was reported last. Communicates."""
+        loss = torch.tensor(self.loss, device=accelerator.device)  # NCCL takes no host tensors
+        return float(accelerator.reduce(loss, "mean"))
+
     def _report(self, step: int, values: list[float]) -> int:
         bad, self.loss = values
         return step if bad else 0
@@ -66,67 +69,28 @@ class Finite:
 
 
 class LossNotFinite(ExpressError):
-    """A loss or a gradient became NaN or infinite. `step` is the first bad one, `ids` are its global batch."""
+    """A loss or a gradient is NaN or infinite. step: the first such step; ids: its global batch, if it was trained."""
 
-    code = 76
+    code, together = NON_FINITE, True
 
     def __init__(self, message: str, *, step: int, loss: float, ids: list[int] | None = None) -> None:
         super().__init__(message)
-        self.step, self.loss, self.ids = step, loss, ids or []
+        self.facts = {"step": step, **({"loss": repr(loss), "ids": ids} if ids else {})}
 
 
-class BadNumbers:
-    """What a run does about them, as guard.on_bad_numbers says."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.guard = run, run.config.guard
-
-    def buffers(self) -> list[Tensor] | None:
-        """To be put back if the step that follows is left out."""
-        return self.run.stepper.buffers() if self.guard.on_bad_numbers == "skip" else None
-
-    def meet(self, bad: int, buffers: list[Tensor] | None) -> None:
-        """Step `bad` is left out, or raises LossNotFinite."""
-        left_out = self.run.state.left_out
-        if self.guard.on_bad_numbers == "stop":
-            self.refuse(bad)
-        if len(left_out) >= self.guard.max_bad_steps:
-            self.refuse(bad, f"guard.max_bad_steps={self.guard.max_bad_steps} batches were left out before; ")
-        assert buffers is not None
-        left_out.append(bad)
-        self.run.stepper.put_back(buffers)
-        self._tell(bad, self._loss(), bad, "its update is left out")
-
-    def refuse(self, bad: int, why: str = "") -> None:
-        """Raises LossNotFinite where a step, of this rank or, told late, of any, was bad."""
-        run = self.run
-        bad = run.agreement.largest(bad)[0] if run.finite.late else bad
-        if bad:
-            loss = self._loss()
-            raise LossNotFinite(
-                f"{what_is_bad(loss)} at step {bad}; {why}"
-                f"tools/replay.py {run.path} {bad} shows it again; try a lower optim.lr than {run.config.optim.lr},"
-                " or leave such batches out by --guard.on-bad-numbers skip",
-                step=bad,
-                loss=loss,
-                ids=run.ids_of(bad),
-            )
-
-    def _tell(self, bad: int, loss: float, at: int, what: str) -> None:
-        run = self.run
-        run.record.write("left out", at, {"bad_step": bad, "loss": _text(loss), "ids": run.ids_of(bad)})
-        run.record.say(f"step {bad}: {what_is_bad(loss)}; {what}")
-
-    def _loss(self) -> float:
-        """Over all ranks, of the step that was told of."""
-        loss = torch.tensor(self.run.finite.loss, device=self.run.accelerator.device)  # NCCL takes no host tensors
-        return float(self.run.accelerator.reduce(loss, "mean"))
+def why_stop(guard: GuardConfig, left_out: int) -> str | None:
+    """None if a step that is not finite may be left out after `left_out` others; otherwise why not, for the message."""
+    if guard.on_bad_numbers == "stop":
+        return ""
+    if left_out >= guard.max_bad_steps:
+        return f"guard.max_bad_steps={guard.max_bad_steps} batches were left out before; "
+    return None
 
 
-def what_is_bad(loss: float) -> str:
+def describe(loss: float) -> str:
     return f"the loss is {loss:.6g}{', a gradient is not finite' if math.isfinite(loss) else ''}"
 
 
-def _text(loss: float) -> float | str:
-    """JSON knows no NaN."""
+def as_json(loss: float) -> float | str:
+    """JSON has no NaN."""
     return loss if math.isfinite(loss) else str(loss)

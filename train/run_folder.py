@@ -1,93 +1,103 @@
-"""The run folder: one run at a time, what it goes on from, and how it ended."""
+"""The run folder: one run at a time, its config.json, and how it ended."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import locked, write_json
 
-from . import watchdog
+from . import environment, watchdog
 
-EXIT, LOCK = "exit.json", "run.lock"
+if TYPE_CHECKING:
+    from pipeline.manifest import Dataset
+    from pipeline.read.loader import Loader
+
+    from .config import Config
+
+CONFIG, EXIT, LOCK = "config.json", "exit.json", "run.lock"
 WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
 
 
 class RunFolder:
-    """A run's claim on its folder, held by rank 0 until the process ends."""
+    """A run's claim on its folder, held by rank 0 until the process ends.
+
+    private: each rank has a folder of its own, as tools do that only replay a run.
+    """
 
     def __init__(self, path: Path, *, private: bool = False) -> None:
-        """private: each rank has one of its own, as those that only look at a run do."""
         self.path, self.private = path, private
         self._lock = -1
-
-    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
-        """Makes the folder and locks it. Raises ConfigError where another run holds it, OSError where it cannot."""
-        if self._lock >= 0:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        deadline, told = time.monotonic() + wait_seconds, False
-        while True:
-            try:
-                self._lock = locked(self.path / LOCK, wait_seconds=min(1.0, wait_seconds))
-                break
-            except StorageError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"{self.path}: {self._holder()} trains there; wait for its end, or choose another --run.dir"
-                    ) from None
-            if not told:
-                print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
-                told = True
-        os.ftruncate(self._lock, 0)
-        os.pwrite(
-            self._lock,
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}).encode(),
-            0,
-        )
-        os.fsync(self._lock)  # other hosts look for it, and NFS sends what is open when it likes
-        watchdog.clean(self.path)
-        self.forget_end()
-
-    def claimed_by(self) -> str:
-        """What the claim says of its holder; by it other hosts know the folder again."""
-        return (self.path / LOCK).read_text()
 
     @property
     def is_ours(self) -> bool:
         return self._lock >= 0
 
+    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
+        """Makes the folder and locks it. Raises ConfigError if another run holds it, OSError if it cannot be made."""
+        if self.is_ours:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        deadline, first = time.monotonic() + wait_seconds, True
+        while not self.is_ours:
+            try:
+                self._lock = locked(self.path / LOCK, wait_seconds=min(1.0, wait_seconds))
+            except StorageError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"{self.path}: {self._holder()} trains there; wait for its end, or choose another --run.dir"
+                    ) from None
+                if first:
+                    print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
+                first = False
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps(holder).encode(), 0)
+        os.fsync(self._lock)  # other hosts look for it, and NFS may delay what a file that is open holds
+        watchdog.clean(self.path)
+        with contextlib.suppress(OSError):  # an earlier attempt's end must not pass for ours
+            (self.path / EXIT).unlink()
+
+    def claimed_by(self) -> str:
+        """The claim's text, by which other hosts recognise the folder."""
+        return (self.path / LOCK).read_text()
+
     def _holder(self) -> str:
         try:
-            holder = json.loads((self.path / LOCK).read_text())
+            holder = json.loads(self.claimed_by())
             return f"process {holder['pid']} of {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
 
-    def release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+    def describe(self, config: Config, dataset: Dataset, loader: Loader, *, precision: str, **facts: Any) -> None:
+        """Writes config.json: the configuration, what it resolved to, and what the result depends on beside it."""
+        described = {
+            "config": dataclasses.asdict(config),
+            "shards": os.path.abspath(config.data.shards),
+            "fingerprint": dataset.fingerprint,
+            "precision": precision,
+            "backend": loader.backend,
+            "backend_reason": loader.backend_reason,
+            **facts,
+            "command": environment.command(),
+            "environment": environment.describe(),
+        }
+        write_json(self.path / CONFIG, described)
 
-    # exit.json: launchers turn every exit code into 1, this file keeps it
-
-    def forget_end(self) -> None:
-        """Of an earlier attempt: nobody must take its end for ours."""
-        with contextlib.suppress(OSError):
-            (self.path / EXIT).unlink()
-
-    def write_end(self, *, code: int, reason: str, step: int, **more: Any) -> None:
+    def write_exit(self, *, code: int, reason: str, step: int, **more: Any) -> None:
+        """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""
         write_json(self.path / EXIT, {"code": code, "reason": reason, "step": step, **more})
 
     @property
-    def has_end(self) -> bool:
+    def has_exit(self) -> bool:
         return (self.path / EXIT).exists()
 
 
@@ -106,10 +116,10 @@ def read_json(path: Path, *, cure: str) -> Any:
 
 def read_config(run: Path, *needed: str) -> dict[str, Any]:
     """config.json: a run's configuration and how it was started. Raises DataError if a `needed` name is missing."""
-    path = run / "config.json"
+    path = run / CONFIG
     described = read_json(path, cure="copy the run folder again")
     if described is None:
-        raise DataError(f"{run}: no run folder: it has no config.json")
+        raise DataError(f"{run}: no run folder: it has no {CONFIG}")
     if not isinstance(described, dict) or any(name not in described for name in needed):
         raise DataError(f"{path}: not of a run: it must hold {', '.join(needed) or 'an object'}")
     return described

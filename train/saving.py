@@ -15,6 +15,8 @@ from .metrics import Record
 class SaveFailed(StorageError):
     """A checkpoint or a record could not be written, `here` or by another rank, and the run must stop."""
 
+    together = True
+
     def __init__(self, message: str, *, here: bool = True) -> None:
         super().__init__(message)
         self.here = here

@@ -1,6 +1,6 @@
-"""Being asked to stop: by a signal, by a file, by a launcher that is gone. The run ends at its next step boundary.
+"""Requests to stop: a signal, a file in the run folder, or a launcher that has ended. A run stops at its next step.
 
-A second signal ends the process at once; copies of one signal, which launchers and schedulers send on, do not count.
+A second signal ends the process at once; copies of one signal, which launchers and schedulers forward, do not count.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ExpressError
+from pipeline.errors import PREEMPTED, ExpressError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-COPY_SECONDS = 2.0  # a launcher's copy of a signal comes within milliseconds
+COPY_SECONDS = 2.0  # a launcher's copy of a signal arrives within milliseconds
 FILE_SECONDS = 1.0  # between two looks for the stop file
 STOP_FILE = "stop"
 FILE, ORPHAN = 1, 2  # reasons beside the signals' numbers
 FIRST_SIGNAL = 10  # codes of signals are their number and this
+RANKS = 1 << 20  # a code and the rank that has it travel as one number
 
 
 class Preempted(ExpressError):
     """Stopped on request; what was trained is saved."""
 
-    code = 75
+    code, together = PREEMPTED, True
 
 
 class Stop:
-    """The request to stop of this process. `code` is 0 until there is one, then what `reason` puts into words."""
+    """This process's request to stop. `code` is 0 until there is one; `name` puts it into words."""
 
     def __init__(self) -> None:
         self.code = 0
@@ -43,7 +44,7 @@ class Stop:
         self._looked = 0.0
 
     def install(self) -> None:
-        """Takes the signals over; from the main thread."""
+        """Installs the handlers; call it in the main thread."""
         mine, theirs = socket.socketpair()
         theirs.setblocking(False)
         for number in SIGNALS:
@@ -68,7 +69,7 @@ class Stop:
                     self.request(FIRST_SIGNAL + number)
 
     def request(self, code: int) -> None:
-        """Asks to stop; a second time, after the copies of the first request, ends the process at once."""
+        """Requests a stop. A second signal, after the copies of the first, ends the process at once."""
         self.code = self.code or code
         if code < FIRST_SIGNAL:
             return
@@ -80,35 +81,41 @@ class Stop:
             os._exit(128 + code - FIRST_SIGNAL)
 
     def look_for_file(self, folder: Path) -> None:
-        """Asks to stop where somebody has put a file named `stop` into the run folder; looks once a second."""
+        """Requests a stop if the run folder holds a file named `stop`; checks once a second."""
         if (now := time.monotonic()) - self._looked >= FILE_SECONDS:
             self._looked, self._file = now, folder / STOP_FILE
             if self._file.exists():
                 self.request(FILE)
 
-    def ended(self) -> None:
-        """The process is about to end with its own code."""
-        heed_no_more()
+    def encoded(self, rank: int) -> int:
+        """The request as one number, the greatest of which all ranks follow; 0: none."""
+        return self.code * RANKS + rank if self.code else 0
 
     def done(self) -> None:
-        """The request was honoured: the next run must not end by the same file."""
+        """Removes the stop file: the next run must not stop because of it."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
 
 
 def heed_no_more() -> None:
-    """How this process ends is settled, and a signal must not put another code there.
+    """Ignores signals from now on: this process's exit code is settled.
 
-    Launchers send one to all ranks as soon as the first has ended.
+    Launchers signal all ranks as soon as the first has ended.
     """
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
+def describe(encoded: int, *, world: int) -> str:
+    """What `Stop.encoded` stands for, with the rank if only one of several has the signal."""
+    code, rank = divmod(encoded, RANKS)
+    return name(code) + (f" at rank {rank}" if code > FIRST_SIGNAL and world > 1 else "")
+
+
 def name(code: int) -> str:
-    """What a code of `Stop` says."""
+    """A request in words."""
     if code == FILE:
         return f"the file {STOP_FILE!r} in the run folder"
     if code == ORPHAN:

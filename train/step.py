@@ -77,13 +77,13 @@ class Stepper:
             upper = (rows >> np.uint64(32)).astype(np.uint32).view(np.int32)
             logits: Tensor = self.net(images, to_device(upper, images.device))
             return logits
-        # Other nets draw from torch's generator: set anew from coordinates, so that there is no state of it to save.
+        # Other nets draw from torch's generator: seeded from coordinates, so that it has no state to save.
         torch.manual_seed(rng.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
         logits = self.net(images)
         return logits
 
     def update(self) -> bool:
-        """Moves the weights by the gradients; False where the loss scaler found infinite ones and nothing was moved."""
+        """Updates the weights; returns False if the loss scaler found infinite gradients and skipped the update."""
         if self.config.optim.clip_norm:
             self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
@@ -98,7 +98,7 @@ class Stepper:
     def settle_buckets(self, ids: np.ndarray, *, crop: int, dtype: torch.dtype) -> None:
         """A pass over nothing, before the first step; ids: of any step, crop and dtype: of its images.
 
-        After its first backward pass DDP orders its buckets anew. A resumed run has another first step, and would add
+        After its first backward pass DDP reorders its buckets. A resumed run has another first step, and would add
         up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
         """
         ids = ids[micro_batches(len(ids), self.config.train.accumulate)[0]]

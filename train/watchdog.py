@@ -1,9 +1,9 @@
-"""A run that makes no step: who is silent, where everyone stands, and an end in place of waiting for ever.
+"""Ends a run that makes no step, and names the rank that keeps the others waiting.
 
 Each rank's watchdog is a thread that writes a heartbeat into the run folder, `heartbeat/rank-NNNNN.json`: step, phase,
-host, process. A rank that makes no step for `hang_seconds` reads the others', names those that are silent or behind,
-leaves the stacks of its threads in `stacks/` and ends with 77; so do all that can still be reached. A stopped process
-of the same host is killed, since it keeps memory, devices and perhaps the run's lock.
+host, process. A rank that makes no step for `hang_seconds` reads all heartbeats, names the ranks that are silent or
+behind, writes its threads' stacks to `stacks/` and exits with code 77, as all ranks do that are alive. A stopped
+process of the same host is killed, since it holds memory, devices and perhaps the run's lock.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import errors
+
 HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
-CODE = 77
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
-ORPHAN_SECONDS = 20.0  # that a rank without launcher may go on without a step, to save
+ORPHAN_SECONDS = 20.0  # that a rank without a launcher may take to save
 PAUSE_SECONDS = 1.0
 SAVING_FACTOR = 10  # a disk may be slow, and what is being written would be lost
 PHASES = ("waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving")
@@ -41,7 +42,7 @@ class Watchdog:
     """Watches this process and, through the run folder, the others.
 
     on_orphan: called once when the launcher is gone. on_hang: called with the reason before the process ends.
-    parent: the launcher's process id, 0 where there is none.
+    parent: the launcher's process id; 0: none.
     """
 
     folder: Path
@@ -129,7 +130,7 @@ class Watchdog:
         }
         path = _beat_path(self.folder, self.rank)
         partial = path.with_suffix(".partial")
-        with contextlib.suppress(OSError):  # a full disk is told by whoever has something to lose
+        with contextlib.suppress(OSError):  # a full disk is reported by the save that fails
             partial.write_text(json.dumps(beat) + "\n")
             os.replace(partial, path)
 
@@ -166,23 +167,23 @@ class Watchdog:
                 _kill(beats[rank])
         with contextlib.suppress(Exception):
             self.on_hang(reason)
-        os._exit(CODE)
+        os._exit(errors.HANG)
 
 
 def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: float, step: int) -> str:
-    """Who keeps the others waiting: those without a heartbeat, or those that are behind."""
+    """Names the ranks without a heartbeat, or else those that are behind the others."""
     steps = {r: (b.get("step", 0), PHASES.index(b.get("phase", PHASES[0]))) for r, b in beats.items()}
-    where = f"no step for {seconds:g} seconds after step {step}"
+    since = f"no step for {seconds:g} seconds after step {step}"
     if silent:
-        return f"{where}: {', '.join(_who(r, beats[r]) for r in silent)} gives no sign of life"
+        return f"{since}: {', '.join(_who(r, beats[r]) for r in silent)} gives no sign of life"
     behind = [r for r, s in steps.items() if s == min(steps.values())]
     phase, step = beats[behind[0]].get("phase", PHASES[0]), steps[behind[0]][0]
     place = f"{phase} of step {step + 1}" if PHASES.index(phase) < 3 else f"{phase} after step {step}"
     if len(behind) == len(beats):
         hosts = list(dict.fromkeys(beat.get("host", "an unknown host") for beat in beats.values()))
         network = f"; look at the network between {' and '.join(hosts[:2])}" if len(hosts) > 1 else ""
-        return f"{where}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}{network}"
-    return f"{where}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
+        return f"{since}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}{network}"
+    return f"{since}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
 
 
 def _who(rank: int, beat: dict[str, Any]) -> str:
@@ -190,7 +191,7 @@ def _who(rank: int, beat: dict[str, Any]) -> str:
 
 
 def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | None = None) -> None:
-    """All threads of this process, into `stacks/rank-NNNNN.txt`, once; before them where `error` came from."""
+    """Writes the stacks of all threads to `stacks/rank-NNNNN.txt`, once, after the traceback of `error`."""
     with contextlib.suppress(OSError):
         (folder / STACKS).mkdir(exist_ok=True)
     with contextlib.suppress(OSError), open(_stack_path(folder, rank), "x") as file:
@@ -202,7 +203,7 @@ def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | 
 
 
 def read_hang(folder: Path) -> str:
-    """What a rank has declared; empty where none has."""
+    """The hang that a rank has declared; empty: none."""
     try:
         return str(json.loads((folder / HANG).read_text())["reason"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -210,7 +211,7 @@ def read_hang(folder: Path) -> str:
 
 
 def clean(folder: Path) -> None:
-    """Takes away what an earlier start left: a rank must not be judged by it."""
+    """Removes what an earlier start left: a rank must not be judged by it."""
     for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
         with contextlib.suppress(OSError):
             path.unlink()

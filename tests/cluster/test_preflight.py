@@ -65,7 +65,7 @@ def test_the_code_digest_is_of_every_line(monkeypatch, tmp_path):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(preflight.environment, "ROOT", tmp_path)
     before = preflight.code_digest()
-    with open(tmp_path / "pipeline" / "read" / "draws.py", "a") as file:
+    with open(tmp_path / "pipeline" / "read" / "rng.py", "a") as file:
         file.write("# \n")
     after = preflight.code_digest()
     assert before != after

@@ -151,7 +151,7 @@ def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, d
     stacks = sorted(p.name for p in (folder / "stacks").iterdir())
     assert stacks == [f"rank-{i:05d}.txt" for i in range(3) if i != victim]
     for path in (folder / "stacks").iterdir():
-        assert "in _train" in path.read_text()
+        assert "in train" in path.read_text()
         assert "Thread" in path.read_text()
     codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", job.said))
     assert codes <= {"77", "-9"}

@@ -128,9 +128,9 @@ import runpy, sys
 sys.path[0] = {root!r}
 import torch
 from accelerate import Accelerator
-from train import launch
+from train import distributed as launch
 made = launch.make_accelerator
-launch.refuse_unscaled = lambda accelerator: None
+launch.check_scaler = lambda accelerator: None
 def with_scaler(config):
     # What Accelerate does for fp16 on a GPU. The scale is too large at first, and grows again every six steps.
     accelerator = made(config)
@@ -185,8 +185,8 @@ sys.path[0] = {root!r}
 import torch, torch.distributed as dist
 from torch import nn
 from accelerate import Accelerator
-from train.command_line import parse
-from train.launch import make_accelerator
+from train.cli import parse
+from train.distributed import make_accelerator
 from train.presets import PRESETS
 flags = ["--data.shards", "x", "--train.compress", sys.argv[1], "--run.dir", sys.argv[2]]
 config = parse(["demo", *flags], PRESETS, prog="")
@@ -253,8 +253,8 @@ def infinite(self, *args, **more):
     next(self.bare.parameters()).grad.fill_(float("inf"))
     return told
 Stepper.backward = infinite
-import train.loop
-train.loop.MOST_OVERFLOWS = 7
+import train.trainer
+train.trainer.MOST_OVERFLOWS = 7
 sys.argv = """,
     )
     script.write_text(scaled)

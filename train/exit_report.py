@@ -1,0 +1,146 @@
+"""How a process of a run ends: one line on stderr, exit.json and an exit code, all from one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError
+
+from . import signals, watchdog
+
+if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before that
+    from .config import Config
+    from .run_folder import RunFolder
+    from .trainer import Trainer
+
+LOST_SECONDS = 1.0  # that a rank which has lost another waits for exit.json from the one that knows why
+
+
+class Interrupted(ExpressError):
+    code, together = PREEMPTED, True
+
+
+class LostRank(ExpressError):
+    code = CHECK_FAILED
+
+
+class Hang(ExpressError):
+    code = HANG
+
+
+class ExitReport:
+    """A context around a run, from its command line on: whatever is raised in it becomes `code`, a line and exit.json.
+
+    A crash passes on with its traceback, after exit.json has named it.
+    """
+
+    def __init__(self) -> None:
+        self.code = DONE
+        self.config: Config | None = None  # once it is parsed, with its folder
+        self.folder: RunFolder | None = None
+        self.trainer: Trainer | None = None  # once it is built
+
+    def __enter__(self) -> ExitReport:
+        return self
+
+    def __exit__(self, kind: type | None, err: BaseException | None, trace: TracebackType | None) -> bool:
+        known = self._as_express_error(err) if err else None
+        if known:
+            self.code = self._end(known)
+        elif isinstance(err, Exception) and self.folder and (self.trainer or self.folder.is_ours):
+            self.write(CHECK_FAILED, f"{type(err).__name__}: {err}")
+        return known is not None
+
+    def write(self, code: int, reason: str, **facts: Any) -> None:
+        """Writes exit.json, if the folder can be written."""
+        assert self.folder is not None
+        step = self.trainer.state.step if self.trainer else 0
+        with contextlib.suppress(OSError):
+            self.folder.write_exit(code=code, reason=reason, **{"step": step, **facts})
+
+    def _as_express_error(self, err: BaseException) -> ExpressError | None:
+        """The exception in the user's terms; None: a crash."""
+        if isinstance(err, ExpressError):
+            return err
+        if isinstance(err, KeyboardInterrupt):  # signals.Stop raises it until training begins
+            return Interrupted("stopped before it went on with training; the same command starts again")
+        if isinstance(err, OSError):
+            path = err.filename or (self.folder.path if self.folder else "")
+            return StorageError(f"{os.fsdecode(path)}: {err.strerror or err}")
+        return self._of_torch(err)
+
+    def _of_torch(self, err: BaseException) -> ExpressError | None:
+        text = str(err)
+        if isinstance(err, RuntimeError) and is_lost_connection(err):
+            lost = LostRank(f"another rank ended; its own line says why ({text.splitlines()[0]})")
+            lost.__cause__ = err
+            return lost
+        if "does not have a deterministic implementation" in text:
+            return ConfigError(f"run.deterministic=True: {text.split()[0]} has no kernel for it; choose a net without")
+        if "more than 1 value per channel" in text and self.config:
+            return ConfigError(
+                f"train.batch={self.config.train.batch}, augment.crop={self.config.augment.crop}: a rank's images leave"
+                " batch normalisation one value a channel; choose a larger batch or crop"
+            )
+        return None
+
+    def _end(self, err: ExpressError) -> int:
+        before_training = self.trainer is None or isinstance(err, Interrupted)
+        if before_training:  # how the other ranks end, and what launchers then send, changes nothing
+            signals.heed_no_more()
+        if self.folder and isinstance(err, LostRank) and (hang := watchdog.read_hang(self.folder.path)):
+            # The other rank was lost because it hung, and the rank that noticed has reported it.
+            watchdog.dump_stacks(self.folder.path, rank(), hang, error=err.__cause__)
+            err = Hang(hang)
+        if self.trainer:
+            self.trainer.watchdog.close()
+            with contextlib.suppress(Exception):  # a save of an earlier step is worth waiting for
+                self.trainer.saver.checkpoints.wait()
+        if self.folder and self.folder.path.is_dir():
+            self._write_end(err, self.folder, only_rank0=before_training)
+        print_line(err, only_rank0=before_training or err.together)
+        if self.config is None and not isinstance(err, Interrupted) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from .preflight import report_rejection
+
+            report_rejection(err)
+        return err.code
+
+    def _write_end(self, err: ExpressError, folder: RunFolder, *, only_rank0: bool) -> None:
+        """exit.json, by the rank that knows; a folder that another run holds stays as it is."""
+        if isinstance(err, signals.Preempted) or not err.here or (rank() and (only_rank0 or err.facts)):
+            return  # written already, or another rank writes it
+        with contextlib.suppress(OSError, ExpressError):  # the folder may be what failed; line and code remain
+            if self.trainer is None and not folder.is_ours:
+                folder.claim(wait_seconds=0)
+            if isinstance(err, LostRank):
+                time.sleep(LOST_SECONDS)
+                if folder.has_exit:
+                    return
+            self.write(err.code, str(err), **err.facts)
+
+
+def is_lost_connection(err: RuntimeError) -> bool:
+    """Whether a collective failed because its peer is gone; torch has no class of error for gloo's."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from torch.distributed import DistError
+
+    text = str(err).lower()
+    gone = ("connection closed", "connection reset", "broken pipe", "connection refused", "timed out")
+    return isinstance(err, DistError) or any(words in text for words in gone)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def print_line(err: ExpressError, *, only_rank0: bool) -> None:
+    """One line on stderr, of one rank of a machine if all have it, otherwise with the rank."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 or not only_rank0:
+        kind = "" if err.code == PREEMPTED else "error: "
+        print(f"{kind}{f'[rank {rank()}] ' if rank() else ''}{err}", file=sys.stderr, flush=True)

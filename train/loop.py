@@ -1,0 +1,263 @@
+"""The training loop: `train` takes a run from its first batch to its last figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+from pipeline.errors import CHECK_FAILED, ExpressError
+from pipeline.progress import Progress
+from pipeline.read.loader import Batch
+
+from . import environment, metrics, resume, signals
+from .config import behind_the_end
+from .distributed import broadcast_buffers
+from .evaluation import Evaluation, Result, evaluate
+from .metrics import Meter
+from .nonfinite import LossNotFinite
+from .signals import Preempted
+from .trainer import DATA, EVALUATING, SAVING, Trainer
+
+
+class NotOverfitted(ExpressError):
+    """A net that cannot fit a few images."""
+
+    code = CHECK_FAILED
+
+
+def train(t: Trainer) -> Evaluation:
+    """Trains what is left, evaluates as train.eval_every says, and saves; returns the last figures.
+
+    Raises Preempted after a request to stop, when the step is saved; LossNotFinite, SaveFailed, NotOverfitted.
+    """
+    state, c, result = t.state, t.config, None
+    begin(t)
+    while not is_over(t):
+        for batch in rest_of_epoch(t):
+            stop = step(t, batch)
+            if state.step % c.run.log_every == 0 and t.meter.steps:
+                log(t)
+            if stop:
+                save_and_stop(t, stop)
+            if t.at_limit:
+                break
+            if c.run.save_every and state.step % c.run.save_every == 0 and t.within_epoch:
+                save(t)  # the checkpoint of an epoch's last step comes after its evaluation
+        end_epoch(t)
+        if t.within_epoch:  # limit_steps ends within an epoch
+            result = None
+            break
+        result = evaluate_epoch(t)
+        if not c.overfit:
+            save(t)
+        elif result and result.best.top1 == 1:
+            break
+    if c.overfit:
+        check_overfit(t, result)
+    result = result or last_figures(t)
+    finish_saving(t)
+    if t.profile:
+        t.record.log(t.profile.cut_short())
+    return result
+
+
+def begin(t: Trainer) -> None:
+    """Logs what the run uses, and starts to watch for hangs and requests to stop."""
+    c, loader = t.config, t.loader
+    t.record.log(f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank")
+    t.record.log(f"decoder: {loader.decoder()}")
+    t.record.log(f"compiled: {t.compiled}")
+    for note in behind_the_end(c):
+        t.record.log(note)
+    if c.optim.scale_lr != "none":
+        t.record.log(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
+    t.tick(DATA)
+    t.watchdog.start()
+    t.stop.running = True
+
+
+def is_over(t: Trainer) -> bool:
+    """Whether nothing is left to train or to evaluate."""
+    train, state = t.config.train, t.state
+    reached = train.stop_at and state.best_step is not None and state.best_top1 >= train.stop_at
+    return bool(state.epoch >= train.epochs or reached or (t.at_limit and not t.evaluation_is_missing))
+
+
+def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
+    """The batches that the epoch still has; none if only its evaluation is missing."""
+    if t.evaluation_is_missing:
+        return
+    t.enter_epoch()
+    train = t.config.train
+    left = (t.steps_per_epoch - t.loader.state_dict()["step"]) * train.batch
+    main = t.accelerator.is_main_process
+    t.progress = Progress(f"epoch {t.state.epoch + 1}/{train.epochs}", left, enabled=main)
+    t.loader.stats()  # counts from here
+    wait_for_data(t)
+    for batch in t.loader:
+        yield batch
+        t.progress.update(train.batch, t.progress.note)
+        wait_for_data(t)
+
+
+def wait_for_data(t: Trainer) -> None:
+    t.tick(DATA)
+    if t.profile:
+        t.profile.asks()
+
+
+def step(t: Trainer, batch: Batch) -> int:
+    """One step, profiled if that was asked for; returns any rank's request to stop, or 0."""
+    if t.profile is None:
+        return t.step(batch)
+    t.profile.begins()
+    stop = t.step(batch)
+    report_profile(t, t.profile.ends())
+    return stop
+
+
+def report_profile(t: Trainer, table: str | None) -> None:
+    """Prints the profile's table once there is one; a run has one profile."""
+    if table:
+        t.record.log(table)
+        t.profile = None
+
+
+def end_epoch(t: Trainer) -> None:
+    """Logs the losses that were not read yet, also of a run that was stopped just before, and the epoch's means."""
+    if t.progress:
+        t.progress.close()
+    if t.profile:
+        report_profile(t, t.profile.epoch_ends())
+    t.raise_if_bad(t.finite.rest())
+    if t.meter.steps:
+        log(t)
+    if t.meter.all_steps:
+        part = f", {t.within_epoch} of {t.steps_per_epoch} steps" if t.within_epoch else ""
+        label = f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}"
+        t.record.log(metrics.summary(label, t.meter.whole() | {"lr": t.state.rate}, t.meter.seconds))
+    t.meter = Meter(t.accelerator, t.config.train.batch)
+
+
+def log(t: Trainer) -> None:
+    """Records the means since the last reading. The host waits for the device here, and at no other step."""
+    state, means = t.state, t.meter.read(t.loader)
+    means |= {"lr": state.rate, "memory_gb": environment.memory_gb(t.accelerator.device)}
+    overflows = {"overflows": state.overflows} if t.accelerator.scaler is not None else {}
+    t.record.write("train", state.step, {"epoch": state.epoch + 1, **means, **overflows})
+    left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
+    if t.progress:
+        t.progress.note = metrics.progress_note(means, step=state.step, last_step=t.last_step, seconds_left=left)
+
+
+def evaluate_epoch(t: Trainer) -> Evaluation | None:
+    """Evaluates the epoch that was trained, if train.eval_every says so; then the epoch is done."""
+    state, every, number = t.state, t.config.train.eval_every, t.state.epoch + 1
+    on_schedule = number % every == 0
+    is_due = on_schedule or number >= t.config.train.epochs
+    if not is_due and not t.at_limit:
+        state.epoch = number
+        return None
+    result = count(t)
+    if not math.isfinite(result.weights.loss):  # never saved: a run that resumed from it could not recover
+        raise LossNotFinite(
+            f"the validation loss of epoch {number} is {result.weights.loss:.6g}; nothing of it is saved; try a lower"
+            f" optim.lr than {t.config.optim.lr}",
+            step=state.step,
+            loss=result.weights.loss,
+        )
+    state.epoch = number
+    # An evaluation that only limit_steps asks for must not change the run that resumes after it.
+    if is_due and (state.best_step is None or result.best.top1 > state.best_top1):
+        state.best_top1, state.best_step = result.best.top1, state.step
+    if t.optim.schedule == "plateau" and on_schedule and state.plateau.see(result.weights.top1, t.optim):
+        t.record.log(f"top-1 has stalled: the learning rate falls to {state.rate * t.optim.factor:.4g}")
+    record_evaluation(t, result, epoch=number)
+    return result
+
+
+def count(t: Trainer) -> Evaluation:
+    """Evaluates the net, and the average of its weights if there is one."""
+    average = t.stepper.average
+    return Evaluation(count_one(t, t.stepper.bare), count_one(t, average.net) if average else None)
+
+
+def count_one(t: Trainer, net: nn.Module) -> Result:
+    def after_each_batch() -> None:
+        t.tick(EVALUATING)
+        (stop,) = t.agreement.largest(t.stop_request())
+        if stop:
+            save_and_stop(t, stop)
+
+    broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
+    return evaluate(net, t.val_loader, t.accelerator, between=after_each_batch)
+
+
+def record_evaluation(t: Trainer, result: Evaluation, *, epoch: int) -> None:
+    t.record.write("val", t.state.step, {"epoch": epoch, **dataclasses.asdict(result.weights)})
+    if result.average:
+        t.record.write("val of average", t.state.step, {"epoch": epoch, **dataclasses.asdict(result.average)})
+
+
+def last_figures(t: Trainer) -> Evaluation:
+    """Evaluates a run that ends within an epoch, by limit_steps, or that was over before it began."""
+    if t.within_epoch:
+        save(t)
+    result = count(t)
+    if t.within_epoch:
+        record_evaluation(t, result, epoch=t.state.epoch + 1)
+    return result
+
+
+def check_overfit(t: Trainer, result: Evaluation | None) -> None:
+    """Raises NotOverfitted if an image is still wrong."""
+    result = result or count(t)
+    if result.best.top1 < 1:
+        raise NotOverfitted(
+            f"after {t.state.epoch} epochs {result.weights.top1:.1%} of {t.config.overfit} images are right;"
+            " try more train.epochs or another optim.lr, or look for a mistake in the net"
+        )
+
+
+def save(t: Trainer) -> None:
+    """Copies what is to be saved; it is written while training continues."""
+    t.tick(SAVING)
+    t.raise_if_bad(t.finite.rest())
+    meter, scaler, average = t.meter.state_dict(), t.accelerator.scaler, t.stepper.average
+    if t.accelerator.is_main_process:
+        t.saver.save(
+            t.state.step,
+            model=t.stepper.bare.state_dict(),
+            optimizer=t.stepper.optimizer.state_dict(),
+            average=average.net.state_dict() if average else {},
+            state={
+                **dataclasses.asdict(t.state),
+                "loader": t.loader.state_dict(),
+                "meter": meter,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "config": resume.what_must_stay(t.config, t.dataset, precision=t.precision),
+                "epochs": t.config.train.epochs,
+                "ranks": t.accelerator.num_processes,
+            },
+        )
+
+
+def finish_saving(t: Trainer) -> None:
+    """Waits, at all ranks, until the last checkpoint is on the disk. Raises SaveFailed."""
+    t.tick(SAVING)
+    t.saver.finish(t.state.step)
+
+
+def save_and_stop(t: Trainer, stop: int) -> None:
+    """Saves, waits until that is on the disk, and raises Preempted; all ranks are at the same step."""
+    save(t)
+    finish_saving(t)
+    t.stop.done()
+    reason = f"stopped by {signals.describe(stop, world=t.accelerator.num_processes)}"
+    if t.accelerator.is_main_process:
+        t.folder.write_exit(code=Preempted.code, reason=reason, step=t.state.step)
+    t.agreement.largest(0)  # a rank that ends early makes launchers end the others
+    raise Preempted(f"{reason}; step {t.state.step} is saved, and the same command resumes from there")
