@@ -45,6 +45,12 @@ def new_file(name: str) -> Path:
     return path
 
 
+def add_files(p: argparse.ArgumentParser, **helps: str) -> None:
+    """Options that name files to write."""
+    for name, text in helps.items():
+        p.add_argument(f"--{name}", type=new_file, metavar="FILE", help=text)
+
+
 def printable(name: str) -> str:
     """A file's name on one line, without what would steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
@@ -55,6 +61,15 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="of a run (%(default)s)")
     p.add_argument("--raw", action="store_true", help="the weights themselves, also where their average was kept")
     p.add_argument("--preset", default="", metavar="NAME", help="what weights without a model card are of")
+
+
+def open_model(path: Path, args: argparse.Namespace) -> Any:
+    """The Classifier that a MODEL is, as the options of `add_model_options` and --data.shards ask for it."""
+    from train.classifier import open_classifier
+
+    return open_classifier(
+        path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=str(args.shards)
+    )
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -40,12 +41,11 @@ def parser() -> cli.Parser:
     p.add_argument("--precision", choices=("trained", "fp32", "bf16"), default="trained", help="(as %(default)s)")
     cli.add_model_options(p)
     p.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 0: none (%(default)s)")
-    p.add_argument(
-        "--json", type=cli.new_file, metavar="FILE", help="all figures, by class too, with what they depend on"
-    )
-    p.add_argument("--csv", type=cli.new_file, metavar="FILE", help="each image's label and five answers")
-    p.add_argument(
-        "--submission", type=cli.new_file, metavar="FILE", help="five labels a line, for ImageNet's test images"
+    cli.add_files(
+        p,
+        json="all figures, by class too, with what they depend on",
+        csv="each image's label and five predictions",
+        submission="five labels a line, for ImageNet's test images",
     )
     return p
 
@@ -58,42 +58,39 @@ def main() -> None:
     dataset = open_dataset(args.shards)
     labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
     if not (labelled or args.submission or args.csv):
-        raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes what is answered")
-    positions = submitted(dataset, args.split) if args.submission else {}
+        raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
+    order = submission_order(dataset, args.split) if args.submission else []
 
     from train import distributed
-    from train.classifier import open_classifier
 
-    models = [
-        open_classifier(path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=str(args.shards))
-        for path in args.models
-    ]
+    models = [cli.open_model(path, args) for path in args.models]
     for model in models:
-        refuse_other_classes(model, dataset)
+        check_classes(model, dataset)
     precision = chosen_precision(args.precision, models)
     accelerator = distributed.make_plain_accelerator(precision)
     distributed.take_cores(accelerator.device)
     started = time.monotonic()
-    answers = answered(models, dataset, args, accelerator)
+    predictions = predicted(models, dataset, args, accelerator)
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
-        print(f"{len(answers.labels):,} images in {seconds:.1f} s", file=sys.stderr)
+        print(f"{len(predictions.labels):,} images in {seconds:.1f} s", file=sys.stderr)
         if args.csv:
-            write_csv(args.csv, answers, dataset, args.split)
+            write_csv(args.csv, predictions, dataset, args.split)
         if args.submission:
-            write_submission(args.submission, answers, positions, dataset)
-            print(f"{args.submission}: {len(positions):,} lines of five labels")
+            write_submission(args.submission, predictions, order, dataset)
+            print(f"{args.submission}: {len(order):,} lines of five labels")
         if labelled:
-            tell(answers, models, dataset, args, precision)
+            report(predictions, models, dataset, args, precision)
 
 
 def chosen_precision(asked: str, models: list[Any]) -> str:
-    trained = {model.precision for model in models}
-    chosen = asked if asked != "trained" else trained.pop() if len(trained) == 1 else "fp32"
-    return "bf16" if chosen in ("bf16", "fp16") else "fp32"
+    """fp32 also for nets that were trained in different precisions."""
+    chosen = {model.precision for model in models} if asked == "trained" else {asked}
+    return "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"
 
 
-def refuse_other_classes(model: Any, dataset: Dataset) -> None:
+def check_classes(model: Any, dataset: Dataset) -> None:
+    """Raises DataError if the classes of the net are not those of the data."""
     if model.classes != len(dataset.classes):
         raise DataError(
             f"{model.source}: answers {model.classes:,} classes, but {dataset.root} has {len(dataset.classes):,}"
@@ -107,63 +104,55 @@ def refuse_other_classes(model: Any, dataset: Dataset) -> None:
             raise DataError(f"{model.source}: {both}; use shards of its classes")
 
 
-def answered(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
+def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
+    """The Predictions of the mean of all models."""
     from pipeline.read.loader import Loader
     from train.build import pixel_type
     from train.distributed import local_world
-    from train.model_card import Inputs
-    from train.predictions import Part, answer
+    from train.evaluation import Group, predict
 
-    groups: list[tuple[Any, Any, list[Any]]] = []  # nets that see the same pixels share a loader
-    for model in models:
-        augment = dataclasses.replace(model.card.augment, views=args.views)
-        known = model.card.inputs or Inputs.of(dataset, augment)
-        alike = next((nets for a, i, nets in groups if a == augment and i.same_pixels(known)), None)
-        if alike is None:
-            groups.append((augment, known, alike := []))
-        alike.append(model.net.to(accelerator.device))
-    parts = [
-        Part(
-            nets,
-            Loader(
-                dataset,
-                split=args.split,
-                batch=args.batch,
-                train=False,
-                statistics=known.statistics,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                local_world=local_world(),
-                device=accelerator.device,
-                dtype=pixel_type(accelerator.mixed_precision, accelerator.device),
-                channels_last=True,
-                augment=augment,
-            ),
-        )
-        for augment, known, nets in groups
-    ]
-    progress = Progress("evaluating", parts[0].loader.samples, enabled=accelerator.is_main_process)
-    try:
-        return answer(parts, accelerator, progress=lambda n: progress.update(n * accelerator.num_processes))
-    finally:
-        progress.close()
-        for part in parts:
-            part.loader.close()
+    groups: dict[Any, Group] = {}  # nets that see the same pixels share a loader
+    with contextlib.ExitStack() as loaders:
+        for model in models:
+            augment = dataclasses.replace(model.card.augment, views=args.views)
+            statistics = model.statistics(dataset)
+            image = statistics.mean_image
+            pixels = (augment, statistics.mean, statistics.std, None if image is None else image.tobytes())
+            if pixels not in groups:
+                loader = Loader(
+                    dataset,
+                    split=args.split,
+                    batch=args.batch,
+                    train=False,
+                    statistics=statistics,
+                    rank=accelerator.process_index,
+                    world=accelerator.num_processes,
+                    local_world=local_world(),
+                    device=accelerator.device,
+                    dtype=pixel_type(accelerator.mixed_precision, accelerator.device),
+                    channels_last=True,
+                    augment=augment,
+                )
+                groups[pixels] = Group([], loaders.enter_context(loader))
+            groups[pixels].nets.append(model.net.to(accelerator.device))
+        progress = Progress("evaluating", loader.samples, enabled=accelerator.is_main_process)
+        loaders.callback(progress.close)
+        step = accelerator.num_processes
+        return predict([*groups.values()], accelerator, progress=lambda n: progress.update(n * step))
 
 
-# What is told
+# Reports
 
 
-def tell(answers: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, precision: str) -> None:
-    from train.predictions import summary
+def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, precision: str) -> None:
+    from train.evaluation import summary
 
-    found = summary(answers, dataset.classes, resamples=args.resamples)
+    found = summary(predictions, dataset.classes, resamples=args.resamples)
     for model in models:
         print(f"model   {model}")
     views = "centre crop" if args.views == 1 else "ten views"
-    print(
-        f"data    {args.shards}, {args.split}: {found['images']:,} images of {len(dataset.classes):,} classes, {views}"
-    )
+    classes = len(dataset.classes)
+    print(f"data    {args.shards}, {args.split}: {found['images']:,} images of {classes:,} classes, {views}")
     for name, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss")):
         print(f"{label:<7} {figure(found, name)}")
     names = dict(zip(dataset.classes, dataset.class_names, strict=True))
@@ -198,16 +187,14 @@ def named(wnid: str, names: dict[str, str]) -> str:
     return wnid if names[wnid] == wnid else f"{wnid} {names[wnid].split(',')[0]}"
 
 
-def write_csv(path: Path, answers: Any, dataset: Dataset, split: str) -> None:
+def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> None:
+    classes, count = dataset.classes, predictions.best.shape[1]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    k = answers.best.shape[1]
-    rows.writerow(["key", "label", *(f"answer{i + 1}" for i in range(k)), *(f"probability{i + 1}" for i in range(k))])
-    classes = dataset.classes
-    for key, label, best, probabilities in zip(
-        dataset.split(split).keys(), answers.labels, answers.best, answers.probabilities, strict=True
-    ):
-        rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities.tolist()])
+    rows.writerow(["key", "label", *(f"{of}{i + 1}" for of in ("answer", "probability") for i in range(count))])
+    columns = (predictions.labels, predictions.best, predictions.probabilities.tolist())
+    for key, label, best, probabilities in zip(dataset.split(split).keys(), *columns, strict=True):
+        rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities])
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
@@ -215,8 +202,8 @@ def write_csv(path: Path, answers: Any, dataset: Dataset, split: str) -> None:
 # The submission
 
 
-def submitted(dataset: Dataset, split: str) -> dict[int, int]:
-    """{official number: position in the split}, before anything is computed."""
+def submission_order(dataset: Dataset, split: str) -> list[int]:
+    """Positions in the order of the official numbers. Raises DataError if these are not ImageNet's whole test split."""
     if "class_ids" not in dataset.manifest:
         raise DataError(f"{dataset.root}: its manifest has no official class numbers; shard ImageNet's archives again")
     found: dict[int, int] = {}
@@ -227,20 +214,19 @@ def submitted(dataset: Dataset, split: str) -> dict[int, int]:
                 f"{dataset.root}: {key} is no test image of ImageNet; --submission goes with its test split"
             )
         found[int(match[1])] = position
-    missing = next((n for n in range(1, len(found) + 1) if n not in found), None)
+    missing = min(set(range(1, len(found) + 1)) - found.keys(), default=None)
     if missing is not None:
         raise DataError(
             f"{dataset.root}: test image {missing} is missing, and a submission has a line for each; shard again"
         )
-    return found
+    return [found[number] for number in sorted(found)]
 
 
-def write_submission(path: Path, answers: Any, positions: dict[int, int], dataset: Dataset) -> None:
-    """Five official numbers a line, the best first, lines in the order of the images' numbers."""
+def write_submission(path: Path, predictions: Any, order: list[int], dataset: Dataset) -> None:
+    """Five official numbers a line, the most probable first."""
     ids = dataset.manifest["class_ids"]
     with atomic_write(path) as file:
-        for number in sorted(positions):
-            best = answers.best[positions[number]]
+        for best in predictions.best[order]:
             file.write((" ".join(str(ids[label]) for label in best) + "\n").encode())
 
 

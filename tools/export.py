@@ -3,7 +3,7 @@
     python tools/export.py runs/demo demo.safetensors
 
 By its ending, FILE is .safetensors, .onnx, or .pth: a state_dict that torchvision's AlexNet or the seed's net loads.
-Beside it, NAME.json and NAME.md say what it is. Exit codes: 0 done, 1 it answers otherwise than the source, 2 usage,
+Beside it, NAME.json and NAME.md describe it. Exit codes: 0 done, 1 its logits are not those of the source, 2 usage,
 65 bad data, 74 not writable.
 """
 
@@ -22,19 +22,17 @@ from typing import Any
 
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError, ExpressError
 from pipeline.files import PARTIAL, fsync_path
-from tools import cli
+from tools import cli, predict
 
-KINDS = (".safetensors", ".onnx", ".pth")
 COMPARED = 16  # images
-# Of model.*: what makes another net of the same weights, or weights of other shapes.
+# Fields of model.* that make another net of the same weights, or weights of other shapes.
 FORM = ("width", "norm", "activation", "overlapping_pool", "towers", "drop")
-CLOSE = {".safetensors": 0.0, ".pth": 0.0, ".onnx": 1e-4}  # logits, as a share of the greatest
+ONNX_CLOSE = 1e-4  # greatest difference of logits, relative to the greatest logit; other formats must be equal
 OPSET = 18
-EVALUATED = ("split", "views", "command", "top1", "top5", "loss", "images")
 
 
 class AnswersOtherwise(ExpressError):
-    """What was written is not what was to be written."""
+    """The written file does not hold the net of the source."""
 
     code = CHECK_FAILED
 
@@ -42,12 +40,10 @@ class AnswersOtherwise(ExpressError):
 def parser() -> cli.Parser:
     p = cli.Parser(prog="export.py", description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or weights")
-    p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(KINDS)}")
+    p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(WRITERS)}")
     cli.add_model_options(p)
     p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="images to compare (the run's own)")
-    p.add_argument(
-        "--images", type=Path, metavar="DIR", help="a folder of images to compare, where there are no shards"
-    )
+    p.add_argument("--images", type=Path, metavar="DIR", help="a folder of images to compare, if there are no shards")
     p.add_argument(
         "--evaluation",
         type=Path,
@@ -63,45 +59,38 @@ def parser() -> cli.Parser:
 def main() -> None:
     args = parser().parse_args()
     out, kind = args.out, args.out.suffix.lower()
-    if kind not in KINDS:
-        raise ConfigError(f"{out}: choose a name that ends with {', '.join(KINDS)}")
+    if kind not in WRITERS:
+        raise ConfigError(f"{out}: choose a name that ends with {', '.join(WRITERS)}")
     if out.exists() and not args.force:
         raise ConfigError(f"{out}: is there already; choose another name, or --force")
 
     import torch
 
-    from train.classifier import open_classifier
-
-    model = open_classifier(
-        args.model, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=args.shards
-    )
-    rows = [evaluated(path) for path in args.evaluation]
-    model = dataclasses.replace(model, card=dataclasses.replace(model.card, accuracy=[*model.card.accuracy, *rows]))
-    refuse_unfit(model, kind)
+    model = cli.open_model(args.model, args)
+    model.card.accuracy.extend(evaluated(path) for path in args.evaluation)
+    check_exportable(model, kind)
     if not args.force:
-        refuse_another_card(model, out)
+        check_cards(model, out)
     images = real_images(model, args)
     partial = out.with_name(out.stem + PARTIAL + out.suffix)
     try:
         WRITERS[kind](model, images, partial)
-        found = reloaded(partial, model)
         with torch.no_grad():
-            ours, theirs = model.net(images), found(images)
-        compare(ours, theirs, out, CLOSE[kind])
+            ours, theirs = model.net(images), reloaded(partial, model)(images)
+        differs = float((ours - theirs).abs().max())
+        if not differs <= (kind == ".onnx") * ONNX_CLOSE * max(1.0, float(ours.abs().max())):
+            raise AnswersOtherwise(f"{out}: its logits differ by {differs:.3g} from the source's, so it is not kept")
         fsync_path(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-        partial.with_name(partial.name + ".data").unlink(missing_ok=True)
     for path in (out, *model.card.write_beside(out)):
         print(f"{path}: {path.stat().st_size:,} bytes")
-    print(
-        f"answers as {model} does on {len(images)} images: logits differ by {(ours - theirs).abs().max():.2g} at most"
-    )
+    print(f"answers as {model} does on {len(images)} images: logits differ by {differs:.2g} at most")
 
 
-def refuse_unfit(model: Any, kind: str) -> None:
-    """Raises ConfigError for what cannot be written, or would be another net where it is loaded."""
+def check_exportable(model: Any, kind: str) -> None:
+    """Raises ConfigError for a net that cannot be written, or would be another net after loading."""
     from train.classifier import Onnx
 
     if isinstance(model.net, Onnx):
@@ -111,7 +100,7 @@ def refuse_unfit(model: Any, kind: str) -> None:
 
 
 def no_pth(model: Any) -> str:
-    """Why neither torchvision's class nor the seed's would be this net; "" where one is."""
+    """Why neither torchvision's class nor the seed's would be this net; "" if one is."""
     from model import AlexNet, ModelConfig
 
     config, name, crop = model.card.model, model.card.model.name, model.card.augment.crop
@@ -126,74 +115,78 @@ def no_pth(model: Any) -> str:
     return ""
 
 
-def refuse_another_card(model: Any, out: Path) -> None:
-    """Files of one net may share a name and so a card; those of two may not."""
-    from train import model_card
+def check_cards(model: Any, out: Path) -> None:
+    """Raises ConfigError if `out` would replace the card of another net; files of one net may share a card."""
+    from train.model_card import read_beside
 
-    beside, told = out.with_suffix(".json"), out.with_suffix(".md")
-    there = next((path for path in (beside, told) if path.exists()), None)
-    of = model_card.read_beside(out) if there else None
-    if there and (of is None or of.as_json() != model.card.as_json()):
-        raise ConfigError(f"{there}: is there already, of something else; choose another name, or --force")
+    existing = next((path for path in (out.with_suffix(".json"), out.with_suffix(".md")) if path.exists()), None)
+    card = read_beside(out)
+    if existing and (card is None or card.as_json() != model.card.as_json()):
+        raise ConfigError(f"{existing}: is there already, of something else; choose another name, or --force")
 
 
 def evaluated(path: Path) -> dict[str, Any]:
-    """A row of the card, of evaluate.py's --json."""
+    """A row of the card from evaluate.py's --json."""
+    from train.evaluation import NAMES
+
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if len(values["models"]) != 1:
             raise DataError(f"{path}: is of {len(values['models'])} nets; name an evaluation of this one")
-        return {name: values[name] for name in EVALUATED}
+        return {name: values[name] for name in ("split", "views", "command", *NAMES)}
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise DataError(f"{path}: not what evaluate.py --json writes ({err!r})") from err
 
 
 def real_images(model: Any, args: argparse.Namespace) -> Any:
-    """(n, 3, crop, crop) float32: of the validation images of the shards, or of a folder."""
+    """(n, 3, crop, crop) float32: images of a folder, or validation images of the shards."""
     import numpy as np
     import torch
 
     from pipeline.manifest import open_dataset
-    from tools import predict
+    from pipeline.read.loader import Loader
 
-    augment = dataclasses.replace(model.card.augment, views=1)
     if args.images:
-        viewer = predict.make_viewer(model, argparse.Namespace(views=1, shards=args.shards))
-        files = predict.found([str(args.images)])[:COMPARED]
+        viewer = predict.make_viewer(model, views=1, shards=args.shards)
+        files = predict.image_files([str(args.images)])[:COMPARED]
         return torch.from_numpy(np.concatenate([viewer(predict.decoded(file)) for file in files]))
     shards = args.shards or model.card.recipe.get("config", {}).get("data", {}).get("shards", "")
     if not shards or not Path(shards).is_dir():
-        where = f"its shards {shards} are not here" if shards else "it does not say where its data lie"
+        where = f"its shards {shards} are not here" if shards else "it does not record its shards"
         raise ConfigError(f"{model.source}: {where}; name images to compare by --data.shards or --images")
     dataset = open_dataset(shards, check_splits=False)
-    known = model.card.inputs
-    statistics = known.statistics if known else None
     split = "val" if "val" in dataset.splits else next(iter(dataset.splits))
-    from pipeline.read.loader import Loader
-
-    first = min(COMPARED, dataset.split(split).samples)
     with Loader(
-        dataset, split=split, batch=first, train=False, first=first, statistics=statistics, augment=augment
+        dataset,
+        split=split,
+        batch=COMPARED,
+        train=False,
+        first=min(COMPARED, dataset.split(split).samples),
+        statistics=model.statistics(dataset),
+        augment=dataclasses.replace(model.card.augment, views=1),
     ) as loader:
         return next(iter(loader)).images.clone()
 
 
-# What is written
+# Writers and readers
 
 
 def write_safetensors(model: Any, images: Any, path: Path) -> None:
-    from safetensors.torch import save_file
+    from train.checkpoint import write_tensors
 
-    from train.model_card import METADATA
-
-    tensors = {name: t.contiguous() for name, t in model.net.state_dict().items()}
-    save_file(tensors, path, metadata={METADATA: json.dumps(model.card.as_json())})
+    write_tensors(path, model.net.state_dict(), metadata(model))
 
 
 def write_pth(model: Any, images: Any, path: Path) -> None:
     import torch
 
     torch.save({name: t.contiguous() for name, t in model.net.state_dict().items()}, path)
+
+
+def metadata(model: Any) -> dict[str, str]:
+    from train.model_card import METADATA
+
+    return {METADATA: json.dumps(model.card.as_json())}
 
 
 def write_onnx(model: Any, images: Any, path: Path) -> None:
@@ -205,8 +198,6 @@ def write_onnx(model: Any, images: Any, path: Path) -> None:
     import warnings
 
     import torch
-
-    from train.model_card import METADATA
 
     net = model.net.to(memory_format=torch.contiguous_format)
     with warnings.catch_warnings():
@@ -222,15 +213,15 @@ def write_onnx(model: Any, images: Any, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("n")},),
         )
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {METADATA: json.dumps(model.card.as_json())})
+    onnx.helper.set_model_props(proto, metadata(model))
     onnx.save(proto, path)
 
 
-WRITERS = {".safetensors": write_safetensors, ".pth": write_pth, ".onnx": write_onnx}
+WRITERS = {".safetensors": write_safetensors, ".onnx": write_onnx, ".pth": write_pth}
 
 
 def reloaded(path: Path, model: Any) -> Any:
-    """What was written, as whoever gets it would load it."""
+    """The written net, loaded as its users would load it."""
     import torch
 
     from train.classifier import open_classifier
@@ -248,12 +239,6 @@ def reloaded(path: Path, model: Any) -> Any:
         net = AlexNet(ModelConfig("seed"), classes=model.classes, crop=model.card.augment.crop).eval()
     net.load_state_dict(saved)
     return net
-
-
-def compare(ours: Any, theirs: Any, out: Path, close: float) -> None:
-    differs = float((ours - theirs).abs().max())
-    if not differs <= close * max(1.0, float(ours.abs().max())):
-        raise AnswersOtherwise(f"{out}: its logits differ by {differs:.3g} from the source's, so it is not kept")
 
 
 if __name__ == "__main__":

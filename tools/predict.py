@@ -1,9 +1,9 @@
-"""Names what is in images: the five likeliest classes of each, with probabilities.
+"""Classifies images: prints the five most probable classes of each.
 
     python tools/predict.py runs/demo docs/seven.png
 
 IMAGE is a file, a folder (with all below it), or - for an image on standard input; all that Pillow reads.
-Exit codes: 0 done, 2 usage, 65 an image or the net cannot be used (the other images are answered all the same).
+Exit codes: 0 done, 2 usage, 65 an image or the net cannot be used (the other images are classified all the same).
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
 import base64
 import dataclasses
 import html
 import io
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import BAD_DATA, ConfigError, DataError
 from pipeline.files import atomic_write, write_json
 from tools import cli
 
 AT_ONCE = 32  # images
-BEST = 5
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
 SHOWN = 320  # pixels of a picture's longer side on the page
 
@@ -38,129 +35,120 @@ def parser() -> cli.Parser:
     p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
     cli.add_model_options(p)
     p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="the training data, if asked for")
-    p.add_argument("--html", type=cli.new_file, metavar="FILE", help="a page with the pictures and bars")
-    p.add_argument("--json", type=cli.new_file, metavar="FILE", help="all answers")
+    cli.add_files(p, html="a page with the pictures and bars", json="all predictions")
     return p
 
 
 def main() -> None:
     args = parser().parse_args()
-    files, failed = found(args.images), 0
+    files = image_files(args.images)
 
     import torch
 
-    from train.classifier import open_classifier
-
-    model = open_classifier(
-        args.model, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=args.shards
-    )
-    viewer = make_viewer(model, args)
+    model = cli.open_model(args.model, args)
+    viewer = make_viewer(model, views=args.views, shards=args.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.net.to(device)
     answers: list[dict[str, Any]] = []
-    thumbnails: list[str] = []
+    pictures: list[str] = []
     for start in range(0, len(files), AT_ONCE):
-        names, views, pictures = [], [], []
-        for name in files[start : start + AT_ONCE]:
-            try:
-                pixels = decoded(name)
-            except DataError as err:
-                print(f"error: {cli.printable(str(err))}", file=sys.stderr)
-                failed += 1
-                continue
-            names.append(name)
-            views.append(torch.from_numpy(viewer(pixels)))
-            pictures.append(thumbnail(pixels) if args.html else "")
-        if names:
-            found_here = answered(model, torch.stack(views).to(device), names)
-            answers += found_here
-            thumbnails += pictures
-            for one in found_here:
+        batch = [image for name in files[start : start + AT_ONCE] if (image := read(name, viewer, args.html))]
+        if batch:
+            views = torch.stack([torch.from_numpy(image.views) for image in batch]).to(device)
+            found = predicted(model, views, [image.name for image in batch])
+            for one in found:
                 show(one)
+            answers += found
+            pictures += [image.picture for image in batch]
     if args.json:
         write_json(args.json, {"model": str(model), "views": args.views, "answers": answers})
     if args.html:
-        write_page(args.html, str(model), answers, thumbnails)
+        write_page(args.html, str(model), answers, pictures)
         print(f"page: {args.html}")
-    if failed:
+    if failed := len(files) - len(answers):
         print(f"error: {failed} of {len(files)} images cannot be read; the others are answered", file=sys.stderr)
         sys.exit(BAD_DATA)
 
 
-def found(names: list[str]) -> list[str]:
-    """Folders become the images in them. Raises DataError for what is not there, ConfigError for - twice."""
+def image_files(names: list[str]) -> list[str]:
+    """Replaces folders by the images in them. Raises DataError for a folder without any, ConfigError for - twice."""
     if names.count("-") > 1:
         raise ConfigError("IMAGE -: standard input holds one image")
-    return [file for name in names for file in ([name] if name == "-" else _in(Path(name)))]
+    files: list[str] = []
+    for name in names:
+        if name == "-" or not Path(name).is_dir():
+            files.append(name)
+            continue
+        inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not inside:
+            raise DataError(f"{name}: holds no image; name a folder of images, or the files themselves")
+        files += map(str, inside)
+    return files
 
 
-def _in(path: Path) -> Iterator[str]:
-    if not path.is_dir():
-        yield str(path)
-        return
-    inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not inside:
-        raise DataError(f"{path}: holds no image; name a folder of images, or the files themselves")
-    yield from map(str, inside)
+class Input(NamedTuple):
+    name: str
+    views: Any  # (views, 3, crop, crop) float32
+    picture: str
+
+
+def read(name: str, viewer: Any, pictured: object) -> Input | None:
+    """None, and a line on stderr, for an image that cannot be read. pictured: whether to keep a picture."""
+    try:
+        pixels = decoded(name)
+    except DataError as err:
+        print(f"error: {cli.printable(str(err))}", file=sys.stderr)
+        return None
+    return Input(name, viewer(pixels), thumbnail(pixels) if pictured else "")
 
 
 def decoded(name: str) -> Any:
-    """(height, width, 3) uint8."""
+    """(height, width, 3) uint8. Raises DataError."""
     from pipeline.write.images import BadImage, decode
 
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return decode(data)
+        return decode(sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes())
     except BadImage as err:
         raise DataError(f"{name}: {err}") from err
     except OSError as err:
         raise DataError(f"{name}: {err.strerror or err}") from err
 
 
-def make_viewer(model: Any, args: argparse.Namespace) -> Any:
+def make_viewer(model: Any, *, views: int, shards: str) -> Any:
+    """A function that makes the net's input of decoded pixels."""
     from pipeline.manifest import open_dataset
     from pipeline.read.portable import Viewer
-    from train.model_card import Inputs
 
-    augment = dataclasses.replace(model.card.augment, views=args.views)
-    if model.card.inputs:
-        statistics = model.card.inputs.statistics
-    elif augment.statistics == "imagenet":
-        from train.model_card import PLAIN as statistics
-    elif args.shards:
-        statistics = Inputs.of(open_dataset(args.shards, check_splits=False), augment).statistics
-    else:
-        raise ConfigError(
-            f"{model.source}: how its images were normalised is not known; name the shards by --data.shards"
-        )
-    return Viewer(augment, statistics)
+    dataset = open_dataset(shards, check_splits=False) if shards else None
+    return Viewer(dataclasses.replace(model.card.augment, views=views), model.statistics(dataset))
 
 
-def answered(model: Any, views: Any, names: list[str]) -> list[dict[str, Any]]:
+def predicted(model: Any, views: Any, names: list[str]) -> list[dict[str, Any]]:
     """views: (n, views, 3, crop, crop)."""
     import torch
 
-    from train.predictions import joined
+    from train.evaluation import best_classes, logits_by_view, mean_scores
 
     known = model.card.inputs
     with torch.no_grad():
-        logits = model.net(views.flatten(0, 1)).float().view(*views.shape[:2], -1)
-        best = joined(logits.unbind(1)).softmax(1).sort(descending=True, stable=True)
-    answers = []
-    for name, classes, probabilities in zip(names, best.indices.tolist(), best.values.tolist(), strict=True):
-        rows = [
-            {
-                "class": known.classes[label] if known else str(label),
-                "name": known.class_names[label] if known else f"class {label}",
-                "probability": probability,
-            }
-            for label, probability in zip(classes[:BEST], probabilities[:BEST], strict=True)
-        ]
-        answers.append({"image": name, "best": rows})
-    return answers
+        best, probabilities = best_classes(mean_scores(logits_by_view(model.net, views)))
+    return [
+        {
+            "image": name,
+            "best": [
+                {
+                    "class": known.classes[label] if known else str(label),
+                    "name": known.class_names[label] if known else f"class {label}",
+                    "probability": probability,
+                }
+                for label, probability in zip(*row, strict=True)
+            ],
+        }
+        for name, *row in zip(names, best.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
-# What is told
+# Output
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -206,7 +194,7 @@ figcaption {{ font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere }}
 
 
 def write_page(path: Path, title: str, answers: list[dict[str, Any]], pictures: list[str]) -> None:
-    """Needs nothing beside itself: pictures and style are inside."""
+    """Writes a page that holds its pictures and its style."""
     figures = "\n".join(figure(answer, picture) for answer, picture in zip(answers, pictures, strict=True))
     with atomic_write(path) as file:
         file.write(PAGE.format(title=html.escape(title), figures=figures).encode())

@@ -1,12 +1,12 @@
-"""Trains up to one step of a run again and shows its numbers: loss, gradient norm, samples. The run is only read.
+"""Repeats a run up to one step and prints its numbers: loss, gradient norm, samples. The run is only read.
 
     python tools/replay.py runs/demo 40
     accelerate launch --multi_gpu --num_processes 8 tools/replay.py runs/seed 4711
 
-It goes on from the newest checkpoint before that step, or from the start. With the run's own number of ranks, on the
-same kind of machine, the numbers are the recorded ones to the last bit; with another number they are rounded otherwise.
+It resumes from the newest checkpoint before that step, or starts from scratch. With the run's own number of ranks, on
+the same kind of machine, the numbers are the recorded ones to the last bit; with another number, rounding differs.
 
-Exit codes: 0 shown, 1 the loss is not the recorded one, 2 usage, 65 bad data.
+Exit codes: 0 printed, 1 the loss is not the recorded one, 2 usage, 65 bad data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import dataclasses
-import json
 import math
 import tempfile
 from typing import Any
@@ -37,7 +36,7 @@ def main() -> None:
     p.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     p.add_argument("step", type=int, metavar="STEP", help="counted from 1, as in metrics.jsonl and exit.json")
     p.add_argument("--shards", default="", metavar="DIR", help="where the run's data lie now (default: where they lay)")
-    p.add_argument("--json", type=cli.new_file, metavar="FILE", help="write the numbers there, with all ids")
+    cli.add_files(p, json="write the numbers there, with all ids")
     args = p.parse_args()
     if args.step < 1:
         raise ConfigError(f"STEP {args.step}: steps count from 1")
@@ -46,17 +45,17 @@ def main() -> None:
 
 
 def replay(args: argparse.Namespace, scratch: Path) -> None:
-    from train import again
     from train.build import build_trainer
     from train.checkpoint import Checkpoints
     from train.distributed import make_accelerator
     from train.preflight import open_alike
-    from train.run_folder import RunFolder
+    from train.run_folder import RunFolder, read_config
     from train.signals import Stop
 
-    described = read_run(args.run)
-    saved = Checkpoints(args.run, keep=1).newest_before(args.step)
-    config = configured(described, args.shards or described["shards"], scratch, resume=str(saved) if saved else "")
+    described = read_config(args.run, "config", "ranks", "shards")
+    saved, _ = Checkpoints(args.run, keep=1).newest(before=args.step)
+    shards, resume = args.shards or described["shards"], str(saved.path) if saved else ""
+    config = configured(described["config"], shards, scratch, resume=resume)
     dataset = open_alike(config)
     accelerator = make_accelerator(config)
     folder = RunFolder(Path(config.run.dir), private=True)
@@ -64,82 +63,87 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step
-    found = again.replay(run, args.step)
+    found = measured(run, args.step)
+    same = True
     if accelerator.is_main_process:
-        names = [run.loader.describe(id_) for id_ in found.ids]
         epoch, within = divmod(args.step - 1, run.steps_per_epoch)
         print(f"step {args.step}: step {within + 1} of {run.steps_per_epoch} of epoch {epoch + 1}, after step {begun}")
-        same = tell(args.run, args.step, found, described["ranks"] == accelerator.num_processes, names)
+        names = [run.loader.describe(id_) for id_ in found["ids"]]
+        same_ranks = described["ranks"] == accelerator.num_processes
+        same = report(found, recorded_loss(args.run, args.step), names, same_ranks=same_ranks)
         if args.json:
-            write_json(args.json, {"step": args.step, **dataclasses.asdict(found)})
+            write_json(args.json, {"step": args.step, **found})
     run.close()
-    if accelerator.is_main_process and not same:
+    if not same:
         sys.exit(CHECK_FAILED)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    try:
-        described = json.loads((folder / "config.json").read_text())
-        return {name: described[name] for name in ("config", "ranks", "shards")}
-    except FileNotFoundError as err:
-        raise DataError(f"{folder}: no run folder: it has no config.json") from err
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise DataError(f"{folder}/config.json: not of a run ({err})") from err
-
-
-def configured(described: dict[str, Any], shards: str, scratch: Path, *, resume: str) -> Any:
-    """The run's configuration; only where it reads from and writes to is another."""
+def configured(config: dict[str, Any], shards: str, scratch: Path, *, resume: str) -> Any:
+    """The run's configuration with other places to read from and write to."""
     from train.config import Config
     from train.resume import as_saved
 
-    config = as_saved(Config(), described["config"])
+    known = as_saved(Config(), config)
     return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, shards=os.path.abspath(shards)),
-        run=dataclasses.replace(config.run, dir=str(scratch / "run"), record_ids=False),
+        known,
+        data=dataclasses.replace(known.data, shards=os.path.abspath(shards)),
+        run=dataclasses.replace(known.run, dir=str(scratch / "run"), record_ids=False),
         resume=resume,
     )
 
 
-def tell(folder: Path, step: int, found: Any, same_ranks: bool, names: list[str]) -> bool:
-    """Prints what was found; returns whether the loss is the recorded one, where there is one."""
-    recorded = recorded_loss(folder, step)
+def measured(run: Any, step: int) -> dict[str, Any]:
+    """Trains up to `step`, counted from 1, and returns its numbers in place of an update; all ranks together."""
+    import torch
+
+    while True:
+        run.enter_epoch()
+        for batch in run.loader:  # an epoch
+            if run.state.step + 1 < step:
+                run.step(batch)
+                continue
+            loss, losses = run.stepper.backward(batch, run.loader.ids(*run.coordinates(step)), step=step - 1)
+            gradients = [p.grad for p in run.stepper.bare.parameters() if p.grad is not None]
+            return {
+                "ids": run.ids_of(step),
+                "loss": float(run.accelerator.reduce(loss, "mean")),
+                "gradient_norm": float(torch.nn.utils.get_total_norm(gradients)),
+                "losses": run.accelerator.gather(losses.float()).tolist(),
+            }
+
+
+def report(found: dict[str, Any], recorded: float | None, names: list[str], *, same_ranks: bool) -> bool:
+    """Prints what was measured; returns whether the loss is the recorded one, if there is one."""
+    loss, losses = found["loss"], found["losses"]
     same, beside = True, "not recorded by itself"
     if recorded is not None:
-        equal = found.loss == recorded or (math.isnan(found.loss) and math.isnan(recorded))
-        same = equal or abs(found.loss - recorded) <= (0 if same_ranks else CLOSE * abs(recorded))
-        beside = f"recorded {recorded:.9g}: {'equal' if equal else f'{found.loss - recorded:+.3g}'}"
-    print(f"loss {found.loss:.9g} ({beside}), gradient norm {found.gradient_norm:.6g}")
-    bad = [i for i, loss in enumerate(found.losses) if not math.isfinite(loss)]
-    worst = bad or sorted(range(len(found.losses)), key=lambda i: -found.losses[i])
+        equal = loss == recorded or (math.isnan(loss) and math.isnan(recorded))
+        same = equal or abs(loss - recorded) <= (0 if same_ranks else CLOSE * abs(recorded))
+        beside = f"recorded {recorded:.9g}: {'equal' if equal else f'{loss - recorded:+.3g}'}"
+    print(f"loss {loss:.9g} ({beside}), gradient norm {found['gradient_norm']:.6g}")
+    bad = [i for i, one in enumerate(losses) if not math.isfinite(one)]
+    worst = bad or sorted(range(len(losses)), key=lambda i: -losses[i])
     print(f"samples {'whose loss is not finite' if bad else 'of the greatest loss'}:")
     for i in worst[:SHOWN]:
-        print(f"  {found.losses[i]:.6g}  {names[i]}")
+        print(f"  {losses[i]:.6g}  {names[i]}")
     return same
 
 
 def recorded_loss(folder: Path, step: int) -> float | None:
-    """The step's own loss: of a step that ended the run, that was left out, or, where each was recorded, of any."""
-    ended = read_lines(folder / "exit.json", whole=True)
-    if ended and "ids" in ended[0] and ended[0].get("step") == step:
-        return float(ended[0]["loss"])
-    lines = read_lines(folder / "metrics.jsonl")
-    for line in lines:
-        if line["kind"] == "left out" and line["bad_step"] == step:
-            return float(line["loss"])
-    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-    left_out = {line["bad_step"] for line in lines if line["kind"] == "left out"}
-    alone = step == 1 or step - 1 in losses or step - 1 in left_out
-    return losses.get(step) if alone else None
+    """The step's own loss: that of a step that ended the run or was left out, or of any, if every step was recorded."""
+    from train.run_folder import EXIT, read_json, read_metrics
 
-
-def read_lines(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
-    """The JSON of each line, or of the whole file; nothing where there is none."""
     try:
-        text = path.read_text()
-        return [json.loads(line) for line in ([text] if whole else text.splitlines())]
-    except (OSError, ValueError):
-        return []
+        ended = read_json(folder / EXIT, cure="") or {}
+        if "ids" in ended and ended.get("step") == step:
+            return float(ended["loss"])
+        lines = read_metrics(folder)
+    except DataError:
+        return None
+    left_out = {line["bad_step"]: float(line["loss"]) for line in lines["left out"]}
+    losses = {line["step"]: line["loss"] for line in lines["train"]} | left_out
+    alone = step == 1 or step - 1 in losses
+    return losses.get(step) if alone or step in left_out else None
 
 
 if __name__ == "__main__":

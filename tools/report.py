@@ -1,4 +1,4 @@
-"""Draws a run's curves into its folder and says where everything is.
+"""Draws a run's curves into its folder and prints where everything is.
 
     python tools/report.py runs/demo
     python tools/report.py runs/demo --json docs/results/demo.json
@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 usage, 65 not a run folder.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,21 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from pipeline.errors import DataError
 from pipeline.files import write_json
 from tools import cli
-
-
-def read_metrics(run: Path) -> dict[str, list[dict]]:
-    """metrics.jsonl as {"train": lines, "val": lines}, by step."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo")
-    lines: dict[str, list[dict]] = {"start": [], "train": [], "val": []}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            lines.setdefault(line["kind"], []).append(line)
-        except (ValueError, KeyError, TypeError) as err:
-            raise DataError(f"{path}:{number}: not a record of a run; the file was changed or cut") from err
-    return lines
+from train.run_folder import read_config, read_metrics
 
 
 def draw(lines: dict[str, list[dict]], path: Path) -> None:
@@ -45,17 +30,18 @@ def draw(lines: dict[str, list[dict]], path: Path) -> None:
 
     last = lines["train"][-1]
     per_epoch = last["step"] / last["epoch"]
-    epochs = {kind: [line["step"] / per_epoch for line in lines[kind]] for kind in ("train", "val")}
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    loss.plot(epochs["train"], [line["loss"] for line in lines["train"]], label="training", alpha=0.7)
-    loss.plot(epochs["val"], [line["loss"] for line in lines["val"]], label="validation", marker=".")
+    for axes, kind, value, label, style in (
+        (loss, "train", "loss", "training", {"alpha": 0.7}),
+        (loss, "val", "loss", "validation", {"marker": "."}),
+        (accuracy, "val", "top1", "validation top1", {"marker": "."}),
+        (accuracy, "val", "top5", "validation top5", {"marker": "."}),
+        (accuracy, "val of average", "top1", "top1 of averaged weights", {"linestyle": "--"}),
+    ):
+        if points := [(line["step"] / per_epoch, line[value]) for line in lines[kind]]:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     loss.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
-    for name in ("top1", "top5"):
-        accuracy.plot(epochs["val"], [line[name] for line in lines["val"]], label=f"validation {name}", marker=".")
     accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.01))
-    if average := lines.get("val of average"):
-        at = [line["step"] / per_epoch for line in average]
-        accuracy.plot(at, [line["top1"] for line in average], "--", label="top1 of averaged weights")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -64,10 +50,10 @@ def draw(lines: dict[str, list[dict]], path: Path) -> None:
 
 
 def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> dict[str, Any]:
-    """What a run came to, with all that it depended on: for docs/results. timed: with seconds, of an unbroken run."""
-    described = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    """The result of a run and what it depended on, for docs/results. timed: with seconds, of a run never resumed."""
     names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
-    last, average = lines["val"][-1], lines.get("val of average")
+    described = read_config(run, *names)
+    last, average = lines["val"][-1], lines["val of average"]
     if timed and len(lines["start"]) != 1:
         raise DataError(f"{run}: was resumed, so the time between its attempts would count; record an unbroken run")
     started = lines["start"][0]["time"]
@@ -89,7 +75,7 @@ def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> di
 def main() -> None:
     p = cli.Parser(prog="report.py", description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    p.add_argument("--json", type=cli.new_file, metavar="FILE", help="also write the result with what it depended on")
+    cli.add_files(p, json="also write the result with what it depended on")
     args = p.parse_args()
     run = args.run
     lines = read_metrics(run)
@@ -98,7 +84,7 @@ def main() -> None:
     draw(lines, run / "curves.png")
     if args.json:
         write_json(args.json, result(run, lines))
-    best = max([*lines["val"], *lines.get("val of average", [])], key=lambda line: line["top1"])
+    best = max([*lines["val"], *lines["val of average"]], key=lambda line: line["top1"])
     whose = " (averaged weights)" if best["kind"] != "val" else ""
     print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")

@@ -1,18 +1,28 @@
-"""Exact validation: every image once, at any number of ranks, counted in whole numbers."""
+"""Measures nets on a whole split: every image once, at any number of ranks.
+
+`evaluate` counts the correct images while a net trains. `predict` keeps the prediction for each image, of one net or
+several, by one view or ten; `summary` counts those.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from pipeline.read.loader import Loader
 
 NAMES = ("top1", "top5", "loss", "images")  # of a Result, as records have them
+BEST = 5  # predicted classes kept for each image
+CONFUSIONS = 10
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of the weights, and of their average where there is one."""
+    """Results of the weights, and of their average if there is one."""
 
     weights: Result
     average: Result | None = None
@@ -47,8 +57,8 @@ class Evaluation:
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) how many classes score at least as high as the labelled one, itself not counted.
 
-    Ties and NaN count against the net, so a constant or broken one is never right by accident, and the answer does not
-    depend on how a batch is cut.
+    Ties and NaN count against the net, so that a constant or broken one is never correct by accident, and the result
+    does not depend on how a batch is cut.
     """
     own = logits.gather(1, labels[:, None])
     return logits.shape[1] - 1 - (logits < own).sum(1)
@@ -58,9 +68,9 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     net: nn.Module, loader: Loader, accelerator: Accelerator, *, between: Callable[[], None] = lambda: None
 ) -> Result:
-    """Runs `net` over this rank's part and sums over the ranks.
+    """Runs `net` over this rank's images and sums over the ranks.
 
-    between: called after each batch that all ranks have; it may ask the other ranks, and end the evaluation by raising.
+    between: called after each batch that all ranks have; it may use collectives, and end the evaluation by raising.
     """
     training = [module for module in net.modules() if module.training]  # frozen layers are not
     net.eval()
@@ -72,7 +82,7 @@ def evaluate(
             logits = net(images)
         logits = logits.float()
         ranks = rank_of_label(logits, labels)
-        hits += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
+        hits += torch.stack([(ranks < 1).sum(), (ranks < BEST).sum()])
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         seen += len(labels)
         if number < loader.common_steps:
@@ -84,3 +94,123 @@ def evaluate(
     top1, top5, loss, images = accelerator.reduce(sums, "sum").tolist()
     assert images == loader.samples, f"evaluated {images} of {loader.samples} images"
     return Result(top1 / images, top5 / images, loss / images, int(images))
+
+
+# Predictions
+
+
+class Predictions(NamedTuple):
+    """Of n images, in stored order; k is 5, or the number of classes if that is less."""
+
+    labels: np.ndarray  # (n,) int64; -1: unknown
+    ranks: np.ndarray  # (n,) int64: rank_of_label; 0 if the label is unknown
+    losses: np.ndarray  # (n,) float64, cross-entropy; 0 if the label is unknown
+    best: np.ndarray  # (n, k) int64: the classes of the greatest probabilities, the greatest first
+    probabilities: np.ndarray  # (n, k) float64: theirs
+
+
+class Group(NamedTuple):
+    """Nets that see the same pixels, and the loader that makes them."""
+
+    nets: list[nn.Module]
+    loader: Loader
+
+
+@torch.no_grad()
+def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Callable[[int], None]) -> Predictions:
+    """Runs all nets over this rank's images and gathers the predictions of all ranks.
+
+    Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: receives counts of images.
+    """
+    rows: list[Predictions] = []
+    for batches in zip(*(group.loader for group in groups), strict=True):
+        images = [(net, batch.images) for group, batch in zip(groups, batches, strict=True) for net in group.nets]
+        scores = mean_scores([of for net, seen in images for of in logits_by_view(net, seen, accelerator.autocast)])
+        labels = batches[0].labels
+        ranks = torch.where(labels >= 0, rank_of_label(scores, labels.clamp(min=0)), 0)
+        losses = F.cross_entropy(scores, labels, reduction="none", ignore_index=-1).double()
+        best, probabilities = best_classes(scores)
+        rows.append(Predictions(*(t.cpu().numpy() for t in (labels, ranks, losses, best, probabilities.double()))))
+        progress(len(labels))
+    # Consecutive ranks have consecutive images, so their rows are in stored order one after another.
+    predictions = Predictions(*(np.concatenate(column) for column in zip(*gather_object(rows), strict=True)))
+    assert len(predictions.labels) == groups[0].loader.samples
+    return predictions
+
+
+def logits_by_view(
+    net: nn.Module, images: Tensor, autocast: Callable[[], Any] = contextlib.nullcontext
+) -> list[Tensor]:
+    """(n, classes) float32 logits of each view. images: (n, 3, crop, crop), or (n, views, 3, crop, crop)."""
+    views = images if images.dim() == 5 else images[:, None]
+    flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    with autocast():
+        logits = net(flat)
+    return list(logits.float().view(*views.shape[:2], -1).unbind(1))
+
+
+def mean_scores(logits: Sequence[Tensor]) -> Tensor:
+    """(n, classes): the logits if they are of one net, else the logarithm of the mean probabilities.
+
+    Logarithms, since a float32 probability is 0 for all that is far from the best, and such ties would cost ranks.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    logs = torch.stack([one.log_softmax(1) for one in logits])
+    return torch.logsumexp(logs, 0) - float(np.log(len(logits)))
+
+
+def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, k) classes and probabilities, the greatest first; of equal ones the first class, on every device."""
+    found = scores.softmax(1).sort(descending=True, stable=True)
+    return found.indices[:, :BEST], found.values[:, :BEST]
+
+
+def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> dict[str, Any]:
+    """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
+
+    All labels must be known.
+    """
+    labels, ranks, losses, best, _ = predictions
+    assert labels.min() >= 0
+    hits = {"top1": ranks < 1, "top5": ranks < BEST}
+    images, *correct = (
+        np.bincount(labels[of], minlength=len(classes)).tolist() for of in (labels >= 0, *hits.values())
+    )
+    values = {**hits, "loss": losses}
+    wrong = ~hits["top1"] & (best[:, 0] != labels)  # ties alone make no confusion
+    pairs, counts = np.unique(labels[wrong] * len(classes) + best[wrong, 0], return_counts=True)
+    worst = [(*divmod(int(pairs[i]), len(classes)), int(counts[i])) for i in np.argsort(-counts, kind="stable")]
+    return {
+        "images": len(labels),
+        "correct": {name: int(hit.sum()) for name, hit in hits.items()},
+        **{name: float(of.mean()) for name, of in values.items()},
+        "interval_95": bootstrap(values, resamples=resamples),
+        "by_class": [
+            {"class": name, "images": n, "top1": a, "top5": b}
+            for name, n, a, b in zip(classes, images, *correct, strict=True)
+        ],
+        "confusions": [
+            {"class": classes[own], "taken_for": classes[taken], "count": count, "images": images[own]}
+            for own, taken, count in worst[:CONFUSIONS]
+        ],
+    }
+
+
+def bootstrap(values: dict[str, np.ndarray], *, resamples: int, seed: int = 0) -> dict[str, list[float]]:
+    """The middle 95 % of each value's mean over resampled images (Efron 1979), by percentiles; {} for one image."""
+    from scipy import stats  # a second to import
+
+    table = np.stack(list(values.values())).astype(np.float64)
+    if resamples < 1 or table.shape[1] < 2:
+        return {}
+    found = stats.bootstrap(
+        (table,),
+        np.mean,
+        axis=1,
+        n_resamples=resamples,
+        batch=1,  # of 50,000 images, more at once take gigabytes
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return {name: [float(end) for end in ends] for name, ends in zip(values, np.transpose(found.confidence_interval))}

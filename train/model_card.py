@@ -1,14 +1,13 @@
-"""The model card: a file of weights explains itself. JSON inside the file and beside it, Markdown for people.
+"""The model card of a file of weights: JSON inside the file and beside it, Markdown for people.
 
-It holds the net's configuration, how it sees images, its inputs, the recipe, and each accuracy with the
-command that measured it.
+It holds the configuration of the net, how it sees images, its inputs, the recipe, and each accuracy with the command
+that measured it. A run folder keeps the inputs alone, in the same form, as inputs.json.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pipeline.manifest import Dataset, Statistics
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 
 from .resume import as_saved
+from .run_folder import read_json
 
 INPUTS = "inputs.json"
 PLAIN = Statistics(IMAGENET_MEAN, IMAGENET_STD)
@@ -29,7 +29,10 @@ PLAIN = Statistics(IMAGENET_MEAN, IMAGENET_STD)
 
 @dataclass(frozen=True)
 class Inputs:
-    """statistics: those that `augment.normalize` wants of the training images."""
+    """The training data, as far as a trained net depends on it. Fields have the names of the JSON.
+
+    statistics: the statistics of the training images that `augment.normalize` needs; in JSON: mean, std, mean_image.
+    """
 
     dataset: str
     fingerprint: str
@@ -40,7 +43,7 @@ class Inputs:
 
     @classmethod
     def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
-        """Raises DataError where the dataset was not measured."""
+        """Raises DataError if the dataset has no statistics."""
         measured = PLAIN if augment.statistics == "imagenet" else None
         return cls(
             dataset=str(dataset.manifest["dataset"]),
@@ -53,60 +56,38 @@ class Inputs:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Inputs:
-        """Raises ValueError, KeyError or TypeError for what `as_json` did not write."""
-        image = values.get("mean_image")
+        """Raises ValueError, KeyError or TypeError for values that `as_json` did not return."""
         pixels = None
-        if image is not None:
+        if image := values.get("mean_image"):
             pixels = np.frombuffer(base64.b64decode(image["float32"]), "<f4").reshape(image["shape"])
         mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or len(values["classes"]) != len(values["class_names"]):
+        classes, names = (tuple(values[name]) for name in ("classes", "class_names"))
+        if len(mean) != 3 or len(std) != 3 or len(classes) != len(names):
             raise ValueError("mean, std or class names of another number")
-        return cls(
-            dataset=values["dataset"],
-            fingerprint=values["fingerprint"],
-            classes=tuple(values["classes"]),
-            class_names=tuple(values["class_names"]),
-            statistics=Statistics(mean, std, pixels),
-            class_ids=tuple(values.get("class_ids", ())),
-        )
+        statistics, ids = Statistics(mean, std, pixels), tuple(values.get("class_ids", ()))
+        return cls(values["dataset"], values["fingerprint"], classes, names, statistics, ids)
 
     def as_json(self) -> dict[str, Any]:
         s = self.statistics
-        values: dict[str, Any] = {
-            "dataset": self.dataset,
-            "fingerprint": self.fingerprint,
-            "classes": list(self.classes),
-            "class_names": list(self.class_names),
-            "mean": list(s.mean),
-            "std": list(s.std),
-        }
-        if self.class_ids:
-            values["class_ids"] = list(self.class_ids)
+        values = {**vars(self), "mean": s.mean, "std": s.std}
+        del values["statistics"]
         if s.mean_image is not None:
             data = base64.b64encode(np.ascontiguousarray(s.mean_image, "<f4").tobytes()).decode()
-            values["mean_image"] = {"shape": list(s.mean_image.shape), "float32": data}
+            values["mean_image"] = {"shape": s.mean_image.shape, "float32": data}
         return values
-
-    def same_pixels(self, other: Inputs) -> bool:
-        """Whether images are normalised alike."""
-        ours, theirs = self.statistics, other.statistics
-        return (ours.mean, ours.std) == (theirs.mean, theirs.std) and (
-            np.array_equal(ours.mean_image, theirs.mean_image)  # type: ignore[arg-type]  # two Nones are equal
-        )
 
     def write(self, run: Path) -> None:
         write_json(run / INPUTS, self.as_json())
 
 
 def read_inputs(run: Path) -> Inputs | None:
-    """A run's, or None where it was begun before runs kept them. Raises DataError where they are damaged."""
-    path = run / INPUTS
+    """The inputs of a run; None if it was started before runs kept them. Raises DataError if they are damaged."""
+    path, cure = run / INPUTS, "start or resume the run again, which writes it"
+    values = read_json(path, cure=cure)
     try:
-        return Inputs.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise DataError(f"{path}: cannot be read ({err}); start or resume the run again, which writes it") from err
+        return None if values is None else Inputs.from_json(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise DataError(f"{path}: cannot be read ({err}); {cure}") from err
 
 
 FORMAT, VERSION = "imagenet-express model card", 1
@@ -115,9 +96,9 @@ METADATA = "card"  # its name in the metadata of safetensors and ONNX files
 
 @dataclass(frozen=True)
 class Card:
-    """weights: {"classes"}, of a run also {"step", "averaged"}. recipe: of config.json.
+    """weights: {"classes"}; of a run also {"step", "averaged"}. recipe: from config.json.
 
-    accuracy: what measured how much, by which command.
+    accuracy: rows with the command that measured them.
     """
 
     model: ModelConfig
@@ -129,7 +110,7 @@ class Card:
 
     @classmethod
     def from_json(cls, values: Any, *, source: Path) -> Card:
-        """Raises DataError for anything but a card."""
+        """Raises DataError if `values` are no card."""
         try:
             if (values["format"], values["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {values['format']!r} version {values['version']!r}")
@@ -145,28 +126,21 @@ class Card:
             raise DataError(f"{source}: its model card cannot be read ({err}); export the weights again") from err
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": dataclasses.asdict(self.model),
-            "augment": dataclasses.asdict(self.augment),
-            "inputs": self.inputs.as_json() if self.inputs else None,
-            "weights": self.weights,
-            "recipe": self.recipe,
-            "accuracy": self.accuracy,
-        }
+        inputs = self.inputs.as_json() if self.inputs else None
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "inputs": inputs}
 
     def write_beside(self, path: Path) -> tuple[Path, Path]:
-        """NAME.json and NAME.md beside the weights NAME.suffix; returns their paths."""
-        beside, told = path.with_suffix(".json"), path.with_suffix(".md")
-        write_json(beside, self.as_json())
-        with atomic_write(told) as file:
+        """Writes NAME.json and NAME.md beside the weights NAME.suffix; returns their paths."""
+        as_json, as_text = path.with_suffix(".json"), path.with_suffix(".md")
+        write_json(as_json, self.as_json())
+        with atomic_write(as_text) as file:
             file.write(self.as_markdown(path.stem).encode())
-        return beside, told
+        return as_json, as_text
 
     def as_markdown(self, name: str) -> str:
         a, config = self.augment, self.recipe.get("config", {})
-        lines = [f"# {name}", "", f"An AlexNet, `{self.model.name}`, of imagenet-express.", ""]
+        kind = "A net of another library" if ":" in self.model.name else "An AlexNet"
+        lines = [f"# {name}", "", f"{kind}, `{self.model.name}`, of imagenet-express.", ""]
         if self.inputs:
             i = self.inputs
             lines += [f"- Data: {i.dataset}, {len(i.classes):,} classes, fingerprint `{i.fingerprint[:16]}`"]
@@ -199,14 +173,9 @@ class Card:
 
 
 def read_beside(path: Path) -> Card | None:
-    """The card beside weights that hold none themselves. Raises DataError where it cannot be read."""
+    """The card beside weights that hold none themselves. Raises DataError if it cannot be read."""
     beside = path.with_suffix(".json")
-    try:
-        values = json.loads(beside.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as err:
-        raise DataError(f"{beside}: cannot be read as JSON ({err}); remove it, or export the weights again") from err
+    values = read_json(beside, cure="remove it, or export the weights again")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        return None  # some other JSON
+        return None  # missing, or some other JSON
     return Card.from_json(values, source=beside)

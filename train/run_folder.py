@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import locked, write_json
 
 from . import environment, watchdog
@@ -98,3 +99,43 @@ class RunFolder:
     @property
     def has_exit(self) -> bool:
         return (self.path / EXIT).exists()
+
+
+# What a run has recorded, read without claiming its folder
+
+
+def read_json(path: Path, *, cure: str) -> Any:
+    """The content of a JSON file; None if it is missing. Raises DataError, with the cure, if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as err:
+        raise DataError(f"{path}: cannot be read as JSON ({err}); {cure}") from err
+
+
+def read_config(run: Path, *needed: str) -> dict[str, Any]:
+    """config.json: a run's configuration and how it was started. Raises DataError if a `needed` name is missing."""
+    path = run / CONFIG
+    described = read_json(path, cure="copy the run folder again")
+    if described is None:
+        raise DataError(f"{run}: no run folder: it has no {CONFIG}")
+    if not isinstance(described, dict) or any(name not in described for name in needed):
+        raise DataError(f"{path}: not of a run: it must hold {', '.join(needed) or 'an object'}")
+    return described
+
+
+def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """metrics.jsonl: its lines by kind, such as "train" and "val". Raises DataError."""
+    path, number = run / "metrics.jsonl", 0
+    lines: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    try:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            number += 1
+            line = json.loads(text)
+            lines[line["kind"]].append(line)
+    except OSError as err:
+        raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo") from err
+    except (ValueError, KeyError, TypeError) as err:
+        raise DataError(f"{path}:{number}: not a record of a run; the file was changed or cut") from err
+    return lines

@@ -1,4 +1,4 @@
-"""Saving behind the run's back, and what is told and done when that fails."""
+"""Saving in the background: how a run learns of failed saves, and what it does about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .metrics import Record
 
 
 class SaveFailed(StorageError):
-    """A checkpoint or a record could not be written, `here` or by another rank, and the run must not go on without."""
+    """A checkpoint or a record could not be written, `here` or by another rank, and the run must stop."""
 
     together = True
 
@@ -23,24 +23,24 @@ class SaveFailed(StorageError):
 
 
 class Saver:
-    """Checkpoints of a run, written by rank 0; all ranks learn of what could not be written.
+    """Checkpoints of a run, written by rank 0; all ranks learn of failed writes.
 
-    on_error: whether a run ends, or goes on and tries again at its next save.
+    on_error: whether a run stops, or continues and retries at its next save.
     """
 
     def __init__(
         self, checkpoints: Checkpoints, agreement: Agreement, *, on_error: Literal["stop", "continue"]
     ) -> None:
         self.checkpoints, self.agreement, self.on_error = checkpoints, agreement, on_error
-        self._error = ""  # what this rank met last
+        self._error = ""  # this rank's last
 
     def save(self, step: int, **what: Any) -> None:
-        """At rank 0: copies what is given, as Checkpoints.save takes it, and returns while it is being written."""
+        """At rank 0: copies the arguments of Checkpoints.save, and returns while they are being written."""
         self.settle()
         self.checkpoints.save(step, **what)
 
     def settle(self) -> None:
-        """Waits for the save before; says what went wrong with it."""
+        """Waits for the previous save; prints its error."""
         self._error = ""
         try:
             self.checkpoints.wait()
@@ -51,7 +51,7 @@ class Saver:
             print(f"could not save: {self._error}; {last}", file=sys.stderr, flush=True)
 
     def is_broken(self, record: Record) -> int:
-        """1 where this rank has met something that the run must not go on without; says it in any case."""
+        """1 if this rank has met an error that must stop the run. Prints any error."""
         if record.error is not None:
             err, record.error = record.error, None
             self._error = f"{err.filename or record.run}: {err.strerror or err}"
@@ -63,7 +63,7 @@ class Saver:
         return int(self.on_error == "stop")
 
     def finish(self, step: int) -> None:
-        """Waits until the last save is on the disk. Raises SaveFailed, at all ranks, where it could not be written."""
+        """Waits until the last save is on the disk. Raises SaveFailed, at all ranks, if it could not be written."""
         self.settle()
         if self.agreement.largest(int(bool(self._error)))[0]:
             self.refuse(step)

@@ -35,8 +35,8 @@ from tests.conftest import ROOT, real_images, run_here, run_tool, the_error
 from tests.pipeline.archives import ID_OF, Mini
 from tools import evaluate
 from train.classifier import Classifier
+from train.evaluation import Predictions, bootstrap, mean_scores, summary
 from train.model_card import Card, Inputs
-from train.predictions import Answers, bootstrap, joined, summary
 
 EVALUATE = "tools/evaluate.py"
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -106,7 +106,7 @@ def test_probabilities_are_those_of_a_plain_implementation(real, views, nets):
     seen = [AugmentConfig(normalize="mean-std", statistics="imagenet"), AugmentConfig(normalize="mean-image")]
     names = ["torchvision", "paper", "torchvision"]
     models = [a_net(i, seen[i % 2], dataset, names[i]) for i in range(nets)]
-    found = evaluate.answered(models, dataset, Namespace(views=views, split="val", batch=64), Accelerator(cpu=True))
+    found = evaluate.predicted(models, dataset, Namespace(views=views, split="val", batch=64), Accelerator(cpu=True))
     expected = plainly(models, dataset, views)
     assert np.ptp(expected, 1).mean() > 0.05  # it could have been wrong
     labels = dataset.split("val").index["label"].astype(int)
@@ -200,7 +200,7 @@ def test_a_summary_counts_each_image_once(ranks, seed):
     best = np.array([generator.permutation(13)[:5] for _ in range(n)])
     best[:, 0] = np.where(ranks < 1, labels, (labels + 1) % 13)
     classes = [f"c{i}" for i in range(13)]
-    found = summary(Answers(labels, ranks, ranks / 3, best, best / 99), classes, resamples=20)
+    found = summary(Predictions(labels, ranks, ranks / 3, best, best / 99), classes, resamples=20)
     assert found["correct"] == {"top1": int((ranks == 0).sum()), "top5": int((ranks < 5).sum())}
     assert sum(row["images"] for row in found["by_class"]) == n
     assert sum(row["top1"] for row in found["by_class"]) == found["correct"]["top1"]
@@ -219,12 +219,23 @@ def test_intervals_are_the_binomial_ones_where_those_are_known():
     assert high == pytest.approx(0.75 + half, abs=half / 10)
 
 
+def test_intervals_are_percentiles_of_resampled_means():
+    generator = np.random.default_rng(5)
+    values = {"top1": generator.random(500) < 0.6, "loss": generator.gamma(2, size=500)}
+    means = [[v[drawn].mean() for v in values.values()] for drawn in generator.integers(0, 500, (3000, 500))]
+    found = bootstrap(values, resamples=3000)
+    expected = np.percentile(means, [2.5, 97.5], axis=0).T
+    np.testing.assert_allclose(list(found.values()), expected, rtol=0.01)
+    assert bootstrap(values, resamples=3000) == found
+    assert bootstrap(values, resamples=0) == {}
+
+
 def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
     far = torch.tensor([[0.0, -150.0, -200.0]])
-    order = joined([far, far])[0].argsort(descending=True).tolist()
+    order = mean_scores([far, far])[0].argsort(descending=True).tolist()
     assert order == [0, 1, 2]
     assert far.softmax(1)[0, 1] == far.softmax(1)[0, 2] == 0
-    apart = joined([torch.tensor([[1.0, 0.0]]), torch.tensor([[-2.0, 0.0]])]).exp()
+    apart = mean_scores([torch.tensor([[1.0, 0.0]]), torch.tensor([[-2.0, 0.0]])]).exp()
     expected = (torch.tensor([1.0, 0.0]).softmax(0) + torch.tensor([-2.0, 0.0]).softmax(0)) / 2
     torch.testing.assert_close(apart[0], expected)
 
@@ -236,8 +247,8 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
         (["{digits}"], [], 65, "neither a run nor a checkpoint"),
         (["{trained}"], ["--data.split", "test"], 65, "no split 'test'"),
         (["{trained}"], ["--batch", "0"], 2, "--batch 0: at least 1"),
-        (["{trained}"], ["--preset", "seed"], 2, "says itself what net it holds"),
-        (["{pth}"], [], 2, "has no model card; say by --preset"),
+        (["{trained}"], ["--preset", "seed"], 2, "records its net; leave it out"),
+        (["{pth}"], [], 2, "has no model card; name its net by --preset"),
         (["{pth}"], ["--preset", "sead"], 2, "choose one of demo, seed"),
         (["{pth}"], ["--preset", "torchvision"], 65, "holds no output layer of --preset torchvision"),
         (["{pth}"], ["--preset", "fig1"], 65, "it is not of --preset fig1"),

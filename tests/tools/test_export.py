@@ -13,10 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from model import AlexNet, ModelConfig
+from pipeline.read.augment import AugmentConfig
 from tests.conftest import run_here, run_tool, the_error
 from tools import export, predict
 from train.checkpoint import AVERAGE, Checkpoints, verified
 from train.classifier import open_classifier
+from train.model_card import Card
 
 EXPORT = "tools/export.py"
 
@@ -71,6 +73,7 @@ def test_safetensors_hold_the_weights_bit_for_bit_and_their_card(trained, export
     own = [line for line in lines if line["kind"] == "val of average" and line["step"] == card["weights"]["step"]][-1]
     assert card["accuracy"][0]["top1"] == own["top1"]
     assert card["accuracy"][0]["command"].startswith("train/run.py demo")
+    assert (exported / "net.safetensors").stat().st_mode == (exported / "net.json").stat().st_mode
     told = (exported / "net.md").read_text()
     assert f"{own['top1']:.2%}" in told
     assert card["inputs"]["fingerprint"][:16] in told
@@ -145,9 +148,6 @@ def test_pth_loads_where_its_layers_come_from(name, image_folder, tmp_path):
 def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_folder, tmp_path, monkeypatch, capsys):
     from safetensors.torch import save_file
 
-    from pipeline.read.augment import AugmentConfig
-    from train.model_card import Card
-
     crop = 32 if name == "small" else 224
     config = ModelConfig(name, **switch)
     card = Card(config, AugmentConfig(crop=crop, statistics="imagenet"), None, {"classes": 10})
@@ -193,7 +193,7 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, out, options, sa
 
 def test_what_is_damaged_is_named_and_not_read(exported, image_folder, tmp_path, monkeypatch, capsys):
     images = image_folder / "val"
-    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "cannot be read as weights")):
+    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "not a whole safetensors file")):
         whole = (exported / f"net.{kind}").read_bytes()
         for length in (50_000, 3, 0):
             (tmp_path / f"cut.{kind}").write_bytes(whole[:length])
@@ -208,6 +208,14 @@ def test_what_is_damaged_is_named_and_not_read(exported, image_folder, tmp_path,
     code, error = run_here(predict.main, monkeypatch, capsys, tmp_path / "a.pth", images)
     assert code == 65
     assert "its card is of other weights" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("small", "An AlexNet"), ("torchvision:resnet50", "A net of another library")]
+)
+def test_a_card_names_the_kind_of_net(name, kind):
+    card = Card(ModelConfig(name), AugmentConfig(), None, {"classes": 10})
+    assert f"\n{kind}, `{name}`, of imagenet-express.\n" in card.as_markdown("net")
 
 
 def test_a_card_tells_of_evaluations(trained, digits, tmp_path):

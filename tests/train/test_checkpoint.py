@@ -82,7 +82,7 @@ def test_safetensors_own_reader_reads_what_we_write(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("t") / "x.safetensors"
     torch.manual_seed(0)
     written = {f"layer.{i}": (torch.randn(shape) * 9).to(dtype) for i, (dtype, shape) in enumerate(tensors)}
-    sha256 = checkpoint._write_tensors(path, written)
+    sha256 = checkpoint.write_tensors(path, written)
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     read = load_file(path)
     assert read.keys() == written.keys()

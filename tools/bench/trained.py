@@ -22,7 +22,7 @@ from train.cli import parse
 from train.config import Config, flatten
 from train.presets import PRESETS
 from train.resume import as_saved
-from train.run_folder import EXIT
+from train.run_folder import EXIT, read_metrics
 
 RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
 
@@ -59,7 +59,7 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
         done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
         if done.returncode:
             raise ExpressError(f"{run}: ended with {done.returncode}; the same command goes on")
-    lines = report.read_metrics(run)
+    lines = read_metrics(run)
     return report.result(run, lines, timed=len(lines["start"]) == 1)
 
 
