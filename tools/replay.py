@@ -26,6 +26,7 @@ from typing import Any
 
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError
 from pipeline.files import write_json
+from pipeline.settings import updated
 from tools import cli
 
 SHOWN = 5  # samples
@@ -88,15 +89,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 def configured(described: dict[str, Any], shards: str, scratch: Path, *, resume: str) -> Any:
     """The run's configuration; only where it reads from and writes to is another."""
     from train.config import Config
-    from train.resume import as_saved
 
-    config = as_saved(Config(), described["config"])
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, shards=os.path.abspath(shards)),
-        run=dataclasses.replace(config.run, dir=str(scratch / "run"), record_ids=False),
-        resume=resume,
-    )
+    here = {"data.shards": os.path.abspath(shards), "run.dir": str(scratch / "run"), "run.record_ids": False}
+    return updated(updated(Config(), described["config"]), {**here, "resume": resume})
 
 
 def tell(folder: Path, step: int, found: Any, same_ranks: bool, names: list[str]) -> bool:

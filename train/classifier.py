@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
+from pipeline.settings import updated
 
 from . import model_card as cards
 from .checkpoint import BEST, LATEST, RECORD, Checkpoints, Saved, load
 from .config import Config
 from .evaluation import NAMES
 from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_inputs
-from .networks import heads, load_weights, make_net, read_weights
+from .networks import create_net, heads, load_weights, read_weights
 from .presets import PRESETS
-from .resume import as_saved
 
 WHICH = (BEST, LATEST)
 
@@ -92,7 +92,7 @@ def _found(path: Path, which: str) -> tuple[Path, Saved]:
 
 def _of_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) -> Classifier:
     flat = saved.state["config"]
-    config = as_saved(Config(), nested(flat))
+    config = updated(Config(), flat)
     described = _described(run)
     known = read_inputs(run) or _from_shards(run, shards or described.get("shards", ""), config, flat)
     if known.fingerprint != flat["the dataset's fingerprint"]:
@@ -108,15 +108,6 @@ def _of_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) -> C
     recipe = {name: described[name] for name in names if name in described}
     card = Card(config.model, config.augment, known, told, recipe, _validated(run, told["step"], use, recipe))
     return Classifier(saved.path, net, card, flat["train.precision"])
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"model.name": …} as {"model": {"name": …}}."""
-    values: dict[str, Any] = {}
-    for name, value in flat.items():
-        group, _, field = name.rpartition(".")
-        (values.setdefault(group, {}) if group else values)[field] = value
-    return values
 
 
 def _described(run: Path) -> dict[str, Any]:
@@ -212,13 +203,13 @@ def _parsed(text: str, path: Path) -> Any:
 def _new_net(config: Config, classes: int) -> nn.Module:
     # On whatever the generator holds now: all that it draws is overwritten.
     with torch.random.fork_rng():
-        net = make_net(dataclasses.replace(config.model, freeze="none"), classes=classes, crop=config.augment.crop)
+        net = create_net(dataclasses.replace(config.model, freeze="none"), classes=classes, crop=config.augment.crop)
     return net.eval().requires_grad_(False)
 
 
 def _classes_in(weights: dict[str, Tensor], config: Config) -> int:
     """As many as the output layer has rows; 0 where there is no such layer."""
-    named = heads(make_net(config.model, classes=2, crop=config.augment.crop))
+    named = heads(create_net(config.model, classes=2, crop=config.augment.crop))
     found = [weights[f"{name}.weight"] for name, _ in named if f"{name}.weight" in weights]
     return len(found[0]) if found and found[0].dim() else 0
 

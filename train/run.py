@@ -44,10 +44,9 @@ def main(argv: list[str]) -> int:
     stop.install()
     try:
         from train.cli import parse
-        from train.presets import PRESETS, TOLD
 
         try:
-            config = parse(argv, PRESETS, prog="train/run.py", told=TOLD)
+            config = parse(argv)
         except ExpressError as err:
             return refuse(err)
         return start(config, stop)

@@ -527,7 +527,7 @@ class Run:
                     "loader": self.loader.state_dict(),
                     "meter": meter,
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "config": resume.what_must_stay(self.config, self.dataset, precision=self.precision),
+                    "config": resume.resume_invariants(self.config, self.dataset, precision=self.precision),
                     "epochs": self.config.train.epochs,
                     "ranks": self._world,
                 },

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..geometry import centre_offset
 from ..manifest import Dataset, Statistics, open_dataset
+from ..settings import Bounds, Fraction, InHelp, PerHost, validate
 from . import fetch, order, rng
 from .augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig, Placement, colour_shift, place
 from .backend import Engine, Output, PixelType, Work, to_device
@@ -51,42 +52,30 @@ class Batch(NamedTuple):
 class LoaderConfig:
     """How batches are made; nothing here changes what they hold."""
 
-    backend: Backend = "auto"
+    backend: InHelp[Backend] = "auto"
     """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere; never synthetic,
     which delivers noise without reading an image, to measure the network alone."""
-    threads: int = 0
+    threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
-    read_threads: int = 32
+    read_threads: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 32
     """Reads in flight."""
-    prefetch_batches: int = 2
+    prefetch_batches: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 2
     """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
-    verify: bool = True
+    verify: PerHost[bool] = True
     """Compare each sample's checksum when it is read."""
     decode: Literal["auto", "region", "whole"] = "auto"
     """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it. auto takes whole on
     a GPU, whose decoder of regions is unsafe (nvImageCodec issue 55) or falls back to the CPU, and region elsewhere."""
-    verify_pixels: int = -1
+    verify_pixels: Annotated[int, Bounds(ge=-1)] = -1
     """One crop in so many is decoded again by libjpeg-turbo, in the background, and compared; 0: none, -1: 250 on a
     GPU, none on CPUs."""
     verify_action: Literal["log", "stop"] = "log"
     """What a crop that differs brings about: a line in the log and a count in the metrics, or the end of the run."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: Fraction = 0.65
     """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ConfigError(f"loader.backend={self.backend}: choose one of {', '.join(get_args(Backend))}")
-        if self.decode not in ("auto", "region", "whole"):
-            raise ConfigError(f"loader.decode={self.decode}: choose auto, region or whole")
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise ConfigError(f"loader.hw_decoder_load={self.hw_decoder_load}: choose 0 to 1")
-        if self.verify_action not in ("log", "stop"):
-            raise ConfigError(f"loader.verify_action={self.verify_action}: choose log or stop")
-        if self.verify_pixels < -1:
-            raise ConfigError(f"loader.verify_pixels={self.verify_pixels}: choose -1, 0 or more")
-        for name, least in (("threads", 0), ("read_threads", 1), ("prefetch_batches", 1)):
-            if not least <= getattr(self, name) <= 1024:
-                raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {least} to 1024")
+        validate(self)
 
 
 class _Planned(NamedTuple):

@@ -185,11 +185,10 @@ sys.path[0] = {root!r}
 import torch, torch.distributed as dist
 from torch import nn
 from accelerate import Accelerator
-from train.command_line import parse
-from train.launch import make_accelerator
-from train.presets import PRESETS
+from train.cli import parse
+from train.distributed import make_accelerator
 flags = ["--data.shards", "x", "--train.compress", sys.argv[1], "--run.dir", sys.argv[2]]
-config = parse(["demo", *flags], PRESETS, prog="")
+config = parse(["demo", *flags])
 accelerator = make_accelerator(config)
 rank = accelerator.process_index
 torch.manual_seed(0)
