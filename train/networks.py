@@ -106,9 +106,7 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
     note = None
     for head, layer in heads(net):
         if classes := _other_classes(weights, wanted, head):
-            note = (
-                f"{path} is of {classes} classes: the output layer {head} starts from scratch with {len(layer.weight)}"
-            )
+            note = f"{path} is of {classes} classes: the output layer {head} is new, with {len(layer.weight)}"
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
         if name not in weights:
