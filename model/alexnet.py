@@ -10,6 +10,8 @@ import math
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +53,17 @@ class AlexNet(nn.Module):
         self.variant: Variant = VARIANTS[config.name]
         builder = _Builder(config, crop)
         builder.build(classes)
-        built = list(builder.modules.items())
-        self._before_fc = next(i for i, (name, _) in enumerate(built) if name in ("pool6", "flatten"))
-        features, rest = built[: self._before_fc], built[self._before_fc :]
+        layers = list(builder.modules.items())
+        self._before_fc = list(builder.modules).index("flatten") + 1
+        parts = {"features": layers[: self._before_fc], "classifier": layers[self._before_fc :]}
         if self.variant.names == "seed":
-            self.AlexNet_model = nn.Sequential(*builder.modules.values())
-        elif self.variant.names == "torchvision":
-            self.features = nn.Sequential(*(m for _, m in features))
-            self.avgpool, self.flatten = rest[0][1], rest[1][1]
-            self.classifier = nn.Sequential(*(m for _, m in rest[2:]))
-        else:
-            self.features = nn.Sequential(OrderedDict(features))
-            self.classifier = nn.Sequential(OrderedDict(rest))
-        _initialise(
-            builder.weighted, self.variant.weight_init if config.weight_init == "variant" else config.weight_init
-        )
+            parts = {"AlexNet_model": layers}
+        for part, named in parts.items():
+            if self.variant.names != "layer":
+                named = [(str(position), module) for position, (_, module) in enumerate(named)]
+            self.add_module(part, nn.Sequential(OrderedDict(named)))
+        own = config.weight_init == "variant"
+        _initialise(builder.weighted, self.variant.weight_init if own else config.weight_init)
 
     def forward(self, images: Tensor, rows: Tensor | None = None) -> Tensor:
         x = images
@@ -75,8 +73,8 @@ class AlexNet(nn.Module):
 
     def in_order(self) -> Iterator[nn.Module]:
         """Every layer, from the image to the logits."""
-        for child in self.children():
-            yield from child if isinstance(child, nn.Sequential) else [child]
+        for part in self.children():
+            yield from part.children()
 
     def feature_layers(self) -> list[nn.Module]:
         """The layers before the fully connected ones."""
@@ -116,7 +114,7 @@ class _Builder:
                     f"augment.crop={self.crop} is too small for model.name={self.config.name}:"
                     " its pools shrink it to nothing"
                 )
-        self._linear(Linear(classes, self.variant.output_std), classes)
+        self._linear(Linear(classes), classes)
 
     def _append(self, kind: str, module: nn.Module) -> None:
         self.counts[kind] += 1
@@ -135,7 +133,7 @@ class _Builder:
             case Linear():
                 self._linear(row, _scaled(row.units, self.config.width))
             case Place("act"):
-                self._append("act", _activation(self.config.activation))
+                self._append("act", ACTIVATIONS[self.config.activation]())
             case Place("drop"):
                 self._flatten()
                 self._append("drop", Dropout(self.config.dropout, layer=self.counts["drop"] + 1))
@@ -147,7 +145,7 @@ class _Builder:
 
     def _conv(self, row: Conv) -> None:
         name, out = f"conv{self.counts['conv']}", _scaled(row.channels, self.config.width)
-        towers = self._towers(row, f"{name}'s", input=self.channels, output=out)
+        towers = self._towers(name, self.channels, out, across=row.across)
         beyond = -(self.side - row.kernel) % row.stride if row.ceil and self.side >= row.kernel else 0
         kind = PaddedConv2d if beyond else nn.Conv2d
         conv = kind(self.channels, out, row.kernel, row.stride, row.padding, groups=towers)
@@ -158,19 +156,19 @@ class _Builder:
         self.modules[name] = conv
         self.weighted.append((conv, row))
 
-    def _towers(self, row: Conv | Norm, whose: str, **channels: int) -> int:
-        # Every tower sees the whole image, even if the first convolution is left out.
-        towers = self.towers if row.in_tower and self.weighted else 1
-        for what, count in channels.items():
+    def _towers(self, name: str, *channels: int, across: bool) -> int:
+        # The first convolution that is not left out sees the image, which belongs to no tower.
+        towers = self.towers if self.weighted and not across else 1
+        for count in channels:
             if count % towers:
                 width = f" at model.width={self.config.width}" if self.config.width != 1 else ""
-                raise ValueError(f"model.towers={towers}: {whose} {count} {what} channels{width} do not divide")
+                raise ValueError(f"model.towers={towers}: the {count} channels of {name}{width} do not divide")
         return towers
 
     def _response_norm(self, row: Norm | SpatialNorm) -> None:
         module: nn.Module = nn.Identity()
         if self.norm == "lrn" and isinstance(row, Norm):
-            towers = self._towers(row, "the norm's", input=self.channels)
+            towers = self._towers("a norm", self.channels, across=not row.in_tower)
             module = LocalResponseNorm(size=row.size, alpha=row.alpha, beta=row.beta, k=row.k, towers=towers)
         elif self.norm == "lrn":
             module = SpatialResponseNorm(**vars(row))
@@ -189,8 +187,7 @@ class _Builder:
             self.modules["flatten"] = nn.Flatten()
 
 
-def _activation(name: str) -> nn.Module:
-    return nn.ReLU(inplace=True) if name == "relu" else nn.Tanh() if name == "tanh" else nn.Sigmoid()
+ACTIVATIONS: dict[str, Any] = {"relu": partial(nn.ReLU, inplace=True), "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 class PoolToFit(nn.AdaptiveAvgPool2d):
@@ -225,7 +222,7 @@ def _initialise(weighted: list[tuple[nn.Conv2d | nn.Linear, Conv | Linear]], sch
             # 1e-3, so that runs on one and two ranks stay comparable.
             std = 0.0 if module is weighted[-1][0] else math.sqrt(2 / module.weight[0].numel())
             bias = 0.0
-        if std is not None and scheme != "torch":
+        if scheme != "torch":
             assert module.bias is not None
             nn.init.normal_(module.weight, std=std)
             nn.init.constant_(module.bias, bias)

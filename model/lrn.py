@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -197,10 +197,7 @@ def _form(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
     return _compiled(function) if compiled and not torch.compiler.is_compiling() else function
 
 
-@lru_cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    form: Callable[..., Any] = torch.compile(function, dynamic=False)
-    return form
+_compiled = cache(partial(torch.compile, dynamic=False))
 
 
 class ResponseNorm(nn.Module):

@@ -311,8 +311,11 @@ def test_an_impossible_table_is_one_line(capsys):
         (lambda: meta(ModelConfig("seed"), crop=32), "augment.crop=32 is too small for model.name=seed"),
         (lambda: meta(ModelConfig("paper"), crop=8), "augment.crop=8 is too small for model.name=paper"),
         (lambda: meta(ModelConfig("small"), classes=0, crop=32), "classes=0"),
-        (lambda: meta(ModelConfig("paper", towers=5)), "model.towers=5: conv2's 96 input channels do not divide"),
-        (lambda: meta(ModelConfig("original", width=0.01)), "model.towers=2: .* channels do not divide"),
+        (lambda: meta(ModelConfig("paper", towers=5)), "model.towers=5: the 96 channels of conv2 do not divide"),
+        (
+            lambda: meta(ModelConfig("original", width=0.01)),
+            "model.towers=2: the 1 channels of a norm at model.width=0.01 do not divide",
+        ),
         (lambda: meta(ModelConfig("seed", norm="bn")), "model.norm=bn: model.name=seed has no place for it"),
         (lambda: meta(ModelConfig("torchvision", norm="lrn")), "model.norm=lrn: model.name=torchvision"),
     ],
