@@ -14,8 +14,7 @@ class ModelConfig:
 
     name: Annotated[str, IN_HELP] = "seed"
     """A variant: seed, paper, original, caffe, torchvision, modern, small and fig1 (for crops of about 32 pixels); or
-    torchvision:NAME, timm:NAME for any classifier of theirs, to which only init and freeze of the
-    other fields apply."""
+    torchvision:NAME, timm:NAME for any classifier of theirs, to which only init and freeze of the other fields apply."""
     width: Annotated[float, IN_HELP] = 1.0
     """Multiplies every layer's channels and units."""
     dropout: float = 0.5
@@ -53,10 +52,12 @@ class ModelConfig:
         if ":" in self.name:
             self._check_only_shared_fields()
         elif self.name not in VARIANTS:
-            known = ", ".join([*VARIANTS, "torchvision:NAME", "timm:NAME"])
-            raise ValueError(f"model.name={self.name}: choose one of {known}")
-        elif unknown := set(self.drop) - VARIANTS[self.name].convolutions:
-            raise ValueError(f"model.drop={min(unknown)}: model.name={self.name} has no such convolution")
+            names = ", ".join([*VARIANTS, "torchvision:NAME", "timm:NAME"])
+            raise ValueError(f"model.name={self.name}: choose one of {names}")
+        elif unknown := set(self.drop).difference(known := VARIANTS[self.name].convolutions):
+            raise ValueError(
+                f"model.drop={min(unknown)}: model.name={self.name} has no such convolution; choose of {', '.join(known)}"
+            )
 
     def _check_only_shared_fields(self) -> None:
         for field in fields(self):
@@ -155,9 +156,9 @@ class Variant:
         return Pool6 in self.layers
 
     @property
-    def convolutions(self) -> set[str]:
+    def convolutions(self) -> list[str]:
         """conv1, conv2 …, as model.drop names them."""
-        return {f"conv{n + 1}" for n in range(sum(isinstance(row, Conv) for row in self.layers))}
+        return [f"conv{n + 1}" for n in range(sum(isinstance(row, Conv) for row in self.layers))]
 
 
 VARIANTS: dict[str, Variant] = {

@@ -47,6 +47,7 @@ Positive = Annotated[int, Bounds(ge=1)]
 NonNegative = Annotated[int, Bounds(ge=0)]
 NonNegativeFloat = Annotated[float, Bounds(ge=0)]
 Fraction = Annotated[float, Bounds(ge=0, le=1)]
+PositiveFraction = Annotated[float, Bounds(gt=0, le=1)]
 BelowOne = Annotated[float, Bounds(ge=0, lt=1)]
 
 

@@ -26,6 +26,7 @@ from pipeline.settings import (
     NonNegativeFloat,
     PerHost,
     Positive,
+    PositiveFraction,
     did_you_mean,
     validate,
 )
@@ -109,7 +110,7 @@ class OptimConfig:
     """step: by milestones; plateau: when evaluation stalls; poly, cosine: towards zero over the run."""
     milestones: tuple[float, ...] = ()
     """For step: epochs at which the rate is multiplied by factor."""
-    factor: Annotated[float, Bounds(gt=0, le=1)] = 0.1
+    factor: PositiveFraction = 0.1
     """For step and plateau: multiplies the rate."""
     plateau_patience: Positive = 5
     """For plateau: evaluations without a better top-1 before the rate is lowered."""
@@ -129,7 +130,7 @@ class OptimConfig:
     or without decay."""
     norms: Literal["weights", "no-decay"] = "weights"
     """How normalisation's own parameters are trained."""
-    lars_eta: Annotated[float, Bounds(gt=0, le=1)] = 0.001
+    lars_eta: PositiveFraction = 0.001
     """For lars: a layer's step as a fraction of its weights' norm."""
     lars_clip: bool = False
     """For lars: take the smaller of lr and the layer's own rate (LARC), not their product."""
@@ -191,21 +192,22 @@ class GuardConfig:
     """What a run does when something goes wrong; see docs/failures.md."""
 
     on_bad_numbers: Literal["stop", "skip"] = "stop"
-    """A non-finite loss or gradient: stop exits with code 76, skip leaves the update out. skip waits for a GPU at every
-    step."""
+    """A non-finite loss or gradient: stop exits with 76, skip leaves the update out and waits for a GPU at each step."""
     max_bad_steps: NonNegative = 10
     """Batches that skip may leave out over the run."""
     hang_seconds: NonNegativeFloat = 600.0
-    """A rank that makes no step for so long is named, all stacks are written, the run exits with 77; 0: waits for
-    ever."""
+    """A rank that makes no step for so long is named, all stacks are written, the run exits with 77; 0: never."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """A checkpoint or record that cannot be written: stop exits with 74, continue reports it and retries at the next
-    one."""
+    """A checkpoint or record that cannot be written: stop exits with 74, continue reports it and retries next time."""
 
     def __post_init__(self) -> None:
         validate(self)
         if 0 < self.hang_seconds < 2:
             raise ConfigError(f"guard.hang_seconds={self.hang_seconds:g}: must be at least 2, or 0 to wait for ever")
+
+
+FewImages = Annotated[int, Bounds(ge=0, le=100_000, choose="images to train on, such as 64, or 0 for a real run")]
+FewSteps = Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 10, or 0 for none")]
 
 
 @dataclass(frozen=True)
@@ -224,17 +226,12 @@ class Config:
     resume: InHelp[PerHost[str]] = ""
     """A checkpoint folder to resume from. By default the newest in the run folder that verifies, if there is one; with
     a bare --resume there must be one."""
-    overfit: InHelp[
-        Annotated[int, Bounds(ge=0, le=100_000, choose="images to train on, such as 64, or 0 for a real run")]
-    ] = 0
+    overfit: InHelp[FewImages] = 0
     """A check of the net: train on so many images alone, without augmentation and dropout, at a rate of at most 0.003,
     until all of them are right; exit code 1 if they never are."""
-
     limit_steps: InHelp[MayChange[NonNegative]] = 0
     """End after so many steps of the run, evaluated and saved; without it the same command resumes. 0: all epochs."""
-    profile: InHelp[
-        MayChange[Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 10, or 0 for none")]]
-    ] = 0
+    profile: InHelp[MayChange[FewSteps]] = 0
     """Steps of which torch's profiler makes a trace and a table in the run folder; 0: none."""
 
     def __post_init__(self) -> None:

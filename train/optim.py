@@ -21,8 +21,8 @@ class Velocity(torch.optim.Optimizer):
     torch's keeps the rate outside; the two differ for some steps after each change of it. If lr is 0 nothing moves.
     """
 
-    def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -42,11 +42,8 @@ class Lars(torch.optim.Optimizer):
     normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
     """
 
-    def __init__(
-        self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0, eta: float, clip: bool
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "clip": clip}
-        super().__init__(params, {**defaults, "adapt": True})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, eta: float, clip: bool) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta, "clip": clip})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
