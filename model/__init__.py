@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .alexnet import AlexNet, ModelConfig
+    from .alexnet import AlexNet
+    from .variants import ModelConfig
 
 __all__ = ["AlexNet", "ModelConfig"]
 

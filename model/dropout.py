@@ -13,25 +13,24 @@ _LAYER = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio: the units of two layers 
 def keep_mask(rows: Tensor, units: int, *, layer: int, p: float) -> Tensor:
     """(N, units) bool: which units live, each with probability 1 - p, by a hash of (row, layer, unit).
 
-    rows: (N,) int32, a hash of (seed, step, sample id) for each row, so that equal rows have equal masks wherever they
-    are. p is rounded to a multiple of 2^-32.
+    rows: (N,) int32, a hash of (seed, step, sample id) for each row, so that equal rows have equal masks on every
+    rank. p is rounded to a multiple of 2^-32.
     """
     unit = torch.arange(units, dtype=torch.int32, device=rows.device) + _signed(layer * _LAYER)
-    # The last steps of a mixing hash move low bits only, which the comparison hardly sees: they are left out.
-    x = rows[:, None] ^ _mix(unit)[None, :]
-    x = (x ^ _shifted(x, 16)) * _M1
-    x = (x ^ _shifted(x, 15)) * _M2
-    return x >= min(round(p * (1 << 32)), (1 << 32) - 1) - (1 << 31)
+    unit = _scrambled(unit)
+    unit = unit ^ _shifted(unit, 16)
+    # For the sum with the row that last step is left out: it moves low bits only, which the comparison hardly sees.
+    return _scrambled(rows[:, None] ^ unit[None, :]) >= min(round(p * (1 << 32)), (1 << 32) - 1) - (1 << 31)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _scrambled(x: Tensor) -> Tensor:
+    """Wellons's hash but for its last step."""
     x = (x ^ _shifted(x, 16)) * _M1
-    x = (x ^ _shifted(x, 15)) * _M2
-    return x ^ _shifted(x, 16)
+    return (x ^ _shifted(x, 15)) * _M2
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """To the right, zeros coming in, as torch has no shift of unsigned numbers everywhere."""
+    """To the right, zeros coming in, since torch does not shift unsigned numbers on every device."""
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
@@ -43,7 +42,7 @@ class Dropout(nn.Module):
     """Zeroes units with probability p while training and scales the others by 1 / (1 - p).
 
     forward: x (N, ...), rows (N,) int32 or None. With rows the mask is `keep_mask`'s, without it is torch's dropout.
-    layer: tells the masks of a net's dropout layers apart.
+    layer: a number that differs between a net's dropout layers, and so do their masks.
     """
 
     def __init__(self, p: float, *, layer: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def local_response_norm(
     save_scale: what the backward pass reads, see `saves_scale`, which decides if it is None.
     Raises ValueError when size is even or C does not divide.
     """
-    _refuse_even(size)
+    _check_odd(size)
     if x.shape[1] % towers:
         raise ValueError(f"towers={towers}: {x.shape[1]} channels do not divide")
     # As the memory lies, so that padding and sums go along whole lines: channels last is a contiguous (N, H, W, C).
@@ -69,11 +69,11 @@ def spatial_response_norm(
 
     x: (N, C, H, W). alpha is divided by size². Raises ValueError when size is even.
     """
-    _refuse_even(size)
+    _check_odd(size)
     return _normalise(x, Window(size, (2, 3), alpha / size**2, beta, k), compiled, save_scale)
 
 
-def _refuse_even(size: int) -> None:
+def _check_odd(size: int) -> None:
     if size < 1 or size % 2 == 0:
         raise ValueError(f"size={size}: must be odd, so that a channel is the middle of its neighbours")
 
@@ -197,41 +197,29 @@ def _form(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
     return _compiled(function) if compiled and not torch.compiler.is_compiling() else function
 
 
-@lru_cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    form: Callable[..., Any] = torch.compile(function, dynamic=False)
-    return form
+_compiled = cache(partial(torch.compile, dynamic=False))
 
 
-class LocalResponseNorm(nn.Module):
+class ResponseNorm(nn.Module):
+    """A response norm as a layer: `options` are those of its function. compiled: by torch.compile, if it works."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options, self.compiled = options, False
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class LocalResponseNorm(ResponseNorm):
     """`local_response_norm` as a layer."""
 
-    def __init__(
-        self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0, *, towers: int = 1
-    ) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta, self.k, self.towers, self.compiled = size, alpha, beta, k, towers, False
-
     def forward(self, x: Tensor) -> Tensor:
-        return local_response_norm(
-            x, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, towers=self.towers, compiled=self.compiled
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, towers={self.towers}"
+        return local_response_norm(x, **self.options, compiled=self.compiled)
 
 
-class SpatialResponseNorm(nn.Module):
+class SpatialResponseNorm(ResponseNorm):
     """`spatial_response_norm` as a layer."""
 
-    def __init__(self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta, self.k, self.compiled = size, alpha, beta, k, False
-
     def forward(self, x: Tensor) -> Tensor:
-        return spatial_response_norm(
-            x, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, compiled=self.compiled
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
+        return spatial_response_norm(x, **self.options, compiled=self.compiled)

@@ -18,13 +18,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import dataclasses
 import math
 import tempfile
 from typing import Any
 
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError
 from pipeline.files import write_json
+from pipeline.settings import updated
 from tools import cli
 
 SHOWN = 5  # samples
@@ -81,15 +81,9 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
 def configured(config: dict[str, Any], shards: str, scratch: Path, *, resume: str) -> Any:
     """The run's configuration with other places to read from and write to."""
     from train.config import Config
-    from train.resume import as_saved
 
-    known = as_saved(Config(), config)
-    return dataclasses.replace(
-        known,
-        data=dataclasses.replace(known.data, shards=os.path.abspath(shards)),
-        run=dataclasses.replace(known.run, dir=str(scratch / "run"), record_ids=False),
-        resume=resume,
-    )
+    here = {"data.shards": os.path.abspath(shards), "run.dir": str(scratch / "run"), "run.record_ids": False}
+    return updated(updated(Config(), config), {**here, "resume": resume})
 
 
 def measured(run: Any, step: int) -> dict[str, Any]:

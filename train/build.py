@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from model import AlexNet
-from model.alexnet import count_parameters
+from model.summary import count_parameters
 from pipeline.errors import HANG, ConfigError, DataError
 from pipeline.manifest import Dataset
 from pipeline.read import order, rng
@@ -27,8 +27,7 @@ from .distributed import Agreement, local_world, resolved_precision, take_cores,
 from .ema import Average
 from .metrics import Meter, Record
 from .model_card import Inputs
-from .networks import compile_net, load_weights, refuse_sizes, set_training, without_dropout
-from .networks import make_net as make_bare_net
+from .networks import check_crop_sizes, compile_net, create_net, load_weights, set_training, without_dropout
 from .nonfinite import Finite
 from .optim import Plateau, make_optimizer, scaled_to_batch
 from .profiling import Profile
@@ -208,8 +207,8 @@ def make_loader(
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:
     """On the host, initialised from the seed. Raises ConfigError for a net that cannot be."""
     torch.manual_seed(rng.key(config.run.seed, INIT) >> 1)
-    net = make_bare_net(config.model, classes=classes, crop=config.augment.crop)
-    refuse_sizes(net, config.model.name, config.train.crop_sizes)
+    net = create_net(config.model, classes=classes, crop=config.augment.crop)
+    check_crop_sizes(net, config.model.name, config.train.crop_sizes)
     if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:
         made_for = f"model.name={config.model.name} is made for augment.crop={net.variant.crop}"
         say(f"{made_for}; at {config.augment.crop} it has {count_parameters(net):,} parameters")

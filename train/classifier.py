@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from model import ModelConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import Dataset, Statistics, open_dataset
+from pipeline.settings import updated
 
 from .checkpoint import BEST, RECORD, Checkpoints, Saved, load
 from .config import Config
 from .evaluation import NAMES
 from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_beside, read_inputs
-from .networks import heads, load_weights, make_net, read_weights
+from .networks import create_net, heads, load_weights, read_weights
 from .presets import PRESETS
-from .resume import as_saved
 from .run_folder import CONFIG, read_config, read_metrics
 
 
@@ -102,7 +102,7 @@ def _find_checkpoint(path: Path, which: str) -> tuple[Path, Saved]:
 
 def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) -> Classifier:
     flat = saved.state["config"]
-    config = as_saved(Config(), nested(flat))
+    config = updated(Config(), flat)
     # A checkpoint that was copied out of its run has none.
     described = read_config(run) if (run / CONFIG).exists() else {}
     known = read_inputs(run) or _inputs_from_shards(run, shards or described.get("shards", ""), config, flat)
@@ -119,15 +119,6 @@ def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) ->
     recipe = {name: described[name] for name in names if name in described}
     card = Card(config.model, config.augment, known, weights, recipe, _validated(run, weights, recipe))
     return Classifier(saved.path, net, card, flat["train.precision"])
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"model.name": …} as {"model": {"name": …}}."""
-    values: dict[str, Any] = {}
-    for name, value in flat.items():
-        group, _, field = name.rpartition(".")
-        (values.setdefault(group, {}) if group else values)[field] = value
-    return values
 
 
 def _inputs_from_shards(run: Path, shards: str, config: Config, flat: dict[str, Any]) -> Inputs:
@@ -147,7 +138,7 @@ def _validated(run: Path, weights: dict[str, Any], recipe: dict[str, Any]) -> li
         lines = read_metrics(run)["val of average" if weights["averaged"] else "val"]
     except DataError:
         return []
-    config = as_saved(Config(), recipe.get("config", {}))
+    config = updated(Config(), recipe.get("config", {}))
     how = {"split": config.data.val_split, "views": config.augment.views, "command": recipe.get("command", "")}
     found = [line for line in lines if line.get("step") == weights["step"]]
     return [{**how, **{name: line[name] for name in NAMES}} for line in found[-1:]]
@@ -222,7 +213,7 @@ def _card(path: Path, text: str | None) -> Card | None:
 def _new_net(config: ModelConfig, crop: int, classes: int) -> nn.Module:
     # The initialisation is overwritten; it must not draw from the caller's generator.
     with torch.random.fork_rng():
-        net = make_net(dataclasses.replace(config, freeze="none"), classes=classes, crop=crop)
+        net = create_net(dataclasses.replace(config, freeze="none"), classes=classes, crop=crop)
     return net.eval().requires_grad_(False)
 
 

@@ -2,134 +2,116 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import json
 import re
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 import tyro
 
 from model import ModelConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.settings import IN_HELP, declared, did_you_mean, flatten, marked, updated
 
-from .config import RESUME_NEWEST, Config, did_you_mean, flatten, overfitting
+from .config import RESUME_NEWEST, Config
+from .presets import DESCRIPTIONS, PRESETS, overfitting
 
-NULLABLE = ("augment.scale_jitter",)
-SHORT = (
-    "data.shards", "data.val_split", "train.epochs", "train.batch", "train.accumulate", "train.precision",
-    "train.compile", "optim.lr", "optim.weight_decay", "optim.schedule", "optim.warmup_epochs", "model.name",
-    "model.width", "augment.resize", "augment.crop", "loader.backend", "run.dir", "run.save_every", "resume",
-    "limit_steps", "overfit", "profile",
-)  # fmt: skip
+PROG = "train/run.py"
+USAGE = f"""\
+usage: accelerate launch {PROG} PRESET --data.shards DIR [--group.field VALUE ...]
+
+presets: {", ".join(PRESETS)}
+python {PROG} --list              what each is, and what to expect of it
+python {PROG} PRESET --help       its most used fields; --help-all: every field
+python {PROG} PRESET --print      its configuration as JSON, which --config FILE takes back"""
 
 
-def parse(argv: list[str], presets: dict[str, Config], *, prog: str, told: dict[str, str] | None = None) -> Config:
+def parse(argv: list[str]) -> Config:
     """The configuration that `argv` asks for: a preset or --config FILE first, then flags.
 
-    told: what each preset says of itself. Raises ConfigError; exits where it only prints.
+    Raises ConfigError or DataError; exits after --help, --list and --print.
     """
-    told = told or {}
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage(presets, prog))
-        raise SystemExit(0 if argv else 2)
+        _print_and_exit(USAGE, code=0 if argv else 2)
     if argv[0] == "--list":
-        print(table(presets, told))
-        raise SystemExit(0)
-    named = not argv[0].startswith("--config")
-    preset = argv[0] if named else ""
-    if named and preset not in presets:
-        raise ConfigError(f"unknown preset {preset!r}{did_you_mean(preset, presets)}; presets: {', '.join(presets)}")
-    flags, file = _take_config(argv[named:])
-    base = presets.get(preset, Config())
-    if {"-h", "--help"} & set(flags):
-        print(_short_help(preset, base, told.get(preset, ""), prog))
-        raise SystemExit(0)
-    printing, flags = "--print" in flags, [f.replace("--help-all", "--help") for f in flags if f != "--print"]
-    if file:
-        base = _read_config(file, base, prog=prog)
-        preset = preset or file.stem
-    flags = _expand_resume(flags)
-    _refuse_unknown(flags, base)
-    config = _tyro(flags, _for_net_of(flags, base), prog=f"{prog} {preset}")
+        _print_and_exit(table())
+    preset = "" if argv[0].startswith("--config") else argv[0]
+    if preset and preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
+    ours, flags = _take_own_options(argv[bool(preset) :])
+    base = PRESETS.get(preset, Config())
+    if ours.help:
+        _print_and_exit(_short_help(preset, base))
+    if ours.config:
+        base = _read_config(ours.config, base)
+        preset = preset or ours.config.stem
+    config = _tyro(flags, base, prog=f"{PROG} {preset}")
     if not config.run.dir:
-        folder = f"runs/{preset}-overfit" if config.overfit else f"runs/{preset}"
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
-    if printing:
-        print(json.dumps(dataclasses.asdict(config), indent=1))
-        raise SystemExit(0)
+        config = updated(config, {"run.dir": f"runs/{preset}{'-overfit' if config.overfit else ''}"})
+    if ours.print:
+        _print_and_exit(json.dumps(dataclasses.asdict(config), indent=1))
     if not config.data.shards:
         raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
     return overfitting(config) if config.overfit else config
 
 
-# What is printed
+def _take_own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that are no fields, and the flags for tyro: it has no optional values, so --resume gets its own."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    p.add_argument("--config", type=Path)
+    p.add_argument("--print", action="store_true")
+    p.add_argument("-h", "--help", action="store_true")
+    p.add_argument("--help-all", action="store_true")
+    p.add_argument("--resume", nargs="?", const=RESUME_NEWEST)
+    try:
+        ours, flags = p.parse_known_args(argv)
+    except argparse.ArgumentError as err:
+        raise ConfigError("--config: name a JSON file, as PRESET --print writes it") from err
+    resume = [] if ours.resume is None else [f"--resume={ours.resume}"]
+    return ours, [*flags, *resume, *["--help"] * ours.help_all]
 
 
-def _usage(presets: dict[str, Config], prog: str) -> str:
-    return (
-        f"usage: accelerate launch {prog} PRESET --data.shards DIR [--group.field VALUE ...]\n\n"
-        f"presets: {', '.join(presets)}\n"
-        f"python {prog} --list              what each is, and what to expect of it\n"
-        f"python {prog} PRESET --help       its most used fields; --help-all: every field\n"
-        f"python {prog} PRESET --print      its configuration as JSON, which --config FILE takes back"
-    )
+# Output
 
 
-def table(presets: dict[str, Config], told: dict[str, str]) -> str:
+def _print_and_exit(text: str, *, code: int = 0) -> NoReturn:
+    print(text)
+    raise SystemExit(code)
+
+
+def table() -> str:
     """A row for each preset: what it is, what to expect, on what and how long."""
     rows = []
-    for name in presets:
-        what, facts = describe(told.get(name, ""))
-        rows.append(f"{name:<12} {what}")
-        rows += [f"{'':<12} {fact}" for fact in facts]
+    for name, description in DESCRIPTIONS.items():
+        what, *facts = summary(description)
+        rows += [f"{name:<12} {what}", *(f"{'':<12} {fact}" for fact in facts)]
     return "\n".join(rows)
 
 
-def describe(docstring: str) -> tuple[str, list[str]]:
-    """A preset's first sentence, and its "Expected: …" and "Hours: …"."""
-    paragraphs = [" ".join(p.split()) for p in docstring.strip().split("\n\n")]
-    lines = [" ".join(line.split()) for line in docstring.strip().splitlines()]
-    return paragraphs[0], [line for line in lines if line.startswith(("Expected", "Hours"))]
+def summary(description: str) -> list[str]:
+    """The first line of a preset's docstring, its "Expected …" to the end, and its "Hours: …"."""
+    found = re.match(r"(.+?)\n.*^\s*(Expected.*)^\s*(Hours.*?)$", description, re.DOTALL | re.MULTILINE)
+    assert found is not None, description
+    return [" ".join(text.split()) for text in found.groups()]
 
 
-def _short_help(preset: str, config: Config, told: str, prog: str) -> str:
+def _short_help(preset: str, config: Config) -> str:
     flat = flatten(config)
-    lines = [f"usage: accelerate launch {prog} {preset or '--config FILE'} --data.shards DIR [--group.field VALUE ...]"]
-    lines += ["", *(line.strip() for line in told.strip().splitlines()), ""]
-    lines += [f"  --{name.replace('_', '-'):<24} {_shown(flat[name])}" for name in SHORT]
+    lines = [f"usage: accelerate launch {PROG} {preset or '--config FILE'} --data.shards DIR [--group.field VALUE ...]"]
+    lines += ["", *(line.strip() for line in DESCRIPTIONS.get(preset, "").strip().splitlines()), ""]
+    lines += [f"  --{name.replace('_', '-'):<24} {str(flat[name]) or '(none)'}" for name in marked(Config, IN_HELP)]
     return "\n".join([*lines, "", f"all {len(flat)} fields, explained: --help-all; as JSON: --print"])
 
 
-def _shown(value: Any) -> str:
-    return (" ".join(map(str, value)) if isinstance(value, list) else str(value)) or "(none)"
+# Input
 
 
-# What is read
-
-
-def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
-    """The flags without --config, and its file."""
-    rest: list[str] = []
-    file = None
-    waiting = iter(flags)
-    for flag in waiting:
-        if flag == "--config":
-            file = next(waiting, "")
-        elif flag.startswith("--config="):
-            file = flag.partition("=")[2]
-        else:
-            rest.append(flag)
-            continue
-        if not file or file.startswith("--"):
-            raise ConfigError("--config: name a JSON file, as PRESET --print writes it")
-    return rest, Path(file) if file else None
-
-
-def _read_config(file: Path, base: Config, *, prog: str) -> Config:
+def _read_config(file: Path, base: Config) -> Config:
     """`base` with the values of a JSON file: of --print, or a run folder's config.json."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -137,86 +119,49 @@ def _read_config(file: Path, base: Config, *, prog: str) -> Config:
         raise DataError(f"--config {file}: no such file") from err
     except (OSError, ValueError, RecursionError) as err:
         raise DataError(f"--config {file}: cannot be read as JSON ({err})") from err
-    if isinstance(values, dict) and isinstance(values.get("config"), dict):
-        values = values["config"]
     if not isinstance(values, dict):
         raise DataError(f"--config {file}: holds no object of fields")
-    flags: list[str] = []
+    if isinstance(values.get("config"), dict):
+        values = values["config"]
     try:
-        for name, value in _leaves(values).items():
-            flags += _as_flags(name, value, base)
-        return _tyro(flags, _for_net_of(flags, base), prog=prog)
+        flags = [flag for name, value in flatten(values).items() for flag in _as_flags(name, value)]
+        return _tyro(flags, base, prog=PROG, config=(tyro.conf.FlagConversionOff,))
     except ConfigError as err:
         raise ConfigError(f"--config {file}: {err}") from err
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _as_flags(name: str, value: Any, base: Config) -> list[str]:
-    known = flatten(base)
-    if name not in known:
-        if any(field.startswith(name + ".") for field in known):
-            raise ConfigError(f"{name}={json.dumps(value)}: is a group of fields, in braces")
-        raise ConfigError(f"unknown field {name}{did_you_mean(name, known)}")
-    flag, is_bool = "--" + name.replace("_", "-"), isinstance(known[name], bool)
-    if is_bool != isinstance(value, bool) or (value is None and name not in NULLABLE):
-        wanted = "true or false" if is_bool else "a value"
+def _as_flags(name: str, value: Any) -> list[str]:
+    kind, flag = _kind_of(name), "--" + name.replace("_", "-")
+    if (kind is bool) != isinstance(value, bool) or (value is None and NoneType not in get_args(kind)):
+        wanted = "true or false" if kind is bool else "a value"
         raise ConfigError(f"{name}={json.dumps(value)}: give {wanted}")
-    if is_bool:
-        *group, last = flag.removeprefix("--").split(".")
-        return ["--" + ".".join([*group, last if value else f"no-{last}"])]
-    if value is None or isinstance(value, list):
-        return [flag, *map(str, value if value is not None else [None])]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
     return [f"{flag}={value}"]  # in one, so that it may begin with a dash
 
 
-def _expand_resume(flags: list[str]) -> list[str]:
-    """A bare --resume means the newest checkpoint; the command line library knows no optional values."""
-    out = []
-    for flag, following in zip_longest(flags, flags[1:], fillvalue="--"):
-        out.append(flag)
-        if flag == "--resume" and following.startswith("--"):
-            out.append(RESUME_NEWEST)
-    return out
+def _kind_of(name: str) -> Any:
+    """A field's type. Raises ConfigError, with the nearest known name, for no field."""
+    fields = declared(Config)
+    if name in fields:
+        return fields[name][0]
+    if inside := [field for field in fields if field.startswith(name + ".")]:
+        raise ConfigError(f"{name} is a group of fields, such as {inside[0]}")
+    raise ConfigError(f"unknown field {name}{did_you_mean(name, fields)}")
 
 
-def _refuse_unknown(flags: list[str], preset: Config) -> None:
-    """Names an unknown field before the parser does, with the nearest known one."""
-    known = flatten(preset)
-    negations = [re.sub(r"([^.]+)$", r"no_\1", name) for name, value in known.items() if isinstance(value, bool)]
-    names = {*known, *negations, "help"}
+def _tyro(flags: list[str], base: Config, **options: Any) -> Config:
     for flag in flags:
-        name = flag[2:].split("=")[0].replace("-", "_")
-        if flag.startswith("--") and name not in names:
-            raise ConfigError(f"unknown field {flag.split('=')[0]}{did_you_mean(name, names)}")
-
-
-def _for_net_of(flags: list[str], preset: Config) -> Config:
-    """Where a flag asks for another library's net, without the preset's switches of an AlexNet."""
-    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
-        name, _, value = flag.partition("=")
-        if name == "--model.name" and ":" in (value or following):
-            return dataclasses.replace(preset, model=ModelConfig())
-    return preset
-
-
-class _Box(io.StringIO):
-    """What tyro prints into; it draws frames of dashes where it is told of no encoding."""
-
-    encoding = "utf-8"
-
-
-def _tyro(flags: list[str], preset: Config, *, prog: str) -> Config:
+        if flag.startswith("--") and flag != "--help":
+            _kind_of(re.sub(r"\bno_", "", flag[2:].partition("=")[0].replace("-", "_")))
+    if re.search(r"--model\.name[ =]\S*:", " ".join(flags)):  # another library's net has no switches of an AlexNet
+        base = dataclasses.replace(base, model=ModelConfig())
     printed = _Box()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(Config, default=preset, args=flags, prog=prog)
-    except ValueError as err:  # of packages that know no ConfigError of ours
+            config: Config = tyro.cli(Config, default=base, args=flags, **options)
+            return config
+    except ValueError as err:  # of packages that do not import ConfigError
         raise ConfigError(str(err)) from err
     except SystemExit as end:
         if not end.code:
@@ -224,13 +169,14 @@ def _tyro(flags: list[str], preset: Config, *, prog: str) -> Config:
         raise ConfigError(_first_sentence(printed.getvalue())) from end
 
 
+class _Box(io.StringIO):
+    """What tyro prints into: without an encoding it draws frames of dashes."""
+
+    encoding = "utf-8"
+
+
 def _first_sentence(box: str) -> str:
-    """What stands between the frame's top and its first rule, on one line."""
-    lines = []
-    for line in box.splitlines():
-        text = line.strip("│ ")
-        if text.startswith("─"):
-            break
-        if not line.startswith("╭"):
-            lines.append(text)
-    return " ".join(lines) or box.strip()
+    """What stands between the title and the next rule, on one line; with or without a frame, as the locale allows."""
+    sections = re.split(r"^[│ ]*[─-]{3,}.*$", box, flags=re.MULTILINE)
+    body = sections[0].partition("\n")[2].strip() or sections[1 % len(sections)]
+    return " ".join(line.strip("│ ") for line in body.splitlines()).strip()

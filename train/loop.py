@@ -238,7 +238,7 @@ def save(t: Trainer) -> None:
                 "loader": t.loader.state_dict(),
                 "meter": meter,
                 "scaler": scaler.state_dict() if scaler is not None else None,
-                "config": resume.what_must_stay(t.config, t.dataset, precision=t.precision),
+                "config": resume.resume_invariants(t.config, t.dataset, precision=t.precision),
                 "epochs": t.config.train.epochs,
                 "ranks": t.accelerator.num_processes,
             },

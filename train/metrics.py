@@ -14,8 +14,9 @@ from torch import Tensor
 from pipeline.files import atomic_write
 from pipeline.progress import clock
 from pipeline.read.loader import Loader
+from pipeline.settings import flatten
 
-from .config import Config, flatten
+from .config import Config
 
 
 class Meter:

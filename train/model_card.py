@@ -19,8 +19,9 @@ from pipeline.errors import DataError
 from pipeline.files import atomic_write, write_json
 from pipeline.manifest import Dataset, Statistics
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from pipeline.settings import updated
 
-from .resume import as_saved
+from .config import Config
 from .run_folder import read_json
 
 INPUTS = "inputs.json"
@@ -114,9 +115,10 @@ class Card:
         try:
             if (values["format"], values["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {values['format']!r} version {values['version']!r}")
+            config = updated(Config(), {name: values[name] for name in ("model", "augment")})
             return cls(
-                model=as_saved(ModelConfig(), values["model"]),
-                augment=as_saved(AugmentConfig(), values["augment"]),
+                model=config.model,
+                augment=config.augment,
                 inputs=Inputs.from_json(values["inputs"]) if values["inputs"] else None,
                 weights={**values["weights"], "classes": int(values["weights"]["classes"])},
                 recipe=dict(values["recipe"]),

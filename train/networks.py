@@ -1,8 +1,7 @@
-"""The net of a run: an AlexNet or another library's classifier, new or from weights, compiled where it helps."""
+"""The net of a run: an AlexNet or another library's classifier, new or from weights, compiled if it helps."""
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 import zipfile
@@ -20,13 +19,14 @@ from torch.torch_version import TorchVersion
 
 from model import AlexNet, ModelConfig
 from model.dropout import Dropout
-from model.lrn import LocalResponseNorm, SpatialResponseNorm
+from model.lrn import ResponseNorm
 from pipeline.errors import ConfigError, DataError
+from pipeline.settings import did_you_mean
 
 from . import checkpoint
 
 
-def make_net(config: ModelConfig, *, classes: int, crop: int) -> nn.Module:
+def create_net(config: ModelConfig, *, classes: int, crop: int) -> nn.Module:
     """The net of `config`, newly initialised, frozen as config.freeze says.
 
     forward: (N, 3, crop, crop) float → (N, classes) logits. Raises ConfigError for nets that cannot be.
@@ -35,7 +35,7 @@ def make_net(config: ModelConfig, *, classes: int, crop: int) -> nn.Module:
         net = _others_net(config.name, classes) if ":" in config.name else AlexNet(config, classes=classes, crop=crop)
     except ValueError as err:
         raise ConfigError(str(err)) from err
-    _refuse_unsuitable(net, config.name, crop)
+    _check_crop(net, config.name, crop)
     if config.freeze == "features":
         _freeze(net)
     return net
@@ -48,7 +48,7 @@ def _others_net(name: str, classes: int) -> nn.Module:
         from torchvision import models
 
         known = models.list_models(module=models)
-        # These two return more than logits in training, unless told.
+        # By default these two return more than logits in training.
         extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if which in _WITH_AUX else {}
         make: Callable[..., Any] = partial(models.get_model, weights=None, **extra)
     elif library == "timm":
@@ -61,9 +61,7 @@ def _others_net(name: str, classes: int) -> nn.Module:
     else:
         raise ConfigError(f"model.name={name}: choose torchvision:NAME or timm:NAME")
     if which not in known:
-        close = difflib.get_close_matches(which, known, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(f"model.name={name}: {library} has no classifier {which!r}{meant}")
+        raise ConfigError(f"model.name={name}: {library} has no classifier {which!r}{did_you_mean(which, known)}")
     net: nn.Module = make(which, num_classes=classes)
     return net
 
@@ -71,29 +69,27 @@ def _others_net(name: str, classes: int) -> nn.Module:
 _WITH_AUX = ("googlenet", "inception_v3")
 
 
-def _refuse_unsuitable(net: nn.Module, name: str, crop: int) -> None:
-    """Before any data is read: some nets take one size of image only, or none below another."""
+def _check_crop(net: nn.Module, name: str, crop: int) -> None:
+    """Raises ConfigError, before any data is read, if another library's net cannot take the crop."""
     if isinstance(net, AlexNet):
         return
-    modes = [module for module in net.modules() if module.training]
     try:
         with torch.no_grad():
             net.eval()(torch.zeros(1, 3, crop, crop))
     except (RuntimeError, AssertionError, ValueError) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise ConfigError(f"augment.crop={crop} does not suit model.name={name}: {reason}") from err
-    for module in modes:
-        module.training = True
+    net.train()
 
 
-def refuse_sizes(net: nn.Module, name: str, sizes: tuple[int, ...]) -> None:
+def check_crop_sizes(net: nn.Module, name: str, sizes: tuple[int, ...]) -> None:
     """Raises ConfigError for a crop of `sizes` that the net cannot take."""
     for size in sizes:
         try:
             if isinstance(net, AlexNet):
                 with torch.device("meta"):
                     AlexNet(net.config, classes=1, crop=size)
-            _refuse_unsuitable(net, name, size)
+            _check_crop(net, name, size)
         except (ValueError, ConfigError) as err:
             raise ConfigError(str(err).replace("augment.crop", "train.crop_sizes", 1)) from err
 
@@ -102,20 +98,20 @@ def refuse_sizes(net: nn.Module, name: str, sizes: tuple[int, ...]) -> None:
 
 
 def load_weights(net: nn.Module, path: Path) -> str | None:
-    """Loads weights of the same net; where the number of classes differs, the output layer stays new.
+    """Loads weights of the same net; if the number of classes differs, the output layer stays new.
 
-    Returns what is worth telling. Raises DataError where names, shapes or kinds of numbers differ otherwise.
+    Returns a note about that, or None. Raises DataError if names, shapes or kinds of numbers differ otherwise.
     """
     weights, wanted = read_weights(path), net.state_dict()
     note = None
     for head, layer in heads(net):
         if classes := _other_classes(weights, wanted, head):
-            note = f"{path} is of {classes} classes: the output layer {head} starts anew with {len(layer.weight)}"
+            note = f"{path} is of {classes} classes: the output layer {head} is new, with {len(layer.weight)}"
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
         if name not in weights:
             raise DataError(f"{path}: has no {name}; it holds another net's weights; choose its model.name")
-        _refuse_unlike(path, name, weights[name], w)
+        _check_alike(path, name, weights[name], w)
     if unknown := [name for name in weights if name not in wanted]:
         raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; choose its model.name")
     net.load_state_dict(weights)
@@ -123,7 +119,7 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
 
 
 def _other_classes(weights: dict[str, Tensor], wanted: dict[str, Tensor], head: str) -> int:
-    """How many classes the output layer in the file is of, where that alone makes it another one; else 0."""
+    """The number of classes of the output layer in the file if it differs by that alone; else 0."""
     weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
     ours = wanted[f"{head}.weight"]
     if weight is None or weight.dim() != ours.dim() or weight.shape[1:] != ours.shape[1:]:
@@ -133,7 +129,7 @@ def _other_classes(weights: dict[str, Tensor], wanted: dict[str, Tensor], head: 
     return classes if classes not in (0, len(ours)) and fits else 0
 
 
-def _refuse_unlike(path: Path, name: str, theirs: Tensor, ours: Tensor) -> None:
+def _check_alike(path: Path, name: str, theirs: Tensor, ours: Tensor) -> None:
     if theirs.shape != ours.shape:
         both = f"{tuple(theirs.shape)} where this net has {tuple(ours.shape)}"
         raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
@@ -157,7 +153,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise DataError(f"model.init: {err}") from err
     except OSError:
         raise
-    except Exception as err:  # the reader of damaged pickles raises whatever comes of executing them in its own way
+    except Exception as err:  # a damaged pickle may raise anything
         raise DataError(f"{path}: {_why_unreadable(err)}; nothing of it was run") from err
     while isinstance(saved, dict) and len(inner := [saved[n] for n in WRAPPERS if isinstance(saved.get(n), dict)]) == 1:
         saved = inner[0]
@@ -186,7 +182,7 @@ def _read(path: Path) -> Any:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise DataError(f"{path}: is compressed, which torch.save does not do; save the weights again")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickle protocols: it is read or refused, and that is told
+        warnings.simplefilter("ignore")  # of pickle protocols: the file is read or rejected in any case
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -200,7 +196,7 @@ def _why_unreadable(err: Exception) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line, without what would steer a terminal."""
+    """On one line, without escape sequences of a terminal."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text).encode("unicode_escape").decode()
 
 
@@ -208,31 +204,31 @@ def heads(net: nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of the output layers: what timm calls a net's classifier, else the last layer with weights."""
     weighted = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     get: Any = getattr(net, "get_classifier", tuple)
-    told = get()
-    told = told if isinstance(told, tuple | list) else (told,)
-    return [(n, m) for n, m in weighted if any(m is t for t in told)] or weighted[-1:]
+    named = get()
+    named = named if isinstance(named, tuple | list) else (named,)
+    return [(n, m) for n, m in weighted if any(m is head for head in named)] or weighted[-1:]
+
+
+def _frozen_and_trained(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """With model.freeze=features: an AlexNet's layers before the fully connected ones; of others all but the last."""
+    if isinstance(net, AlexNet):
+        return net.feature_layers(), []
+    return [net], [head for _, head in heads(net)]
 
 
 def _freeze(net: nn.Module) -> None:
-    """As model.freeze=features says: all before an AlexNet's fully connected layers, of others all but the last."""
-    if isinstance(net, AlexNet):
-        for module in net.feature_layers():
-            module.requires_grad_(False)
-        return
-    net.requires_grad_(False)  # parameters that no layer holds, such as a class token, with it
-    for _, head in heads(net):
-        head.requires_grad_(True)
+    frozen, trained = _frozen_and_trained(net)
+    for module in (*frozen, *trained):
+        module.requires_grad_(module in trained)
 
 
 def set_training(net: nn.Module, config: ModelConfig) -> None:
     """Training mode; batch normalisation of frozen layers keeps its statistics."""
     net.train()
     if config.freeze == "features":
-        frozen = net.feature_layers() if isinstance(net, AlexNet) else net.modules()
-        for module in frozen:
-            module.training = False
-        for _, head in [] if isinstance(net, AlexNet) else heads(net):
-            head.train()
+        frozen, trained = _frozen_and_trained(net)
+        for module in (*frozen, *trained):
+            module.train(module in trained)
 
 
 def without_dropout(net: nn.Module) -> None:
@@ -251,7 +247,7 @@ def compile_net(net: nn.Module, how: str, device: torch.device, *, world: int = 
     why = ""
     if how == "model" and world > 1 and TorchVersion(torch.__version__) < TorchVersion("2.14"):
         how, why = "norm", f": a whole model on several ranks needs torch 2.14 or newer, not {torch.__version__}"
-    norms = [m for m in net.modules() if isinstance(m, LocalResponseNorm | SpatialResponseNorm)]
+    norms = [m for m in net.modules() if isinstance(m, ResponseNorm)]
     if how == "off" or (how == "norm" and not norms):
         return f"nothing{why}"
     if reason := no_compiler(device):

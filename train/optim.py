@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.alexnet import AlexNet, param_groups
+from model import AlexNet
 
 from .config import OptimConfig
 
@@ -18,11 +18,11 @@ from .config import OptimConfig
 class Velocity(torch.optim.Optimizer):
     """SGD whose velocity holds the rate: v ← m·v − λ·lr·w − lr·g, w ← w + v (Krizhevsky et al. 2012, section 5).
 
-    torch's keeps the rate outside; the two differ for some steps after each change of it. Where lr is 0 nothing moves.
+    torch's keeps the rate outside; the two differ for some steps after each change of it. If lr is 0 nothing moves.
     """
 
-    def __init__(self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -42,11 +42,8 @@ class Lars(torch.optim.Optimizer):
     normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
     """
 
-    def __init__(
-        self, params: Any, *, lr: float, momentum: float, weight_decay: float = 0.0, eta: float, clip: bool
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "clip": clip}
-        super().__init__(params, {**defaults, "adapt": True})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, eta: float, clip: bool) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta, "clip": clip})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -87,33 +84,55 @@ def _moving(
 def make_optimizer(
     net: nn.Module, config: OptimConfig, *, first_apart: bool = False, scaled: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimiser of `config` over the net's trainable parameters, in groups of how they are treated.
+    """The optimiser of `config` over the net's trainable parameters, in `param_groups`.
 
     first_apart: the first convolution can be frozen by `set_learning_rate`. scaled: gradients are a loss scaler's.
     """
-    groups = param_groups(net, **_rules(net, config), first_apart=first_apart)
-    for group in groups:
-        group["weight_decay"] = config.weight_decay * group["decay_scale"]
-        group["lr"] = config.lr * group["lr_scale"]
-        if config.name == "lars":
-            group["adapt"] = group["kind"] == "weight"
+    groups = param_groups(net, config, first_apart=first_apart)
     common: Any = {"lr": config.lr, "momentum": config.momentum}
     if config.name == "velocity":
         return Velocity(groups, **common)
     if config.name == "lars":
         return Lars(groups, **common, eta=config.lars_eta, clip=config.lars_clip)
-    # A fused update of torch's makes the skipping of overflows its own business, where nobody could count it.
+    # torch's fused update skips overflows inside the optimiser, so that they cannot be counted.
     fused = not scaled and all(p.is_floating_point() for group in groups for p in group["params"])
     return torch.optim.SGD(groups, **common, nesterov=config.nesterov, fused=fused or None)
 
 
-def _rules(net: nn.Module, config: OptimConfig) -> dict[str, float]:
-    rules = {"bias_lr": 1.0, "bias_decay": 1.0, "norm_decay": float(config.norms == "weights")}
-    if config.biases == "no-decay":
-        rules["bias_decay"] = 0.0
-    elif config.biases == "variant" and isinstance(net, AlexNet):
-        rules |= {"bias_lr": net.variant.bias_lr, "bias_decay": net.variant.bias_decay}
-    return rules
+def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = False) -> list[dict[str, Any]]:
+    """The trainable parameters by how they are treated: kind is "weight", "bias" or "norm" (normalisation's own).
+
+    lr_scale multiplies the run's learning rate. first_apart: the first convolution's parameters are in groups of their
+    own, with `first`, so that they can be frozen by their rate.
+    """
+    bias_lr, bias_decay = 1.0, float(config.biases != "no-decay")
+    if config.biases == "variant" and isinstance(net, AlexNet):
+        bias_lr, bias_decay = net.variant.bias_lr, net.variant.bias_decay
+    scales = {"weight": (1.0, 1.0), "bias": (bias_lr, bias_decay), "norm": (bias_lr, float(config.norms == "weights"))}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (kind, first): {
+            "params": [],
+            "kind": kind,
+            "first": first,
+            "lr": config.lr * lr,
+            "lr_scale": lr,
+            "weight_decay": config.weight_decay * decay,
+            "adapt": kind == "weight",
+        }
+        for kind, (lr, decay) in scales.items()
+        for first in (True, False)
+    }
+    norms = {p for m in net.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    convolutions = (m for m in net.modules() if isinstance(m, nn.Conv2d))
+    apart = {*next(convolutions, nn.Identity()).parameters()} if first_apart else set()
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            kind = "norm" if p in norms else "bias" if name.split(".")[-1] == "bias" else "weight"
+            groups[kind, p in apart]["params"].append(p)
+    return [group for group in groups.values() if group["params"]]
+
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, freeze_first: bool = False) -> None:
@@ -126,8 +145,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, freeze_f
 
 def scaled_to_batch(config: OptimConfig, batch: int) -> OptimConfig:
     """`config` with the rates that its rule of scaling gives for a global batch."""
-    share = batch / config.base_batch
-    factor = share if config.scale_lr == "linear" else 1.0
+    factor = batch / config.base_batch if config.scale_lr == "linear" else 1.0
     return replace(config, lr=config.lr * factor, warmup_from=config.warmup_from * factor, scale_lr="none")
 
 
@@ -136,34 +154,16 @@ def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.warmup_from + (config.lr - config.warmup_from) * min((step + 1) / warmup, 1.0)
-    at = _At(step, warmup, steps_per_epoch, total_steps, drops)
-    return config.lr * _SHAPES[config.schedule](config, at)
-
-
-@dataclass(frozen=True)
-class _At:
-    """Where a schedule stands, in updates."""
-
-    step: int
-    warmup: float
-    steps_per_epoch: int
-    total_steps: int
-    drops: int
-
-    @property
-    def progress(self) -> float:
-        """0 at the end of the warm-up, 1 at the end of the run."""
-        return min((self.step - self.warmup) / max(self.total_steps - self.warmup, 1), 1.0)
-
-
-_SHAPES: dict[str, Callable[[OptimConfig, _At], float]] = {
-    "constant": lambda c, at: 1.0,
-    "cosine": lambda c, at: 0.5 * (1 + math.cos(math.pi * at.progress)),
-    "step": lambda c, at: c.factor ** sum(at.step >= epoch * at.steps_per_epoch for epoch in c.milestones),
-    "plateau": lambda c, at: c.factor**at.drops,
-    # Of the whole run, the warm-up counted in, as in Caffe.
-    "poly": lambda c, at: (1 - min(at.step / max(at.total_steps, 1), 1)) ** c.power,
-}
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    shapes: dict[str, float] = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "step": config.factor ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones),
+        "plateau": config.factor**drops,
+        # Over the whole run, the warm-up included, as in Caffe.
+        "poly": (1 - min(step / max(total_steps, 1), 1)) ** config.power,
+    }
+    return config.lr * shapes[config.schedule]
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Plateau:
     drops: int = 0
 
     def see(self, top1: float, config: OptimConfig) -> bool:
-        """After each evaluation; whether the rate is lowered now."""
+        """Records an evaluation; returns whether the rate is lowered now."""
         if top1 > self.best:
             self.best, self.since = top1, 0
             return False

@@ -24,19 +24,15 @@ import psutil
 
 from pipeline.errors import BAD_DATA, CHECK_FAILED, IO_FAILED, USAGE, ExpressError
 from pipeline.manifest import Dataset, open_dataset
+from pipeline.settings import PER_HOST, flatten, marked
 
 from . import environment
-from .config import Config, flatten
+from .config import Config
 from .signals import heed_no_more
 
 START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
 NOTICE_SECONDS = 20.0
 ACK_SECONDS = 10.0  # that rank 0, whose launcher may hold the store, waits until the others know why it ends
-# Each host's own affair: where things lie there, and how many threads do the work.
-OWN = (
-    "data.shards", "loader.prefetch_batches", "loader.read_threads", "loader.threads", "loader.verify", "resume",
-    "run.dir",
-)  # fmt: skip
 FINGERPRINT = "the dataset's fingerprint"
 CURE = "start the same command, with the same versions and shards, on every host"
 
@@ -85,7 +81,7 @@ def facts(config: Config, dataset: Dataset) -> dict[str, Any]:
         **{name: environment.version(name) for name in environment.PACKAGES},
         "the launcher's --mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "ACCELERATE_USE_CPU": os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"),
-        **{name: value for name, value in flatten(config).items() if name not in OWN},
+        **{name: value for name, value in flatten(config).items() if name not in marked(Config, PER_HOST)},
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from model import ModelConfig
 from pipeline.read.augment import AugmentConfig
+from pipeline.settings import updated
 
 from .config import Config, DataConfig, OptimConfig, RegularizeConfig, RunConfig, TrainConfig
 
@@ -194,4 +195,45 @@ _ALL = {
     for f in (demo, seed, paper, original, caffe, torchvision, modern, large_batch, fig1)
 }
 PRESETS = {name: make() for name, make in _ALL.items()}
-TOLD = {name: make.__doc__ or "" for name, make in _ALL.items()}
+DESCRIPTIONS = {name: make.__doc__ or "" for name, make in _ALL.items()}
+
+
+OVERFIT_EPOCHS = 400  # at least, of few images
+# A net that sees the same few images at every step diverges at rates that many images bear: after a step or two every
+# ReLU may be silent for good.
+OVERFIT_RATE, OVERFIT_WARMUP = 0.003, 20  # at most; epochs
+
+
+def overfitting(config: Config) -> Config:
+    """The same run on few images, alike in every epoch, so that only the net and its training are tested."""
+    train, optim, augment = config.train, config.optim, config.augment
+    changes = {
+        "data": {"val_split": config.data.train_split, "partitions": 1, "window": 0},
+        "train": {
+            "batch": min(train.batch, config.overfit),
+            "epochs": max(train.epochs, OVERFIT_EPOCHS),
+            **dict.fromkeys(("accumulate", "eval_every"), 1),
+            "stop_at": 0.0,
+            **dict.fromkeys(("colour_epochs", "conv1_epochs"), 0),
+            **dict.fromkeys(("crop_sizes", "crop_until"), ()),
+        },
+        "optim": {
+            "name": "sgd" if optim.name == "lars" else optim.name,  # its rates are no bound
+            "lr": min(optim.lr, OVERFIT_RATE),
+            "schedule": "constant",
+            "milestones": (),
+            "scale_lr": "none",
+            "warmup_epochs": OVERFIT_WARMUP,
+            "warmup_from": 0.0,
+            "weight_decay": 0.0,
+        },
+        "regularize": {"label_smoothing": 0.0, "ema": 0.0},
+        "augment": {
+            "resize": augment.crop,
+            "flip": False,
+            "colour": 0.0,
+            "scale_jitter": None,
+            "normalize": "mean" if augment.normalize == "mean-image" else augment.normalize,
+        },
+    }
+    return updated(config, changes)

@@ -47,9 +47,8 @@ def main(argv: list[str]) -> int:
 
 def run(argv: list[str], stop: Stop, report: ExitReport) -> None:
     from train.cli import parse  # imports where they are needed: a mistyped preset is reported before torch is loaded
-    from train.presets import PRESETS, TOLD
 
-    config = parse(argv, PRESETS, prog="train/run.py", told=TOLD)
+    config = parse(argv)
     from train.run_folder import RunFolder
 
     report.config, report.folder = config, RunFolder(Path(config.run.dir))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigError
 from ..geometry import centre_offset, resized
 from ..manifest import Dataset, Statistics
+from ..settings import Bounds, InHelp, validate
 from . import rng
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 0.485, 0.456, 0.406 of 255, as the seed and torchvision use them
@@ -17,13 +18,16 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 TRIES = 10  # of a random rectangle to lie inside the image, as torchvision's RandomResizedCrop
 
 
+Pixels = Annotated[int, Bounds(ge=1, le=8192)]
+
+
 @dataclass(frozen=True)
 class AugmentConfig:
     """The view of an image that the net sees."""
 
-    resize: int = 256
+    resize: InHelp[Pixels] = 256
     """Short side in pixels before the crop (antialiased); shards of this short side are not resized again."""
-    crop: int = 224
+    crop: InHelp[Pixels] = 224
     """Side of the square that the net sees: at a random place in training, in the centre in evaluation."""
     square: bool = True
     """Take training crops and ten views from the centre square only, as the paper does, not from the whole image."""
@@ -35,7 +39,7 @@ class AugmentConfig:
     """Mirror half of the training images."""
     views: Literal[1, 10] = 1
     """Of each image in evaluation: the centre, or corners and centre and their mirror images."""
-    colour: float = 0.0
+    colour: Annotated[float, Bounds(ge=0, lt=100, choose="0 (none) or a deviation such as 0.1")] = 0.0
     """Standard deviation of the training images' shift along the colours' principal axes; the paper's is 0.1."""
     colour_by: Literal["eigenvalue", "deviation"] = "eigenvalue"
     """What a shift of 1 is: the axis's eigenvalue λ (the paper), or √λ (the original code); of pixels in [0, 1]."""
@@ -45,27 +49,14 @@ class AugmentConfig:
     """Whose mean and deviation: measured when the shards were made, or torchvision's for ImageNet."""
 
     def __post_init__(self) -> None:
-        for name in ("resize", "crop"):
-            if not 1 <= getattr(self, name) <= 8192:
-                raise ConfigError(f"augment.{name}={getattr(self, name)}: choose 1 to 8192 pixels")
+        validate(self)
         if self.crop > self.resize:
             raise ConfigError(
                 f"augment.crop={self.crop} is larger than augment.resize={self.resize}; a crop lies inside the image"
             )
-        for name, allowed in (
-            ("views", (1, 10)),
-            ("colour_by", ("eigenvalue", "deviation")),
-            ("normalize", ("mean", "mean-std", "mean-image")),
-            ("statistics", ("dataset", "imagenet")),
-        ):
-            if getattr(self, name) not in allowed:
-                choices = " or ".join(map(str, allowed))
-                raise ConfigError(f"augment.{name}={getattr(self, name)}: choose {choices}")
         if self.scale_jitter is not None:
             _check_range("scale_jitter", self.scale_jitter, greatest=1.0)
         _check_range("aspect_jitter", self.aspect_jitter, greatest=100.0)
-        if not 0 <= self.colour < 100:
-            raise ConfigError(f"augment.colour={self.colour}: choose 0 (none) or a deviation such as 0.1")
         if self.normalize == "mean-image" and self.statistics == "imagenet":
             raise ConfigError("augment.normalize=mean-image goes with statistics=dataset: a mean image is measured")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 
 from ..errors import ConfigError
+from ..settings import Bounds, Fraction, InHelp, PerHost, validate
 
 Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 
@@ -17,42 +18,30 @@ Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 class LoaderConfig:
     """How batches are made; nothing here changes what they hold."""
 
-    backend: Backend = "auto"
-    """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, portable otherwise; never synthetic,
+    backend: InHelp[Backend] = "auto"
+    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere; never synthetic,
     which delivers noise without reading an image, to measure the network alone."""
-    threads: int = 0
+    threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
-    read_threads: int = 32
+    read_threads: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 32
     """Reads in flight."""
-    prefetch_batches: int = 2
+    prefetch_batches: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 2
     """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
-    verify: bool = True
+    verify: PerHost[bool] = True
     """Compare each sample's checksum when it is read."""
     decode: Literal["auto", "region", "whole"] = "auto"
     """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it. auto takes whole on
     a GPU, whose decoder of regions is unsafe (nvImageCodec issue 55) or falls back to the CPU, and region elsewhere."""
-    verify_pixels: int = -1
+    verify_pixels: Annotated[int, Bounds(ge=-1)] = -1
     """One crop in so many is decoded again by libjpeg-turbo, in the background, and compared; 0: none, -1: 250 on a
     GPU, none on CPUs."""
     verify_action: Literal["log", "stop"] = "log"
     """What a crop that differs brings about: a line in the log and a count in the metrics, or the end of the run."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: Fraction = 0.65
     """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ConfigError(f"loader.backend={self.backend}: choose one of {', '.join(get_args(Backend))}")
-        for name, valid, choices in (
-            ("decode", self.decode in ("auto", "region", "whole"), "auto, region or whole"),
-            ("hw_decoder_load", 0 <= self.hw_decoder_load <= 1, "0 to 1"),
-            ("verify_action", self.verify_action in ("log", "stop"), "log or stop"),
-            ("verify_pixels", self.verify_pixels >= -1, "-1, 0 or more"),
-            ("threads", 0 <= self.threads <= 1024, "0 to 1024"),
-            ("read_threads", 1 <= self.read_threads <= 1024, "1 to 1024"),
-            ("prefetch_batches", 1 <= self.prefetch_batches <= 1024, "1 to 1024"),
-        ):
-            if not valid:
-                raise ConfigError(f"loader.{name}={getattr(self, name)}: choose {choices}")
+        validate(self)
 
     def check_every(self, backend: Backend, device: torch.device) -> int:
         """One crop in so many is compared with the reference decoder's; 0: none."""

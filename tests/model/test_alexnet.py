@@ -16,9 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import alexnet as torchvisions
 
 from model import AlexNet, ModelConfig
-from model.alexnet import VARIANTS, count_parameters, param_groups
+from model.alexnet import main
 from model.lrn import LocalResponseNorm, local_response_norm, spatial_response_norm
+from model.summary import count_parameters
+from model.variants import VARIANTS
 from tools.bench.peers.seeds_net import SeedsNet
+from train.config import OptimConfig
+from train.optim import param_groups
 
 
 def meta(config: ModelConfig, *, classes: int = 1000, crop: int = 0) -> AlexNet:
@@ -171,10 +175,10 @@ def test_biases_learn_twice_as_fast_and_do_not_decay_where_the_source_does_so():
         variant = VARIANTS[name]
         assert (variant.bias_lr, variant.bias_decay) == scales
     net = meta(ModelConfig("original"))
-    weights, biases = param_groups(net, bias_lr=2, bias_decay=0)
+    weights, biases = param_groups(net, OptimConfig(weight_decay=0.1))
     assert (len(weights["params"]), len(biases["params"])) == (8, 8)
     assert all(p.dim() == 1 for p in biases["params"])
-    assert (biases["lr_scale"], biases["decay_scale"], weights["lr_scale"]) == (2, 0, 1)
+    assert [(g["lr_scale"], g["weight_decay"]) for g in (weights, biases)] == [(1, 0.1), (2, 0)]
 
 
 def test_he_initialisation_keeps_the_signal_at_any_width_and_starts_undecided():
@@ -260,7 +264,9 @@ def test_a_side_that_already_fits_is_not_pooled_again(name):
 
 
 def test_alpha_weighs_the_sum_in_the_paper_and_the_mean_in_its_code():
-    alphas = lambda name: {m.alpha for m in meta(ModelConfig(name)).in_order() if isinstance(m, LocalResponseNorm)}  # noqa: E731
+    def alphas(name):
+        return {m.options["alpha"] for m in meta(ModelConfig(name)).modules() if isinstance(m, LocalResponseNorm)}
+
     assert (alphas("paper"), alphas("original")) == ({5e-4}, {1e-4})
 
 
@@ -284,8 +290,6 @@ def test_the_layer_table_is_printed():
 
 
 def test_an_impossible_table_is_one_line(capsys):
-    from model.summary import main
-
     assert main(["seed", "--crop", "32"]) == 2
     assert capsys.readouterr().err.startswith("error: augment.crop=32 is too small")
 
@@ -307,8 +311,11 @@ def test_an_impossible_table_is_one_line(capsys):
         (lambda: meta(ModelConfig("seed"), crop=32), "augment.crop=32 is too small for model.name=seed"),
         (lambda: meta(ModelConfig("paper"), crop=8), "augment.crop=8 is too small for model.name=paper"),
         (lambda: meta(ModelConfig("small"), classes=0, crop=32), "classes=0"),
-        (lambda: meta(ModelConfig("paper", towers=5)), "model.towers=5: conv2's 96 input channels do not divide"),
-        (lambda: meta(ModelConfig("original", width=0.01)), "model.towers=2: .* channels do not divide"),
+        (lambda: meta(ModelConfig("paper", towers=5)), "model.towers=5: the 96 channels of conv2 do not divide"),
+        (
+            lambda: meta(ModelConfig("original", width=0.01)),
+            "model.towers=2: the 1 channels of a norm at model.width=0.01 do not divide",
+        ),
         (lambda: meta(ModelConfig("seed", norm="bn")), "model.norm=bn: model.name=seed has no place for it"),
         (lambda: meta(ModelConfig("torchvision", norm="lrn")), "model.norm=lrn: model.name=torchvision"),
     ],

@@ -196,9 +196,9 @@ def test_the_form_follows_the_device_unless_it_is_named(monkeypatch):
     assert lrn.saves_scale(torch.device("cpu"))
     assert not lrn.saves_scale(torch.device("cuda"))
     x = torch.randn(2, 8, 5, 6, requires_grad=True)
-    assert len(saved_by(LocalResponseNorm(), x)) == 2
+    assert len(saved_by(LocalResponseNorm(size=5, **SETTINGS), x)) == 2
     monkeypatch.setattr(lrn, "saves_scale", lambda device: False)
-    assert len(saved_by(LocalResponseNorm(), x)) == 1
+    assert len(saved_by(LocalResponseNorm(size=5, **SETTINGS), x)) == 1
 
 
 @pytest.mark.parametrize("save_scale", [True, False])

@@ -20,14 +20,14 @@ from pipeline.errors import ConfigError, DataError
 from tests.conftest import the_error
 from tests.train.test_run import alone, metrics
 from train.config import OptimConfig
-from train.networks import compile_net, load_weights, make_net, read_weights, set_training
+from train.networks import compile_net, create_net, load_weights, read_weights, set_training
 from train.optim import make_optimizer, set_learning_rate
 
 SMALL = ModelConfig("small", width=0.1)
 
 
 def small(classes: int = 10) -> nn.Module:
-    return make_net(SMALL, classes=classes, crop=32)
+    return create_net(SMALL, classes=classes, crop=32)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
@@ -54,7 +54,7 @@ def test_another_number_of_classes_gets_a_new_output_layer(tmp_path):
     net = small(classes=10)
     before = {name: w.clone() for name, w in net.state_dict().items()}
     note = load_weights(net, tmp_path / "seven.pth")
-    assert note == f"{tmp_path / 'seven.pth'} is of 7 classes: the output layer classifier.fc8 starts anew with 10"
+    assert note == f"{tmp_path / 'seven.pth'} is of 7 classes: the output layer classifier.fc8 is new, with 10"
     after = net.state_dict()
     assert torch.equal(after["classifier.fc8.weight"], before["classifier.fc8.weight"])
     assert after["classifier.fc8.weight"].shape[0] == 10
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named(content, message, tmp_path):
 
 def test_frozen_features_keep_weights_and_statistics():
     config = ModelConfig("modern", width=0.1, norm="bn", init="weights.pth", freeze="features")
-    net = make_net(config, classes=10, crop=64)
+    net = create_net(config, classes=10, crop=64)
     set_training(net, config)
     with torch.no_grad():
         nn.init.normal_(list(net.in_order())[-1].weight)
@@ -126,7 +126,7 @@ def test_frozen_features_keep_weights_and_statistics():
 
 
 def test_of_other_nets_all_but_the_last_layer_is_frozen():
-    net = make_net(ModelConfig("torchvision:resnet18", init="x", freeze="features"), classes=3, crop=64)
+    net = create_net(ModelConfig("torchvision:resnet18", init="x", freeze="features"), classes=3, crop=64)
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
     set_training(net, ModelConfig("torchvision:resnet18", init="x", freeze="features"))
     assert not net.bn1.training
@@ -135,7 +135,7 @@ def test_of_other_nets_all_but_the_last_layer_is_frozen():
 @pytest.mark.parametrize("name", ["torchvision:vit_b_16", "torchvision:swin_t", "timm:mobilenetv3_small_050"])
 def test_what_no_layer_holds_is_frozen_too_and_statistics_of_any_kind_stay(name):
     config = ModelConfig(name, init="x", freeze="features")
-    net = make_net(config, classes=3, crop=224)
+    net = create_net(config, classes=3, crop=224)
     set_training(net, config)
     trained = [n for n, p in net.named_parameters() if p.requires_grad]
     assert len(trained) == 2
@@ -147,9 +147,9 @@ def test_what_no_layer_holds_is_frozen_too_and_statistics_of_any_kind_stay(name)
 def test_both_output_layers_of_a_distilled_net_are_made_anew(tmp_path):
     name = "timm:deit_tiny_distilled_patch16_224"
     config = ModelConfig(name, init="x", freeze="features")
-    torch.save(make_net(ModelConfig(name), classes=5, crop=224).state_dict(), tmp_path / "w.pth")
-    net = make_net(config, classes=3, crop=224)
-    assert "starts anew with 3" in load_weights(net, tmp_path / "w.pth")
+    torch.save(create_net(ModelConfig(name), classes=5, crop=224).state_dict(), tmp_path / "w.pth")
+    net = create_net(config, classes=3, crop=224)
+    assert "is new, with 3" in load_weights(net, tmp_path / "w.pth")
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
     assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
@@ -236,12 +236,12 @@ def test_biases_follow_the_variant_or_the_weights():
 )
 def test_other_nets_that_cannot_be_are_refused(name, crop, message):
     with pytest.raises(ConfigError, match=message):
-        make_net(ModelConfig(name), classes=10, crop=crop)
+        create_net(ModelConfig(name), classes=10, crop=crop)
 
 
 @pytest.mark.parametrize("name", ["torchvision:googlenet", "torchvision:mobilenet_v3_small", "timm:resnet18"])
 def test_other_libraries_nets_give_logits_in_training(name):
-    net = make_net(ModelConfig(name), classes=7, crop=96)
+    net = create_net(ModelConfig(name), classes=7, crop=96)
     assert net.training
     assert net(torch.randn(2, 3, 96, 96)).shape == (2, 7)
 
@@ -329,7 +329,7 @@ def test_auto_compiles_the_norms_on_a_cpu(compiler):
 def losses_in_parts(digits: Path, parts: int) -> list[float]:
     """50 steps of the demo net in float64 at lr 0.01, each batch in equal parts whose gradients are averaged."""
     torch.manual_seed(0)
-    net = make_net(ModelConfig("small", width=0.25, weight_init="he"), classes=10, crop=32).double()
+    net = create_net(ModelConfig("small", width=0.25, weight_init="he"), classes=10, crop=32).double()
     optimizer = make_optimizer(net, OptimConfig(lr=0.01))
     losses: list[float] = []
     augment = AugmentConfig(resize=36, crop=32, flip=False, normalize="mean-std")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import AlexNet, ModelConfig
 from pipeline.errors import ConfigError
-from train.config import SCHEDULES, OptimConfig
+from pipeline.settings import declared
+from train.config import OptimConfig
 from train.optim import Plateau, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
 from train.presets import PRESETS
 
+SCHEDULES = get_args(declared(OptimConfig)["schedule"][0])
 RATES = [0.1, 0.1, 0.01, 0.01, 0.3]  # a fall and a rise: forms of momentum differ after each
 
 
@@ -288,10 +291,10 @@ def test_a_plateau_lowers_the_rate_three_times_at_most():
         ({"name": "adam"}, "optim.name=adam: choose one of sgd, velocity, lars"),
         ({"schedule": "linear"}, "optim.schedule=linear: choose one of constant, step"),
         ({"schedule": "step"}, "optim.milestones is empty"),
-        ({"schedule": "step", "milestones": (3, 2)}, r"optim.milestones=3 2: epochs that rise"),
-        ({"schedule": "step", "milestones": (0,)}, r"optim.milestones=0: epochs that rise, above 0"),
+        ({"schedule": "step", "milestones": (3, 2)}, r"optim.milestones=3 2: must be epochs that rise"),
+        ({"schedule": "step", "milestones": (0,)}, r"optim.milestones=0: must be epochs that rise, above 0"),
         ({"schedule": "step", "milestones": (float("nan"),)}, r"optim.milestones=nan"),
-        ({"factor": 0.0}, "optim.factor=0.0: must be above 0 and at most 1"),
+        ({"factor": 0.0}, "optim.factor=0.0: must be a number above 0, at most 1"),
         ({"factor": 2.0}, "optim.factor=2.0"),
         ({"lars_eta": 0.0}, "optim.lars_eta=0.0"),
         ({"plateau_patience": 0}, "optim.plateau_patience=0"),

@@ -187,9 +187,8 @@ from torch import nn
 from accelerate import Accelerator
 from train.cli import parse
 from train.distributed import make_accelerator
-from train.presets import PRESETS
 flags = ["--data.shards", "x", "--train.compress", sys.argv[1], "--run.dir", sys.argv[2]]
-config = parse(["demo", *flags], PRESETS, prog="")
+config = parse(["demo", *flags])
 accelerator = make_accelerator(config)
 rank = accelerator.process_index
 torch.manual_seed(0)

@@ -13,15 +13,14 @@ from typing import Any
 from pipeline import manifest
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, DataError, ExpressError
+from pipeline.settings import flatten, updated
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tools import report
 from tools.bench.loader import unpacked
 from train.cli import parse
-from train.config import Config, flatten
-from train.presets import PRESETS
-from train.resume import as_saved
+from train.config import Config
 from train.run_folder import EXIT, read_metrics
 
 RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
@@ -66,10 +65,10 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
 def refuse_another(run: Path, command: list[str]) -> None:
     """Raises ConfigError where the folder holds a run of another configuration."""
     try:
-        before = flatten(as_saved(Config(), json.loads((run / "config.json").read_text())["config"]))
+        before = flatten(updated(Config(), json.loads((run / "config.json").read_text())["config"]))
     except (OSError, ValueError, KeyError):
         return  # nothing was begun
-    now = flatten(parse([*command, "--run.dir", str(run)], PRESETS, prog="train/run.py"))
+    now = flatten(parse([*command, "--run.dir", str(run)]))
     if different := [name for name in now if before[name] != now[name]]:
         name = different[0]
         raise ConfigError(

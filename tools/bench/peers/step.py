@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import AlexNet, ModelConfig
-from model.alexnet import VARIANTS
 from model.dropout import Dropout
 from model.lrn import LocalResponseNorm, local_response_norm
+from model.variants import VARIANTS
 from tools.bench.peers.seeds_net import SeedsNet
 from train.networks import compile_net
 

@@ -1,0 +1,127 @@
+"""What configuration fields declare beside their type, and the functions that follow from it.
+
+    batch: InHelp[Positive] = 128
+    dir: PerHost[str] = ""
+
+Type aliases hold bounds, `MayChange`, `PerHost` and `InHelp` the rest. A group of fields is a dataclass NAMEConfig; a
+declaration on a group holds for all its fields. Flat names are those of the flags: "train.batch".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Collection
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+MAY_CHANGE, PER_HOST, IN_HELP = "may change on resume", "may differ between hosts", "in the short help"
+MayChange = Annotated[T, MAY_CHANGE]
+PerHost = Annotated[T, MAY_CHANGE, PER_HOST]
+InHelp = Annotated[T, IN_HELP]
+
+
+class Bounds(NamedTuple):
+    """Limits of a number: ≥, >, ≤ and <. Infinity and NaN are never inside. choose: advice for the message."""
+
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
+    choose: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(self.ge <= value <= self.le and self.gt < value < self.lt)
+
+    def __str__(self) -> str:
+        words = zip(("of at least", "above", "at most", "below"), self[:4])
+        limits = [f"{word} {limit:g}" for word, limit in words if math.isfinite(limit)]
+        return f"must be a number {', '.join(limits)}" + (f"; choose {self.choose}" if self.choose else "")
+
+
+Positive = Annotated[int, Bounds(ge=1)]
+NonNegative = Annotated[int, Bounds(ge=0)]
+NonNegativeFloat = Annotated[float, Bounds(ge=0)]
+Fraction = Annotated[float, Bounds(ge=0, le=1)]
+PositiveFraction = Annotated[float, Bounds(gt=0, le=1)]
+BelowOne = Annotated[float, Bounds(ge=0, lt=1)]
+
+
+@cache
+def declared(config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """{flat name: (type, what is declared beside it)} of all fields, those of groups included."""
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for name, hint in get_type_hints(config, include_extras=True).items():
+        kind, marks = (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+        inner = declared(kind) if dataclasses.is_dataclass(kind) else {}  # type: ignore[arg-type]
+        found |= {f"{name}.{n}": (k, marks + m) for n, (k, m) in inner.items()} or {name: (kind, marks)}
+    return found
+
+
+def marked(config: type, mark: str) -> list[str]:
+    """Flat names of the fields that declare `mark`."""
+    return [name for name, (_, marks) in declared(config).items() if mark in marks]
+
+
+def validate(config: Any) -> None:
+    """Raises ConfigError for a value of the group's own fields that is not one of its choices or out of its bounds."""
+    group = type(config).__name__.removesuffix("Config").lower()
+    fields = declared(type(config))  # type: ignore[arg-type]
+    for name, value in vars(config).items():
+        kind, marks = fields.get(name, (None, ()))
+        full = f"{group}.{name}".lstrip(".")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ConfigError(f"{full}={value}: choose one of {', '.join(map(str, get_args(kind)))}")
+        for bounds in marks:
+            if isinstance(bounds, Bounds) and value not in bounds:
+                raise ConfigError(f"{full}={value}: {bounds}")
+
+
+def flatten(values: Any, name: str = "") -> dict[str, Any]:
+    """{"train.batch": 128, …} of nested dataclasses or dicts; values as JSON returns them."""
+    inside = vars(values) if dataclasses.is_dataclass(values) else values
+    if not isinstance(inside, dict):
+        return {name: list(inside) if isinstance(inside, tuple) else inside}
+    flat: dict[str, Any] = {}
+    for inner, value in inside.items():
+        flat |= flatten(value, f"{name}.{inner}".lstrip("."))
+    return flat
+
+
+def updated(config: T, values: dict[str, Any]) -> T:
+    """`config` with `values`, flat or nested as JSON returns them. Ignores names of no field, as of other versions.
+
+    Raises ConfigError if they set a removed field.
+    """
+    flat = flatten(values)
+    check_removed(flat, "configuration")
+    changes: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            group = f"{name}."
+            changes[name] = updated(value, {n.removeprefix(group): v for n, v in flat.items() if n.startswith(group)})
+        elif name in flat:
+            changes[name] = tuple(flat[name]) if isinstance(flat[name], list) else flat[name]
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+# Removed fields, at the values that changed nothing. Checkpoints and model cards made before hold them.
+REMOVED = {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha": "variant"}
+
+
+def check_removed(saved: dict[str, Any], source: str) -> None:
+    """Raises ConfigError if saved values, by flat name, set a removed field."""
+    for name, unused in REMOVED.items():
+        if (value := saved.get(name, unused)) != unused:
+            raise ConfigError(
+                f"{source}: {name}={value} is no longer supported; use the version of imagenet-express that made it"
+            )
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
