@@ -11,9 +11,9 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -105,20 +105,21 @@ def check(
         import webdataset  # noqa: F401  # it loads torch: once, before workers are forked
     dataset = manifest.open_dataset(root, check_splits=False)
     report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
+    ours = "plan" in dataset.manifest
     for split in dataset.splits.values():
         if _check_index(split, len(dataset.classes), report):
-            with _check_shards(dataset, split, deep, workers) as found:
+            check_shard = partial(_check_shard, split, deep=deep, ours=ours, raw=dataset.encoding == "raw")
+            with pool.run(check_shard, range(len(split.shards)), workers=workers, place=root) as found:
                 for shard, findings in zip(split.shards, found):
                     report.findings += findings
                     progress(shard.samples)
-    report.findings += _check_extras(dataset)
+    report.findings += _check_extras(dataset, ours)
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
 
 
 def _check_index(split: Split, classes: int, report: Report) -> bool:
     """Whether the index can be read; enters the split in the report."""
-
     try:
         index = split.index
     except DataError as err:
@@ -134,17 +135,6 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
     for name, fault in split.faults():
         report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
     return True
-
-
-def _check_shards(
-    dataset: manifest.Dataset, split: Split, deep: bool, workers: int
-) -> AbstractContextManager[Iterator[list[Finding]]]:
-    ours, raw = "plan" in dataset.manifest, dataset.encoding == "raw"
-
-    def check_shard(number: int) -> list[Finding]:
-        return _check_shard(split, number, deep=deep, ours=ours, raw=raw)
-
-    return pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root)
 
 
 def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool) -> list[Finding]:
@@ -266,14 +256,14 @@ def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Mem
             return
 
 
-def _check_extras(dataset: manifest.Dataset) -> list[Finding]:
+def _check_extras(dataset: manifest.Dataset, ours: bool) -> list[Finding]:
     found = []
     if "mean_image" in dataset.manifest["statistics"]:
         try:
             dataset.mean_image  # noqa: B018
         except DataError as err:
             found.append(Finding("info", dataset.manifest["statistics"]["mean_image"]["file"], str(err)))
-    if "plan" in dataset.manifest:
+    if ours:
         try:
             info = json.loads((dataset.root / manifest.INFO).read_bytes())
         except (OSError, ValueError) as err:

@@ -66,7 +66,7 @@ def test_torch_and_dali_stay_in_their_rooms():
 
 def test_reading_and_writing_know_the_format_and_not_each_other():
     for ours, other in (("read", "write"), ("write", "read")):
-        for path in (ROOT / "pipeline" / ours).glob("*.py"):
+        for path in (ROOT / "pipeline" / ours).rglob("*.py"):
             assert not any(name.startswith(f"pipeline.{other}") for name in imports(path)), path
 
 

@@ -135,39 +135,6 @@ def index(
     if manifest.NAME in folder.names():
         raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
     pixels.prepare()  # before workers are forked
-    records = _records(splits, out, statistics_images=statistics_images, size=size, workers=workers, progress=progress)
-    collected = Collected(records, size=size, max_bad_fraction=max_bad_fraction)
-    usable = {split: [r for r in found if r.shard.samples] for split, found in collected.of_split.items()}
-    collected.of_split = usable
-    labels = 1 + max(int(record.rows["label"].max()) for found in usable.values() for record in found)
-    classes = classes or [str(label) for label in range(labels)]
-    if len(classes) < labels:
-        raise ConfigError(f"--classes names {len(classes)} classes, but there are labels up to {labels - 1}")
-    written, totals = collected.write_splits(folder, name), collected.totals
-    content = {
-        "dataset": name,
-        "label_kind": "class index, 0-based",
-        "classes": classes,
-        "splits": written,
-        "statistics": totals.publish(folder, f"{name}-mean.npy") | {"images": totals.images},
-        "source": {"kind": "existing webdataset tars"},
-        "stored_order": {split: stored_order(found) for split, found in usable.items()},
-        "options": {"statistics_images": statistics_images, "size": size},
-        "converted": [],
-        "quarantine": collected.bad,
-    }
-    return manifest.write_manifest(folder, content)
-
-
-def _records(
-    splits: dict[str, list[Path]],
-    out: Path,
-    *,
-    statistics_images: int,
-    size: int,
-    workers: int,
-    progress: Callable[[int], None],
-) -> Iterator[tuple[str, ShardRecord]]:
     tars = [(split, path) for split, paths in splits.items() for path in paths]
     measured = -(-statistics_images // len(splits["train"]))  # of each training tar
 
@@ -176,10 +143,39 @@ def _records(
         record = index_tar(path, statistics_images=measured * (split == "train"), size=size)
         return record._replace(shard=replace(record.shard, name=os.path.relpath(path.resolve(), out.resolve())))
 
-    with pool.run(read, tars, workers=workers, place=out) as records:
-        for (split, _), record in zip(tars, records, strict=True):
+    def counted(results: Iterator[ShardRecord]) -> Iterator[tuple[str, ShardRecord]]:
+        for (split, _), record in zip(tars, results, strict=True):
             yield split, record
             progress(1)
+
+    with pool.run(read, tars, workers=workers, place=out) as results:
+        collected = Collected(counted(results), size=size, max_bad_fraction=max_bad_fraction)
+    return _publish(folder, name, collected, classes, {"statistics_images": statistics_images, "size": size})
+
+
+def _publish(
+    folder: Folder, name: str, collected: Collected, classes: list[str] | None, options: dict[str, int]
+) -> dict[str, Any]:
+    usable = {split: [r for r in found if r.shard.samples] for split, found in collected.of_split.items()}
+    collected.of_split = usable
+    labels = 1 + max(int(record.rows["label"].max()) for found in usable.values() for record in found)
+    classes = classes or [str(label) for label in range(labels)]
+    if len(classes) < labels:
+        raise ConfigError(f"--classes names {len(classes)} classes, but there are labels up to {labels - 1}")
+    splits, totals = collected.write_splits(folder, name), collected.totals
+    content = {
+        "dataset": name,
+        "label_kind": "class index, 0-based",
+        "classes": classes,
+        "splits": splits,
+        "statistics": totals.publish(folder, f"{name}-mean.npy") | {"images": totals.images},
+        "source": {"kind": "existing webdataset tars"},
+        "stored_order": {split: stored_order(found) for split, found in usable.items()},
+        "options": options,
+        "converted": [],
+        "quarantine": collected.bad,
+    }
+    return manifest.write_manifest(folder, content)
 
 
 def stored_order(records: list[ShardRecord]) -> str:

@@ -65,6 +65,9 @@ def test_existing_tars_are_read_without_being_copied(tars, tmp_path, apart):
     with Loader(out, batch=7, augment=AugmentConfig(resize=48, crop=32)) as loader:
         ids = [i for batch in loader for i in batch.ids.tolist()]
     assert sorted(ids) == list(range(21))
+    if apart:
+        deep = run_tool("tools/check_shards.py", out, "--deep")  # it also reads them with webdataset
+        assert deep.returncode == 0, deep.stdout + deep.stderr
     again = index(root / "set-train-*.tar", out)
     assert again.returncode == 2
     assert "holds a finished dataset already" in the_error(again)

@@ -57,6 +57,8 @@ class ImageNet(Source):
 
     def __post_init__(self) -> None:
         self._archives: list[Path] = []
+        # Each process that reads keeps its archives open; pread has no position, so forked workers may share them.
+        self._descriptor = lru_cache(lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         if not self.src.is_dir():
             raise DataError(f"{self.src}: no such folder; --src names the one that holds {self.train}")
         kit = _Kit(self._needed(self.devkit), self.id_field)
@@ -162,12 +164,12 @@ class ImageNet(Source):
 
     def ahead(self, item: Item) -> None:
         archive, offset, size = item.extent
-        advise(_descriptor(self._archives[archive]), offset, size)
+        advise(self._descriptor(self._archives[archive]), offset, size)
 
     def read(self, item: Item) -> bytes:
         archive, offset, size = item.extent
         path = self._archives[archive]
-        data = os.pread(_descriptor(path), size, offset)
+        data = os.pread(self._descriptor(path), size, offset)
         if len(data) < size:
             raise BadImage(f"{path.name} ends before it")
         return data
@@ -211,12 +213,6 @@ class ImageNet2010(ImageNet):
     tests = ("ILSVRC2010_images_test.tar",)
     test_labels = "ILSVRC2010_test_ground_truth.txt"
     patches = "patch_images.tar"
-
-
-@lru_cache
-def _descriptor(path: Path) -> int:
-    """Stays open as long as the process lives; pread has no position, so forked workers may share it."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class _Kit:
