@@ -14,7 +14,7 @@ class ModelConfig:
 
     name: Annotated[str, IN_HELP] = "seed"
     """A variant: seed, paper, original, caffe, torchvision, modern, small and fig1 (for crops of about 32 pixels); or
-    torchvision:NAME, timm:NAME for any classifier of theirs, to which only init and freeze of the other fields apply."""
+    torchvision:NAME, timm:NAME for any classifier of theirs, to which only init and freeze apply beside."""
     width: Annotated[float, IN_HELP] = 1.0
     """Multiplies every layer's channels and units."""
     dropout: float = 0.5
@@ -55,9 +55,8 @@ class ModelConfig:
             names = ", ".join([*VARIANTS, "torchvision:NAME", "timm:NAME"])
             raise ValueError(f"model.name={self.name}: choose one of {names}")
         elif unknown := set(self.drop).difference(known := VARIANTS[self.name].convolutions):
-            raise ValueError(
-                f"model.drop={min(unknown)}: model.name={self.name} has no such convolution; choose of {', '.join(known)}"
-            )
+            only = f"model.name={self.name} has no such convolution; choose of {', '.join(known)}"
+            raise ValueError(f"model.drop={min(unknown)}: {only}")
 
     def _check_only_shared_fields(self) -> None:
         for field in fields(self):

@@ -31,8 +31,6 @@ from pipeline.settings import (
     validate,
 )
 
-RESUME_NEWEST = "newest"  # what a bare --resume means
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -192,7 +190,7 @@ class GuardConfig:
     """What a run does when something goes wrong; see docs/failures.md."""
 
     on_bad_numbers: Literal["stop", "skip"] = "stop"
-    """A non-finite loss or gradient: stop exits with 76, skip leaves the update out and waits for a GPU at each step."""
+    """A non-finite loss or gradient: stop exits with 76, skip omits the update and waits for a GPU at each step."""
     max_bad_steps: NonNegative = 10
     """Batches that skip may leave out over the run."""
     hang_seconds: NonNegativeFloat = 600.0
@@ -206,6 +204,7 @@ class GuardConfig:
             raise ConfigError(f"guard.hang_seconds={self.hang_seconds:g}: must be at least 2, or 0 to wait for ever")
 
 
+RESUME_NEWEST = "newest"  # what a bare --resume means
 FewImages = Annotated[int, Bounds(ge=0, le=100_000, choose="images to train on, such as 64, or 0 for a real run")]
 FewSteps = Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 10, or 0 for none")]
 
