@@ -67,8 +67,7 @@ class TrainConfig:
     precision: InHelp[Literal["launcher", "fp32", "tf32", "bf16", "fp16"]] = "launcher"
     """launcher: as given by accelerate launch --mixed_precision. tf32: fp32 with rounded products, on NVIDIA GPUs."""
     compile: InHelp[Literal["auto", "off", "norm", "model"]] = "auto"
-    """What torch.compile gets: the whole model (auto on a GPU), response normalisation alone (auto elsewhere, where it
-    is faster), nothing."""
+    """What torch.compile gets: the whole model (auto on a GPU), response normalisation (auto elsewhere), nothing."""
     compress: Literal["none", "bf16", "fp16"] = "none"
     """Type in which ranks exchange gradients: half the bytes, rounded."""
     crop_sizes: tuple[int, ...] = ()
@@ -260,9 +259,9 @@ def behind_the_end(config: Config) -> list[str]:
     late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
     epochs = {"optim.milestones": late, "optim.warmup_epochs": [optim.warmup_epochs]}
     epochs |= {f"train.{name}": [getattr(train, name)] for name in ("colour_epochs", "conv1_epochs")}
-    passed = {"optim.warmup_epochs": ", so optim.lr is not reached"}
+    effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
     return [
-        f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{passed.get(name, '')}"
+        f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{effects.get(name, '')}"
         for name, named in epochs.items()
         if named and named[-1] >= train.epochs
     ]
@@ -294,8 +293,7 @@ def augment_at(config: Config, epoch: int) -> AugmentConfig:
     train, augment = config.train, config.augment
     for size, until in zip(train.crop_sizes, train.crop_until):
         if epoch < until:
-            resize = round(augment.resize * size / augment.crop)
-            augment = dataclasses.replace(augment, crop=size, resize=resize)
+            augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))
             break
     if train.colour_epochs and epoch >= train.colour_epochs:
         augment = dataclasses.replace(augment, colour=0.0)
