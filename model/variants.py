@@ -55,10 +55,8 @@ class ModelConfig:
             names = ", ".join([*VARIANTS, "torchvision:NAME", "timm:NAME"])
             raise ValueError(f"model.name={self.name}: choose one of {names}")
         elif unknown := set(self.drop).difference(known := VARIANTS[self.name].convolutions):
-            raise ValueError(
-                f"model.drop={min(unknown)}: model.name={self.name} has no such convolution;"
-                f" choose of {', '.join(known)}"
-            )
+            only = f"model.name={self.name} has no such convolution; choose of {', '.join(known)}"
+            raise ValueError(f"model.drop={min(unknown)}: {only}")
 
     def _check_only_shared_fields(self) -> None:
         for field in fields(self):

@@ -140,20 +140,20 @@ def _as_flags(name: str, value: Any) -> list[str]:
     return [f"{flag}={value}"]  # in one, so that it may begin with a dash
 
 
-def _kind_of(name: str) -> Any:
+def _kind_of(name: str, shown: str = "") -> Any:
     """A field's type. Raises ConfigError, with the nearest known name, for no field."""
     fields = declared(Config)
     if name in fields:
         return fields[name][0]
     if inside := [field for field in fields if field.startswith(name + ".")]:
-        raise ConfigError(f"{name} is a group of fields, such as {inside[0]}")
-    raise ConfigError(f"unknown field {name}{did_you_mean(name, fields)}")
+        raise ConfigError(f"{shown or name} is a group of fields, such as {inside[0]}")
+    raise ConfigError(f"unknown field {shown or name}{did_you_mean(name, fields)}")
 
 
 def _tyro(flags: list[str], base: Config, **options: Any) -> Config:
     for flag in flags:
         if flag.startswith("--") and flag != "--help":
-            _kind_of(re.sub(r"\bno_", "", flag[2:].partition("=")[0].replace("-", "_")))
+            _kind_of(re.sub(r"\bno_", "", flag[2:].partition("=")[0].replace("-", "_")), flag.partition("=")[0])
     if re.search(r"--model\.name[ =]\S*:", " ".join(flags)):  # another library's net has no switches of an AlexNet
         base = dataclasses.replace(base, model=ModelConfig())
     printed = _Box()

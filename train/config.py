@@ -31,8 +31,6 @@ from pipeline.settings import (
     validate,
 )
 
-RESUME_NEWEST = "newest"  # what a bare --resume means
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -69,8 +67,7 @@ class TrainConfig:
     precision: InHelp[Literal["launcher", "fp32", "tf32", "bf16", "fp16"]] = "launcher"
     """launcher: as given by accelerate launch --mixed_precision. tf32: fp32 with rounded products, on NVIDIA GPUs."""
     compile: InHelp[Literal["auto", "off", "norm", "model"]] = "auto"
-    """What torch.compile gets: the whole model (auto on a GPU), response normalisation alone (auto elsewhere, where it
-    is faster), nothing."""
+    """What torch.compile gets: the whole model (auto on a GPU), response normalisation (auto elsewhere), nothing."""
     compress: Literal["none", "bf16", "fp16"] = "none"
     """Type in which ranks exchange gradients: half the bytes, rounded."""
     crop_sizes: tuple[int, ...] = ()
@@ -206,6 +203,7 @@ class GuardConfig:
             raise ConfigError(f"guard.hang_seconds={self.hang_seconds:g}: must be at least 2, or 0 to wait for ever")
 
 
+RESUME_NEWEST = "newest"  # what a bare --resume means
 FewImages = Annotated[int, Bounds(ge=0, le=100_000, choose="images to train on, such as 64, or 0 for a real run")]
 FewSteps = Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 10, or 0 for none")]
 
@@ -261,9 +259,9 @@ def behind_the_end(config: Config) -> list[str]:
     late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
     epochs = {"optim.milestones": late, "optim.warmup_epochs": [optim.warmup_epochs]}
     epochs |= {f"train.{name}": [getattr(train, name)] for name in ("colour_epochs", "conv1_epochs")}
-    passed = {"optim.warmup_epochs": ", so optim.lr is not reached"}
+    effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
     return [
-        f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{passed.get(name, '')}"
+        f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{effects.get(name, '')}"
         for name, named in epochs.items()
         if named and named[-1] >= train.epochs
     ]
@@ -295,8 +293,7 @@ def augment_at(config: Config, epoch: int) -> AugmentConfig:
     train, augment = config.train, config.augment
     for size, until in zip(train.crop_sizes, train.crop_until):
         if epoch < until:
-            resize = round(augment.resize * size / augment.crop)
-            augment = dataclasses.replace(augment, crop=size, resize=resize)
+            augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))
             break
     if train.colour_epochs and epoch >= train.colour_epochs:
         augment = dataclasses.replace(augment, colour=0.0)

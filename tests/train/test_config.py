@@ -42,7 +42,7 @@ def test_a_bare_resume_means_the_newest():
     ("argv", "message"),
     [
         (["dmeo"], r"unknown preset 'dmeo' \(did you mean demo\?\); presets: demo, seed, paper"),
-        (["demo", "--train.bach", "3"], r"unknown field train.bach \(did you mean train.batch\?\)"),
+        (["demo", "--train.bach", "3"], r"unknown field --train.bach \(did you mean train.batch\?\)"),
         (["demo", "--train.batch", "many"], r"--train.batch: invalid literal for int\(\) with base 10: 'many'"),
         (["demo", "--data.shards", "x", "stray"], "stray"),
         (["demo"], "data.shards is not set"),
