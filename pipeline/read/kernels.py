@@ -121,15 +121,15 @@ def crop_images(
 
     Returns the number of the first image that fails, or n. The rest: see Cropper.
     """
-    n, views = flip.shape
-    for i in range(n):
+    views = flip.shape[1]
+    for i in range(len(at)):
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], rows[i, SIZE], rows[i, CRC32], verify):
             return i
         for view in range(views):
             width, height = rows[i, WIDTH], rows[i, HEIGHT]
             at_row = number + i * views + view
             _crop(buffer, at[i], width, height, out, at_row, side, packed, box[i, view], flip[i, view], mean, scale)
-    return n
+    return len(at)
 
 
 class Cropper:
