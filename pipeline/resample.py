@@ -10,9 +10,11 @@ Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
+from numba.extending import overload
 
 from .jit import compiled, exactly_compiled
 
@@ -50,10 +52,10 @@ def triangle(offset: float, scale: float, length: int, count: int, reverse: bool
             total += exact[k]
         if total == 0.0:  # a centre on the very edge
             exact[0] = total = 1.0
-        at = count - 1 - i if reverse else i
+        at, share = count - 1 - i if reverse else i, ONE / total
         first[at] = low
         for k in range(taps):
-            weights[at * taps + k] = np.rint(exact[k] / total * ONE) / ONE
+            weights[at * taps + k] = np.rint(exact[k] * share) / ONE
     return Taps(first, weights, taps)
 
 
@@ -77,23 +79,25 @@ def _blend_rows(
                 + w2 * np.float32(pixels[r2 + j])
                 + w3 * np.float32(pixels[r3 + j])
             )
-            line[j] = blended if k == 0 else line[j] + blended
-    for j in range(u(n)):
-        line[j] = np.float32(np.int32(line[j] + HALF))
+            if k > 0:
+                blended += line[j]
+            line[j] = np.float32(np.int32(blended + HALF)) if k + LANES == taps else blended
 
 
 @compiled
-def _blend_columns(line: np.ndarray, a: int, x: Taps, sums: np.ndarray) -> None:
-    """sums[3 i : 3 i + 3] = the weighted sum of x.taps pixels of a line that begins at byte `a`.
+def _blend_columns(
+    line: np.ndarray, a: int, first: np.ndarray, weights: np.ndarray, taps: int, sums: np.ndarray
+) -> None:
+    """sums[3 i : 3 i + 3] = the weighted sum of taps pixels of a line that begins at byte `a`.
 
     Four floats at a time, the fourth of which belongs to the next pixel and is overwritten by it: a vector's width.
     """
     w = q = u(0)
-    for i in range(u(len(x.first))):
-        p = u(x.first[i] * 3 - a)
+    for i in range(u(len(first))):
+        p = u(first[i] * 3 - a)
         c0 = c1 = c2 = c3 = np.float32(0)
-        for _ in range(0, x.taps, LANES):
-            w0, w1, w2, w3 = x.weights[w], x.weights[w + u(1)], x.weights[w + u(2)], x.weights[w + u(3)]
+        for _ in range(0, taps, LANES):
+            w0, w1, w2, w3 = weights[w], weights[w + u(1)], weights[w + u(2)], weights[w + u(3)]
             c0 += w0 * line[p] + w1 * line[p + u(3)] + w2 * line[p + u(6)] + w3 * line[p + u(9)]
             c1 += w0 * line[p + u(1)] + w1 * line[p + u(4)] + w2 * line[p + u(7)] + w3 * line[p + u(10)]
             c2 += w0 * line[p + u(2)] + w1 * line[p + u(5)] + w2 * line[p + u(8)] + w3 * line[p + u(11)]
@@ -104,44 +108,124 @@ def _blend_columns(line: np.ndarray, a: int, x: Taps, sums: np.ndarray) -> None:
         q += u(3)
 
 
-class Lines(NamedTuple):
-    """Scratch memory of `resample_row`, and the part of each source line that it needs, in bytes."""
+def store(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32.
 
-    line: np.ndarray
-    sums: np.ndarray
-    start: int
-    size: int
+    Compiled from one of the two below.
+    """
+    raise NotImplementedError
+
+
+@overload(store, jit_options={"fastmath": True})
+def store_for(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    return store_uint8 if out.dtype == numba.uint8 else store_float32
+
+
+def store_uint8(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    v = u(at)
+    if packed:
+        target = u(start + 3 * columns * y)
+        for j in range(u(3 * columns)):
+            out[target + j] = values[v + j]
+        return
+    red, plane = u(start + y * columns), u(columns * rows)
+    for x in range(u(columns)):  # one loop for all three, which LLVM turns into shuffles
+        p = v + x * u(3)
+        out[red + x] = values[p]
+        out[red + plane + x] = values[p + u(1)]
+        out[red + plane + plane + x] = values[p + u(2)]
+
+
+def store_float32(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    v = u(at)
+    m0, m1, m2 = mean[m], mean[m + 1], mean[m + 2]
+    s0, s1, s2 = scale[0], scale[1], scale[2]
+    if packed:
+        target = u(start + 3 * columns * y)
+        for _ in range(columns):
+            out[target] = (np.float32(values[v]) - m0) * s0
+            out[target + u(1)] = (np.float32(values[v + u(1)]) - m1) * s1
+            out[target + u(2)] = (np.float32(values[v + u(2)]) - m2) * s2
+            target += u(3)
+            v += u(3)
+        return
+    red, plane = u(start + y * columns), u(columns * rows)
+    for x in range(u(columns)):
+        p = v + x * u(3)
+        out[red + x] = (np.float32(values[p]) - m0) * s0
+        out[red + plane + x] = (np.float32(values[p + u(1)]) - m1) * s1
+        out[red + plane + plane + x] = (np.float32(values[p + u(2)]) - m2) * s2
 
 
 @compiled
-def lines_for(x: Taps, width: int) -> Lines:
-    leftmost, rightmost = min(x.first[0], x.first[-1]), max(x.first[0], x.first[-1])
-    # Zeros, since weights of zero meet what stands beyond a line's end, and 0 · NaN is not 0.
-    line = np.zeros(3 * (rightmost - leftmost + x.taps) + LANES, np.float32)
-    size = 3 * (min(rightmost + x.taps, width) - leftmost)
-    return Lines(line, np.empty(3 * len(x.first) + 1, np.float32), 3 * leftmost, size)
-
-
-@compiled
-def resample_row(
-    pixels: np.ndarray, base: int, width: int, height: int, x: Taps, y: Taps, i: int, lines: Lines,
-    out: np.ndarray, at: int,
+def resample(
+    pixels: np.ndarray, base: int, width: int, height: int, x: Taps, y: Taps,
+    out: np.ndarray, start: int, packed: bool, mean: np.ndarray, m: int, scale: np.ndarray,
 ) -> None:  # fmt: skip
-    """Row i of the resampled image to out[at:], uint8; the image, width × height RGB, begins at pixels[base]."""
-    start = base + lines.start
-    _blend_rows(pixels, start, 3 * width, height, y.first[i], y.weights, i * y.taps, y.taps, lines.line, lines.size)
-    _blend_columns(lines.line, lines.start, x, lines.sums)
-    for j in range(u(3 * len(x.first))):
-        out[u(at) + j] = np.uint8(np.int32(lines.sums[j] + HALF))
+    """The image that begins at pixels[base], width × height RGB, resampled by the taps and stored from out[start] on.
 
-
-@compiled
-def resize(
-    pixels: np.ndarray, width: int, height: int, left: int, top: int, x_scale: float, y_scale: float, out: np.ndarray
-) -> None:
-    """out: (rows, columns, 3) uint8, from (left, top) on, of the image resized by the scales."""
-    rows, columns, _ = out.shape
-    x, y = triangle(left, x_scale, width, columns, False), triangle(top, y_scale, height, rows, False)
-    flat, lines = out.reshape(-1), lines_for(x, width)
+    The rest: see `store`.
+    """
+    # Arrays are taken out of the tuples once: Numba counts references by atomic operations.
+    x_first, x_weights, x_taps, y_first, y_weights, y_taps = x.first, x.weights, x.taps, y.first, y.weights, y.taps
+    columns, rows = len(x_first), len(y_first)
+    leftmost, rightmost = min(x_first[0], x_first[-1]), max(x_first[0], x_first[-1])
+    size = 3 * (min(rightmost + x_taps, width) - leftmost)
+    # Zeros, since weights of zero meet what stands beyond a line's end, and 0 · NaN is not 0.
+    line = np.zeros(3 * (rightmost - leftmost + x_taps) + LANES, np.float32)
+    sums, row = np.empty(3 * columns + 1, np.float32), np.empty(3 * columns, np.uint8)
+    a = 3 * leftmost
     for i in range(rows):
-        resample_row(pixels, 0, width, height, x, y, i, lines, flat, 3 * columns * i)
+        _blend_rows(pixels, base + a, 3 * width, height, y_first[i], y_weights, i * y_taps, y_taps, line, size)
+        _blend_columns(line, a, x_first, x_weights, x_taps, sums)
+        for j in range(u(3 * columns)):
+            row[j] = np.uint8(np.int32(sums[j] + HALF))
+        store(row, 0, out, start, columns, rows, i, packed, mean, m, scale)

@@ -6,7 +6,6 @@ Nothing here is random, shuffles or reads a file: bytes and crops come from outs
 from __future__ import annotations
 
 import io
-import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,7 +208,7 @@ class Dali:
         return "none: pixels are stored" if self.graph.stored == "raw" else self.graph.decoder.describe()
 
     def _explain(self, err: RuntimeError) -> Exception:
-        """A decoder's failure with the sample's name, which DALI gives for truncated scans alone, as a number.
+        """A decoder's failure with the sample's name, which DALI does not give.
 
         The batch that failed is the oldest one: batches come out in order. Returns `err` itself if no image is at
         fault: DALI then rejects any.
@@ -218,7 +217,5 @@ class Dali:
         if not self._decoding or self.graph.stored == "raw" or decoder.why_not_decoded([memoryview(ANY_JPEG)]):
             return err
         work = self._decoding[0]
-        number = re.search(r"sample #(\d+)", str(err))
-        named = int(number[1]) // self.graph.output.views if number else None
-        found = decoder.first_rejected(work.read.wait(), named=named, threads=self.threads)
+        found = decoder.first_rejected(work.read.wait(), threads=self.threads)
         return undecodable(work, *found, self._reader) if found else err

@@ -68,14 +68,12 @@ class Decoder:
         pipeline.run()
         return pipeline
 
-    def first_rejected(self, images: list[memoryview], *, named: int | None, threads: int) -> tuple[int, str] | None:
+    def first_rejected(self, images: list[memoryview], *, threads: int) -> tuple[int, str] | None:
         """The number of an image that it rejects, and why; None if it takes all.
 
-        named: the one that DALI's own message names. A pipeline is of no use after an error, and building one is
-        slow: halving the batch finds one image in 1,024 with 11 of them, which decode each image once or so.
+        A pipeline is of no use after an error, and building one is slow: halving the batch finds one image in 1,024
+        with 11 of them, which decode each image twice or so.
         """
-        if named is not None and named < len(images) and (reason := self.why_not_decoded([images[named]])):
-            return named, reason
         first, count = 0, len(images)
         reason = self.why_not_decoded(images, threads=threads)
         while reason and count > 1:

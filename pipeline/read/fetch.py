@@ -17,7 +17,8 @@ from .checksum import crc32
 from .jpeg import cut_short, is_jpeg_of_size
 
 # The columns of `rows`: (n, 7) int64, a sample a row. One gather takes a sample's numbers from one cache line.
-OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(INDEX_DTYPE))
+COLUMNS = INDEX_DTYPE.names or ()
+OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(COLUMNS))
 
 # What the C library has anyway: called by its name, so that compiled code can be kept on disk.
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
@@ -38,8 +39,8 @@ class Block(NamedTuple):
 
 def index_rows(index: np.ndarray) -> np.ndarray:
     """(samples, 7) int64: a split's index. Taking rows from the mapped record array costs three times as much."""
-    rows = np.empty((len(index), len(INDEX_DTYPE)), np.int64)
-    for column, name in enumerate(INDEX_DTYPE.names or ()):
+    rows = np.empty((len(index), len(COLUMNS)), np.int64)
+    for column, name in enumerate(COLUMNS):
         rows[:, column] = index[name]
     return rows
 
@@ -92,6 +93,6 @@ def not_plain_jpegs(buffer: np.ndarray, at: np.ndarray, rows: np.ndarray) -> np.
 
 def prepare() -> None:
     """Compiles the functions, or loads what an earlier process compiled."""
-    pixel, none, rows = np.zeros(1, np.uint8), np.zeros(0, np.int64), np.zeros((0, len(INDEX_DTYPE)), np.int64)
+    pixel, none, rows = np.zeros(1, np.uint8), np.zeros(0, np.int64), np.zeros((0, len(COLUMNS)), np.int64)
     not_plain_jpegs(pixel, none, rows)
     fetch_images(pixel, none, none, rows, False, *NO_CUTS)

@@ -43,7 +43,8 @@ def _number(data: np.ndarray, at: int) -> int:
 def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height: int) -> bool:
     """Whether data[start : start + size] begins as a JPEG of width × height."""
     frame = _frame(data, start, size)
-    return frame > 0 and _number(data, frame + 5) == height and _number(data, frame + 7) == width
+    same: bool = frame > 0 and _number(data, frame + 5) == height and _number(data, frame + 7) == width
+    return same
 
 
 @compiled

@@ -7,14 +7,10 @@ resize(box=) takes 0.9 ms and torch's antialiased interpolate, which knows no bo
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
 import numpy as np
-from numba.extending import overload
 
 from ..jit import compiled, exactly_compiled, straight_lines_vectorised
-from ..resample import lines_for, resample_row, triangle
+from ..resample import resample, store, triangle
 from .fetch import CRC32, HEIGHT, IN_MEMORY, OFFSET, SIZE, WIDTH, Block, fetched
 
 u = np.uintp
@@ -29,86 +25,27 @@ def _reverse(pixels: np.ndarray, at: int, side: int, row: np.ndarray) -> None:
         p += u(3)
 
 
-def _store(
-    values: Any, at: Any, out: Any, start: Any, side: Any, y: Any, packed: Any, mean: Any, m: Any, scale: Any
-) -> Any:
-    """Writes row y of the crop at out[start]: `side` pixels of `values` from `at` on, normalised for float32.
-
-    Compiled from one of the two below.
-    """
-    raise NotImplementedError
-
-
-@overload(_store, jit_options={"fastmath": True})
-def _store_for(
-    values: Any, at: Any, out: Any, start: Any, side: Any, y: Any, packed: Any, mean: Any, m: Any, scale: Any
-) -> Any:
-    return _store_uint8 if out.dtype == numba.uint8 else _store_float32
-
-
-def _store_uint8(
-    values: Any, at: Any, out: Any, start: Any, side: Any, y: Any, packed: Any, mean: Any, m: Any, scale: Any
-) -> Any:
-    v = u(at)
-    if packed:
-        target = u(start + 3 * side * y)
-        for j in range(u(3 * side)):
-            out[target + j] = values[v + j]
-        return
-    red, plane = u(start + y * side), u(side * side)
-    for x in range(u(side)):  # one loop for all three, which LLVM turns into shuffles
-        p = v + x * u(3)
-        out[red + x] = values[p]
-        out[red + plane + x] = values[p + u(1)]
-        out[red + plane + plane + x] = values[p + u(2)]
-
-
-def _store_float32(
-    values: Any, at: Any, out: Any, start: Any, side: Any, y: Any, packed: Any, mean: Any, m: Any, scale: Any
-) -> Any:
-    v = u(at)
-    m0, m1, m2 = mean[m], mean[m + 1], mean[m + 2]
-    s0, s1, s2 = scale[0], scale[1], scale[2]
-    if packed:
-        target = u(start + 3 * side * y)
-        for _ in range(side):
-            out[target] = (np.float32(values[v]) - m0) * s0
-            out[target + u(1)] = (np.float32(values[v + u(1)]) - m1) * s1
-            out[target + u(2)] = (np.float32(values[v + u(2)]) - m2) * s2
-            target += u(3)
-            v += u(3)
-        return
-    red, plane = u(start + y * side), u(side * side)
-    for x in range(u(side)):
-        p = v + x * u(3)
-        out[red + x] = (np.float32(values[p]) - m0) * s0
-        out[red + plane + x] = (np.float32(values[p + u(1)]) - m1) * s1
-        out[red + plane + plane + x] = (np.float32(values[p + u(2)]) - m2) * s2
-
-
 @exactly_compiled
 def _crop(
     pixels: np.ndarray, base: int, width: int, height: int, out: np.ndarray, number: int, side: int, packed: bool,
     box: np.ndarray, flip: bool, mean: np.ndarray, scale: np.ndarray,
 ) -> None:  # fmt: skip
     """Crop `number` of the batch, of the image that begins at pixels[base]."""
-    start, m, row = 3 * side * side * number, 3 * number, np.empty(3 * side, np.uint8)
+    start, m = 3 * side * side * number, 3 * number
     left, top, x_scale, y_scale = box[0], box[1], box[2] / side, box[3] / side
     if x_scale == 1.0 and y_scale == 1.0 and left == int(left) and top == int(top):
+        row = np.empty(3 * side, np.uint8)
         for y in range(side):
             at = base + 3 * ((int(top) + y) * width + int(left))
             if flip:
                 _reverse(pixels, at, side, row)
-                _store(row, 0, out, start, side, y, packed, mean, m, scale)
+                store(row, 0, out, start, side, side, y, packed, mean, m, scale)
             else:
-                _store(pixels, at, out, start, side, y, packed, mean, m, scale)
+                store(pixels, at, out, start, side, side, y, packed, mean, m, scale)
         return
     across = triangle(left / x_scale, x_scale, width, side, flip)
     down = triangle(top / y_scale, y_scale, height, side, False)
-    lines = lines_for(across, width)
-    for y in range(side):
-        resample_row(pixels, base, width, height, across, down, y, lines, row, 0)
-        _store(row, 0, out, start, side, y, packed, mean, m, scale)
+    resample(pixels, base, width, height, across, down, out, start, packed, mean, m, scale)
 
 
 @compiled
@@ -121,15 +58,15 @@ def crop_images(
 
     Returns the number of the first image that fails, or n. The rest: see Cropper.
     """
-    n, views = flip.shape
-    for i in range(n):
+    views = flip.shape[1]
+    for i in range(len(at)):
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], rows[i, SIZE], rows[i, CRC32], verify):
             return i
         for view in range(views):
             width, height = rows[i, WIDTH], rows[i, HEIGHT]
             at_row = number + i * views + view
             _crop(buffer, at[i], width, height, out, at_row, side, packed, box[i, view], flip[i, view], mean, scale)
-    return n
+    return len(at)
 
 
 class Cropper:

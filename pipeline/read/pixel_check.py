@@ -19,6 +19,7 @@ from ..errors import BadSample, ExpressError
 from .backend import HostCopy, Output, Work
 from .fetch import HEIGHT, WIDTH
 from .kernels import Cropper, decoded_block
+from .plan import Planned
 from .portable import decode_whole
 from .reader import Reader
 
@@ -33,11 +34,8 @@ log = logging.getLogger("imagenet_express")
 
 
 class _Entry(NamedTuple):
-    sample: int
-    size: tuple[int, int]  # width, height
-    box: np.ndarray  # (1, 1, 4) float64
-    flip: np.ndarray  # (1, 1) bool
-    mean: np.ndarray  # (3,) float32
+    image: Planned  # one
+    view: int
     crop: HostCopy
 
 
@@ -68,14 +66,8 @@ class PixelCheck:
             if self._entries.qsize() >= WAITING:
                 self.left_out += 1
                 continue
-            sample = int(work.ids[i])
-            view, size = sample % views, (int(work.rows[i, WIDTH]), int(work.rows[i, HEIGHT]))
-            crop = (
-                work.box[i, view].copy()[None, None],
-                work.flip[i, view].copy()[None, None],
-                work.mean[i, view].copy(),
-            )
-            self._entries.put(_Entry(sample, size, *crop, HostCopy(images[i * views + view])))
+            image, view = Planned(*[column[i : i + 1] for column in work[:-1]]), int(work.ids[i]) % views
+            self._entries.put(_Entry(image, view, HostCopy(images[i * views + view])))
 
     def counts(self) -> dict[str, float]:
         """Since the last call: crops that were checked, and crops that differed."""
@@ -92,26 +84,28 @@ class PixelCheck:
     def _run(self) -> None:
         self._cropper.compile()
         while (entry := self._entries.get()) is not None:
+            sample = int(entry.image.ids[0])
             try:
-                difference = self._difference(entry)
+                difference = self._difference(sample, entry)
             except (ExpressError, ValueError) as err:  # the loader reports what it cannot read or decode itself
-                log.info("%s: not checked (%s)", self._reader.describe(entry.sample), err)
+                log.info("%s: not checked (%s)", self._reader.describe(sample), err)
                 self.left_out += 1
                 continue
             self.checked += 1
             if difference > TOLERANCE:
-                self._report(entry.sample, difference)
+                self._report(sample, difference)
 
-    def _difference(self, entry: _Entry) -> float:
+    def _difference(self, sample: int, entry: _Entry) -> float:
         """The largest mean difference of a tile, in grey levels."""
-        (width, height), side = entry.size, self.output.crop
-        stored = self._reader.stored(entry.sample)
+        (image, view, crop), side = entry, self.output.crop
+        stored, (width, height) = self._reader.stored(sample), image.rows[0, [WIDTH, HEIGHT]].tolist()
         pixels = stored if self.raw else decode_whole(stored, width, height)
-        ours, unused = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32)
-        self._cropper(decoded_block(pixels, width, height), ours, 0, entry.box, entry.flip, unused, unused)
-        theirs = entry.crop.read().float().numpy()
+        ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
+        block = decoded_block(pixels, width, height)
+        self._cropper(block, ours, 0, image.box[:, here], image.flip[:, here], unused, unused)
+        theirs = crop.read().float().numpy()
         if self.output.dtype != "uint8":
-            theirs = theirs * self._std + entry.mean[:, None, None]
+            theirs = theirs * self._std + image.mean[0, view][:, None, None]
         return largest_tile_mean(np.abs(theirs - ours.reshape(3, side, side)).mean(0))
 
     def _report(self, sample: int, difference: float) -> None:

@@ -9,10 +9,20 @@ import numpy as np
 
 from ..geometry import centre_offset, resized
 from ..jit import compiled, straight_lines_vectorised
-from ..resample import resize
+from ..resample import resample, triangle
 
 SLACK = 64  # bytes that a caller keeps free behind an image's last pixel
 u = np.uintp
+
+
+@compiled
+def _resize(
+    pixels: np.ndarray, width: int, height: int, left: int, top: int, x_scale: float, y_scale: float, out: np.ndarray
+) -> None:
+    """out: (rows, columns, 3) uint8, from (left, top) on, of the image resized by the scales."""
+    x, y = triangle(left, x_scale, width, out.shape[1], False), triangle(top, y_scale, height, out.shape[0], False)
+    unused = np.zeros(3, np.float32)
+    resample(pixels, 0, width, height, x, y, out.reshape(-1), 0, True, unused, 0, unused)
 
 
 @compiled
@@ -72,7 +82,7 @@ class Resizer:
         if len(self._out) < rows * columns * 3:
             self._out = np.zeros(rows * columns * 15 // 4, np.uint8)
         out = self._out[: rows * columns * 3].reshape(rows, columns, 3)
-        resize(pixels, width, height, left, top, width / to[0], height / to[1], out)
+        _resize(pixels, width, height, left, top, width / to[0], height / to[1], out)
         return out
 
 

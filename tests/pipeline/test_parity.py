@@ -20,6 +20,7 @@ from pipeline.shards import Sample, write_array, write_shard
 from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
+from pipeline.write.pixels import SLACK, Resizer, resized_square
 from pipeline.write.sources import ImageFolder
 from tests.conftest import picture
 
@@ -149,6 +150,21 @@ def test_any_size_of_image_and_crop_is_cropped_as_pillow_would(
     theirs = stored.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + crop, top + crop))
     ours = crops(root, view, "portable", train=False)[0]
     assert np.abs(ours - np.asarray(theirs).astype(int).transpose(2, 0, 1)).max() <= 1
+
+
+def test_the_loader_resizes_to_the_bytes_that_the_sharder_would_store(tmp_path):
+    """One resampler in whole numbers: Pillow's pixels within a grey level, and the same on every processor."""
+    stored = encode(picture(np.random.default_rng(5), 217, 181), "JPEG", quality=95)
+    root = dataset_of([stored] * 4, tmp_path)
+    view = AugmentConfig(resize=96, crop=80)
+    ours = crops(root, view, "portable", train=False)[0].transpose(1, 2, 0)
+    image = Image.open(io.BytesIO(stored)).convert("RGB")
+    flat = np.concatenate([np.asarray(image).reshape(-1), np.zeros(SLACK, np.uint8)])
+    assert np.array_equal(ours, resized_square(Resizer(), flat, image.size, 96)[8:88, 8:88])
+    width, height = (int(side) for side in resized(*image.size, 96))
+    left, top = int(centre_offset(width, 80)), int(centre_offset(height, 80))
+    pillows = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 80, top + 80))
+    assert np.abs(ours - np.asarray(pillows).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
