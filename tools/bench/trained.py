@@ -6,7 +6,8 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tools import report
-from tools.bench.loader import unpacked
+from tools.bench import harness
+from tools.bench.data import unpacked
 from train.cli import parse
 from train.config import Config, flatten
 from train.presets import PRESETS
@@ -28,19 +30,17 @@ RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
 
 
 def add_arguments(p: argparse.ArgumentParser, folder: str) -> None:
-    p.add_argument(
-        "--images", type=Path, required=True, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar"
-    )
+    images = "CIFAR-10: a folder of train/ and test/, or a tar"
+    p.add_argument("--images", type=Path, required=True, metavar="PATH", help=images)
     p.add_argument("--dir", type=Path, default=Path(folder), help="shards and runs; what is done stays (%(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, and their picture beside it")
 
 
 def shards(images: Path, folder: Path, *, size: int) -> Path:
     """The images as shards, made when first asked for; size: of the mean image."""
     out = folder / f"shards-{size}"
     if not (out / manifest.NAME).is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            root = unpacked(images, Path(scratch))
+        with harness.scratch_folder() as scratch:
+            root = unpacked(images, scratch)
             if not (root / "train").is_dir() or not (root / "test").is_dir():
                 raise DataError(f"{images}: has no train/ and test/ with a folder for each class")
             source = ImageFolder(root / "train", root / "test", "cifar10")
@@ -51,20 +51,20 @@ def shards(images: Path, folder: Path, *, size: int) -> Path:
 def trained(run: Path, command: list[str]) -> dict[str, Any]:
     """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already.
 
-    Of a run that was stopped and went on it has no seconds.
+    The result of a run that was resumed has no seconds.
     """
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
-    refuse_another(run, command)
+    reject_another(run, command)
     if _exit_code(run) != 0:
         done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
         if done.returncode:
-            raise ExpressError(f"{run}: ended with {done.returncode}; the same command goes on")
+            raise ExpressError(f"{run}: exited with code {done.returncode}; the same command resumes it")
     lines = report.read_metrics(run)
     return report.result(run, lines, timed=len(lines["start"]) == 1)
 
 
-def refuse_another(run: Path, command: list[str]) -> None:
-    """Raises ConfigError where the folder holds a run of another configuration."""
+def reject_another(run: Path, command: list[str]) -> None:
+    """Raises ConfigError if the folder holds a run of another configuration."""
     try:
         before = flatten(as_saved(Config(), json.loads((run / "config.json").read_text())["config"]))
     except (OSError, ValueError, KeyError):
@@ -83,3 +83,19 @@ def _exit_code(run: Path) -> int | None:
         return code
     except (OSError, ValueError, KeyError):
         return None
+
+
+@contextmanager
+def chart(path: Path, **labels: Any) -> Iterator[Any]:
+    """Axes to draw on, written to `path`; labels: as Axes.set takes them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    yield axes
+    axes.set(**labels)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,200 @@
+"""What all benchmarks share: options, rounds of cells in processes of their own, the JSON record, tables, scratch.
+
+The standard library and pipeline's errors and files alone: tools/gpu_proof.py must start without any package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ExpressError
+from pipeline.files import write_json
+from train import environment
+
+ALONE = Path(__file__).with_name("alone.py")
+HELP = {
+    "rounds": "measurements of each, in turn",
+    "seconds": "of each measurement",
+    "batch": "images a batch",
+    "device": "",
+    "threads": "decoding threads",
+    "workers": "processes",
+    "ffcv-python": "interpreter that has FFCV; without it FFCV is left out",
+    "simd-python": "interpreter that has Pillow-SIMD; without it Pillow-SIMD is left out",
+}
+
+
+def add_options(p: argparse.ArgumentParser, **defaults: Any) -> None:
+    for name, default in defaults.items():
+        p.add_argument(f"--{name}", type=type(default), default=default, help=f"{HELP[name]} (%(default)s)")
+
+
+def add_images(p: argparse.ArgumentParser, *pythons: str) -> None:
+    p.add_argument("--images", type=Path, required=True, help="class folders of JPEGs, or a tar of them")
+    for name in pythons:
+        p.add_argument(f"--{name}", type=Path, metavar="FILE", help=HELP[name])
+
+
+def command_line(program: str) -> str:
+    """As typed, with the names of files and folders instead of this machine's paths."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return shlex.join(["python", program, *words])
+
+
+@contextmanager
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A temporary folder in `parent`, removed also if the process is ended by SIGTERM or loses its terminal."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has chosen otherwise
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory("", "imagenet-express-", parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def process_group(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is ended, with all that it has started, when the block is left."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)  # a process that hangs in a driver cannot be ended
+
+
+def run_all(
+    commands: list[list[str]], environments: list[dict[str, str]], *, timeout: float | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs the commands at once; all are ended when one takes longer than `timeout` seconds."""
+    pipes, done = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}, []
+    with ExitStack() as stack:
+        groups = [process_group(command, env=env, **pipes) for command, env in zip(commands, environments)]
+        for process in [stack.enter_context(group) for group in groups]:
+            printed, errors = process.communicate(timeout=timeout)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, printed, errors))
+    return done
+
+
+# Records
+
+
+class Record:
+    """A benchmark's JSON. Each `keep` writes it, so an early end leaves what was measured until then."""
+
+    def __init__(self, args: argparse.Namespace, what: str) -> None:
+        settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
+        self._path: Path | None = args.json
+        self.content: dict[str, Any] = {"what": what, "command": command_line("tools/bench"), "settings": settings}
+        self.content["environment"] = environment.describe()
+
+    def keep(self, **found: Any) -> None:
+        self.content |= found
+        if self._path:
+            write_json(self._path, self.content)
+
+
+def markdown(header: list[str], rows: Iterable[Iterable[str]], *, left: int = 1) -> str:
+    """left: how many columns hold text; the others hold numbers."""
+    rules = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *rows))
+
+
+# Cells
+
+
+def run(
+    function: str, *options: Mapping[str, Any], name: str = "", python: str | Path = sys.executable, **env: str
+) -> list[dict[str, Any]]:
+    """The results of `function` ("module:name"), called at once in a process for each of `options`.
+
+    Raises ExpressError with the last line of a process that fails; name: the cell's, for that message.
+    """
+    commands = [[str(python), str(ALONE), function, json.dumps(each, default=str)] for each in options]
+    finished = run_all(commands, [os.environ | env] * len(options))
+    for done in finished:
+        if done.returncode:
+            raise ExpressError(f"{name or function}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return [json.loads(done.stdout.splitlines()[-1]) for done in finished]
+
+
+@dataclass
+class Cell:
+    """Something whose rate is measured again in each round, in a process of its own or one for each rank."""
+
+    what: dict[str, str]  # its names in the record
+    function: str
+    options: dict[str, Any]
+    against: str = ""  # the cell that it is compared with
+    ranks: int = 1
+    python: str | Path = sys.executable
+    results: list[list[dict[str, Any]]] = field(default_factory=list)  # of each round: of each rank
+
+    def measure(self) -> None:
+        ranks = [{"rank": rank, "world": self.ranks} if self.ranks > 1 else {} for rank in range(self.ranks)]
+        options = [self.options | rank for rank in ranks]
+        self.results.append(run(self.function, *options, name=" on ".join(self.what.values()), python=self.python))
+
+    @property
+    def rates(self) -> list[float]:
+        return [sum(r["images"] / r["seconds"] for r in ranks) for ranks in self.results]
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+    @property
+    def megabytes(self) -> float:
+        """Resident, of the largest worker; 0 if the cell does not measure it."""
+        return max(r.get("megabytes", 0.0) for ranks in self.results for r in ranks)
+
+    def record(self) -> dict[str, Any]:
+        found = {
+            **self.what,
+            "images_per_second": round(self.rate, 1),
+            "rates": [round(rate, 1) for rate in self.rates],
+        }
+        if "cpu_seconds" in self.results[0][0]:
+            cpu = [statistics.mean(r["cpu_seconds"] / r["images"] for r in ranks) for ranks in self.results]
+            found["cpu_microseconds_an_image"] = round(statistics.median(cpu) * 1e6, 1)
+        optional = {
+            "against": self.against,
+            "megabytes_a_worker": round(self.megabytes, 1),
+            "versions": self.results[0][0].get("versions"),
+        }
+        return found | {name: value for name, value in optional.items() if value}
+
+
+def interleave(cells: list[Cell], rounds: int, record: Record) -> list[dict[str, Any]]:
+    """Measures each cell in each round; returns their records, which are kept after every round."""
+    for number in range(1, rounds + 1):
+        for cell in cells:
+            cell.measure()
+        record.keep(results=[cell.record() for cell in cells])
+        print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+    found: list[dict[str, Any]] = record.content["results"]
+    return found
+
+
+def table(cells: list[Cell]) -> str:
+    """Each cell's median rate, and how many times that of the cell that it is compared with."""
+    rates, rows = {cell.what["what"]: cell.rate for cell in cells}, []
+    for cell in cells:
+        ratio = f"{cell.rate / rates[cell.against]:.2f} × {cell.against}" if cell.against in rates else ""
+        memory = f"{cell.megabytes:,.0f}" if cell.megabytes else ""
+        rows.append([cell.what["what"], f"{cell.rate:,.1f}", ratio, memory])
+    return markdown(["what", "img/s, median", "against", "MB a worker"], rows)
