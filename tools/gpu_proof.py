@@ -15,14 +15,11 @@ Exit codes: 0 all steps passed, 1 a step failed or had no time left, 2 usage.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -34,6 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
 from tools import cli
+from tools.bench.harness import command_line, process, scratch_folder
 from tools.bench.proof import tables
 from tools.bench.proof.base import Proof, how_it_ended
 from tools.bench.proof.steps import STEPS
@@ -55,9 +53,7 @@ def parser() -> cli.Parser:
     p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
     p.add_argument("--shards", type=Path, metavar="DIR", help="holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
-    p.add_argument(
-        "--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar of them"
-    )
+    p.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar")
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
     p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="where the JSON goes (%(default)s)")
     p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
@@ -122,13 +118,15 @@ def walk(args: argparse.Namespace) -> None:
         deadline = sum(DEADLINE_SECONDS[command] for command in {STEPS[name].command for name in names})
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
-    with tempfile.TemporaryDirectory(prefix="imagenet-express-", ignore_cleanup_errors=True) as folder:
-        scratch = Path(folder)
+    with scratch_folder() as scratch:
         where = run_process(ENVIRONMENT, scratch, limit=60.0)
         if args.device.startswith("cuda") and where["answer"].get("gpus") == []:
             raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
         common = {"device": args.device, "tiny": args.tiny}
-        common |= {"command": command_line(), "environment": where["answer"] or {"error": where["ended"]}}
+        common |= {
+            "command": command_line("tools/gpu_proof.py"),
+            "environment": where["answer"] or {"error": where["ended"]},
+        }
         for name in names:
             left = deadline - (time.monotonic() - started)
             reason = why_skipped(name, args, left)
@@ -182,20 +180,12 @@ def run_process(name: str, scratch: Path, *, limit: float) -> dict[str, Any]:
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--step", name, "--answer", str(path)]
     command += ["--scratch", str(scratch), "--limit", str(limit)]
     started, ended = time.monotonic(), ""
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    with open(log, "wb") as output, process(command, stdout=output, stderr=subprocess.STDOUT) as step:
         try:
-            if code := process.wait(limit):
+            if code := step.wait(limit):
                 ended = how_it_ended(code)
         except subprocess.TimeoutExpired:
             ended = f"took longer than its limit of {limit:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)  # a process that hangs in a driver cannot be ended
     lines = log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
     return {"answer": read_json(path), "ended": ended, "tail": lines, "seconds": round(time.monotonic() - started, 1)}
 
@@ -205,12 +195,6 @@ def verdict(record: dict[str, Any]) -> str:
         return f"skipped: {record['skipped']}"
     how = "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
     return f"{how} ({record['seconds']} s)"
-
-
-def command_line() -> str:
-    """As typed, with the names of folders instead of this machine's paths."""
-    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return shlex.join(["python", "tools/gpu_proof.py", *words])
 
 
 if __name__ == "__main__":

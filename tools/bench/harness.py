@@ -65,29 +65,34 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def process_group(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process that is ended, with all that it has started, when the block is left."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+def process(command: list[str], *, own_session: bool = True, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is ended when the block is left; with a session of its own, so is all that it has started.
+
+    Without one, it ends with the session that started it: a step of the GPU proof.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=own_session, **options)
     try:
         yield process
     finally:
+        process.kill()
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            if own_session:
+                os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)  # a process that hangs in a driver cannot be ended
 
 
 def run_all(
-    commands: list[list[str]], environments: list[dict[str, str]], *, timeout: float | None = None
+    commands: list[list[str]], environments: list[dict[str, str]], *, timeout: float | None = None, **options: bool
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs the commands at once; all are ended when one takes longer than `timeout` seconds."""
-    pipes, done = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}, []
+    """Runs the commands at once; ends all of them if one takes longer than `timeout` seconds. options: of `process`."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     with ExitStack() as stack:
-        groups = [process_group(command, env=env, **pipes) for command, env in zip(commands, environments)]
-        for process in [stack.enter_context(group) for group in groups]:
-            printed, errors = process.communicate(timeout=timeout)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, printed, errors))
-    return done
+        started = [
+            stack.enter_context(process(command, env=env, **pipes)) for command, env in zip(commands, environments)
+        ]
+        printed = [each.communicate(timeout=timeout) for each in started]
+        return [subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(started, printed)]
 
 
 # Records

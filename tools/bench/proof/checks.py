@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 from pipeline.errors import ExpressError
 
-from .base import ROOT, RUN, Proof, tail
-from .training import records, train
+from .base import ROOT, Proof, tail
+from .training import command, records, train
 
 SAVED_AT = 7  # a step; the kill comes after it and before the next save
 
@@ -23,8 +23,8 @@ def gpu_tests(proof: Proof) -> dict[str, Any]:
     files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     # addopts: the project's own need plugins that this machine may not have.
     options = ["-m", "gpu", "-q", "-rA", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=proof.seconds_left())
+    pytest = [sys.executable, "-m", "pytest", *options, *files]
+    done = subprocess.run(pytest, cwd=ROOT, capture_output=True, text=True, timeout=proof.seconds_left())
     if done.returncode:
         raise ExpressError(tail(done.stdout + done.stderr, lines=30))
     lines = done.stdout.strip().splitlines()
@@ -63,7 +63,7 @@ def undisturbed(proof: Proof) -> Path:
 def two_ranks(proof: Proof) -> dict[str, Any]:
     """Two ranks on the one device, joined by gloo, see the ids and nearly the losses of one rank."""
     one, two = undisturbed(proof), proof.scratch / "two-ranks"
-    launch(proof, demo_flags(proof, two), ranks=2)
+    train(proof, *demo_flags(proof, two), ranks=2)
     if recorded_ids(one) != recorded_ids(two):
         raise ExpressError("one rank and two ranks saw different ids")
     losses = list(zip(recorded_losses(one), recorded_losses(two), strict=True))[:20]
@@ -73,33 +73,6 @@ def two_ranks(proof: Proof) -> dict[str, Any]:
         "ids": "equal",
         f"largest_loss_difference_in_{len(losses)}_steps": difference,
     }
-
-
-def launch(proof: Proof, flags: list[object], *, ranks: int) -> None:
-    """Runs train/run.py in `ranks` processes, each as if it had a machine of its own.
-
-    So each has local rank 0 and takes the one device: Accelerate and DDP choose the device by the local rank.
-    """
-    group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
-    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command, started = [sys.executable, str(RUN), *map(str, flags)], []
-    for rank in range(ranks):
-        env = proof.environment() | group | {"RANK": str(rank)}
-        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env))
-    try:
-        errors = [process.communicate(timeout=proof.seconds_left())[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, error in zip(started, errors):
-        if process.returncode:
-            raise ExpressError(tail(error))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def recorded_ids(run: Path) -> dict[int, list[int]]:
@@ -133,13 +106,11 @@ def resume(proof: Proof) -> dict[str, Any]:
 
 def train_and_kill(proof: Proof, flags: list[object], run: Path) -> int:
     """Kills the run some steps after its first save; returns the last step that it has recorded."""
-    command = [sys.executable, str(RUN), *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=proof.environment())
     saved = run / "checkpoints" / f"step-{SAVED_AT:08d}"
-    while process.poll() is None and not (saved.is_dir() and len(recorded_losses(run)) >= SAVED_AT + 3):
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    with Popen(command(*flags), stdout=DEVNULL, stderr=DEVNULL, env=proof.environment()) as process:
+        while process.poll() is None and not (saved.is_dir() and len(recorded_losses(run)) >= SAVED_AT + 3):
+            time.sleep(0.001)
+        process.kill()
     return len(recorded_losses(run))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
+from tools.bench.harness import markdown
 
 BEGIN, END = "<!-- gpu tables: written by tools/gpu_proof.py --tables -->", "<!-- end of gpu tables -->"
 NOT_MEASURED = "not measured"
@@ -66,85 +66,57 @@ def training(records: dict[str, Any]) -> str:
     for batch in BATCHES:
         alone, both = _result(records, f"train-{batch}"), _result(records, f"fed-{batch}")
         fed = both.get("fed", {})
-        rows.append(
-            [
-                f"{batch:,}",
-                _number(alone, "images_per_second"),
-                _number(fed, "images_per_second"),
-                _number(both, "fed_of_synthetic", ".2f"),
-                _number(fed, "data_wait", ".1%"),
-                _number(alone, "memory_gb", ".1f"),
-            ]
-        )
+        rates = [_number(result, "images_per_second") for result in (alone, fed)]
+        fractions = [_number(both, "fed_of_synthetic", ".2f"), _number(fed, "data_wait", ".1%")]
+        rows.append([f"{batch:,}", *rates, *fractions, _number(alone, "memory_gb", ".1f")])
     header = ["batch", "synthetic, img/s", "fed from shards, img/s", "fed of synthetic", "waiting for data", "GB"]
-    return "**Training**, preset `seed`, bf16:\n\n" + table(header, rows, left=1)
+    return "**Training**, preset `seed`, bf16:\n\n" + markdown(header, rows)
 
 
 def loader(records: dict[str, Any]) -> str:
     cells = _result(records, "loader").get("cells", []) + _result(records, "region").get("cells", [])
-    if not cells:
-        return f"**Loader alone**: {NOT_MEASURED}."
     columns = ("images_per_second", "gpu_percent", "jpeg_engine_percent")
     rows = [
         [f"`{cell['name']}`", *([cell["error"], "", ""] if "error" in cell else (_number(cell, c) for c in columns))]
         for cell in cells
     ]
-    return "**Loader alone**:\n\n" + table(["cell", "img/s", "GPU, %", "JPEG engine, %"], rows, left=1)
+    return _table("Loader alone", ["cell", "img/s", "GPU, %", "JPEG engine, %"], rows)
 
 
 def layers(records: dict[str, Any]) -> str:
-    items = _result(records, "layers")
-    if not items:
-        return f"**Layers**: {NOT_MEASURED}."
-    rows = [
-        [name, item["error"], ""]
-        if "error" in item
-        else [
-            name,
-            _number(item, "milliseconds", ".3f"),
-            format(item["times_copy"], ".2f") if "times_copy" in item else "",
-        ]
-        for name, item in items.items()
-    ]
+    rows = []
+    for name, item in _result(records, "layers").items():
+        times = f"{item['times_copy']:.2f}" if "times_copy" in item else ""
+        rows.append([name, item.get("error") or _number(item, "milliseconds", ".3f"), times])
     header = ["layer or optimiser", "ms", "times a copy of its input"]
-    return "**Layers** of 1,024 images, bf16, forward and backward:\n\n" + table(header, rows, left=1)
+    return _table("Layers", header, rows, what=" of 1,024 images, bf16, forward and backward")
 
 
 def cifar(records: dict[str, Any]) -> str:
     found = {recipe: _result(records, f"cifar-{recipe}") for recipe in ("seed", "modern")}
-    if not any(found.values()):
-        return f"**CIFAR-10 at full width**: {NOT_MEASURED}."
     rows = []
     for recipe, result in found.items():
-        seconds = result.get("seconds_to", {})
-        rows.append(
-            [
-                f"`{recipe}`",
-                *(_number(seconds, level, ".0f") for level in ("75%", "85%")),
-                _number(result, "best_top1", ".2%"),
-                _number(result, "images_per_second"),
-            ]
-        )
-    return "**CIFAR-10 at full width**:\n\n" + table(
-        ["recipe", "s to 75 %", "s to 85 %", "best top-1", "img/s"], rows, left=1
-    )
+        seconds = [_number(result.get("seconds_to", {}), level, ".0f") for level in ("75%", "85%")]
+        accuracy, rate = _number(result, "best_top1", ".2%"), _number(result, "images_per_second")
+        rows.append([f"`{recipe}`", *seconds, accuracy, rate])
+    header = ["recipe", "s to 75 %", "s to 85 %", "best top-1", "img/s"]
+    return _table("CIFAR-10 at full width", header, rows if any(found.values()) else [])
 
 
 def checks(records: dict[str, Any]) -> str:
     rows = [[what, _verdict(records.get(step))] for step, what in CHECKS.items()]
     others = {step: record for step, record in records.items() if step not in CHECKS and record["passed"] is False}
     rows += [[f"step `{step}`", _verdict(record)] for step, record in others.items()]
-    lines = ["**Checks**:\n", table(["check", "result"], rows, left=2)]
-    pixels = {
-        name.removeprefix("pixels, "): values
+    lines = ["**Checks**:\n", markdown(["check", "result"], rows, left=2)]
+    columns = ("mean", "largest", "worst_tile_mean")
+    pixels = [
+        [name.removeprefix("pixels, "), *(_number(values, column, "g") for column in columns)]
         for name, values in _result(records, "preflight").items()
         if name.startswith("pixels, ") and "error" not in values
-    }
+    ]
     if pixels:
-        columns = ("mean", "largest", "worst_tile_mean")
-        rows = [[how, *(_number(values, column, "g") for column in columns)] for how, values in pixels.items()]
-        header = ["decoder", "mean", "largest", "worst tile's mean"]
-        lines += ["\nGrey levels between the GPU's crops and the CPU's:\n", table(header, rows, left=1)]
+        lines.append("\nGrey levels between the GPU's crops and the CPU's:\n")
+        lines.append(markdown(["decoder", "mean", "largest", "worst tile's mean"], pixels))
     return "\n".join(lines)
 
 
@@ -165,7 +137,5 @@ def _number(values: dict[str, Any], name: str, form: str = ",.0f") -> str:
     return NOT_MEASURED if value is None else format(value, form)
 
 
-def table(header: list[str], rows: Iterable[list[str]], *, left: int) -> str:
-    """left: how many columns hold text; the others hold numbers."""
-    rules = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *rows))
+def _table(title: str, header: list[str], rows: list[list[str]], *, what: str = "") -> str:
+    return f"**{title}**{what}:\n\n{markdown(header, rows)}" if rows else f"**{title}**: {NOT_MEASURED}."
