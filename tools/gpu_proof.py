@@ -5,7 +5,7 @@
     python tools/gpu_proof.py --device cpu --tiny          all steps without a GPU, to check the script
     python tools/gpu_proof.py --tables docs/results.md     the page's GPU tables, from its results/gpu-*.json
 
-A, at most 5 minutes, no data: preflight, training on synthetic batches, layers, resuming, ranks, tests marked gpu.
+A, at most 5 minutes, no data: preflight, training on synthetic batches, layers, tests marked gpu.
 B, at most 4 minutes: the loader grid, training fed from shards, CIFAR-10. docs/gpu-proof.md prepares its data.
 
 Each step is a process with a time limit and writes gpu-STEP.json at once, so an early end leaves the earlier answers.

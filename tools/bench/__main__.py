@@ -27,14 +27,18 @@ MODULES = (loader, shards, train, saves, feed, order, accuracy, fig1)
 BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 
 
-def main() -> None:
+def make_parser() -> cli.Parser:
     p = cli.Parser(prog="bench", description=__doc__)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
     for name, module in BENCHMARKS.items():
         own = kinds.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(own)
         own.add_argument("--json", type=cli.new_file, metavar="FILE", help="write all measurements there")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     benchmark = BENCHMARKS[args.kind]
     benchmark.run(args, harness.Record(args, benchmark.WHAT))
 

@@ -65,34 +65,16 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def process(command: list[str], *, own_session: bool = True, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process that is ended when the block is left; with a session of its own, so is all that it has started.
-
-    Without one, it ends with the session that started it: a step of the GPU proof.
-    """
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=own_session, **options)
+def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is ended, with all that it has started, when the block is left."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
     try:
         yield process
     finally:
-        process.kill()
         with suppress(ProcessLookupError):
-            if own_session:
-                os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)  # a process that hangs in a driver cannot be ended
-
-
-def run_all(
-    commands: list[list[str]], environments: list[dict[str, str]], *, timeout: float | None = None, **options: bool
-) -> list[subprocess.CompletedProcess[str]]:
-    """Runs the commands at once; ends all of them if one takes longer than `timeout` seconds. options: of `process`."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    with ExitStack() as stack:
-        started = [
-            stack.enter_context(process(command, env=env, **pipes)) for command, env in zip(commands, environments)
-        ]
-        printed = [each.communicate(timeout=timeout) for each in started]
-        return [subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(started, printed)]
 
 
 # Records
@@ -129,12 +111,16 @@ def run(
 
     Raises ExpressError with the last line of a process that fails; name: the cell's, for that message.
     """
-    commands = [[str(python), str(ALONE), function, json.dumps(each, default=str)] for each in options]
-    finished = run_all(commands, [os.environ | env] * len(options))
-    for done in finished:
-        if done.returncode:
-            raise ExpressError(f"{name or function}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return [json.loads(done.stdout.splitlines()[-1]) for done in finished]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    results, call = [], [str(python), str(ALONE), function]
+    with ExitStack() as stack:
+        calls = [process([*call, json.dumps(each, default=str)], env=os.environ | env, **pipes) for each in options]
+        for started in [stack.enter_context(each) for each in calls]:
+            printed, errors = started.communicate()
+            if started.returncode:
+                raise ExpressError(f"{name or function}: {(errors.strip().splitlines() or ['no message'])[-1]}")
+            results.append(json.loads(printed.splitlines()[-1]))
+    return results
 
 
 @dataclass
@@ -152,7 +138,7 @@ class Cell:
     def measure(self) -> None:
         ranks = [{"rank": rank, "world": self.ranks} if self.ranks > 1 else {} for rank in range(self.ranks)]
         options = [self.options | rank for rank in ranks]
-        self.results.append(run(self.function, *options, name=" on ".join(self.what.values()), python=self.python))
+        self.results.append(run(self.function, *options, name=", ".join(self.what.values()), python=self.python))
 
     @property
     def rates(self) -> list[float]:

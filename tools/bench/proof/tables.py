@@ -15,9 +15,7 @@ NOT_MEASURED = "not measured"
 BATCHES = (256, 1024)
 CHECKS = {
     "preflight": "packages, compiler and decoders; pixels of the GPU against the CPU's",
-    "resume": "killed and started again under `--run.deterministic`: the same bits",
-    "ranks": "two ranks on one GPU: the same ids",
-    "tests": "tests marked `gpu`",
+    "tests": "tests marked `gpu`: a killed run's bits, two ranks' ids, and others",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
-from tools.bench.harness import run_all
 
 from .base import RUN, Proof, how_it_ended, tail
 from .data import enlarged, pictures, shards_of
@@ -23,36 +21,18 @@ PIXELS = ("pixels_checked", "pixels_different")  # crops; on a GPU the loader ch
 LEVELS = (0.75, 0.85)  # top-1 that step 7 measures the seconds to
 
 
-def train(proof: Proof, *flags: object, ranks: int = 1) -> None:
-    """Runs train/run.py. Raises ExpressError with its last lines if it fails or the step's time is over.
-
-    Each of several ranks runs as if it had a machine of its own. So each has local rank 0 and takes the one device:
-    Accelerate and DDP choose the device by the local rank.
-    """
-    environments, seconds = [proof.environment()], proof.seconds_left()
-    if ranks > 1:
-        group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        environments = [proof.environment() | group | {"RANK": str(rank)} for rank in range(ranks)]
+def train(proof: Proof, *flags: object) -> None:
+    """Runs train/run.py. Raises ExpressError with its last lines if it fails or the step's time is over."""
+    command = [sys.executable, str(RUN), *map(str, flags)]
+    if find_spec("tensorboard") is None:  # a run with a tracker that is not installed is rejected
+        command += ["--run.trackers"]
+    seconds = proof.seconds_left()
     try:
-        finished = run_all([command(*flags)] * ranks, environments, timeout=seconds, own_session=False)
+        done = subprocess.run(command, env=proof.environment(), capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as err:
         raise ExpressError(f"train/run.py took longer than {seconds:.0f} s: {tail(err.stderr)}") from err
-    for done in finished:
-        if done.returncode:
-            raise ExpressError(f"train/run.py {how_it_ended(done.returncode)}: {tail(done.stdout + done.stderr)}")
-
-
-def command(*flags: object) -> list[str]:
-    # A run with a tracker that is not installed is rejected.
-    trackers = [] if find_spec("tensorboard") else ["--run.trackers"]
-    return [sys.executable, str(RUN), *map(str, flags), *trackers]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    if done.returncode:
+        raise ExpressError(f"train/run.py {how_it_ended(done.returncode)}: {tail(done.stdout + done.stderr)}")
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
