@@ -15,7 +15,6 @@ Exit codes: 0 all steps passed, 1 a step failed or had no time left, 2 usage.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -23,7 +22,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -31,7 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
 from tools import cli
-from tools.bench.harness import command_line, process, scratch_folder
+from tools.bench.harness import Json, command_line, process, read_json, scratch_folder
 from tools.bench.proof import tables
 from tools.bench.proof.base import Proof, how_it_ended
 from tools.bench.proof.steps import STEPS
@@ -85,7 +83,7 @@ def answer(args: argparse.Namespace) -> None:
     where = Path(args.scratch), args.shards, args.images, args.cifar
     proof = Proof(args.device, args.tiny, *where, limit_seconds=float(args.limit), answer=path)
     try:
-        result: dict[str, Any] = {"passed": True, "result": STEPS[args.step].run(proof)}
+        result: Json = {"passed": True, "result": STEPS[args.step].run(proof)}
     except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
         result = read_json(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
     write_json(path, result)
@@ -96,14 +94,6 @@ def end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-        return value
-    except (OSError, ValueError):  # nothing was written
-        return {}
 
 
 # All steps
@@ -122,11 +112,8 @@ def walk(args: argparse.Namespace) -> None:
         where = run_process(ENVIRONMENT, scratch, limit=60.0)
         if args.device.startswith("cuda") and where["answer"].get("gpus") == []:
             raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
-        common = {"device": args.device, "tiny": args.tiny}
-        common |= {
-            "command": command_line("tools/gpu_proof.py"),
-            "environment": where["answer"] or {"error": where["ended"]},
-        }
+        common = {"device": args.device, "tiny": args.tiny, "command": command_line("tools/gpu_proof.py")}
+        common["environment"] = where["answer"] or {"error": where["ended"]}
         for name in names:
             left = deadline - (time.monotonic() - started)
             reason = why_skipped(name, args, left)
@@ -135,7 +122,8 @@ def walk(args: argparse.Namespace) -> None:
             path = args.out / f"gpu-{name}.json"
             if not reason or not path.exists():  # a skipped step leaves an earlier answer alone
                 write_json(path, {"step": name, **record})
-            print(f"{name}: {verdict(record)}", flush=True)
+            verdict = f"skipped: {reason}" if reason else f"{tables.verdict(record)} ({record['seconds']} s)"
+            print(f"{name}: {verdict}", flush=True)
             if record["passed"] is False or reason == NO_TIME:
                 failed.append(name)
     print(f"{time.monotonic() - started:.0f} s of {deadline:.0f}; {args.out}/gpu-*.json", flush=True)
@@ -162,7 +150,7 @@ def why_skipped(name: str, args: argparse.Namespace, seconds_left: float) -> str
     return NO_TIME if seconds_left < min(LEAST_SECONDS, step.limit_seconds) else ""
 
 
-def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left: float) -> dict[str, Any]:
+def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left: float) -> Json:
     """The step's record, whether it returned, died or was ended."""
     limit = min(STEPS[name].limit_seconds * (TINY_LIMITS if args.tiny else 1), seconds_left)
     ran = run_process(name, scratch, limit=limit)
@@ -174,7 +162,7 @@ def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left
     return record | failure | ran["answer"]
 
 
-def run_process(name: str, scratch: Path, *, limit: float) -> dict[str, Any]:
+def run_process(name: str, scratch: Path, *, limit: float) -> Json:
     """Runs this script for one step, for at most `limit` seconds, and then ends all that it has started."""
     path, log = scratch / f"{name}.json", scratch / f"{name}.log"
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--step", name, "--answer", str(path)]
@@ -188,13 +176,6 @@ def run_process(name: str, scratch: Path, *, limit: float) -> dict[str, Any]:
             ended = f"took longer than its limit of {limit:.0f} s"
     lines = log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
     return {"answer": read_json(path), "ended": ended, "tail": lines, "seconds": round(time.monotonic() - started, 1)}
-
-
-def verdict(record: dict[str, Any]) -> str:
-    if record["passed"] is None:
-        return f"skipped: {record['skipped']}"
-    how = "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
-    return f"{how} ({record['seconds']} s)"
 
 
 if __name__ == "__main__":

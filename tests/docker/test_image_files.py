@@ -221,7 +221,9 @@ def lend(out: Path, **env: str) -> dict[str, str]:
     """What tests/docker/lend.py finds on a host that has no more than `env`."""
     out.mkdir()
     plain = {"PATH": str(Path(sys.executable).parent), "HOME": str(out), "XDG_CONFIG_DIRS": str(out)}
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "docker" / "lend.py"), str(out)], env=plain | env, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "docker" / "lend.py"), str(out)], env=plain | env, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return {file.name: file.read_text() for file in out.iterdir() if file.is_file()}
 

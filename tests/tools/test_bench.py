@@ -178,7 +178,7 @@ def test_cells_are_recorded_after_every_round_with_the_sum_of_their_ranks(tmp_pa
     }  # fmt: skip
     assert written[0]["command"] == "python tools/bench loader --images sample.tar"
     assert written[0]["settings"] == {"rounds": 2}
-    assert "| both | 100.0 | 2.00 × one | 7 |" in harness.table([one, both])
+    assert "| both | 100.0 | 2.00 × one | 7.0 |" in harness.table(results)
 
 
 def test_a_cell_that_fails_is_named_with_its_last_line(counted):

@@ -163,8 +163,8 @@ def test_cells_have_unique_names_valid_options_and_those_that_may_crash_come_las
     assert len(set(names)) == len(names)
     assert [cell.alone for cell in CELLS] == sorted(cell.alone for cell in CELLS)
     for cell in CELLS:
-        assert isinstance(cell.config(threads=2), LoaderConfig)
-    region = [cell for cell in CELLS if cell.backend == "dali-gpu" and cell.decode == "region"]
+        assert isinstance(cell.config, LoaderConfig)
+    region = [cell for cell in CELLS if cell.config.backend == "dali-gpu" and cell.config.decode == "region"]
     assert region
     assert all(cell.alone for cell in region)
 

@@ -10,9 +10,7 @@ it. A run that was stopped is resumed; one that is done is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError
 from tools.bench import harness, trained
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, size=36)
-    held = json.loads(args.json.read_text())["results"] if args.only and args.json and args.json.is_file() else {}
+    held = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
         result = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
         held[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
@@ -63,14 +61,14 @@ def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     return [*data, *NET, *COMMON, "--model.width", str(width), *RECIPES[name]]
 
 
-def seconds_to(level: float, result: dict[str, Any]) -> float | None:
+def seconds_to(level: float, result: harness.Json) -> float | None:
     """Until an evaluation, of the weights or their average, first reached a top-1 of `level`, if that was timed."""
     tops = result["top1_by_epoch"]
     best = map(max, tops, result.get("top1_of_average_by_epoch", tops))
     return next((s for s, top1 in zip(result.get("seconds_by_epoch", []), best) if top1 >= level), None)
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: harness.Json) -> str:
     rows = []
     for name, result in results.items():
         average, seconds = result.get("top1_of_average_by_epoch"), result.get("seconds_training_and_evaluating")
@@ -89,7 +87,7 @@ def table(results: dict[str, Any]) -> str:
     return harness.markdown(header, rows)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw(results: harness.Json, path: Path) -> None:
     with trained.chart(path, xlabel="epoch", ylabel="top-1 on the test images, %", ylim=(None, 100)) as axes:
         axes.grid(alpha=0.3)
         for name, result in results.items():

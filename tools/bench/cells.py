@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,43 +40,34 @@ class LoaderCell:
 
     name: str
     data: str  # how the images are stored: keep, jpeg or raw
-    backend: str = "portable"
-    decode: str = "auto"
-    hw_decoder_load: float = 0.65
+    config: LoaderConfig
     devices: tuple[str, ...] = ("cpu", "cuda")  # the types of device that it is measured on
     alone: bool = False  # it may crash its process, so it runs after all others in a process of its own
-    verify: bool = True
     jitter: bool = False  # random resized crops
     ranks: int = 1
     delay: float = 0.0  # seconds to sleep before every read, as if nothing were cached
 
-    def config(self, *, threads: int) -> LoaderConfig:
-        return LoaderConfig(
-            self.backend, threads, decode=self.decode, hw_decoder_load=self.hw_decoder_load, verify=self.verify
-        )
+
+def on_gpu(data: str, decode: str, load: float, **options: bool) -> LoaderCell:
+    config = LoaderConfig("dali-gpu", decode=decode, hw_decoder_load=load)
+    return LoaderCell(f"{data}-dali-gpu-{decode}-{load:g}", data, config, ("cuda",), **options)
 
 
+PORTABLE, DALI_CPU = LoaderConfig("portable"), LoaderConfig("dali-cpu")
 CELLS = (
     # The safest backend first: a crash costs the cells after it that share its process.
-    *(LoaderCell(f"{data}-portable", data) for data in DATA),
-    *(LoaderCell(f"{data}-dali-cpu", data, "dali-cpu") for data in DATA),
-    *(
-        LoaderCell(f"{data}-dali-gpu-whole-{load:g}", data, "dali-gpu", "whole", load, ("cuda",))
-        for data in ("jpeg", "keep")
-        for load in HARDWARE_LOADS
-    ),
-    LoaderCell("raw-dali-gpu", "raw", "dali-gpu", devices=("cuda",)),  # nothing to decode
-    LoaderCell("jpeg-dali-cpu-whole", "jpeg", "dali-cpu", "whole", devices=("cpu",), alone=True),
-    *(
-        LoaderCell(f"jpeg-dali-gpu-region-{load:g}", "jpeg", "dali-gpu", "region", load, ("cuda",), alone=True)
-        for load in HARDWARE_LOADS
-    ),
+    *(LoaderCell(f"{data}-portable", data, PORTABLE) for data in DATA),
+    *(LoaderCell(f"{data}-dali-cpu", data, DALI_CPU) for data in DATA),
+    *(on_gpu(data, "whole", load) for data in ("jpeg", "keep") for load in HARDWARE_LOADS),
+    LoaderCell("raw-dali-gpu", "raw", LoaderConfig("dali-gpu"), ("cuda",)),  # nothing to decode
+    LoaderCell("jpeg-dali-cpu-whole", "jpeg", LoaderConfig("dali-cpu", decode="whole"), ("cpu",), alone=True),
+    *(on_gpu("jpeg", "region", load, alone=True) for load in HARDWARE_LOADS),
 )
 VARIANTS = (
-    *(LoaderCell(f"{data}-unverified", data, verify=False) for data in DATA),
-    *(LoaderCell(f"{data}-jitter", data, jitter=True) for data in DATA),
-    *(LoaderCell(f"jpeg-{ranks}-ranks", "jpeg", ranks=ranks) for ranks in (2, 4)),
-    *(LoaderCell(f"jpeg-{delay}-ms-late", "jpeg", delay=delay / 1000) for delay in (1, 10)),
+    *(LoaderCell(f"{data}-unverified", data, LoaderConfig("portable", verify=False)) for data in DATA),
+    *(LoaderCell(f"{data}-jitter", data, PORTABLE, jitter=True) for data in DATA),
+    *(LoaderCell(f"jpeg-{ranks}-ranks", "jpeg", PORTABLE, ranks=ranks) for ranks in (2, 4)),
+    *(LoaderCell(f"jpeg-{delay}-ms-late", "jpeg", PORTABLE, delay=delay / 1000) for delay in (1, 10)),
 )
 BY_NAME = {cell.name: cell for cell in (*CELLS, *VARIANTS)}
 
@@ -101,7 +92,7 @@ def batches(
         channels_last=dtype != "uint8",  # floats as training takes them, bytes as the peers deliver them
         augment=AugmentConfig(square=False, scale_jitter=(0.08, 1.0) if cell.jitter else None),
         # 0: each of several ranks takes its fraction of the cores.
-        config=cell.config(threads=threads if world == 1 else 0),
+        config=replace(cell.config, threads=threads if world == 1 else 0),
     ) as loader:
         for images, *_ in itertools.chain.from_iterable(itertools.repeat(loader)):
             if images.is_cuda:

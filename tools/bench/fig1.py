@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from tools.bench import harness, trained
 
@@ -26,7 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, record: harness.Record) -> None:
     shards = trained.shards(args.images, args.dir, size=32)
-    results: dict[str, dict[str, Any]] = {}
+    results = {}
     for activation in ACTIVATIONS:
         results[activation] = found = {}
         for rate in RATES:
@@ -39,21 +38,21 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
         draw(results, bests, args.json.with_suffix(".png"))
 
 
-def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> dict[str, Any]:
+def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
     command = ["fig1", "--data.shards", str(shards), "--model.activation", activation, "--optim.lr", str(rate)]
     result = trained.trained(run, [*command, "--train.epochs", str(epochs)])
     reached = result["last"]["top1"] >= TARGET
     return {"rate": rate, "epochs": result["epochs"], "reached": reached, **result}
 
 
-def fastest(found: dict[str, Any]) -> dict[str, Any] | None:
+def fastest(found: harness.Json) -> harness.Json | None:
     """The rate with the fewest epochs; of equal ones, the one with the greatest accuracy."""
     reached = [r for r in found.values() if r["reached"]]
     best = min(reached, key=lambda r: (r["epochs"], -r["last"]["top1"]), default=None)
     return best and {"rate": best["rate"], "epochs": best["epochs"], "top1": best["last"]["top1"]}
 
 
-def table(results: dict[str, Any], best: dict[str, Any]) -> str:
+def table(results: harness.Json, best: harness.Json) -> str:
     rows = []
     for name, found in results.items():
         attempts = [found[str(rate)] for rate in sorted(RATES)]
@@ -65,7 +64,7 @@ def table(results: dict[str, Any], best: dict[str, Any]) -> str:
     return f"{text}\ntanh / relu: {best['tanh']['epochs'] / best['relu']['epochs']:.1f}; the paper: {CLAIM}"
 
 
-def draw(results: dict[str, Any], best: dict[str, Any], path: Path) -> None:
+def draw(results: harness.Json, best: harness.Json, path: Path) -> None:
     limits = {"ylim": (0, 0.92), "xlim": (0, None)}
     with trained.chart(path, xlabel="epochs", ylabel="training error rate", **limits) as axes:
         axes.axhline(1 - TARGET, color="grey", linewidth=0.8)

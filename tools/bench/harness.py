@@ -24,6 +24,7 @@ from pipeline.errors import ExpressError
 from pipeline.files import write_json
 from train import environment
 
+Json = dict[str, Any]  # an object of JSON values
 ALONE = Path(__file__).with_name("alone.py")
 HELP = {
     "rounds": "measurements of each, in turn",
@@ -80,13 +81,21 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any
 # Records
 
 
+def read_json(path: Path) -> Json:
+    """The object in a file; empty if it was not written, or not to its end."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 class Record:
     """A benchmark's JSON. Each `keep` writes it, so an early end leaves what was measured until then."""
 
     def __init__(self, args: argparse.Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
         self._path: Path | None = args.json
-        self.content: dict[str, Any] = {"what": what, "command": command_line("tools/bench"), "settings": settings}
+        self.content: Json = {"what": what, "command": command_line("tools/bench"), "settings": settings}
         self.content["environment"] = environment.describe()
 
     def keep(self, **found: Any) -> None:
@@ -106,12 +115,12 @@ def markdown(header: list[str], rows: Iterable[Iterable[str]], *, left: int = 1)
 
 def run(
     function: str, *options: Mapping[str, Any], name: str = "", python: str | Path = sys.executable, **env: str
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """The results of `function` ("module:name"), called at once in a process for each of `options`.
 
     Raises ExpressError with the last line of a process that fails; name: the cell's, for that message.
     """
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     results, call = [], [str(python), str(ALONE), function]
     with ExitStack() as stack:
         calls = [process([*call, json.dumps(each, default=str)], env=os.environ | env, **pipes) for each in options]
@@ -129,63 +138,46 @@ class Cell:
 
     what: dict[str, str]  # its names in the record
     function: str
-    options: dict[str, Any]
+    options: Json
     against: str = ""  # the cell that it is compared with
     ranks: int = 1
     python: str | Path = sys.executable
-    results: list[list[dict[str, Any]]] = field(default_factory=list)  # of each round: of each rank
+    results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
 
     def measure(self) -> None:
         ranks = [{"rank": rank, "world": self.ranks} if self.ranks > 1 else {} for rank in range(self.ranks)]
         options = [self.options | rank for rank in ranks]
         self.results.append(run(self.function, *options, name=", ".join(self.what.values()), python=self.python))
 
-    @property
-    def rates(self) -> list[float]:
-        return [sum(r["images"] / r["seconds"] for r in ranks) for ranks in self.results]
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
-
-    @property
-    def megabytes(self) -> float:
-        """Resident, of the largest worker; 0 if the cell does not measure it."""
-        return max(r.get("megabytes", 0.0) for ranks in self.results for r in ranks)
-
-    def record(self) -> dict[str, Any]:
-        found = {
-            **self.what,
-            "images_per_second": round(self.rate, 1),
-            "rates": [round(rate, 1) for rate in self.rates],
-        }
-        if "cpu_seconds" in self.results[0][0]:
+    def record(self) -> Json:
+        rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
+        found = {**self.what, "images_per_second": round(statistics.median(rates), 1), "rates": rates}
+        first = self.results[0][0]
+        if "cpu_seconds" in first:
             cpu = [statistics.mean(r["cpu_seconds"] / r["images"] for r in ranks) for ranks in self.results]
             found["cpu_microseconds_an_image"] = round(statistics.median(cpu) * 1e6, 1)
-        optional = {
-            "against": self.against,
-            "megabytes_a_worker": round(self.megabytes, 1),
-            "versions": self.results[0][0].get("versions"),
-        }
+        if "megabytes" in first:  # resident, of the largest worker
+            found["megabytes_a_worker"] = round(max(ranks[0]["megabytes"] for ranks in self.results), 1)
+        optional = {"against": self.against, "versions": first.get("versions")}
         return found | {name: value for name, value in optional.items() if value}
 
 
-def interleave(cells: list[Cell], rounds: int, record: Record) -> list[dict[str, Any]]:
+def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
     """Measures each cell in each round; returns their records, which are kept after every round."""
     for number in range(1, rounds + 1):
         for cell in cells:
             cell.measure()
-        record.keep(results=[cell.record() for cell in cells])
+        results = [cell.record() for cell in cells]
+        record.keep(results=results)
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
-    found: list[dict[str, Any]] = record.content["results"]
-    return found
+    return results
 
 
-def table(cells: list[Cell]) -> str:
+def table(results: list[Json]) -> str:
     """Each cell's median rate, and how many times that of the cell that it is compared with."""
-    rates, rows = {cell.what["what"]: cell.rate for cell in cells}, []
-    for cell in cells:
-        ratio = f"{cell.rate / rates[cell.against]:.2f} × {cell.against}" if cell.against in rates else ""
-        memory = f"{cell.megabytes:,.0f}" if cell.megabytes else ""
-        rows.append([cell.what["what"], f"{cell.rate:,.1f}", ratio, memory])
+    rates, rows = {r["what"]: r["images_per_second"] for r in results}, []
+    for r in results:
+        other = rates.get(r.get("against"))
+        ratio = f"{r['images_per_second'] / other:.2f} × {r['against']}" if other else ""
+        rows.append([r["what"], f"{r['images_per_second']:,.1f}", ratio, str(r.get("megabytes_a_worker", ""))])
     return markdown(["what", "img/s, median", "against", "MB a worker"], rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import AlexNet, ModelConfig
 from model.lrn import local_response_norm
@@ -55,7 +55,7 @@ def measure(
     keep: is called with what was found so far.
     """
     device = torch.device(device)
-    found: dict[str, Any] = {}
+    found = {}
     for name, prepare in items(device, batch, dtype).items():
         if "compiled" in name and not compiled:
             continue
@@ -84,7 +84,7 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Cal
 
         return prepare
 
-    found: dict[str, Callable[[], Callable[[], Any]]] = {}
+    found = {}
     for padding, (name, form) in itertools.product((2, 0), {"as it is": conv1, "48 channels": conv1_as_blocks}.items()):
         function = functools.partial(form, padding=padding)
         found[f"conv1 padding {padding} {name}"] = layer(function, (batch, 3, 224, 224), (96, 3, 11, 11))
@@ -109,7 +109,7 @@ def norm(form: str, *, save_scale: bool) -> Callable[..., Tensor]:
 
 def updates(device: torch.device, name: str) -> Callable[[], Any]:
     """An update of the seed's network at full size, in float32."""
-    net: nn.Module = AlexNet(ModelConfig("seed"), classes=1000, crop=224).to(device)
+    net = AlexNet(ModelConfig("seed"), classes=1000, crop=224).to(device)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     return make_optimizer(net, OptimConfig(name=name, lr=0.01, weight_decay=5e-4)).step  # type: ignore[arg-type]

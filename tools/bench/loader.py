@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.cores import usable_cores
 from tools.bench import data, extremes, harness
 from tools.bench.cells import BY_NAME
-from tools.bench.harness import Cell, Record
+from tools.bench.harness import Cell, Json, Record
 
 WHAT = "loader rates, decoded and cropped to 224, warm page cache; medians over interleaved rounds"
 OURS = {  # the cells of each kind of data, by the last part of their names
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, record: Record) -> None:
     print("\n".join(f"{name}: {value}" for name, value in measured.items()))
 
 
-def described(manifest: dict[str, Any]) -> dict[str, Any]:
+def described(manifest: Json) -> Json:
     split = manifest["splits"]["train"]
     size = sum(shard["bytes"] for shard in split["shards"])
     return {"images": split["samples"], "bytes": size, "fingerprint": manifest["fingerprint"]}
@@ -75,7 +75,7 @@ def cells_on(kind: str, images: Path, scratch: Path, args: argparse.Namespace) -
             yield Cell({"data": kind, "loader": loader}, "tools.bench.cells:batches", options, ranks=cell.ranks)
     if args.ffcv_python:
         for loader, crop in FFCV.items():
-            ffcv = peer(loader, "ffcv_loader", images=images, path=scratch / f"{kind}.beton", kind=kind, crop=crop)
+            ffcv = peer(loader, "ffcv", images=images, path=scratch / f"{kind}.beton", kind=kind, crop=crop)
             ffcv.python = args.ffcv_python
             yield ffcv
     if kind != "raw":
@@ -86,7 +86,7 @@ def cells_on(kind: str, images: Path, scratch: Path, args: argparse.Namespace) -
             yield peer(loader, module, data=images)
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def table(records: list[Json]) -> str:
     """Markdown, with each rate as a share of ours on the same data."""
     ours = {r["data"]: r["images_per_second"] for r in records if r["loader"] == OURS["portable"]}
     rows = []

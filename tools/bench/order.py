@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ def classes_a_batch(labels: np.ndarray, ids: np.ndarray) -> float:
 def run(args: argparse.Namespace, record: harness.Record) -> None:
     by_class = np.arange(SAMPLES) * CLASSES // SAMPLES  # stored class after class
     shuffled = by_class[np.random.default_rng(0).permutation(SAMPLES)]  # stored as make_shards.py does
-    results: list[dict[str, Any]] = []
+    results = []
     for partitions, window in SETTINGS:
         ids, milliseconds = timed_order(args.rounds, partitions=partitions, window=window)
         results.append(

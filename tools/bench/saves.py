@@ -43,7 +43,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, record: harness.Record) -> None:
-    results: list[dict[str, Any]] = []
+    results = []
     for name in NETS:
         with harness.scratch_folder(args.dir) as folder:
             results.append(measure(name, args, folder))
@@ -61,13 +61,13 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     checkpoints, numbers = Checkpoints(folder, keep=2), itertools.count(1)
 
     def save() -> None:
-        state: dict[str, Any] = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
+        state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
         checkpoints.save(next(numbers), model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
 
     steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
     save()  # the first one also takes the memory
     checkpoints.wait()
-    blocks: dict[str, list[float]] = {"without": [], "with": []}
+    blocks = {"without": [], "with": []}
     on_disk = []
     for _, (kind, times) in itertools.product(range(args.blocks), blocks.items()):
         started = time.perf_counter()
@@ -84,15 +84,13 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     cost = statistics.median(w - wo for w, wo in zip(blocks["with"], blocks["without"], strict=True))
     size = sum(p.stat().st_size for p in checkpoints.all()[-1].iterdir())
     first, *later = checkpoints.stalls
+    seconds = {"first_stall": first, "stall": statistics.median(later), "longest_stall": max(later)}
+    seconds |= {"left_to_write_after_the_block": max(on_disk), "cost": cost}
     return {
         "net": name,
         "megabytes": round(size / 1e6, 1),
         "steps_a_block": steps,
-        "first_stall_seconds": round(first, 4),
-        "stall_seconds": round(statistics.median(later), 4),
-        "longest_stall_seconds": round(max(later), 4),
-        "left_to_write_after_the_block_seconds": round(max(on_disk), 4),
-        "cost_seconds": round(cost, 4),
+        **{f"{name}_seconds": round(value, 4) for name, value in seconds.items()},
         "share_at_one_a_minute": round(cost / MINUTE, 5),
         "blocks": {kind: [round(t, 3) for t in times] for kind, times in blocks.items()},
     }

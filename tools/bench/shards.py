@@ -35,8 +35,8 @@ def run(args: argparse.Namespace, record: Record) -> None:
     with harness.scratch_folder() as scratch:
         images = unpacked(args.images, scratch / "images")
         cells = list(cells_on(images, repeated(images, scratch / "many", args.repeat), scratch / "out", args))
-        harness.interleave(cells, args.rounds, record)
-    print(harness.table(cells))
+        results = harness.interleave(cells, args.rounds, record)
+    print(harness.table(results))
 
 
 def repeated(images: Path, many: Path, times: int) -> Path:
@@ -59,7 +59,7 @@ def cells_on(images: Path, many: Path, out: Path, args: argparse.Namespace) -> I
     for what, kind in ((DECODE, "decode"), (COPY, "copy")):
         yield cell(what, "sharding_limits:measure", common | {"kind": kind})
     if args.ffcv_python:
-        yield cell(FFCV, "ffcv_writer:measure", common, python=args.ffcv_python)
+        yield cell(FFCV, "ffcv:measure", common, python=args.ffcv_python)
     yield ours(JPEG, FFCV, encode="jpeg")
     yield ours(f"{JPEG}, no statistics", FFCV, encode="jpeg", stats=False)
     yield ours(KEEP, DECODE)

@@ -65,7 +65,7 @@ def median_seconds(function: Callable[[], Any], seconds: float, device: torch.de
 
     A call that the machine disturbs does not count this way.
     """
-    times: list[float] = []
+    times = []
     for _ in range(WARM_CALLS):
         function()
     while len(times) < LEAST_CALLS or sum(times) < seconds:

@@ -34,8 +34,7 @@ def run(args: argparse.Namespace, record: Record) -> None:
     if reason := no_compiler(torch.device(args.device)):
         cells = [cell for cell in cells if not needs_compiler(cell)]
         print(f"nothing is compiled here: {reason}", file=sys.stderr, flush=True)
-    harness.interleave(cells, args.rounds, record)
-    print(harness.table(cells))
+    print(harness.table(harness.interleave(cells, args.rounds, record)))
     layers = {}
     for precision in ("fp32", "bf16"):
         options = common | {"net": "seed", "compiled": "off" if reason else "norm", "precision": precision}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,7 +54,7 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
     """
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
     reject_another(run, command)
-    if _exit_code(run) != 0:
+    if harness.read_json(run / EXIT).get("code") != 0:
         done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
         if done.returncode:
             raise ExpressError(f"{run}: exited with code {done.returncode}; the same command resumes it")
@@ -65,24 +64,16 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
 
 def reject_another(run: Path, command: list[str]) -> None:
     """Raises ConfigError if the folder holds a run of another configuration."""
-    try:
-        before = flatten(as_saved(Config(), json.loads((run / "config.json").read_text())["config"]))
-    except (OSError, ValueError, KeyError):
+    saved = harness.read_json(run / "config.json")
+    if not saved:
         return  # nothing was begun
+    before = flatten(as_saved(Config(), saved["config"]))
     now = flatten(parse([*command, "--run.dir", str(run)], PRESETS, prog="train/run.py"))
-    if different := [name for name in now if before[name] != now[name]]:
-        name = different[0]
-        raise ConfigError(
-            f"{run}: was run with {name}={before[name]}, not {now[name]}; remove it, or take another --dir"
-        )
-
-
-def _exit_code(run: Path) -> int | None:
-    try:
-        code: int = json.loads((run / EXIT).read_text())["code"]
-        return code
-    except (OSError, ValueError, KeyError):
-        return None
+    for name, value in now.items():
+        if before[name] != value:
+            raise ConfigError(
+                f"{run}: was run with {name}={before[name]}, not {value}; remove it, or take another --dir"
+            )
 
 
 @contextmanager

@@ -19,8 +19,8 @@ def batches(data: str, batch: int, threads: int, dtype: str) -> Iterator[int]:
     tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
     images = [tars[row["shard"]][row["offset"] : row["offset"] + row["size"]] for row in split.index]
     largest = 3 * int((split.index["width"].astype(np.int64) * split.index["height"]).max())
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[int] = queue.SimpleQueue()
+    todo = queue.SimpleQueue()
+    done = queue.SimpleQueue()
 
     def work() -> None:
         buffer = np.empty(largest, np.uint8)

@@ -34,19 +34,14 @@ def pillow() -> Callable[[bytes], object]:
 
 def torchvision() -> Callable[[bytes], object]:
     import torch
-    from torch.nn.functional import interpolate
     from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+    from torchvision.transforms.v2.functional import resize
 
     torch.set_num_threads(1)
 
     def work(data: bytes) -> object:
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        short = min(image.shape[1:])
-        size = [image.shape[1] * SHORT // short, image.shape[2] * SHORT // short]
-        # uint8 and channels-last: torch's vectorised path.
-        image = image[None].contiguous(memory_format=torch.channels_last)
-        resized = interpolate(image, size, mode="bilinear", antialias=True)
-        return encode_jpeg(resized[0].contiguous(), quality=QUALITY)
+        return encode_jpeg(resize(image, [SHORT], antialias=True).contiguous(), quality=QUALITY)
 
     return work
 

@@ -42,9 +42,9 @@ def prepare(
     """The net ("seeds-own" or a variant), compiled (off, norm or model), and a batch for it. threads: 0 for all."""
     start(threads)
     crop = 224 if net == "seeds-own" else VARIANTS[net].crop
-    made: nn.Module = (
-        SeedsNet() if net == "seeds-own" else AlexNet(ModelConfig(net, norm=norm), classes=1000, crop=crop)
-    )
+    made = SeedsNet()
+    if net != "seeds-own":
+        made = AlexNet(ModelConfig(net, norm=norm), classes=1000, crop=crop)
     made = made.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     done = compile_net(made, compiled, torch.device(device))
     if compiled != "off" and done.startswith("nothing:"):
@@ -90,5 +90,4 @@ def call(layer: nn.Module, inputs: Tensor, *, precision: str) -> Tensor:
     rows = [torch.arange(len(inputs), dtype=torch.int32, device=inputs.device)] if isinstance(layer, Dropout) else []
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
         # In-place layers would change what the next repetition reads.
-        y: Tensor = layer(inputs.clone() if isinstance(layer, nn.ReLU) else inputs, *rows)
-    return y
+        return layer(inputs.clone() if isinstance(layer, nn.ReLU) else inputs, *rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def load(path: str) -> torch.Tensor:
 def batches(data: str, batch: int, threads: int) -> Iterator[int]:
     torch.set_num_threads(1)  # the images are what is shared out
     paths = [str(path) for path in sorted(Path(data).glob("*/*"))]
-    pending: deque[list[Future[torch.Tensor]]] = deque()
+    pending = deque()
     with ThreadPoolExecutor(threads) as pool:
         while True:
             while len(pending) < 3:

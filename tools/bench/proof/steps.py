@@ -7,15 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from pipeline.errors import ExpressError
 
 from . import grid, preflight, training
-from .base import ROOT, Proof, tail
+from .base import ROOT, Json, Proof, tail
 
 
-def layers(proof: Proof) -> dict[str, Any]:
+def layers(proof: Proof) -> Json:
     """Step 3: forms of conv1, LRN, pooling and the optimisers, each by itself."""
     import torch
 
@@ -23,14 +22,14 @@ def layers(proof: Proof) -> dict[str, Any]:
 
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
     options = {"batch": batch, "seconds": seconds, "compiled": not proof.tiny}
-    result: dict[str, Any] = measure(proof.device, dtype=torch.bfloat16, keep=proof.keep, **options)
+    result = measure(proof.device, dtype=torch.bfloat16, keep=proof.keep, **options)
     proof.keep(result)
     if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
         raise ExpressError("; ".join(failed))
     return result
 
 
-def gpu_tests(proof: Proof) -> dict[str, Any]:
+def gpu_tests(proof: Proof) -> Json:
     """Step 4: all tests marked gpu; without a GPU they skip."""
     files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     # addopts: the project's own need plugins that this machine may not have.
@@ -48,7 +47,7 @@ class Step:
     """data: what it needs on the command line, "images" or "cifar". in_tiny: whether a tiny walk includes it; another
     step runs the same code with another number."""
 
-    run: Callable[[Proof], dict[str, Any]]
+    run: Callable[[Proof], Json]
     command: str  # A or B
     limit_seconds: float
     data: str = ""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
-from tools.bench.harness import markdown
+from tools.bench.harness import Json, markdown
 
 BEGIN, END = "<!-- gpu tables: written by tools/gpu_proof.py --tables -->", "<!-- end of gpu tables -->"
 NOT_MEASURED = "not measured"
@@ -45,12 +44,12 @@ def tables(folder: Path) -> str:
     return "\n\n".join(blocks)
 
 
-def machine(records: dict[str, Any]) -> str:
+def machine(records: Json) -> str:
     found = {_machine_of(record) for record in records.values()}
     return "\n".join(sorted(found)) if found else f"GPU: {NOT_MEASURED}."
 
 
-def _machine_of(record: dict[str, Any]) -> str:
+def _machine_of(record: Json) -> str:
     e = record["environment"]
     packages = e.get("packages", {})
     dali = next((version for package, version in packages.items() if "dali" in package), "none")
@@ -59,7 +58,7 @@ def _machine_of(record: dict[str, Any]) -> str:
     return f"{gpu}, {cores} cores, Python {python}, torch {packages.get('torch')}, DALI {dali}, commit {commit}."
 
 
-def training(records: dict[str, Any]) -> str:
+def training(records: Json) -> str:
     rows = []
     for batch in BATCHES:
         alone, both = _result(records, f"train-{batch}"), _result(records, f"fed-{batch}")
@@ -71,7 +70,7 @@ def training(records: dict[str, Any]) -> str:
     return "**Training**, preset `seed`, bf16:\n\n" + markdown(header, rows)
 
 
-def loader(records: dict[str, Any]) -> str:
+def loader(records: Json) -> str:
     cells = _result(records, "loader").get("cells", []) + _result(records, "region").get("cells", [])
     columns = ("images_per_second", "gpu_percent", "jpeg_engine_percent")
     rows = [
@@ -81,7 +80,7 @@ def loader(records: dict[str, Any]) -> str:
     return _table("Loader alone", ["cell", "img/s", "GPU, %", "JPEG engine, %"], rows)
 
 
-def layers(records: dict[str, Any]) -> str:
+def layers(records: Json) -> str:
     rows = []
     for name, item in _result(records, "layers").items():
         times = f"{item['times_copy']:.2f}" if "times_copy" in item else ""
@@ -90,7 +89,7 @@ def layers(records: dict[str, Any]) -> str:
     return _table("Layers", header, rows, what=" of 1,024 images, bf16, forward and backward")
 
 
-def cifar(records: dict[str, Any]) -> str:
+def cifar(records: Json) -> str:
     found = {recipe: _result(records, f"cifar-{recipe}") for recipe in ("seed", "modern")}
     rows = []
     for recipe, result in found.items():
@@ -101,10 +100,10 @@ def cifar(records: dict[str, Any]) -> str:
     return _table("CIFAR-10 at full width", header, rows if any(found.values()) else [])
 
 
-def checks(records: dict[str, Any]) -> str:
-    rows = [[what, _verdict(records.get(step))] for step, what in CHECKS.items()]
+def checks(records: Json) -> str:
+    rows = [[what, verdict(records.get(step))] for step, what in CHECKS.items()]
     others = {step: record for step, record in records.items() if step not in CHECKS and record["passed"] is False}
-    rows += [[f"step `{step}`", _verdict(record)] for step, record in others.items()]
+    rows += [[f"step `{step}`", verdict(record)] for step, record in others.items()]
     lines = ["**Checks**:\n", markdown(["check", "result"], rows, left=2)]
     columns = ("mean", "largest", "worst_tile_mean")
     pixels = [
@@ -118,19 +117,19 @@ def checks(records: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(record: dict[str, Any] | None) -> str:
+def verdict(record: Json | None) -> str:
+    """A step's outcome in a line."""
     if record is None or record["passed"] is None:
         return NOT_MEASURED
     return "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
 
 
-def _result(records: dict[str, Any], step: str) -> dict[str, Any]:
+def _result(records: Json, step: str) -> Json:
     """Also of a step that failed: what it has kept was measured."""
-    result: dict[str, Any] = records.get(step, {}).get("result", {})
-    return result
+    return records.get(step, {}).get("result", {})
 
 
-def _number(values: dict[str, Any], name: str, form: str = ",.0f") -> str:
+def _number(values: Json, name: str, form: str = ",.0f") -> str:
     value = values.get(name)
     return NOT_MEASURED if value is None else format(value, form)
 

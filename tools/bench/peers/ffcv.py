@@ -1,10 +1,11 @@
-"""FFCV, in an environment of its own (Python 3.10; docs/results.md describes it), from images in class folders.
+"""FFCV's loader and writer, in an environment of its own (Python 3.10; docs/results.md), from images in class folders.
 
-Encodes them its own way into the file `path`, once.
+It encodes them its own way, for the loader once.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +16,10 @@ from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRG
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 from ffcv.writer import DatasetWriter
-from PIL import Image
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+SQUARE = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(256)])  # raw storage needs one size
 VERSIONS = {name: metadata.version(name) for name in ("ffcv", "torch")}
 FIELDS = {
     "keep": {"write_mode": "jpg", "jpeg_quality": 90},
@@ -30,16 +32,8 @@ CROPS = {
 }
 
 
-def square(image: Image.Image) -> Image.Image:
-    """256²: raw storage needs all images of one size."""
-    short = min(image.size)
-    image = image.resize((image.width * 256 // short, image.height * 256 // short), Image.Resampling.BILINEAR)
-    left, top = (image.width - 256) // 2, (image.height - 256) // 2
-    return image.crop((left, top, left + 256, top + 256))
-
-
 def folder_of(images: str, kind: str) -> ImageFolder:
-    return ImageFolder(images, square if kind == "raw" else None)
+    return ImageFolder(images, SQUARE if kind == "raw" else None)
 
 
 def writer(path: str, kind: str, *, workers: int) -> DatasetWriter:
@@ -64,3 +58,14 @@ def batches(images: str, path: str, kind: str, crop: str, batch: int, threads: i
     while True:
         for images_of_batch, *_ in loader:
             yield len(images_of_batch)
+
+
+def measure(images: str, out: str, workers: int) -> dict[str, float]:
+    """The writer: jpg, its long side at most 341 pixels."""
+    path, folder = Path(out).with_suffix(".beton"), folder_of(images, "jpeg")
+    dataset = writer(str(path), "jpeg", workers=workers)
+    started = time.perf_counter()
+    dataset.from_indexed_dataset(folder)
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return {"images": len(folder), "seconds": seconds}
