@@ -15,25 +15,22 @@ from tools.bench import harness
 EPOCHS = 20
 
 
-def measure(root: Path, large: Path, *, samples: int, batch: int) -> dict[str, Any]:
-    """large: `samples` samples, on the images of `root`."""
-    here = f"{__name__}:"
-    first = [harness.run(here + "first_batch", {"root": large, "batch": batch})[0] for _ in range(5)]
-    small = {"root": root, "batch": batch}
-    (compiled,) = harness.run(here + "first_batch", small, NUMBA_CACHE_DIR=str(large))  # an empty cache
-    (memory,) = harness.run(here + "memory", small)
+def measure(root: Path, large: Path, *, batch: int) -> dict[str, Any]:
+    """large: a dataset of ImageNet's size, on the images of `root`."""
+
+    def alone(function: str, data: Path, **env: str) -> dict[str, Any]:
+        return harness.run(f"{__name__}:{function}", {"root": data, "batch": batch}, **env)[0]
+
+    first = [alone("first_batch", large) for _ in range(5)]
+    imports = [found["import_seconds"] + found["seconds"] for found in first]
+    compiled = alone("first_batch", root, NUMBA_CACHE_DIR=str(large))  # an empty cache
     return {
-        "first_batch_samples": samples,
-        "first_batch_seconds": round(statistics.median(f["seconds"] for f in first), 3),
-        "first_batch_seconds_with_imports": round(statistics.median(map(with_imports, first)), 3),
+        "first_batch_seconds": round(statistics.median(found["seconds"] for found in first), 3),
+        "first_batch_seconds_with_imports": round(statistics.median(imports), 3),
         "first_batch_seconds_when_first_compiled": round(compiled["seconds"], 3),
-        "resident_megabytes_by_epoch": memory["megabytes"],
+        "resident_megabytes_by_epoch": alone("memory", root)["megabytes"],
         "planner_microseconds_an_image": planner_microseconds(large, batch=batch),
     }
-
-
-def with_imports(first: dict[str, float]) -> float:
-    return first["seconds"] + first["import_seconds"]
 
 
 def first_batch(*, root: str, batch: int) -> dict[str, float]:

@@ -88,7 +88,7 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace, record: harness.Record) -> None:
-    rounds: list[dict[str, float]] = []
+    rounds = []
     with harness.scratch_folder() as scratch:
         data.shard(data.unpacked(args.images, scratch / "images"), scratch / "jpeg")
         for _ in range(args.rounds):

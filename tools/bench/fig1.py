@@ -42,7 +42,7 @@ def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: in
     command = ["fig1", "--data.shards", str(shards), "--model.activation", activation, "--optim.lr", str(rate)]
     result = trained.trained(run, [*command, "--train.epochs", str(epochs)])
     reached = result["last"]["top1"] >= TARGET
-    return {"rate": rate, "epochs": result["epochs"], "reached": reached, **result}
+    return {"rate": rate, "reached": reached, **result}
 
 
 def fastest(found: harness.Json) -> harness.Json | None:

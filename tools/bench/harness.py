@@ -26,6 +26,7 @@ from train import environment
 
 Json = dict[str, Any]  # an object of JSON values
 ALONE = Path(__file__).with_name("alone.py")
+RUN = environment.ROOT / "train" / "run.py"
 HELP = {
     "rounds": "measurements of each, in turn",
     "seconds": "of each measurement",
@@ -94,8 +95,8 @@ class Record:
 
     def __init__(self, args: argparse.Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
-        self._path: Path | None = args.json
-        self.content: Json = {"what": what, "command": command_line("tools/bench"), "settings": settings}
+        self._path = args.json
+        self.content = {"what": what, "command": command_line("tools/bench"), "settings": settings}
         self.content["environment"] = environment.describe()
 
     def keep(self, **found: Any) -> None:

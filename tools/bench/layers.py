@@ -19,6 +19,7 @@ from train.optim import make_optimizer
 
 LRN = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
 SHAPES = {"lrn1": (96, 55), "lrn2": (256, 27)}  # channels, side: the inputs of the seed's normalisations and pools
+Prepare = Callable[[], Callable[[], Any]]  # makes an item's inputs and returns the function to time
 BLOCK = 4  # conv1's stride: its space-to-depth form has the stride 1
 
 
@@ -61,20 +62,18 @@ def measure(
             continue
         try:
             found[name] = {"milliseconds": round(1e3 * median_seconds(prepare(), seconds, device), 4)}
+            if copy := found.get(f"{name.split()[0]} copy", {}).get("milliseconds"):
+                found[name]["times_copy"] = round(found[name]["milliseconds"] / copy, 2)
         except Exception as err:  # whatever it is, the other items still have figures to give
             found[name] = {"error": f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"}
         keep(found)
-    for name, result in found.items():
-        copy = found.get(f"{name.split()[0]} copy", {}).get("milliseconds")
-        if name.startswith("lrn") and copy and "milliseconds" in result:
-            result["times_copy"] = round(result["milliseconds"] / copy, 2)
     return found
 
 
-def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """By name: what prepares an item and returns the function to time."""
+def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:
+    """The items by name."""
 
-    def layer(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Callable[[], Callable[[], Any]]:
+    def layer(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Prepare:
         """shapes: of its inputs; the last one needs a gradient, the images before it do not."""
 
         def prepare() -> Callable[[], Any]:

@@ -7,6 +7,7 @@ minutes.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, record: Record) -> None:
         cells = [cell for kind in data.ENCODINGS for cell in cells_on(kind, images, scratch, args)]
         results = harness.interleave(cells, args.rounds, record)
         small, large = scratch / "jpeg", data.enlarge(scratch / "jpeg", scratch / "large")
-        measured = extremes.measure(small, large, samples=data.SAMPLES, batch=args.batch)
+        measured = {"first_batch_samples": data.SAMPLES, **extremes.measure(small, large, batch=args.batch)}
         record.keep(extremes=measured)
     print(table(results))
     print("\n".join(f"{name}: {value}" for name, value in measured.items()))
@@ -66,24 +67,25 @@ def cells_on(kind: str, images: Path, scratch: Path, args: argparse.Namespace) -
     """The cells on one kind of data: ours, and the peers that can read it."""
     common = {name: getattr(args, name) for name in ("batch", "threads", "seconds")}
 
-    def peer(loader: str, module: str, **options: Any) -> Cell:
-        return Cell({"data": kind, "loader": loader}, f"tools.bench.peers.{module}:batches", common | options)
+    def cell(loader: str, module: str, *, python: str | Path = sys.executable, ranks: int = 1, **options: Any) -> Cell:
+        what, function = {"data": kind, "loader": loader}, f"tools.bench.{module}:batches"
+        return Cell(what, function, common | options, ranks=ranks, python=python)
 
+    shards = scratch / kind
     for name, loader in OURS.items():
-        if cell := BY_NAME.get(f"{kind}-{name}"):
-            options = common | {"name": cell.name, "shards": scratch, "device": "cpu", "dtype": args.dtype}
-            yield Cell({"data": kind, "loader": loader}, "tools.bench.cells:batches", options, ranks=cell.ranks)
+        if ours := BY_NAME.get(f"{kind}-{name}"):
+            options = {"name": ours.name, "shards": scratch, "device": "cpu", "dtype": args.dtype}
+            yield cell(loader, "cells", ranks=ours.ranks, **options)
     if args.ffcv_python:
+        options = {"images": images, "path": shards.with_suffix(".beton"), "kind": kind}
         for loader, crop in FFCV.items():
-            ffcv = peer(loader, "ffcv", images=images, path=scratch / f"{kind}.beton", kind=kind, crop=crop)
-            ffcv.python = args.ffcv_python
-            yield ffcv
+            yield cell(loader, "peers.ffcv", python=args.ffcv_python, crop=crop, **options)
     if kind != "raw":
         for loader, module in PEERS.items():
-            yield peer(loader, module, data=scratch / kind, dtype=args.dtype)
+            yield cell(loader, f"peers.{module}", data=shards, dtype=args.dtype)
     if kind == "keep":
         for loader, module in ON_FILES.items():
-            yield peer(loader, module, data=images)
+            yield cell(loader, f"peers.{module}", data=images)
 
 
 def table(records: list[Json]) -> str:

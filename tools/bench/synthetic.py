@@ -18,7 +18,7 @@ WARM_CALLS, LEAST_CALLS = 3, 3
 
 def noise(*shape: int, device: torch.device | str, channels_last: bool = True) -> Tensor:
     x = torch.randn(shape, device=device)
-    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
 def training_step(

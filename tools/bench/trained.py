@@ -25,8 +25,6 @@ from train.presets import PRESETS
 from train.resume import as_saved
 from train.run_folder import EXIT
 
-RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
-
 
 def add_arguments(p: argparse.ArgumentParser, folder: str) -> None:
     images = "CIFAR-10: a folder of train/ and test/, or a tar"
@@ -55,7 +53,7 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
     reject_another(run, command)
     if harness.read_json(run / EXIT).get("code") != 0:
-        done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
+        done = subprocess.run([sys.executable, str(harness.RUN), *command, "--run.dir", str(run)])
         if done.returncode:
             raise ExpressError(f"{run}: exited with code {done.returncode}; the same command resumes it")
     lines = report.read_metrics(run)

@@ -70,7 +70,6 @@ def lrn(*, batch: int, seconds: float, device: str, threads: int, form: str, cha
 def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
     """Milliseconds of each layer by itself, and its fraction of their sum; options: of `prepare`."""
     net, x = prepare(**options)
-    assert isinstance(net, AlexNet)
     names = {layer: name for name, layer in net.named_modules()}
     found = []
     for number, layer in enumerate(net.in_order()):

@@ -12,9 +12,6 @@ from typing import Any
 from pipeline.files import write_json
 from tools.bench.harness import Json, read_json
 
-ROOT = Path(__file__).resolve().parents[3]
-RUN = ROOT / "train" / "run.py"
-
 
 @dataclass
 class Proof:

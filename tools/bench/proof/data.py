@@ -19,14 +19,15 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     from tools.bench.data import shard
 
     folder = proof.scratch / f"pictures-{classes}-{count}"
-    if not folder.exists():
+    out = folder / "keep"
+    if not (out / MANIFEST).is_file():
         made = _made(min(count, DIFFERENT))
         for i in range(count):
             path = folder / "images" / f"{i % classes:04d}" / f"p{i:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(made[i % len(made)])
-        shard(folder / "images", folder / "keep")
-    return folder / "keep"
+        shard(folder / "images", out)
+    return out
 
 
 def _made(count: int) -> list[bytes]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.errors import ExpressError
+from train.environment import ROOT
 
 from . import grid, preflight, training
-from .base import ROOT, Json, Proof, tail
+from .base import Json, Proof, tail
 
 
 def layers(proof: Proof) -> Json:
@@ -23,7 +24,6 @@ def layers(proof: Proof) -> Json:
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
     options = {"batch": batch, "seconds": seconds, "compiled": not proof.tiny}
     result = measure(proof.device, dtype=torch.bfloat16, keep=proof.keep, **options)
-    proof.keep(result)
     if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
         raise ExpressError("; ".join(failed))
     return result

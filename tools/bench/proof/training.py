@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import ExpressError
+from tools.bench.harness import RUN
 
-from .base import RUN, Json, Proof, how_it_ended, tail
+from .base import Json, Proof, how_it_ended, tail
 from .data import enlarged, pictures, shards_of
 
 CLASSES = 1000
@@ -110,7 +111,6 @@ def cifar(proof: Proof, recipe: str) -> Json:
     """Seconds of training and evaluation until CIFAR-10's test images are known to 75 and 85 %."""
     from tools.bench import accuracy, trained
 
-    assert proof.cifar is not None
     shards, run = trained.shards(proof.cifar, proof.scratch / "cifar", size=36), proof.new_run()
     epochs, width = (1, 0.125) if proof.tiny else (accuracy.EPOCHS // 2, 1.0)
     flags = accuracy.flags(recipe, shards, epochs=epochs, width=width)
