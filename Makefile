@@ -15,7 +15,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 IMAGES ?=
-# Files of tests at a time; where they share cores, threads that spin while they wait take them from each other
+# Files of tests at a time; if they share cores, threads that spin while they wait take them from each other
 JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin

@@ -18,7 +18,7 @@ VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE=${IMAGE:-imagenet-express:$VERSION}
 BASE=${BASE:-$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)}
 SCRATCH=$(realpath -m "${SCRATCH:-build/image}")
-# Copies each layer whole, and works on every file system; STORAGE_DRIVER=overlay is quicker where it works.
+# Copies each layer whole, and works on every file system; STORAGE_DRIVER=overlay is quicker if it works.
 STORAGE=(--root "$SCRATCH/root" --runroot "$SCRATCH/run" --storage-driver "${STORAGE_DRIVER:-vfs}")
 MADE_BASE=localhost/imagenet-express-base:bookworm # by debootstrap
 lent=$(mktemp -d)
@@ -108,7 +108,7 @@ in_image() { # ENGINE COMMAND... ; as the image's own user
   engine buildah rm "$container" >/dev/null
 }
 
-look_for_lent() { # ENGINE ; fails where something of this host is in the image
+look_for_lent() { # ENGINE ; fails if something of this host is in the image
   local words=() word found
   while read -r word; do words+=(-e "$word"); done <"$lent/words"
   [[ ${#words[@]} -gt 0 ]] || return 0
