@@ -113,7 +113,9 @@ def test_an_import_circle_is_found_unless_a_function_breaks_it():
     assert "import circles: none" in limits.check(SMALL)[0]
     direct = SMALL | {"model/b.py": "if 1:\n    from . import c\n\n\ndef f(): ...\n"}
     _, exceeded = limits.check(direct)
-    assert exceeded == ["import circle: model.a → model.b → model.c → model.a"]
+    (error,) = exceeded
+    circle = error.removeprefix("import circle: ").split(" → ")
+    assert "".join(name[-1] for name in circle) in ("abca", "bcab", "cabc")
 
 
 USE = """
