@@ -3,10 +3,10 @@
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
 # make slurm-test   sharding and training on a real Slurm of two nodes on this machine: needs root and Debian
-# make simd    Pillow-SIMD instead of Pillow, built here: needs a compiler and the headers of libjpeg and zlib
+# make simd    Pillow-SIMD instead of Pillow, for images that are no JPEGs: needs a compiler, headers of libjpeg and zlib
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
 # make accuracy   CIFAR-10 by three recipes, side by side (IMAGES=a folder of train/ and test/, or a tar of them)
-# make image   the Docker image, and the demo inside it; without a Docker engine as root on Debian (docs/docker.md)
+# make image   the image, and the demo inside it, by docker, podman or buildah, whichever is installed (docs/docker.md)
 # make gpu-proof   what only a GPU can show (docs/gpu-proof.md); ARGS='--device cpu --tiny' runs the same steps without one
 
 VENV ?= .venv
@@ -15,7 +15,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 IMAGES ?=
-# Files of tests at a time; where they share cores, threads that spin while they wait take them from each other
+# Files of tests at a time; if they share cores, threads that spin while they wait take them from each other
 JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
@@ -80,8 +80,22 @@ bench: $(INSTALLED)
 gpu-proof:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_proof.py $(ARGS)
 
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)
+# Of the repository, without anybody's name or password
+SOURCE = $(shell git config --get remote.origin.url 2>/dev/null | sed -nE 's|^(https?://)([^/@]*@)?|\1|p')
+IMAGE ?= imagenet-express:$(VERSION)
+ENGINE ?= $(notdir $(firstword $(foreach engine,docker podman buildah,$(shell command -v $(engine)))))
+# OCI's own format, the default of all but docker, knows no HEALTHCHECK
+FORMAT = $(if $(filter docker,$(ENGINE)),,--format docker)
+BUILD_ARGS = $(foreach name,BASE DALI TORCH_INDEX PILLOW_SIMD COMPILER,$(if $($(name)),--build-arg $(name)='$($(name))'))
+
 image:
-	docker/build.sh
+	$(if $(ENGINE),,$(error make image needs docker, podman or buildah; none of them is installed))
+	DOCKER_BUILDKIT=1 $(ENGINE) build $(FORMAT) $(BUILD_ARGS) --build-arg VERSION='$(VERSION)' \
+		--build-arg COMMIT='$(COMMIT)' --build-arg SOURCE='$(SOURCE)' --file docker/Dockerfile --tag $(IMAGE) .
+	$(if $(filter buildah,$(ENGINE)),,$(ENGINE) run --rm $(IMAGE) smoke)
+	$(if $(filter buildah,$(ENGINE)),,$(ENGINE) image inspect --format '{{.Size}} bytes' $(IMAGE))
 
 clean:
 	rm -rf build *.egg-info runs/demo shards/digits

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 
 from model import AlexNet, ModelConfig
 from pipeline import AugmentConfig, Loader, LoaderConfig
+from pipeline.shards import file_sha256
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -105,3 +110,83 @@ def test_a_compiled_net_has_the_gradients_of_an_eager_one():
     for eager, compiled in zip(*gradients, strict=True):
         assert eager.norm() > 0
         assert (eager - compiled).norm() <= 1e-2 * eager.norm()
+
+
+# Runs that are killed, and runs of two ranks, against an undisturbed one
+
+STEPS, SAVED_AT = 60, 7  # a GPU may take 20 steps before a kill arrives
+
+
+def demo(digits: Path, run: Path, **env: str) -> subprocess.Popen[bytes]:
+    """The demo, deterministic and with every step recorded, so that runs can be compared."""
+    command = [sys.executable, str(ROOT / "train" / "run.py"), "demo", "--data.shards", str(digits)]
+    command += ["--run.dir", str(run), "--limit-steps", str(STEPS), "--train.epochs", "3", "--run.trackers"]
+    command += ["--optim.lr", "0.01", "--optim.warmup-epochs", "0", "--run.log-every", "1", "--run.record-ids"]
+    command += ["--run.save-every", str(SAVED_AT), "--run.ddp-backend", "gloo", "--run.deterministic"]
+    with open(run.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd="/", env=os.environ | env)
+
+
+def ended_well(process: subprocess.Popen[bytes], run: Path) -> None:
+    assert process.wait(120) == 0, run.with_suffix(".log").read_text()
+
+
+def losses(run: Path) -> list[float]:
+    """By step, without a line that a kill has cut."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def ids(run: Path) -> dict[int, list[int]]:
+    steps: dict[int, list[int]] = {}
+    for path in sorted((run / "ids").glob("rank-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(line["step"], []).extend(line["ids"])
+    return steps
+
+
+def weights(run: Path) -> list[str]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return [file_sha256(newest / f"{name}.safetensors") for name in ("model", "optimizer")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    ended_well(demo(digits, run), run)
+    return run
+
+
+def test_a_killed_run_and_the_same_command_give_the_bits_of_an_undisturbed_run(digits, undisturbed, tmp_path):
+    run = tmp_path / "killed"
+    process = demo(digits, run)
+    saved = run / "checkpoints" / f"step-{SAVED_AT:08d}"
+    while process.poll() is None and not (saved.is_dir() and len(losses(run)) >= SAVED_AT + 3):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(losses(run)) < STEPS, "the run had ended before the kill arrived"
+    ended_well(demo(digits, run), run)
+    assert losses(run) == losses(undisturbed)
+    assert weights(run) == weights(undisturbed)
+
+
+def test_two_ranks_on_one_device_see_the_ids_and_nearly_the_losses_of_one(digits, undisturbed, tmp_path):
+    """Each rank as if it had a machine of its own: Accelerate and DDP choose the device by the local rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = tmp_path / "two-ranks"
+    ranks = [demo(digits, run, **group, RANK=str(rank)) for rank in range(2)]
+    try:
+        for process in ranks:
+            ended_well(process, run)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ids(run) == ids(undisturbed)
+    np.testing.assert_allclose(losses(run)[:20], losses(undisturbed)[:20], rtol=0.02)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import limits
 from tests.conftest import ROOT
 
 PACKAGES = ("pipeline", "model", "train", "tools")
@@ -84,6 +85,40 @@ def test_no_file_hides_a_module_of_the_standard_library():
     for folder in ("train", "tools", "tools/bench"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.stem not in sys.stdlib_module_names or path.stem.startswith("__"), path
+
+
+SMALL = {
+    "model/a.py": '"""A docstring."""\n\nfrom .b import f  # a comment\n\nclass A:\n    """Another."""\n    x = 1\n',
+    "model/b.py": "import os\n\n\ndef f():\n    from .c import g\n\n    return g\n",
+    "model/c.py": "from model import a\n",
+}
+
+
+def test_limits_count_code_and_name_what_exceeds_them():
+    report, exceeded = limits.check(SMALL)
+    assert exceeded == []
+    assert limits.count_tokens(SMALL["model/a.py"]) == 11  # from . b import f, class A :, x = 1
+    assert "product           29 tokens, of 85,700 at most" in report
+    methods = "".join(f"    def m{i}(self): ...\n" for i in range(16))
+    large = {
+        "train/large.py": f"class Large:\n{methods}" + "\n" * 300,
+        "tools/bench/x.py": "x = [" + "1," * 12_000 + "]",
+    }
+    _, exceeded = limits.check(SMALL | large)
+    assert exceeded == [
+        "train/large.py: 317 lines, more than 300",
+        "train/large.py: Large: 16 methods, more than 15",
+        "tools/bench: 24,004 tokens, more than 22,500",
+    ]
+
+
+def test_an_import_circle_is_found_unless_a_function_breaks_it():
+    assert "import circles: none" in limits.check(SMALL)[0]
+    direct = SMALL | {"model/b.py": "if 1:\n    from . import c\n\n\ndef f(): ...\n"}
+    _, exceeded = limits.check(direct)
+    (error,) = exceeded
+    circle = error.removeprefix("import circle: ").split(" → ")
+    assert "".join(name[-1] for name in circle) in ("abca", "bcab", "cabc")
 
 
 USE = """

@@ -5,7 +5,7 @@
     python tools/gpu_proof.py --device cpu --tiny          all steps without a GPU, to check the script
     python tools/gpu_proof.py --tables docs/results.md     the page's GPU tables, from its results/gpu-*.json
 
-A, at most 5 minutes, no data: preflight, training on synthetic batches, layers, resuming, ranks, tests marked gpu.
+A, at most 5 minutes, no data: preflight, training on synthetic batches, layers, tests marked gpu.
 B, at most 4 minutes: the loader grid, training fed from shards, CIFAR-10. docs/gpu-proof.md prepares its data.
 
 Each step is a process with a time limit and writes gpu-STEP.json at once, so an early end leaves the earlier answers.
@@ -15,18 +15,13 @@ Exit codes: 0 all steps passed, 1 a step failed or had no time left, 2 usage.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -34,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
 from tools import cli
+from tools.bench.harness import Json, command_line, process, read_json, scratch_folder
 from tools.bench.proof import tables
 from tools.bench.proof.base import Proof, how_it_ended
 from tools.bench.proof.steps import STEPS
@@ -55,9 +51,7 @@ def parser() -> cli.Parser:
     p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
     p.add_argument("--shards", type=Path, metavar="DIR", help="holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
-    p.add_argument(
-        "--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar of them"
-    )
+    p.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar")
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
     p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="where the JSON goes (%(default)s)")
     p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
@@ -89,7 +83,7 @@ def answer(args: argparse.Namespace) -> None:
     where = Path(args.scratch), args.shards, args.images, args.cifar
     proof = Proof(args.device, args.tiny, *where, limit_seconds=float(args.limit), answer=path)
     try:
-        result: dict[str, Any] = {"passed": True, "result": STEPS[args.step].run(proof)}
+        result: Json = {"passed": True, "result": STEPS[args.step].run(proof)}
     except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
         result = read_json(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
     write_json(path, result)
@@ -100,14 +94,6 @@ def end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-        return value
-    except (OSError, ValueError):  # nothing was written
-        return {}
 
 
 # All steps
@@ -122,13 +108,12 @@ def walk(args: argparse.Namespace) -> None:
         deadline = sum(DEADLINE_SECONDS[command] for command in {STEPS[name].command for name in names})
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
-    with tempfile.TemporaryDirectory(prefix="imagenet-express-", ignore_cleanup_errors=True) as folder:
-        scratch = Path(folder)
+    with scratch_folder() as scratch:
         where = run_process(ENVIRONMENT, scratch, limit=60.0)
         if args.device.startswith("cuda") and where["answer"].get("gpus") == []:
             raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
-        common = {"device": args.device, "tiny": args.tiny}
-        common |= {"command": command_line(), "environment": where["answer"] or {"error": where["ended"]}}
+        common = {"device": args.device, "tiny": args.tiny, "command": command_line("tools/gpu_proof.py")}
+        common["environment"] = where["answer"] or {"error": where["ended"]}
         for name in names:
             left = deadline - (time.monotonic() - started)
             reason = why_skipped(name, args, left)
@@ -137,7 +122,8 @@ def walk(args: argparse.Namespace) -> None:
             path = args.out / f"gpu-{name}.json"
             if not reason or not path.exists():  # a skipped step leaves an earlier answer alone
                 write_json(path, {"step": name, **record})
-            print(f"{name}: {verdict(record)}", flush=True)
+            verdict = f"skipped: {reason}" if reason else f"{tables.verdict(record)} ({record['seconds']} s)"
+            print(f"{name}: {verdict}", flush=True)
             if record["passed"] is False or reason == NO_TIME:
                 failed.append(name)
     print(f"{time.monotonic() - started:.0f} s of {deadline:.0f}; {args.out}/gpu-*.json", flush=True)
@@ -164,7 +150,7 @@ def why_skipped(name: str, args: argparse.Namespace, seconds_left: float) -> str
     return NO_TIME if seconds_left < min(LEAST_SECONDS, step.limit_seconds) else ""
 
 
-def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left: float) -> dict[str, Any]:
+def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left: float) -> Json:
     """The step's record, whether it returned, died or was ended."""
     limit = min(STEPS[name].limit_seconds * (TINY_LIMITS if args.tiny else 1), seconds_left)
     ran = run_process(name, scratch, limit=limit)
@@ -176,41 +162,20 @@ def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left
     return record | failure | ran["answer"]
 
 
-def run_process(name: str, scratch: Path, *, limit: float) -> dict[str, Any]:
+def run_process(name: str, scratch: Path, *, limit: float) -> Json:
     """Runs this script for one step, for at most `limit` seconds, and then ends all that it has started."""
     path, log = scratch / f"{name}.json", scratch / f"{name}.log"
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--step", name, "--answer", str(path)]
     command += ["--scratch", str(scratch), "--limit", str(limit)]
     started, ended = time.monotonic(), ""
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    with open(log, "wb") as output, process(command, stdout=output, stderr=subprocess.STDOUT) as step:
         try:
-            if code := process.wait(limit):
+            if code := step.wait(limit):
                 ended = how_it_ended(code)
         except subprocess.TimeoutExpired:
             ended = f"took longer than its limit of {limit:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)  # a process that hangs in a driver cannot be ended
     lines = log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
     return {"answer": read_json(path), "ended": ended, "tail": lines, "seconds": round(time.monotonic() - started, 1)}
-
-
-def verdict(record: dict[str, Any]) -> str:
-    if record["passed"] is None:
-        return f"skipped: {record['skipped']}"
-    how = "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
-    return f"{how} ({record['seconds']} s)"
-
-
-def command_line() -> str:
-    """As typed, with the names of folders instead of this machine's paths."""
-    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return shlex.join(["python", "tools/gpu_proof.py", *words])
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def in_context(path: str) -> bool:
 def test_the_context_is_the_source_and_nothing_else():
     outside = (
         ".git/config", ".venv/bin/python", "runs/demo/config.json", "shards/digits/manifest.json", "tests/conftest.py",
-        "build/image/root", "data/x.tar", ".env", "docs/docker.md", "docker/slurm/node.sh", "docker/build.sh",
+        "build/image/root", "data/x.tar", ".env", "docs/docker.md", "docker/slurm/node.sh", "docker/lock.py",
         "train/__pycache__/run.cpython-311.pyc", "pipeline/read/__pycache__/jpeg.nbi",
     )  # fmt: skip
     assert [path for path in outside if in_context(path)] == []
@@ -218,10 +218,12 @@ def test_there_is_a_test_of_each_configuration():
 
 
 def lend(out: Path, **env: str) -> dict[str, str]:
-    """What docker/lend.py finds on a host that has no more than `env`."""
+    """What tests/docker/lend.py finds on a host that has no more than `env`."""
     out.mkdir()
     plain = {"PATH": str(Path(sys.executable).parent), "HOME": str(out), "XDG_CONFIG_DIRS": str(out)}
-    done = subprocess.run([sys.executable, str(DOCKER / "lend.py"), str(out)], env=plain | env, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "docker" / "lend.py"), str(out)], env=plain | env, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return {file.name: file.read_text() for file in out.iterdir() if file.is_file()}
 

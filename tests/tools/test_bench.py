@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import ExpressError
 from tests.conftest import ROOT, picture, run_tool, the_error
 
 sys.path.append(str(ROOT))
-from tools.bench import fig1, layers
+from tools.bench import __main__ as bench
+from tools.bench import fig1, harness, layers
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def test_accuracy_trains_each_recipe_once_and_draws_them(tiny_cifar, tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
 
-def test_images_without_the_two_folders_are_refused(tmp_path):
+def test_images_without_the_two_folders_are_an_error(tmp_path):
     (tmp_path / "train").mkdir()
     done = run_tool("tools/bench/__main__.py", "accuracy", "--images", tmp_path, "--dir", tmp_path / "runs")
     assert done.returncode == 65
@@ -73,15 +79,15 @@ def test_the_best_rate_needs_the_fewest_epochs_and_of_those_the_greatest_accurac
     both = {"relu": found | {"0.003": result(0.003, 5, 0.1)}}
     text = fig1.table(both, {"relu": fig1.fastest(found), "tanh": None})
     assert "> 9" in text
-    assert text.splitlines()[1].endswith("5")
+    assert text.splitlines()[2].endswith("| 5 |")
 
 
-def test_every_benchmark_explains_itself():
-    for kind in ("loader", "shards", "train", "saves", "order", "accuracy", "fig1"):
-        argv = [sys.executable, str(ROOT / "tools" / "bench"), kind, "--help"]
-        done = subprocess.run(argv, capture_output=True, text=True)
-        assert done.returncode == 0
-        assert "--json FILE" in done.stdout
+def test_every_benchmark_explains_itself(capsys):
+    parser = bench.make_parser()
+    for kind in bench.BENCHMARKS:
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse_args([kind, "--help"])
+        assert "--json FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("side", "padding"), [(224, 0), (224, 2), (227, 0), (227, 2)])
@@ -106,3 +112,76 @@ def test_each_layer_is_measured_and_one_that_fails_costs_only_itself(monkeypatch
         for scale in ("saves the scale", "computes it again"):
             assert found[f"lrn1 {form}, {scale}"]["times_copy"] > 0
     assert {"pool after lrn2", "optimiser sgd", "optimiser velocity", "optimiser lars"} <= found.keys()
+
+
+# The harness
+
+SLEEPING = """
+import sys
+sys.path.insert(0, {root!r})
+from tools.bench import harness
+with harness.scratch_folder() as scratch:
+    print(scratch, flush=True)
+    harness.run("subprocess:run", {{"args": ["sleep", "600"]}})
+"""
+
+
+def child_of(pid: int) -> int:
+    children, found = Path(f"/proc/{pid}/task/{pid}/children"), []
+    while not found:
+        time.sleep(0.05)
+        found = children.read_text().split()
+    return int(found[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_benchmark_removes_its_scratch_and_its_processes(number):
+    command = [sys.executable, "-c", SLEEPING.format(root=str(ROOT))]
+    benchmark = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    scratch = Path(benchmark.stdout.readline().strip())
+    assert scratch.is_dir()
+    measuring = child_of(benchmark.pid)
+    sleeping = child_of(measuring)
+    benchmark.send_signal(number)
+    benchmark.communicate(timeout=60)
+    assert benchmark.returncode
+    assert not scratch.exists()
+    assert not Path(f"/proc/{measuring}").exists()
+    assert not Path(f"/proc/{sleeping}/fd/0").exists()  # nobody may have reaped it
+
+
+COUNTED = """
+def counted(images, seconds, world=1, rank=0):
+    return {"images": images, "seconds": seconds, "cpu_seconds": 1.0, "megabytes": 7.0}
+"""
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch) -> str:
+    (tmp_path / "counting.py").write_text(COUNTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "counting:counted"
+
+
+def test_cells_are_recorded_after_every_round_with_the_sum_of_their_ranks(tmp_path, monkeypatch, counted):
+    monkeypatch.setattr(sys, "argv", ["bench", "loader", "--images", "/data/sample.tar"])
+    args = argparse.Namespace(json=tmp_path / "x.json", kind="loader", rounds=2, images=Path("/data/sample.tar"))
+    record, written = harness.Record(args, "rates"), []
+    monkeypatch.setattr(harness, "write_json", lambda path, value: written.append(json.loads(json.dumps(value))))
+    one = harness.Cell({"what": "one"}, counted, {"images": 100, "seconds": 2.0})
+    both = harness.Cell({"what": "both"}, counted, {"images": 100, "seconds": 2.0}, "one", ranks=2)
+    results = harness.interleave([one, both], 2, record)
+    assert [len(content["results"][0]["rates"]) for content in written] == [1, 2]
+    assert results[1] == {
+        "what": "both", "images_per_second": 100.0, "rates": [100.0, 100.0], "cpu_microseconds_an_image": 10_000.0,
+        "against": "one", "megabytes_a_worker": 7.0,
+    }  # fmt: skip
+    assert written[0]["command"] == "python tools/bench loader --images sample.tar"
+    assert written[0]["settings"] == {"rounds": 2}
+    assert "| both | 100.0 | 2.00 × one | 7.0 |" in harness.table(results)
+
+
+def test_a_cell_that_fails_is_named_with_its_last_line(counted):
+    cell = harness.Cell({"data": "jpeg", "loader": "x"}, counted, {"images": 1})
+    with pytest.raises(ExpressError, match=r"jpeg, x: TypeError: counted\(\) missing .* 'seconds'"):
+        cell.measure()

@@ -163,8 +163,8 @@ def test_cells_have_unique_names_valid_options_and_those_that_may_crash_come_las
     assert len(set(names)) == len(names)
     assert [cell.alone for cell in CELLS] == sorted(cell.alone for cell in CELLS)
     for cell in CELLS:
-        assert isinstance(cell.config(threads=2), LoaderConfig)
-    region = [cell for cell in CELLS if cell.backend == "dali-gpu" and cell.decode == "region"]
+        assert isinstance(cell.config, LoaderConfig)
+    region = [cell for cell in CELLS if cell.config.backend == "dali-gpu" and cell.config.decode == "region"]
     assert region
     assert all(cell.alone for cell in region)
 
@@ -292,7 +292,7 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
         ("region", {"cells": [crashed]}, {}),
         ("cifar-seed", {"seconds_to": {"75%": 41.2, "85%": None}, "best_top1": 0.79, "images_per_second": 9e4}, {}),
         ("layers", {"lrn1 eager": {"milliseconds": 1.25, "times_copy": 2.5}, "pool": {"error": "E: x"}}, {}),
-        ("resume", {}, {"passed": False, "error": "RunError: line\nother bits"}),
+        ("tests", {}, {"passed": False, "error": "RunError: line\nother bits"}),
         ("profile", {}, {"passed": False, "error": "was ended by SIGSEGV"}),
         ("train-1024", SPEED, {"tiny": True}),
         ("fed-1024", {"fed": SPEED}, {"device": "cpu"}),
@@ -312,8 +312,8 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
         "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV |  |  |",
         "| `seed` | 41 | not measured | 79.00% | 90,000 |",
         "| `modern` | not measured | not measured | not measured | not measured |",
-        "| killed and started again under `--run.deterministic`: the same bits | failed: other bits |",
-        "| tests marked `gpu` | not measured |",
+        "| tests marked `gpu`: a killed run's bits, two ranks' ids, and others | failed: other bits |",
+        "| packages, compiler and decoders; pixels of the GPU against the CPU's | not measured |",
         "| step `profile` | failed: was ended by SIGSEGV |",
     ):
         assert line in text.splitlines(), line

@@ -9,7 +9,8 @@
     python tools/bench accuracy --images cifar10.tar.xz
     python tools/bench fig1 --images cifar10.tar.xz
 
-Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command.
+Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command, again
+after each round.
 """
 
 from __future__ import annotations
@@ -20,22 +21,26 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools import cli
-from tools.bench import accuracy, feed, fig1, loader, order, saves, shards, train
+from tools.bench import accuracy, feed, fig1, harness, loader, order, saves, shards, train
+
+MODULES = (loader, shards, train, saves, feed, order, accuracy, fig1)
+BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in MODULES}
+
+
+def make_parser() -> cli.Parser:
+    p = cli.Parser(prog="bench", description=__doc__)
+    kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
+    for name, module in BENCHMARKS.items():
+        own = kinds.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        module.add_arguments(own)
+        own.add_argument("--json", type=cli.new_file, metavar="FILE", help="write all measurements there")
+    return p
 
 
 def main() -> None:
-    p = cli.Parser(prog="bench", description=__doc__)
-    kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
-    loader.add_arguments(kinds.add_parser("loader", help="images a second, decoded and cropped"))
-    shards.add_arguments(kinds.add_parser("shards", help="images a second, from class folders to verified shards"))
-    train.add_arguments(kinds.add_parser("train", help="training steps on synthetic images"))
-    saves.add_arguments(kinds.add_parser("saves", help="what a checkpoint costs a run"))
-    feed.add_arguments(kinds.add_parser("feed", help="the Python work of handing images to DALI"))
-    order.add_arguments(kinds.add_parser("order", help="what the order costs and how well a window mixes"))
-    accuracy.add_arguments(kinds.add_parser("accuracy", help="CIFAR-10 by three recipes: an hour and a half"))
-    fig1.add_arguments(kinds.add_parser("fig1", help="the paper's figure 1: ReLU against tanh"))
-    args = p.parse_args()
-    args.run(args)
+    args = make_parser().parse_args()
+    benchmark = BENCHMARKS[args.kind]
+    benchmark.run(args, harness.Record(args, benchmark.WHAT))
 
 
 if __name__ == "__main__":

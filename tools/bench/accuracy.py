@@ -1,23 +1,21 @@
-"""CIFAR-10 by three recipes on one net, narrow unless told: about as many minutes each, curves side by side.
+"""CIFAR-10 by three recipes: an hour and a half.
 
-The seed's recipe and the paper's are theirs but for the net, its initialisation (He's: theirs is for the full width),
-crops of 32 from 36 pixels, and bf16; modern's crops are random resized ones. Inputs are of unit variance, which He's
-initialisation is for: with the paper's, pixels less the mean image, the loss ran off within six steps at its rate, and
-stood still at a tenth of it. A run that was stopped goes on; one that is done is not run again.
+One net, narrow by default, about as many minutes for each recipe, curves side by side. The seed's recipe and the
+paper's are theirs but for the net, its initialisation (He's: theirs is for the full width), crops of 32 from 36 pixels,
+and bf16; modern's crops are random resized ones. Inputs are of unit variance, which He's initialisation is for: with
+the paper's, pixels less the mean image, the loss ran off within six steps at its rate, and stood still at a tenth of
+it. A run that was stopped is resumed; one that is done is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.files import write_json
-from tools.bench import trained
-from train import environment
+from tools.bench import harness, trained
 
+WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net"
 EPOCHS, WIDTH = 35, 0.375
 LRN_COSTS = 1.4  # an epoch with response normalisation, of one with batch normalisation, by processor time
 LEVELS = (0.6, 0.7, 0.75, 0.8, 0.85)
@@ -39,28 +37,20 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=int, default=EPOCHS, help="of modern; of the others 1 / 1.4 of it (%(default)s)")
     p.add_argument("--width", type=float, default=WIDTH, help="of the net, 1 on a GPU (%(default)s)")
     p.add_argument("--only", choices=list(RECIPES), help="one recipe; what --json holds of others stays")
-    p.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, record: harness.Record) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, size=36)
-    results = {}
+    held = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
-        results[name] = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
-        results[name]["seconds_to"] = {f"{level:.0%}": seconds_to(level, results[name]) for level in LEVELS}
+        result = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
+        held[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
+        record.keep(results={name: held[name] for name in RECIPES if name in held})
+    results = record.content["results"]
     print(table(results))
     if args.json:
-        if args.only and args.json.is_file():
-            held = json.loads(args.json.read_text())["results"] | results
-            results = {name: held[name] for name in RECIPES if name in held}
-        described = {
-            "what": "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net",
-            "command": "python tools/bench accuracy",
-            "environment": environment.describe(),
-        }
-        write_json(args.json, described | {"results": results})
         draw(results, args.json.with_suffix(".png"))
 
 
@@ -71,49 +61,39 @@ def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     return [*data, *NET, *COMMON, "--model.width", str(width), *RECIPES[name]]
 
 
-def seconds_to(level: float, result: dict[str, Any]) -> float | None:
-    """Until an evaluation, of the weights or their average, first reached a top-1 of `level`, where that was timed."""
-    if "seconds_by_epoch" not in result:
-        return None
+def seconds_to(level: float, result: harness.Json) -> float | None:
+    """Until an evaluation, of the weights or their average, first reached a top-1 of `level`, if that was timed."""
     tops = result["top1_by_epoch"]
-    tops = [max(pair) for pair in zip(tops, result.get("top1_of_average_by_epoch", tops), strict=True)]
-    return next((s for s, top1 in zip(result["seconds_by_epoch"], tops, strict=True) if top1 >= level), None)
+    best = map(max, tops, result.get("top1_of_average_by_epoch", tops))
+    return next((s for s, top1 in zip(result.get("seconds_by_epoch", []), best) if top1 >= level), None)
 
 
-def minutes(result: dict[str, Any]) -> str:
-    seconds = result.get("seconds_training_and_evaluating")
-    return f"{seconds / 60:.1f}" if seconds else "–"
-
-
-def table(results: dict[str, Any]) -> str:
-    levels = "".join(f"{f'to {level:.0%}':>9}" for level in LEVELS)
-    rows = [f"{'recipe':<10} {'top-1':>8} {'best':>8} {'of average':>11} {'minutes':>8} {'img/s':>8}{levels}"]
+def table(results: harness.Json) -> str:
+    rows = []
     for name, result in results.items():
-        average = result.get("top1_of_average_by_epoch")
+        average, seconds = result.get("top1_of_average_by_epoch"), result.get("seconds_training_and_evaluating")
         rows.append(
-            f"{name:<10} {result['last']['top1']:>8.2%} {max(result['top1_by_epoch']):>8.2%}"
-            f" {f'{average[-1]:.2%}' if average else '–':>11}"
-            f" {minutes(result):>8} {result['images_per_second']:>8,.0f}"
-            + "".join(f"{f'{s:,.0f} s' if s else '–':>9}" for s in result["seconds_to"].values())
+            [
+                name,
+                f"{result['last']['top1']:.2%}",
+                f"{max(result['top1_by_epoch']):.2%}",
+                f"{average[-1]:.2%}" if average else "–",
+                f"{seconds / 60:.1f}" if seconds else "–",
+                f"{result['images_per_second']:,.0f}",
+                *(f"{s:,.0f} s" if s else "–" for s in result["seconds_to"].values()),
+            ]
         )
-    return "\n".join(rows)
+    header = ["recipe", "top-1", "best", "of average", "minutes", "img/s", *(f"to {level:.0%}" for level in LEVELS)]
+    return harness.markdown(header, rows)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, result in results.items():
-        tops = result["top1_by_epoch"]
-        (line,) = axes.plot(range(1, len(tops) + 1), [100 * t for t in tops], label=name)
-        if average := result.get("top1_of_average_by_epoch"):
-            label = f"{name}, averaged weights"
-            axes.plot(range(1, len(tops) + 1), [100 * t for t in average], "--", color=line.get_color(), label=label)
-    axes.set(xlabel="epoch", ylabel="top-1 on the test images, %", ylim=(None, 100))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(results: harness.Json, path: Path) -> None:
+    with trained.chart(path, xlabel="epoch", ylabel="top-1 on the test images, %", ylim=(None, 100)) as axes:
+        axes.grid(alpha=0.3)
+        for name, result in results.items():
+            tops, average = result["top1_by_epoch"], result.get("top1_of_average_by_epoch")
+            epochs = range(1, len(tops) + 1)
+            (line,) = axes.plot(epochs, [100 * t for t in tops], label=name)
+            if average:
+                style = {"color": line.get_color(), "label": f"{name}, averaged weights"}
+                axes.plot(epochs, [100 * t for t in average], "--", **style)

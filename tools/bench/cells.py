@@ -3,7 +3,7 @@
     python tools/bench/cells.py jpeg-portable jpeg-dali-cpu --shards SHARDS --device cpu
 
 SHARDS holds a folder of shards for each kind of data: keep, jpeg, raw. Prints one line of JSON for each cell as soon
-as it is measured. Add a cell by adding it to CELLS.
+as it is measured. The GPU proof measures CELLS, `tools/bench loader` the CPU's of them and VARIANTS: add a cell there.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,12 @@ import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
 from pipeline.cores import usable_cores
+from pipeline.read import portable, reader
+from tools.bench.harness import add_options
+from tools.bench.timing import rate
 
-WARM_UP = 8  # batches: the first ones fill queues, allocate memory and load kernels
 HARDWARE_LOADS = (0.65, 0.9, 1.0)
+DATA = ("jpeg", "keep", "raw")
 
 
 @dataclass(frozen=True)
@@ -34,94 +40,112 @@ class LoaderCell:
 
     name: str
     data: str  # how the images are stored: keep, jpeg or raw
-    backend: str
-    decode: str = "auto"
-    hw_decoder_load: float = 0.65
+    config: LoaderConfig
     devices: tuple[str, ...] = ("cpu", "cuda")  # the types of device that it is measured on
     alone: bool = False  # it may crash its process, so it runs after all others in a process of its own
+    jitter: bool = False  # random resized crops
+    ranks: int = 1
+    delay: float = 0.0  # seconds to sleep before every read, as if nothing were cached
 
-    def config(self, *, threads: int) -> LoaderConfig:
-        return LoaderConfig(self.backend, threads, decode=self.decode, hw_decoder_load=self.hw_decoder_load)
+
+def on_gpu(data: str, decode: str, load: float, **options: bool) -> LoaderCell:
+    config = LoaderConfig("dali-gpu", decode=decode, hw_decoder_load=load)
+    return LoaderCell(f"{data}-dali-gpu-{decode}-{load:g}", data, config, ("cuda",), **options)
 
 
+PORTABLE, DALI_CPU = LoaderConfig("portable"), LoaderConfig("dali-cpu")
 CELLS = (
     # The safest backend first: a crash costs the cells after it that share its process.
-    *(LoaderCell(f"{data}-portable", data, "portable") for data in ("jpeg", "keep", "raw")),
-    *(LoaderCell(f"{data}-dali-cpu", data, "dali-cpu") for data in ("jpeg", "keep", "raw")),
-    *(
-        LoaderCell(f"{data}-dali-gpu-whole-{load:g}", data, "dali-gpu", "whole", load, ("cuda",))
-        for data in ("jpeg", "keep")
-        for load in HARDWARE_LOADS
-    ),
-    LoaderCell("raw-dali-gpu", "raw", "dali-gpu", devices=("cuda",)),  # nothing to decode
-    LoaderCell("jpeg-dali-cpu-whole", "jpeg", "dali-cpu", "whole", devices=("cpu",), alone=True),
-    *(
-        LoaderCell(f"jpeg-dali-gpu-region-{load:g}", "jpeg", "dali-gpu", "region", load, ("cuda",), alone=True)
-        for load in HARDWARE_LOADS
-    ),
+    *(LoaderCell(f"{data}-portable", data, PORTABLE) for data in DATA),
+    *(LoaderCell(f"{data}-dali-cpu", data, DALI_CPU) for data in DATA),
+    *(on_gpu(data, "whole", load) for data in ("jpeg", "keep") for load in HARDWARE_LOADS),
+    LoaderCell("raw-dali-gpu", "raw", LoaderConfig("dali-gpu"), ("cuda",)),  # nothing to decode
+    LoaderCell("jpeg-dali-cpu-whole", "jpeg", LoaderConfig("dali-cpu", decode="whole"), ("cpu",), alone=True),
+    *(on_gpu("jpeg", "region", load, alone=True) for load in HARDWARE_LOADS),
 )
+VARIANTS = (
+    *(LoaderCell(f"{data}-unverified", data, LoaderConfig("portable", verify=False)) for data in DATA),
+    *(LoaderCell(f"{data}-jitter", data, PORTABLE, jitter=True) for data in DATA),
+    *(LoaderCell(f"jpeg-{ranks}-ranks", "jpeg", PORTABLE, ranks=ranks) for ranks in (2, 4)),
+    *(LoaderCell(f"jpeg-{delay}-ms-late", "jpeg", PORTABLE, delay=delay / 1000) for delay in (1, 10)),
+)
+BY_NAME = {cell.name: cell for cell in (*CELLS, *VARIANTS)}
 
 
-def measure(cell: LoaderCell, shards: Path, *, device: str, batch: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Images per second that the loader delivers to `device`, after a warm-up.
+def batches(
+    name: str, shards: str | Path, device: str, dtype: str, batch: int, threads: int, rank: int = 0, world: int = 1
+) -> Iterator[int]:
+    """Sizes of the batches that the loader has delivered to `device`, without end.
 
-    shards: a folder of shard folders, by kind of data. began, ended: Unix times, to find other measurements by.
+    shards: a folder of shard folders, by kind of data. batch: of each rank.
     """
-    dtype = "float16" if device.startswith("cuda") else "float32"
+    cell = BY_NAME[name]
+    if cell.delay:
+        slow_storage(cell.delay)
     with Loader(
-        shards / cell.data,
-        batch=batch,
+        Path(shards) / cell.data,
+        batch=batch * world,
+        rank=rank,
+        world=world,
         device=device,
         dtype=dtype,
-        channels_last=True,
-        augment=AugmentConfig(square=False),
-        config=cell.config(threads=threads),
+        channels_last=dtype != "uint8",  # floats as training takes them, bytes as the peers deliver them
+        augment=AugmentConfig(square=False, scale_jitter=(0.08, 1.0) if cell.jitter else None),
+        # 0: each of several ranks takes its fraction of the cores.
+        config=replace(cell.config, threads=threads if world == 1 else 0),
     ) as loader:
-        stream = itertools.chain.from_iterable(itertools.repeat(loader))
-
-        def next_batch() -> int:
-            images = next(stream).images
+        for images, *_ in itertools.chain.from_iterable(itertools.repeat(loader)):
             if images.is_cuda:
                 torch.cuda.synchronize()
-            return len(images)
+            yield len(images)
 
-        warm_until = time.perf_counter() + min(1.0, seconds)
-        for number in itertools.count():
-            next_batch()
-            if number >= WARM_UP and time.perf_counter() > warm_until:
-                break
-        began, started, cpu_started, images = time.time(), time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - started < seconds:
-            images += next_batch()
-        elapsed, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+
+def slow_storage(seconds: float) -> None:
+    """Makes each read of encoded images wait, whichever thread makes it."""
+    read, fetch_images = os.preadv, reader.fetch_images
+
+    def delayed(*args: object) -> int:
+        time.sleep(seconds)
+        return read(*args)
+
+    def delayed_block(buffer: Any, at: Any, fds: Any, *args: object) -> int:
+        for fd in fds:
+            if fd >= 0:
+                time.sleep(seconds)
+        return fetch_images(buffer, at, fds, *args)
+
+    os.preadv, portable.fetch_images, reader.fetch_images = delayed, delayed_block, delayed_block
+
+
+def measure(cell: LoaderCell, shards: Path, *, seconds: float, **options: Any) -> dict[str, Any]:
+    """Images per second after a warm-up. began, ended: Unix times, to find other measurements by."""
+    dtype = "float16" if options["device"].startswith("cuda") else "float32"
+    with closing(batches(cell.name, shards, dtype=dtype, **options)) as sizes:
+        found = rate(sizes, seconds, warm_seconds=min(1.0, seconds))
+        ended = time.time()
     return {
         **asdict(cell),
-        "images_per_second": round(images / elapsed, 1),
-        "cpu_microseconds_per_image": round(cpu_seconds / images * 1e6, 1),
-        "batch": batch,
-        "threads": threads,
+        "images_per_second": round(found["images"] / found["seconds"], 1),
+        "cpu_microseconds_per_image": round(found["cpu_seconds"] / found["images"] * 1e6, 1),
+        **options,
         "dtype": dtype,
-        "began": began,
-        "ended": time.time(),
+        "began": ended - found["seconds"],
+        "ended": ended,
     }
 
 
 def main() -> None:
-    by_name = {cell.name: cell for cell in CELLS}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("cells", nargs="+", choices=by_name, metavar="CELL", help=f"of {', '.join(by_name)}")
+    p.add_argument("cells", nargs="+", choices=BY_NAME, metavar="CELL", help=f"of {', '.join(BY_NAME)}")
     p.add_argument("--shards", type=Path, required=True, metavar="DIR", help="holds keep/, jpeg/ and raw/")
-    p.add_argument("--device", default="cuda:0", help="(%(default)s)")
-    p.add_argument("--batch", type=int, default=256, help="(%(default)s)")
-    p.add_argument("--threads", type=int, default=usable_cores(), help="decoding threads (%(default)s)")
-    p.add_argument("--seconds", type=float, default=5.0, help="of each cell (%(default)s)")
-    args = p.parse_args()
-    options = {"device": args.device, "batch": args.batch, "threads": args.threads, "seconds": args.seconds}
-    for name in args.cells:
+    add_options(p, device="cuda:0", batch=256, threads=usable_cores(), seconds=5.0)
+    options = vars(p.parse_args())
+    shards = options.pop("shards")
+    for name in options.pop("cells"):
         try:
-            result = measure(by_name[name], args.shards, **options)
+            result = measure(BY_NAME[name], shards, **options)
         except Exception as err:  # whatever it is, the other cells still have figures to give
-            result = {**asdict(by_name[name]), "error": f"{type(err).__name__}: {err}"}
+            result = {**asdict(BY_NAME[name]), "error": f"{type(err).__name__}: {err}"}
         print(json.dumps(result), flush=True)
 
 

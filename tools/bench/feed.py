@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
-from pipeline.cores import usable_cores
-from pipeline.files import write_json
 from pipeline.read import dali, reader
-from pipeline.write.build import Options, Plan, build
-from pipeline.write.images import Encoding
-from pipeline.write.sources import ImageFolder
-from tools.bench.loader import unpacked
-from train import environment
+from tools.bench import data, harness
+
+WHAT = (
+    "CPU microseconds an image of Python's threads, feeding DALI on a CPU without decoding;"
+    " the compiled reads, which do not hold the GIL, are left out"
+)
 
 
 class NoDecode(dali.Graph):
@@ -53,12 +51,9 @@ class CpuTime:
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--images", type=Path, required=True, help="class folders of JPEGs, or a tar of them")
-    p.add_argument("--batch", type=int, default=256, help="images a batch (%(default)s)")
+    harness.add_images(p)
+    harness.add_options(p, rounds=5, batch=256)
     p.add_argument("--batches", type=int, default=200, help="of one measurement (%(default)s)")
-    p.add_argument("--rounds", type=int, default=5, help="measurements (%(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
-    p.set_defaults(run=run)
 
 
 def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
@@ -93,26 +88,12 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(prefix="imagenet-express-") as scratch:
-        images = unpacked(args.images, Path(scratch) / "images")
-        plan = Plan(ImageFolder(images), Options(Encoding("jpeg"), samples_per_shard=250))
-        build(plan, Path(scratch) / "jpeg", workers=usable_cores())
-        rounds = [
-            microseconds(Path(scratch) / "jpeg", batch=args.batch, batches=args.batches) for _ in range(args.rounds)
-        ]
-    medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+def run(args: argparse.Namespace, record: harness.Record) -> None:
+    rounds = []
+    with harness.scratch_folder() as scratch:
+        data.shard(data.unpacked(args.images, scratch / "images"), scratch / "jpeg")
+        for _ in range(args.rounds):
+            rounds.append(microseconds(scratch / "jpeg", batch=args.batch, batches=args.batches))
+            medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+            record.keep(medians=medians, rounds=rounds)
     print("\n".join(f"{name}: {value} µs an image" for name, value in medians.items()))
-    if args.json:
-        write_json(
-            args.json,
-            {
-                "what": "CPU microseconds an image of Python's threads, feeding DALI on a CPU without decoding;"
-                " the compiled reads, which do not hold the GIL, are left out",
-                "command": f"python tools/bench feed --images {args.images.name}",
-                "settings": {"batch": args.batch, "batches": args.batches, "rounds": args.rounds},
-                "environment": environment.describe(),
-                "medians": medians,
-                "rounds": rounds,
-            },
-        )

@@ -1,72 +1,57 @@
-"""What the order costs, and how well a window mixes: computed on made labels, nothing is read."""
+"""The cost of the order, and how well a window mixes: computed on made labels, nothing is read."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 
-from pipeline.files import write_json
 from pipeline.read import order
-from train import environment
+from tools.bench import harness
 
 SHARDS, SAMPLES_A_SHARD, CLASSES, BATCH = 1024, 1251, 1000, 256
+SAMPLES = SHARDS * SAMPLES_A_SHARD
+WHAT = f"{SAMPLES} samples in {SHARDS} shards, {CLASSES} classes, global batch {BATCH}"
 SETTINGS = [(1, 0), (1, 1), (1, 4), (1, 16), (1, 64), (1, 256), (8, 0), (8, 16)]
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--rounds", type=int, default=5, help="timings of each setting (%(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
-    p.set_defaults(run=run)
+    harness.add_options(p, rounds=5)
 
 
 def classes_a_batch(labels: np.ndarray, ids: np.ndarray) -> float:
     """Mean number of distinct classes in a global batch."""
     batches = np.sort(labels[ids].reshape(-1, BATCH), axis=1)
-    return float((np.diff(batches, axis=1) != 0).sum(1).mean() + 1)
+    return round(float((np.diff(batches, axis=1) != 0).sum(1).mean() + 1), 1)
 
 
-def run(args: argparse.Namespace) -> None:
-    sizes = np.full(SHARDS, SAMPLES_A_SHARD)
-    samples = SHARDS * SAMPLES_A_SHARD
-    in_order = np.arange(samples) * CLASSES // samples  # stored class after class
-    shuffled = in_order[np.random.default_rng(0).permutation(samples)]  # stored as make_shards.py does
-    records = []
+def run(args: argparse.Namespace, record: harness.Record) -> None:
+    by_class = np.arange(SAMPLES) * CLASSES // SAMPLES  # stored class after class
+    shuffled = by_class[np.random.default_rng(0).permutation(SAMPLES)]  # stored as make_shards.py does
+    results = []
     for partitions, window in SETTINGS:
-        seconds = []
-        for epoch in range(args.rounds):
-            started = time.perf_counter()
-            ids = order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH, partitions=partitions, window=window)
-            seconds.append(time.perf_counter() - started)
-        records.append(
+        ids, milliseconds = timed_order(args.rounds, partitions=partitions, window=window)
+        results.append(
             {
                 "partitions": partitions,
                 "window": window,
-                "milliseconds_an_epoch": round(statistics.median(seconds) * 1e3, 1),
-                "classes_a_batch_stored_shuffled": round(classes_a_batch(shuffled, ids), 1),
-                "classes_a_batch_stored_by_class": round(classes_a_batch(in_order, ids), 1),
+                "milliseconds_an_epoch": milliseconds,
+                "classes_a_batch_stored_shuffled": classes_a_batch(shuffled, ids),
+                "classes_a_batch_stored_by_class": classes_a_batch(by_class, ids),
             }
         )
-    print(table(records))
-    if args.json:
-        write_json(
-            args.json,
-            {
-                "what": f"{samples} samples in {SHARDS} shards, {CLASSES} classes, global batch {BATCH}",
-                "command": "python tools/bench order",
-                "environment": environment.describe(),
-                "results": records,
-            },
-        )
+        record.keep(results=results)
+    header = [name.replace("_", " ") for name in results[0]]
+    print(harness.markdown(header, [map(str, result.values()) for result in results], left=0))
 
 
-def table(records: list[dict]) -> str:
-    lines = [
-        "| partitions | window | ms an epoch | classes a batch, stored shuffled | stored by class |",
-        "| ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += ["| " + " | ".join(str(value) for value in record.values()) + " |" for record in records]
-    return "\n".join(lines)
+def timed_order(rounds: int, **options: int) -> tuple[np.ndarray, float]:
+    """The order of the last of `rounds` epochs, and the median milliseconds of making one."""
+    sizes, seconds = np.full(SHARDS, SAMPLES_A_SHARD), []
+    for epoch in range(rounds):
+        started = time.perf_counter()
+        ids = order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH, **options)
+        seconds.append(time.perf_counter() - started)
+    return ids, round(statistics.median(seconds) * 1e3, 1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,25 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tools import report
-from tools.bench.loader import unpacked
+from tools.bench import harness
+from tools.bench.data import unpacked
 from train.cli import parse
 from train.config import Config
 from train.run_folder import EXIT, read_metrics
 
-RUN = Path(__file__).resolve().parents[2] / "train" / "run.py"
-
 
 def add_arguments(p: argparse.ArgumentParser, folder: str) -> None:
-    p.add_argument(
-        "--images", type=Path, required=True, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar"
-    )
+    images = "CIFAR-10: a folder of train/ and test/, or a tar"
+    p.add_argument("--images", type=Path, required=True, metavar="PATH", help=images)
     p.add_argument("--dir", type=Path, default=Path(folder), help="shards and runs; what is done stays (%(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there, and their picture beside it")
 
 
 def shards(images: Path, folder: Path, *, size: int) -> Path:
     """The images as shards, made when first asked for; size: of the mean image."""
     out = folder / f"shards-{size}"
     if not (out / manifest.NAME).is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            root = unpacked(images, Path(scratch))
+        with harness.scratch_folder() as scratch:
+            root = unpacked(images, scratch)
             if not (root / "train").is_dir() or not (root / "test").is_dir():
                 raise DataError(f"{images}: has no train/ and test/ with a folder for each class")
             source = ImageFolder(root / "train", root / "test", "cifar10")
@@ -50,35 +47,43 @@ def shards(images: Path, folder: Path, *, size: int) -> Path:
 def trained(run: Path, command: list[str]) -> dict[str, Any]:
     """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already.
 
-    Of a run that was stopped and went on it has no seconds.
+    The result of a run that was resumed has no seconds.
     """
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
-    refuse_another(run, command)
-    if _exit_code(run) != 0:
-        done = subprocess.run([sys.executable, str(RUN), *command, "--run.dir", str(run)])
+    reject_another(run, command)
+    if harness.read_json(run / EXIT).get("code") != 0:
+        done = subprocess.run([sys.executable, str(harness.RUN), *command, "--run.dir", str(run)])
         if done.returncode:
-            raise ExpressError(f"{run}: ended with {done.returncode}; the same command goes on")
+            raise ExpressError(f"{run}: exited with code {done.returncode}; the same command resumes it")
     lines = read_metrics(run)
     return report.result(run, lines, timed=len(lines["start"]) == 1)
 
 
-def refuse_another(run: Path, command: list[str]) -> None:
-    """Raises ConfigError where the folder holds a run of another configuration."""
-    try:
-        before = flatten(updated(Config(), json.loads((run / "config.json").read_text())["config"]))
-    except (OSError, ValueError, KeyError):
+def reject_another(run: Path, command: list[str]) -> None:
+    """Raises ConfigError if the folder holds a run of another configuration."""
+    saved = harness.read_json(run / "config.json")
+    if not saved:
         return  # nothing was begun
+    before = flatten(updated(Config(), saved["config"]))
     now = flatten(parse([*command, "--run.dir", str(run)]))
-    if different := [name for name in now if before[name] != now[name]]:
-        name = different[0]
-        raise ConfigError(
-            f"{run}: was run with {name}={before[name]}, not {now[name]}; remove it, or take another --dir"
-        )
+    for name, value in now.items():
+        if before[name] != value:
+            raise ConfigError(
+                f"{run}: was run with {name}={before[name]}, not {value}; remove it, or take another --dir"
+            )
 
 
-def _exit_code(run: Path) -> int | None:
-    try:
-        code: int = json.loads((run / EXIT).read_text())["code"]
-        return code
-    except (OSError, ValueError, KeyError):
-        return None
+@contextmanager
+def chart(path: Path, **labels: Any) -> Iterator[Any]:
+    """Axes to draw on, written to `path`; labels: as Axes.set takes them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    yield axes
+    axes.set(**labels)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,1 +1,5 @@
-"""Loaders that ours is measured beside; each runs in a process of its own and prints one JSON line."""
+"""Loaders and sharders that ours are measured beside; tools/bench/alone.py runs each in a process of its own.
+
+`batches` yields the sizes of a loader's batches without end, `measure` does one piece of work and returns images and
+seconds. FFCV's modules import nothing of the project: their environment has none of its packages.
+"""

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[3])
+from collections.abc import Iterator
 
 from nvidia.dali import fn, pipeline_def, types
 
-from tools.bench.peers.common import arguments, measure
+from tools.bench.peers.webdataset_pillow import tars_of
+
+NORMALISED = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "dtype": types.FLOAT}
+BYTES = {"mean": [0.0], "std": [1.0], "dtype": types.UINT8}
 
 
-def main() -> None:
-    a = arguments()
-    manifest = json.loads((a.data / "manifest.json").read_text())
-    tars = [str(a.data / shard["name"]) for shard in manifest["splits"]["train"]["shards"]]
-    presized = manifest["options"]["encoding"]["kind"] == "jpeg"
-    gpu = a.device.startswith("cuda")
-    decoding = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+def batches(data: str, batch: int, threads: int, dtype: str) -> Iterator[int]:
+    tars, presized = tars_of(data)
 
-    @pipeline_def(batch_size=a.batch, num_threads=a.threads, device_id=0 if gpu else None)
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=None)
     def pipeline():
         encoded, _ = fn.readers.webdataset(
             paths=tars,
@@ -31,30 +25,17 @@ def main() -> None:
             initial_fill=256,
             name="reader",
         )
-        where = {"crop_pos_x": fn.random.uniform(range=(0.0, 1.0)), "crop_pos_y": fn.random.uniform(range=(0.0, 1.0))}
+        position = {f"crop_pos_{axis}": fn.random.uniform(range=(0.0, 1.0)) for axis in "xy"}
         if presized:
-            images = fn.decoders.image_crop(encoded, crop=(224, 224), **where, **decoding)
+            images = fn.decoders.image_crop(encoded, crop=(224, 224), output_type=types.RGB, **position)
         else:
-            images = fn.resize(fn.decoders.image(encoded, **decoding), resize_shorter=256, antialias=True)
-            images = fn.crop(images, crop=(224, 224), **where)
-        return fn.crop_mirror_normalize(
-            images,
-            mirror=fn.random.coin_flip(),
-            mean=[0.0] if a.dtype == "uint8" else [123.675, 116.28, 103.53],
-            std=[1.0] if a.dtype == "uint8" else [58.395, 57.12, 57.375],
-            dtype=types.UINT8 if a.dtype == "uint8" else types.FLOAT,
-            output_layout="CHW",
-        )
+            images = fn.decoders.image(encoded, output_type=types.RGB)
+            images = fn.crop(fn.resize(images, resize_shorter=256, antialias=True), crop=(224, 224), **position)
+        how = BYTES if dtype == "uint8" else NORMALISED
+        return fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), output_layout="CHW", **how)
 
     pipe = pipeline()
     pipe.build()
-
-    def next_batch() -> int:
+    while True:
         (images,) = pipe.run()
-        return len(images)
-
-    measure(next_batch, a.seconds)
-
-
-if __name__ == "__main__":
-    main()
+        yield len(images)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
-import sys
-import time
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[3])
-
-SHORT, QUALITY, SECONDS = 256, 90, 4.0
+SHORT, QUALITY = 256, 90
 
 
 def ours() -> Callable[[bytes], object]:
@@ -39,39 +34,23 @@ def pillow() -> Callable[[bytes], object]:
 
 def torchvision() -> Callable[[bytes], object]:
     import torch
-    from torch.nn.functional import interpolate
     from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+    from torchvision.transforms.v2.functional import resize
 
     torch.set_num_threads(1)
 
     def work(data: bytes) -> object:
         image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        short = min(image.shape[1:])
-        size = [image.shape[1] * SHORT // short, image.shape[2] * SHORT // short]
-        # uint8 and channels-last: torch's vectorised path.
-        resized = interpolate(
-            image[None].contiguous(memory_format=torch.channels_last), size, mode="bilinear", antialias=True
-        )
-        return encode_jpeg(resized[0].contiguous(), quality=QUALITY)
+        return encode_jpeg(resize(image, [SHORT], antialias=True).contiguous(), quality=QUALITY)
 
     return work
 
 
-def main() -> None:
-    p = argparse.ArgumentParser()
-    p.add_argument("kind", choices=("ours", "pillow", "torchvision"))
-    p.add_argument("--images", type=Path, required=True)
-    a = p.parse_args()
-    work = {"ours": ours, "pillow": pillow, "torchvision": torchvision}[a.kind]()
-    images = [path.read_bytes() for path in sorted(a.images.glob("*/*"))]
-    for data in images[:20]:
+RESIZERS = {"ours": ours, "Pillow": pillow, "Pillow-SIMD": pillow, "torchvision.io": torchvision}
+
+
+def batches(name: str, images: str) -> Iterator[int]:
+    work = RESIZERS[name]()
+    for data in itertools.cycle([path.read_bytes() for path in sorted(Path(images).glob("*/*"))]):
         work(data)
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
-        work(images[done % len(images)])
-        done += 1
-    print(json.dumps({"images": done, "seconds": time.perf_counter() - started}))
-
-
-if __name__ == "__main__":
-    main()
+        yield 1

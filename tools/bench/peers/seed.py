@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
-sys.path[0] = str(Path(__file__).resolve().parents[3])
-
-import torch
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from tools.bench.peers.common import arguments, measure
 
-
-def main() -> None:
-    a = arguments()
+def batches(data: str, batch: int, threads: int) -> Iterator[int]:
     view = transforms.Compose(
         [
             transforms.Resize(256),
@@ -25,22 +19,8 @@ def main() -> None:
             transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
         ]
     )
-    loader = torch.utils.data.DataLoader(
-        datasets.ImageFolder(str(a.data), view),
-        batch_size=a.batch,
-        shuffle=True,
-        num_workers=a.threads,
-        persistent_workers=True,
-    )
-
-    def batches():
-        while True:
-            for images, _ in loader:
-                yield len(images)
-
-    stream = batches()
-    measure(lambda: next(stream), a.seconds)
-
-
-if __name__ == "__main__":
-    main()
+    folder = datasets.ImageFolder(data, view)
+    loader = DataLoader(folder, batch_size=batch, shuffle=True, num_workers=threads, persistent_workers=True)
+    while True:
+        for images, _ in loader:
+            yield len(images)

@@ -25,5 +25,4 @@ class SeedsNet(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.AlexNet_model(x)
-        return logits
+        return self.AlexNet_model(x)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as F
-
-from tools.bench.peers.common import arguments, measure
 
 
 def load(path: str) -> torch.Tensor:
@@ -25,21 +21,12 @@ def load(path: str) -> torch.Tensor:
     return F.horizontal_flip(image) if random.random() < 0.5 else image
 
 
-def main() -> None:
-    a = arguments()
+def batches(data: str, batch: int, threads: int) -> Iterator[int]:
     torch.set_num_threads(1)  # the images are what is shared out
-    paths = [str(path) for path in sorted(a.data.glob("*/*"))]
-    pool = ThreadPoolExecutor(a.threads)
-    pending: deque[list[Future[torch.Tensor]]] = deque()
-
-    def next_batch() -> int:
-        while len(pending) < 3:
-            pending.append([pool.submit(load, path) for path in random.choices(paths, k=a.batch)])
-        return len(torch.stack([image.result() for image in pending.popleft()]))
-
-    measure(next_batch, a.seconds)
-    pool.shutdown(cancel_futures=True)
-
-
-if __name__ == "__main__":
-    main()
+    paths = [str(path) for path in sorted(Path(data).glob("*/*"))]
+    pending = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while len(pending) < 3:
+                pending.append([pool.submit(load, path) for path in random.choices(paths, k=batch)])
+            yield len(torch.stack([image.result() for image in pending.popleft()]))

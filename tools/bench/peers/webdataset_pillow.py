@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-import torch
-import webdataset
-from torchvision.transforms import v2
+def tars_of(data: str) -> tuple[list[str], bool]:
+    """The training split's tars, and whether their images have been resized."""
+    manifest = json.loads(Path(data, "manifest.json").read_text())
+    tars = [str(Path(data, shard["name"])) for shard in manifest["splits"]["train"]["shards"]]
+    return tars, manifest["options"]["encoding"]["kind"] == "jpeg"
 
-from tools.bench.peers.common import arguments, measure
 
+def batches(data: str, batch: int, threads: int, dtype: str) -> Iterator[int]:
+    import torch
+    import webdataset
+    from torchvision.transforms import v2
 
-def main() -> None:
-    a = arguments()
     torch.set_num_threads(1)
-    manifest = json.loads((a.data / "manifest.json").read_text())
-    tars = [str(a.data / shard["name"]) for shard in manifest["splits"]["train"]["shards"]]
-    presized = manifest["options"]["encoding"]["kind"] == "jpeg"
+    tars, presized = tars_of(data)
     resize = [] if presized else [v2.Resize(256)]
     view = v2.Compose([*resize, v2.RandomCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    data = (
+    samples = (
         webdataset.WebDataset(tars, shardshuffle=len(tars), resampled=True)
         .shuffle(256)
         .decode("pil")
         .to_tuple("jpg", "cls")
         .map_tuple(view, int)
     )
-    loader = torch.utils.data.DataLoader(data, batch_size=a.batch, num_workers=a.threads)
-    stream = iter(loader)
-    measure(lambda: len(next(stream)[0]), a.seconds)
-
-
-if __name__ == "__main__":
-    main()
+    for images, _ in torch.utils.data.DataLoader(samples, batch_size=batch, num_workers=threads):
+        yield len(images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_json
-
-ROOT = Path(__file__).resolve().parents[3]
-RUN = ROOT / "train" / "run.py"
+from tools.bench.harness import Json, read_json
 
 
 @dataclass
@@ -50,14 +47,10 @@ class Proof:
     def new_run(self) -> Path:
         return self.scratch / f"run-{time.monotonic_ns()}"
 
-    def earlier(self, step: str) -> dict[str, Any] | None:
+    def earlier(self, step: str) -> Json | None:
         """The result of a step that has passed in this walk."""
-        try:
-            answer = json.loads((self.scratch / f"{step}.json").read_text())
-        except OSError:
-            return None
-        result: dict[str, Any] | None = answer["result"] if answer.get("passed") else None
-        return result
+        answer = read_json(self.scratch / f"{step}.json")
+        return answer["result"] if answer.get("passed") else None
 
     def keep(self, result: Any) -> None:
         """Writes what is known so far: it stays if the step does not reach its end."""

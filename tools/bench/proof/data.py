@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from pipeline.cores import usable_cores
 from pipeline.errors import DataError
+from pipeline.manifest import NAME as MANIFEST
 
 from .base import Proof
 
@@ -16,20 +16,17 @@ DIFFERENT = 64  # pictures; more only take time to make
 
 def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     """Shards of `count` made JPEGs over `classes` classes: for checks. They flatter decoders, so not for rates."""
-    from pipeline import manifest
-    from pipeline.shards import Sample, write_array, write_shard
-    from pipeline.storage import Folder
+    from tools.bench.data import shard
 
-    out = proof.scratch / f"pictures-{classes}-{count}"
-    if (out / manifest.NAME).is_file():
-        return out
-    out.mkdir(exist_ok=True)
-    made = _made(min(count, DIFFERENT))
-    samples = (Sample(f"p{i:05d}", made[i % len(made)], i % classes, WIDTH, HEIGHT) for i in range(count))
-    shard, rows = write_shard(Folder(out), "pictures.tar", samples, number=0)
-    split = manifest.split_record([shard], "index.npy", write_array(Folder(out), "index.npy", rows))
-    content = {"dataset": "pictures", "classes": [f"{c:04d}" for c in range(classes)], "splits": {"train": split}}
-    manifest.write_manifest(Folder(out), content | {"statistics": {"mean": [127.5] * 3, "std": [64.0] * 3}})
+    folder = proof.scratch / f"pictures-{classes}-{count}"
+    out = folder / "keep"
+    if not (out / MANIFEST).is_file():
+        made = _made(min(count, DIFFERENT))
+        for i in range(count):
+            path = folder / "images" / f"{i % classes:04d}" / f"p{i:05d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(made[i % len(made)])
+        shard(folder / "images", out)
     return out
 
 
@@ -51,26 +48,22 @@ def _made(count: int) -> list[bytes]:
 
 def shards_of(proof: Proof, data: str) -> Path:
     """The images as keep, jpeg or raw: given, or made from those that are given."""
-    from pipeline import manifest
-    from pipeline.write.build import Options, Plan, build
-    from pipeline.write.sources import ImageFolder
-    from tools.bench.loader import ENCODINGS, unpacked
+    from tools.bench.data import shard, unpacked
 
     given = proof.shards / data if proof.shards else None
-    if given and (given / manifest.NAME).is_file():
-        return given
+    out, images = proof.scratch / data, proof.scratch / "images"
+    for made in (given, out):
+        if made and (made / MANIFEST).is_file():
+            return made
     if proof.tiny and not (proof.shards or proof.images) and data != "raw":
         return pictures(proof, classes=8, count=64)
-    out, images = proof.scratch / data, proof.scratch / "images"
-    if (out / manifest.NAME).is_file():
-        return out
     if proof.images:
         images = images if images.exists() else unpacked(proof.images, images)
     elif data == "raw":
         extract(shards_of(proof, "jpeg"), images)
     else:
         raise DataError(f"{given}: no shards; make them with tools/make_shards.py imagefolder --encode {data}")
-    build(Plan(ImageFolder(images), Options(ENCODINGS[data], samples_per_shard=250)), out, workers=usable_cores())
+    shard(images, out)
     return out
 
 
@@ -90,11 +83,7 @@ def extract(shards: Path, out: Path) -> None:
 
 def enlarged(proof: Proof, shards: Path, name: str) -> Path:
     """scratch/large/NAME: a dataset of ImageNet's size whose index names the images of `shards` over and over."""
-    from pipeline import manifest
-    from tools.bench.extremes import enlarge
+    from tools.bench.data import enlarge
 
     out = proof.scratch / "large" / name
-    if not (out / manifest.NAME).is_file():
-        out.mkdir(parents=True)
-        enlarge(shards, out)
-    return out
+    return out if (out / MANIFEST).is_file() else enlarge(shards, out)

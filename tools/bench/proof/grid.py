@@ -11,28 +11,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from pipeline.errors import ExpressError
 
-from .base import Proof, how_it_ended
+from .base import Json, Proof, how_it_ended
 from .data import enlarged, shards_of
 from .preflight import nvidia_smi
 
 
-def loader_grid(proof: Proof) -> dict[str, Any]:
+def loader_grid(proof: Proof) -> Json:
     cells = measured(proof, alone=False)
     if failed := [f"{cell['name']}: {cell['error']}" for cell in cells if "error" in cell]:
         raise ExpressError("; ".join(failed))
     return {"cells": cells}
 
 
-def region_cells(proof: Proof) -> dict[str, Any]:
+def region_cells(proof: Proof) -> Json:
     """Cells that may crash their process; if one does, that is the answer."""
     return {"cells": measured(proof, alone=True)}
 
 
-def measured(proof: Proof, *, alone: bool) -> list[dict[str, Any]]:
+def measured(proof: Proof, *, alone: bool) -> list[Json]:
     from tools.bench.cells import CELLS
 
     here = "cuda" if proof.on_gpu else "cpu"
@@ -40,8 +39,10 @@ def measured(proof: Proof, *, alone: bool) -> list[dict[str, Any]]:
     for data in sorted({cell.data for cell in cells}):
         enlarged(proof, shards_of(proof, data), data)
     # The cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
-    groups = [[c] for c in cells] if alone else [list(g) for _, g in itertools.groupby(cells, lambda c: c.backend)]
-    answers: list[dict[str, Any]] = []
+    groups = (
+        [[c] for c in cells] if alone else [list(g) for _, g in itertools.groupby(cells, lambda c: c.config.backend)]
+    )
+    answers = []
     with utilisation(proof) as busy:
         for group in groups:
             names, before = [cell.name for cell in group], len(answers)
@@ -72,7 +73,7 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, flo
     It returns the median percent of the time between them that the GPU and its JPEG engine were busy: None without a
     GPU, or if nvidia-smi is too old to report the engine.
     """
-    samples: list[tuple[float, dict[str, float]]] = []
+    samples = []
     done = threading.Event()
 
     def sample() -> None:
@@ -84,7 +85,7 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, flo
             samples.append((time.time(), parse_dmon(lines)))
 
     def busy(began: float, ended: float) -> dict[str, float | None]:
-        found: dict[str, float | None] = {}
+        found = {}
         for name, column in (("gpu_percent", "sm"), ("jpeg_engine_percent", "jpg")):
             values = [row[column] for at, row in samples if began <= at <= ended and column in row]
             found[name] = statistics.median(values) if values else None
@@ -100,8 +101,8 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, flo
 
 def parse_dmon(lines: list[str]) -> dict[str, float]:
     """The last row of `nvidia-smi dmon` by the names in its header, without columns that hold no number ("-")."""
-    names: list[str] = []
-    row: dict[str, float] = {}
+    names = []
+    row = {}
     for line in map(str.strip, lines):
         words = line.lstrip("# ").lower().split()
         if line.startswith("#"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import ExpressError
 
-from .base import Proof
+from .base import Json, Proof
 from .data import pictures, shards_of
 
 NEEDED = ("torch", "numpy", "PIL", "accelerate", "safetensors", "tyro", "tqdm", "numba", "simplejpeg", "nvidia.dali")
@@ -24,9 +24,9 @@ OPTIONAL = ("torchvision", "tensorboard", "zlib_ng", "scipy", "webdataset", "tim
 BATCH, BATCHES = 16, 8
 
 
-def preflight(proof: Proof) -> dict[str, Any]:
+def preflight(proof: Proof) -> Json:
     """Many checks; one that fails costs only its own answer."""
-    found: dict[str, Any] = {"seconds": {}}
+    found = {"seconds": {}}
     problems = []
 
     def note(name: str, check: Callable[[], Any]) -> None:
@@ -54,7 +54,7 @@ def preflight(proof: Proof) -> dict[str, Any]:
     return found
 
 
-def describe_gpu(proof: Proof) -> dict[str, Any]:
+def describe_gpu(proof: Proof) -> Json:
     import torch
 
     asked = "driver_version,memory.total,clocks.max.sm,power.limit"
@@ -88,7 +88,7 @@ def compile_kernels() -> str:
     return "compiles the loader's kernels"
 
 
-def try_compiler(proof: Proof) -> dict[str, Any]:
+def try_compiler(proof: Proof) -> Json:
     import torch
 
     from train.networks import no_compiler
@@ -99,7 +99,7 @@ def try_compiler(proof: Proof) -> dict[str, Any]:
     return {**found, "torch.compile": "works"}
 
 
-def describe_decoders(proof: Proof) -> dict[str, Any]:
+def describe_decoders(proof: Proof) -> Json:
     """Which nvJPEG is loaded, while DALI decodes with it, and whether libnvcuvid is."""
     import torch
 
@@ -114,29 +114,25 @@ def describe_decoders(proof: Proof) -> dict[str, Any]:
 # Pixels
 
 LOADS = {"GPU cores alone": 0.0, "both, as by default": 0.65, "hardware alone": 1.0}
-GPU_DECODERS: dict[str, dict[str, Any]] = {
-    **{how: {"hw_decoder_load": load} for how, load in LOADS.items()},
-    **{
-        f"{how}, memory under pressure": {"hw_decoder_load": load, "pressure": True}
-        for how, load in LOADS.items()
-        if load
-    },
+GPU_DECODERS: dict[str, Json] = {
+    how + (", memory under pressure" if pressure else ""): {"hw_decoder_load": load, "pressure": pressure}
+    for pressure in (False, True)
+    for how, load in LOADS.items()
+    if load or not pressure
 }
-CPU_DECODERS: dict[str, dict[str, Any]] = {"dali-cpu": {}, "dali-cpu, memory under pressure": {"pressure": True}}
+CPU_DECODERS: dict[str, Json] = {"dali-cpu": {}, "dali-cpu, memory under pressure": {"pressure": True}}
 
 
-def real_pixels(proof: Proof) -> dict[str, Any]:
+def real_pixels(proof: Proof) -> Json:
     """The same comparison on the images that are given."""
-    result: dict[str, Any] = {}
+    result = {}
     for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
         result[f"pixels, {how}"] = compare_pixels(proof, shards_of(proof, "jpeg"), **options)
         proof.keep(result)
     return result
 
 
-def compare_pixels(
-    proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65, pressure: bool = False
-) -> dict[str, Any]:
+def compare_pixels(proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65, pressure: bool = False) -> Json:
     """Grey levels between DALI's crops on the device and the portable backend's, over the same crops.
 
     pressure: torch takes, fills and frees memory between batches, and two batches stay unread meanwhile. A decoder that
@@ -145,11 +141,11 @@ def compare_pixels(
     """
     from pipeline import AugmentConfig, Loader, LoaderConfig
 
-    options: dict[str, Any] = {"batch": BATCH, "dtype": "uint8", "augment": AugmentConfig(square=False)}
+    options = {"batch": BATCH, "dtype": "uint8", "augment": AugmentConfig(square=False)}
     backend = "dali-gpu" if proof.on_gpu else "dali-cpu"
     on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=hw_decoder_load)
     differences, waiting = Differences(), []
-    squeeze = Pressure(proof.device) if pressure else None
+    squeeze = memory_pressure(proof.device) if pressure else itertools.repeat(None)
     with (
         Loader(shards, config=LoaderConfig("portable"), **options) as right,
         Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
@@ -157,8 +153,7 @@ def compare_pixels(
         for expected, batch in itertools.islice(zip(epochs(right), epochs(tested)), BATCHES):
             assert expected.ids.tolist() == batch.ids.tolist()
             waiting.append((expected.images, batch.images))
-            if squeeze:
-                squeeze.change()
+            next(squeeze)
             if len(waiting) > 2:
                 differences.add(*waiting.pop(0))
         for pair in waiting:
@@ -174,35 +169,31 @@ class Differences:
     """How far crops are from what they should be, in grey levels."""
 
     def __init__(self) -> None:
-        import numpy as np
+        import torch
 
-        self._count = np.zeros(256, np.int64)  # of values, by their difference
+        self._count = torch.zeros(256, dtype=torch.int64)  # of values, by their difference
         self._worst_tile = 0.0
 
     def add(self, expected: Any, images: Any) -> None:
         """Two (n, 3, crop, crop) uint8 tensors."""
-        import numpy as np
-
         from pipeline.read.pixel_check import largest_tile_mean
 
         difference = (expected.short() - images.cpu().short()).abs()
-        self._count += np.bincount(difference.flatten().numpy(), minlength=256)
+        self._count += difference.flatten().bincount(minlength=256)
         for crop in difference.float().mean(1).numpy():
             self._worst_tile = max(self._worst_tile, largest_tile_mean(crop))
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         """Raises ExpressError if a tile is out of tolerance."""
-        import numpy as np
-
         from pipeline.read.pixel_check import TOLERANCE
 
-        values = int(self._count.sum())
-        above = {str(level): float(self._count[level + 1 :].sum() / values) for level in (0, 1, 2, 4, 8, 16)}
+        counts = self._count.tolist()
+        values = sum(counts)
         result = {
             "crops": BATCH * BATCHES,
-            "mean": round(float((self._count * np.arange(256)).sum() / values), 4),
-            "largest": int(np.flatnonzero(self._count).max()),
-            "fraction_above": above,
+            "mean": round(sum(level * count for level, count in enumerate(counts)) / values, 4),
+            "largest": max(level for level, count in enumerate(counts) if count),
+            "fraction_above": {str(level): sum(counts[level + 1 :]) / values for level in (0, 1, 2, 4, 8, 16)},
             "worst_tile_mean": round(self._worst_tile, 3),
         }
         if self._worst_tile > TOLERANCE:
@@ -210,21 +201,17 @@ class Differences:
         return result
 
 
-class Pressure:
-    """Memory that is taken, filled and freed, so that allocators hand out what was in use a moment ago."""
+def memory_pressure(device: str) -> Iterator[None]:
+    """Takes, fills and frees memory at each step, so that allocators hand out what was in use a moment ago."""
+    import torch
 
-    def __init__(self, device: str) -> None:
-        import torch
-
-        self._torch, self._device, self._held = torch, device, {}
-        self._random = torch.Generator().manual_seed(0)
-
-    def change(self) -> None:
-        torch = self._torch
-        sizes = torch.randint(1 << 16, 1 << 23, (24,), generator=self._random).tolist()  # 64 KiB to 8 MiB
+    held, random = {}, torch.Generator().manual_seed(0)
+    while True:
+        sizes = torch.randint(1 << 16, 1 << 23, (24,), generator=random).tolist()  # 64 KiB to 8 MiB
         for slot, size in enumerate(sizes):
-            self._held[slot] = torch.full((size,), 0xAA, dtype=torch.uint8, device=self._device)
+            held[slot] = torch.full((size,), 0xAA, dtype=torch.uint8, device=device)
         for slot in range(0, len(sizes), 2):
-            del self._held[slot]
-        if self._device.startswith("cuda"):
+            del held[slot]
+        if device.startswith("cuda"):
             torch.cuda.empty_cache()  # back to the driver, where DALI's own pools can get it
+        yield

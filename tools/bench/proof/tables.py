@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
+from tools.bench.harness import Json, markdown
 
 BEGIN, END = "<!-- gpu tables: written by tools/gpu_proof.py --tables -->", "<!-- end of gpu tables -->"
 NOT_MEASURED = "not measured"
 BATCHES = (256, 1024)
 CHECKS = {
     "preflight": "packages, compiler and decoders; pixels of the GPU against the CPU's",
-    "resume": "killed and started again under `--run.deterministic`: the same bits",
-    "ranks": "two ranks on one GPU: the same ids",
-    "tests": "tests marked `gpu`",
+    "tests": "tests marked `gpu`: a killed run's bits, two ranks' ids, and others",
 }
 
 
@@ -47,12 +44,12 @@ def tables(folder: Path) -> str:
     return "\n\n".join(blocks)
 
 
-def machine(records: dict[str, Any]) -> str:
+def machine(records: Json) -> str:
     found = {_machine_of(record) for record in records.values()}
     return "\n".join(sorted(found)) if found else f"GPU: {NOT_MEASURED}."
 
 
-def _machine_of(record: dict[str, Any]) -> str:
+def _machine_of(record: Json) -> str:
     e = record["environment"]
     packages = e.get("packages", {})
     dali = next((version for package, version in packages.items() if "dali" in package), "none")
@@ -61,111 +58,81 @@ def _machine_of(record: dict[str, Any]) -> str:
     return f"{gpu}, {cores} cores, Python {python}, torch {packages.get('torch')}, DALI {dali}, commit {commit}."
 
 
-def training(records: dict[str, Any]) -> str:
+def training(records: Json) -> str:
     rows = []
     for batch in BATCHES:
         alone, both = _result(records, f"train-{batch}"), _result(records, f"fed-{batch}")
         fed = both.get("fed", {})
-        rows.append(
-            [
-                f"{batch:,}",
-                _number(alone, "images_per_second"),
-                _number(fed, "images_per_second"),
-                _number(both, "fed_of_synthetic", ".2f"),
-                _number(fed, "data_wait", ".1%"),
-                _number(alone, "memory_gb", ".1f"),
-            ]
-        )
+        rates = [_number(result, "images_per_second") for result in (alone, fed)]
+        fractions = [_number(both, "fed_of_synthetic", ".2f"), _number(fed, "data_wait", ".1%")]
+        rows.append([f"{batch:,}", *rates, *fractions, _number(alone, "memory_gb", ".1f")])
     header = ["batch", "synthetic, img/s", "fed from shards, img/s", "fed of synthetic", "waiting for data", "GB"]
-    return "**Training**, preset `seed`, bf16:\n\n" + table(header, rows, left=1)
+    return "**Training**, preset `seed`, bf16:\n\n" + markdown(header, rows)
 
 
-def loader(records: dict[str, Any]) -> str:
+def loader(records: Json) -> str:
     cells = _result(records, "loader").get("cells", []) + _result(records, "region").get("cells", [])
-    if not cells:
-        return f"**Loader alone**: {NOT_MEASURED}."
     columns = ("images_per_second", "gpu_percent", "jpeg_engine_percent")
     rows = [
         [f"`{cell['name']}`", *([cell["error"], "", ""] if "error" in cell else (_number(cell, c) for c in columns))]
         for cell in cells
     ]
-    return "**Loader alone**:\n\n" + table(["cell", "img/s", "GPU, %", "JPEG engine, %"], rows, left=1)
+    return _table("Loader alone", ["cell", "img/s", "GPU, %", "JPEG engine, %"], rows)
 
 
-def layers(records: dict[str, Any]) -> str:
-    items = _result(records, "layers")
-    if not items:
-        return f"**Layers**: {NOT_MEASURED}."
-    rows = [
-        [name, item["error"], ""]
-        if "error" in item
-        else [
-            name,
-            _number(item, "milliseconds", ".3f"),
-            format(item["times_copy"], ".2f") if "times_copy" in item else "",
-        ]
-        for name, item in items.items()
-    ]
+def layers(records: Json) -> str:
+    rows = []
+    for name, item in _result(records, "layers").items():
+        times = f"{item['times_copy']:.2f}" if "times_copy" in item else ""
+        rows.append([name, item.get("error") or _number(item, "milliseconds", ".3f"), times])
     header = ["layer or optimiser", "ms", "times a copy of its input"]
-    return "**Layers** of 1,024 images, bf16, forward and backward:\n\n" + table(header, rows, left=1)
+    return _table("Layers", header, rows, what=" of 1,024 images, bf16, forward and backward")
 
 
-def cifar(records: dict[str, Any]) -> str:
+def cifar(records: Json) -> str:
     found = {recipe: _result(records, f"cifar-{recipe}") for recipe in ("seed", "modern")}
-    if not any(found.values()):
-        return f"**CIFAR-10 at full width**: {NOT_MEASURED}."
     rows = []
     for recipe, result in found.items():
-        seconds = result.get("seconds_to", {})
-        rows.append(
-            [
-                f"`{recipe}`",
-                *(_number(seconds, level, ".0f") for level in ("75%", "85%")),
-                _number(result, "best_top1", ".2%"),
-                _number(result, "images_per_second"),
-            ]
-        )
-    return "**CIFAR-10 at full width**:\n\n" + table(
-        ["recipe", "s to 75 %", "s to 85 %", "best top-1", "img/s"], rows, left=1
-    )
+        seconds = [_number(result.get("seconds_to", {}), level, ".0f") for level in ("75%", "85%")]
+        accuracy, rate = _number(result, "best_top1", ".2%"), _number(result, "images_per_second")
+        rows.append([f"`{recipe}`", *seconds, accuracy, rate])
+    header = ["recipe", "s to 75 %", "s to 85 %", "best top-1", "img/s"]
+    return _table("CIFAR-10 at full width", header, rows if any(found.values()) else [])
 
 
-def checks(records: dict[str, Any]) -> str:
-    rows = [[what, _verdict(records.get(step))] for step, what in CHECKS.items()]
+def checks(records: Json) -> str:
+    rows = [[what, verdict(records.get(step))] for step, what in CHECKS.items()]
     others = {step: record for step, record in records.items() if step not in CHECKS and record["passed"] is False}
-    rows += [[f"step `{step}`", _verdict(record)] for step, record in others.items()]
-    lines = ["**Checks**:\n", table(["check", "result"], rows, left=2)]
-    pixels = {
-        name.removeprefix("pixels, "): values
+    rows += [[f"step `{step}`", verdict(record)] for step, record in others.items()]
+    lines = ["**Checks**:\n", markdown(["check", "result"], rows, left=2)]
+    columns = ("mean", "largest", "worst_tile_mean")
+    pixels = [
+        [name.removeprefix("pixels, "), *(_number(values, column, "g") for column in columns)]
         for name, values in _result(records, "preflight").items()
         if name.startswith("pixels, ") and "error" not in values
-    }
+    ]
     if pixels:
-        columns = ("mean", "largest", "worst_tile_mean")
-        rows = [[how, *(_number(values, column, "g") for column in columns)] for how, values in pixels.items()]
-        header = ["decoder", "mean", "largest", "worst tile's mean"]
-        lines += ["\nGrey levels between the GPU's crops and the CPU's:\n", table(header, rows, left=1)]
+        lines.append("\nGrey levels between the GPU's crops and the CPU's:\n")
+        lines.append(markdown(["decoder", "mean", "largest", "worst tile's mean"], pixels))
     return "\n".join(lines)
 
 
-def _verdict(record: dict[str, Any] | None) -> str:
+def verdict(record: Json | None) -> str:
+    """A step's outcome in a line."""
     if record is None or record["passed"] is None:
         return NOT_MEASURED
     return "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
 
 
-def _result(records: dict[str, Any], step: str) -> dict[str, Any]:
+def _result(records: Json, step: str) -> Json:
     """Also of a step that failed: what it has kept was measured."""
-    result: dict[str, Any] = records.get(step, {}).get("result", {})
-    return result
+    return records.get(step, {}).get("result", {})
 
 
-def _number(values: dict[str, Any], name: str, form: str = ",.0f") -> str:
+def _number(values: Json, name: str, form: str = ",.0f") -> str:
     value = values.get(name)
     return NOT_MEASURED if value is None else format(value, form)
 
 
-def table(header: list[str], rows: Iterable[list[str]], *, left: int) -> str:
-    """left: how many columns hold text; the others hold numbers."""
-    rules = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *rows))
+def _table(title: str, header: list[str], rows: list[list[str]], *, what: str = "") -> str:
+    return f"**{title}**{what}:\n\n{markdown(header, rows)}" if rows else f"**{title}**: {NOT_MEASURED}."

@@ -7,13 +7,15 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ExpressError
+from tools.bench.harness import RUN
 
-from .base import RUN, Proof, how_it_ended, tail
+from .base import Json, Proof, how_it_ended, tail
 from .data import enlarged, pictures, shards_of
 
 CLASSES = 1000
@@ -35,7 +37,7 @@ def train(proof: Proof, *flags: object) -> None:
         raise ExpressError(f"train/run.py {how_it_ended(done.returncode)}: {tail(done.stdout + done.stderr)}")
 
 
-def records(run: Path, kind: str) -> list[dict[str, Any]]:
+def records(run: Path, kind: str) -> list[Json]:
     """Lines of metrics.jsonl, without the one that a kill may have cut."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
@@ -43,25 +45,28 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def seed_flags(proof: Proof, shards: Path, run: Path, *, batch: int, backend: str, steps: int) -> list[object]:
-    flags: list[object] = ["seed", "--data.shards", shards, "--run.dir", run, "--loader.backend", backend]
-    flags += ["--train.batch", batch, "--train.eval-batch", batch, "--train.precision", "bf16"]
-    flags += ["--train.compile", "auto", "--limit-steps", steps]
-    return [*flags, "--model.width", 0.25] if proof.tiny else flags
+@contextmanager
+def seed_run(proof: Proof, *flags: object, shards: Path, batch: int, backend: str, steps: int) -> Iterator[Path]:
+    """A run of the preset `seed`; its folder is removed afterwards: a checkpoint holds half a gigabyte."""
+    run = proof.new_run()
+    own = ["--data.shards", shards, "--run.dir", run, "--loader.backend", backend, "--limit-steps", steps]
+    own += ["--train.batch", batch, "--train.eval-batch", batch, "--train.precision", "bf16", "--train.compile", "auto"]
+    train(proof, "seed", *own, *(["--model.width", 0.25] if proof.tiny else []), *flags)
+    yield run
+    shutil.rmtree(run)
 
 
-def speed(proof: Proof, shards: Path, *, batch: int, backend: str) -> dict[str, Any]:
+def speed(proof: Proof, shards: Path, *, batch: int, backend: str) -> Json:
     """Images per second of the preset `seed`: the median over metrics.jsonl's windows after a warm-up.
 
     A window is the run's own, of 20 steps. Compiling falls into the first one; the checkpoint and the evaluation at the
     run's end come after the last one.
     """
-    run, (steps, every, warm_up) = proof.new_run(), (4, 1, 2) if proof.tiny else (150, 20, 40)
-    flags = seed_flags(proof, shards, run, batch=batch, backend=backend, steps=steps)
-    train(proof, *flags, "--run.log-every", every)
-    windows = [line for line in records(run, "train") if line["step"] > warm_up and line["step"] % every == 0]
-    described = json.loads((run / "config.json").read_text())
-    shutil.rmtree(run)  # its checkpoint holds half a gigabyte
+    steps, every, warm_up = (4, 1, 2) if proof.tiny else (150, 20, 40)
+    options = {"shards": shards, "batch": batch, "backend": backend, "steps": steps}
+    with seed_run(proof, "--run.log-every", every, **options) as run:
+        windows = [line for line in records(run, "train") if line["step"] > warm_up and line["step"] % every == 0]
+        described = json.loads((run / "config.json").read_text())
     return {
         "batch": batch,
         **{name: described[name] for name in ("backend", "compiled", "precision")},
@@ -78,36 +83,34 @@ def noise_index(proof: Proof) -> Path:
     return enlarged(proof, pictures(proof, classes=CLASSES, count=CLASSES), "noise")
 
 
-def synthetic(proof: Proof, full_batch: int) -> dict[str, Any]:
+def synthetic(proof: Proof, full_batch: int) -> Json:
     """What the network does alone."""
     return speed(proof, noise_index(proof), batch=proof.batch(full_batch), backend="synthetic")
 
 
-def profile(proof: Proof) -> dict[str, Any]:
+def profile(proof: Proof) -> Json:
     """torch's profiler: the slowest operations of ten steps."""
-    run, batch, steps = proof.new_run(), proof.batch(1024), 2 if proof.tiny else 10
-    flags = seed_flags(proof, noise_index(proof), run, batch=batch, backend="synthetic", steps=steps + 6)
-    train(proof, *flags, "--profile", steps)
-    table = (run / "profile" / "table.txt").read_text().splitlines()
-    shutil.rmtree(run)
+    batch, steps = proof.batch(1024), 2 if proof.tiny else 10
+    options = {"shards": noise_index(proof), "batch": batch, "backend": "synthetic", "steps": steps + 6}
+    with seed_run(proof, "--profile", steps, **options) as run:
+        table = (run / "profile" / "table.txt").read_text().splitlines()
     return {"batch": batch, "table": table}
 
 
-def fed(proof: Proof, full_batch: int) -> dict[str, Any]:
+def fed(proof: Proof, full_batch: int) -> Json:
     """Fed from shards, against noise on the same machine: measured by step 2 if it has run in this walk, else here."""
     batch, shards = proof.batch(full_batch), enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
-    result: dict[str, Any] = {"fed": speed(proof, shards, batch=batch, backend="auto")}
+    result = {"fed": speed(proof, shards, batch=batch, backend="auto")}
     proof.keep(result)
     result["synthetic"] = proof.earlier(f"train-{full_batch}") or synthetic(proof, full_batch)
     fraction = result["fed"]["images_per_second"] / result["synthetic"]["images_per_second"]
     return {**result, "fed_of_synthetic": round(fraction, 3)}
 
 
-def cifar(proof: Proof, recipe: str) -> dict[str, Any]:
+def cifar(proof: Proof, recipe: str) -> Json:
     """Seconds of training and evaluation until CIFAR-10's test images are known to 75 and 85 %."""
     from tools.bench import accuracy, trained
 
-    assert proof.cifar is not None
     shards, run = trained.shards(proof.cifar, proof.scratch / "cifar", size=36), proof.new_run()
     epochs, width = (1, 0.125) if proof.tiny else (accuracy.EPOCHS // 2, 1.0)
     flags = accuracy.flags(recipe, shards, epochs=epochs, width=width)
@@ -121,7 +124,7 @@ def cifar(proof: Proof, recipe: str) -> dict[str, Any]:
     return times_to(LEVELS, run) | ({"cut_short": cut_short} if cut_short else {})
 
 
-def times_to(levels: tuple[float, ...], run: Path) -> dict[str, Any]:
+def times_to(levels: tuple[float, ...], run: Path) -> Json:
     """Seconds from the run's start until an evaluation, of the weights or their average, reached each top-1."""
     start, evaluations = records(run, "start")[0]["time"], records(run, "val") + records(run, "val of average")
     evaluations.sort(key=lambda line: line["time"])

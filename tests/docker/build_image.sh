@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Builds the image, runs the demo inside it as its own user, and prints its size. With docker or podman where one works,
-# else with Debian's buildah as root, over a base made by debootstrap where the base image cannot be pulled.
+# Tests the Dockerfile on a machine without a Docker engine: builds the image, runs the demo inside it as its own user,
+# and prints its size. With docker or podman if one works, else with Debian's buildah as root, over a base made by
+# debootstrap if the base image cannot be pulled.
 #
-#   docker/build.sh                                   the locked torch with CUDA, DALI for CUDA 13
-#   TORCH_INDEX=URL DALI=none docker/build.sh         for CPUs, from an index that has torch for them
+#   tests/docker/build_image.sh                               the locked torch with CUDA, DALI for CUDA 13
+#   TORCH_INDEX=URL DALI=none tests/docker/build_image.sh     for CPUs, from an index that has torch for them
 #
 # Variables: IMAGE (name:tag), BASE, DALI, TORCH_INDEX, PILLOW_SIMD, COMPILER (docker/Dockerfile), ENGINE (docker, podman,
 # buildah), SCRATCH (buildah's storage, 30 GB at most with CUDA; build/image).
@@ -11,13 +12,13 @@
 # This host's own package indexes, proxies and certificates are lent to the build and are no part of the image, which is
 # looked through for them at the end. Folders of packages are lent by podman and buildah alone.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGE=${IMAGE:-imagenet-express:$VERSION}
 BASE=${BASE:-$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)}
 SCRATCH=$(realpath -m "${SCRATCH:-build/image}")
-# Copies each layer whole, and works on every file system; STORAGE_DRIVER=overlay is quicker where it works.
+# Copies each layer whole, and works on every file system; STORAGE_DRIVER=overlay is quicker if it works.
 STORAGE=(--root "$SCRATCH/root" --runroot "$SCRATCH/run" --storage-driver "${STORAGE_DRIVER:-vfs}")
 MADE_BASE=localhost/imagenet-express-base:bookworm # by debootstrap
 lent=$(mktemp -d)
@@ -31,7 +32,7 @@ fail() {
 main() {
   local engine started=$SECONDS
   engine=${ENGINE:-$(find_engine)}
-  python3 docker/lend.py "$lent"
+  python3 tests/docker/lend.py "$lent"
   echo "building $IMAGE with $engine"
   "prepare_$engine"
   build "$engine"
@@ -107,7 +108,7 @@ in_image() { # ENGINE COMMAND... ; as the image's own user
   engine buildah rm "$container" >/dev/null
 }
 
-look_for_lent() { # ENGINE ; fails where something of this host is in the image
+look_for_lent() { # ENGINE ; fails if something of this host is in the image
   local words=() word found
   while read -r word; do words+=(-e "$word"); done <"$lent/words"
   [[ ${#words[@]} -gt 0 ]] || return 0
@@ -129,7 +130,7 @@ prepare_docker() { :; }
 prepare_podman() { :; }
 
 prepare_buildah() {
-  [[ $EUID -eq 0 ]] || fail "neither docker nor podman works, and buildah needs root: start make image as root"
+  [[ $EUID -eq 0 ]] || fail "neither docker nor podman works, and buildah needs root: start this script as root"
   export BUILDAH_ISOLATION=chroot TMPDIR=$SCRATCH/tmp
   mkdir -p "$TMPDIR"
   need buildah buildah

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What the build is lent of this host: where its pip and apt find packages, through what, and whose certificates.
+"""This host's package sources, for a build of the image: indexes, mirrors, proxies and certificates.
 
-    python3 docker/lend.py FOLDER
+    python3 tests/docker/lend.py FOLDER
 
-Writes pip_conf, apt_conf, apt_sources and ca, which docker/build.sh hands to the build as secrets; folders, which it
+Writes pip_conf, apt_conf, apt_sources and ca, which build_image.sh hands to the build as secrets; folders, which it
 mounts as /run/lent/0, 1 and so on; mirror, of debootstrap; and words, which must not be found in the image. A host
 without configuration of its own leaves all of them empty.
 """
@@ -74,7 +74,7 @@ def main() -> None:
 
 def pip_conf(lent: Lent) -> list[str]:
     options: dict[str, str] = {}
-    for line in said("python3", "-m", "pip", "config", "list"):
+    for line in lines_of("python3", "-m", "pip", "config", "list"):
         section, _, value = line.partition("=")
         options.setdefault(section.rpartition(".")[2], ast.literal_eval(value))  # ":env:" sorts first and counts most
     for host in options.get("trusted-host", "").split():
@@ -85,16 +85,16 @@ def pip_conf(lent: Lent) -> list[str]:
 
 
 def apt(lent: Lent) -> list[str]:
-    lines = [line for line in said("apt-config", "dump", "Acquire") if APT.match(line)]
+    lines = [line for line in lines_of("apt-config", "dump", "Acquire") if APT.match(line)]
     for line in lines:
         lent.note(line.split('"')[1])
     return [re.sub(r'CaInfo "[^"]+"', f'CaInfo "{CA}"', line) for line in lines]
 
 
 def sources(lent: Lent) -> list[str]:
-    """Mirrors of this host's own; none where it uses Debian's, as the base does."""
+    """This host's own mirrors; none if it uses Debian's, as the base does."""
     wanted = ("--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages")
-    lines = sorted({line for line in said("apt-get", "indextargets", *wanted) if f" {SUITE}" in line})
+    lines = sorted({line for line in lines_of("apt-get", "indextargets", *wanted) if f" {SUITE}" in line})
     if all((urlsplit(line.split()[0]).hostname or "").endswith(OFFICIAL) for line in lines):
         return []
     for line in lines:
@@ -102,7 +102,7 @@ def sources(lent: Lent) -> list[str]:
     return [f"deb {line}" for line in lines]
 
 
-def said(*command: str) -> list[str]:
+def lines_of(*command: str) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
