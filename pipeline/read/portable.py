@@ -38,6 +38,18 @@ class _Job(NamedTuple):
     tasks: list[Future[None]]
 
 
+class _Scratch(threading.local):
+    """Each thread's buffer, which its images reuse."""
+
+    pixels = np.empty(0, np.uint8)
+
+    def __call__(self, size: int) -> np.ndarray:
+        """At least `size` bytes."""
+        if len(self.pixels) < size:
+            self.pixels = np.empty(size + size // 4, np.uint8)
+        return self.pixels
+
+
 def kernel_type(dtype: str, *, on_cpu: bool) -> str:
     """A CPU normalises in the kernel's one pass; elsewhere a quarter of the bytes goes to the device."""
     return "float32" if on_cpu and dtype != "uint8" else "uint8"
@@ -62,7 +74,7 @@ class Portable:
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
-        self._local = threading.local()
+        self._scratch = _Scratch()
         self._jobs: deque[_Job] = deque()
         self._source: Callable[[], Work] | None = None
 
@@ -130,7 +142,7 @@ class Portable:
 
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
-        rows, needed, cut = work.rows[a:b], self._rows_needed(work.box[a:b]), np.zeros(b - a, np.bool_)
+        rows, needed, cut = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
         with self._reader.block(work.read, a, b) as block:
             done = fetch_images(*block, needed, cut)
         if done < b - a:
@@ -145,13 +157,6 @@ class Portable:
                 raise undecodable(work, i, err, self._reader) from err
             self._crop(work, crops, decoded_block(pixels, width, height), i, i + 1)
 
-    def _rows_needed(self, box: np.ndarray) -> np.ndarray:
-        """(n,) int64: how many rows of the images, from the top, their crops are made of."""
-        top, size = box[..., 1], box[..., 3]
-        taps = np.maximum(size / self.output.crop, 1)
-        rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).max(1) + ROWS_BELOW
-        return rows
-
     def _top(self, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
         """The first rows of an image that was cut short, or all of it if libjpeg-turbo rejects that, as _decoded()."""
         try:  # not strict: the rest of the image is what it would complain of
@@ -164,13 +169,6 @@ class Portable:
     def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
         """(height · width · 3,) uint8, valid until this thread's next call."""
         return decode_whole(image, width, height, self._scratch(3 * height * width))
-
-    def _scratch(self, size: int) -> np.ndarray:
-        """This thread's buffer, of at least `size` bytes."""
-        buffer: np.ndarray | None = getattr(self._local, "pixels", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._local.pixels = np.empty(size + size // 4, np.uint8)
-        return buffer
 
     def _delivered(self, job: _Job) -> torch.Tensor:
         images = torch.from_numpy(job.crops)
@@ -185,6 +183,14 @@ class Portable:
             return images
         mean = to_device(job.work.mean.reshape(-1, 3), images.device)[:, :, None, None]
         return normalised(images, mean, self._std, dtype)
+
+
+def _rows_needed(box: np.ndarray, crop: int) -> np.ndarray:
+    """(n,) int64: how many rows of the images, from the top, their crops are made of."""
+    top, size = box[..., 1], box[..., 3]
+    taps = np.maximum(size / crop, 1)
+    rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).max(1) + ROWS_BELOW
+    return rows
 
 
 def decode_whole(image: np.ndarray, width: int, height: int, buffer: np.ndarray | None = None) -> np.ndarray:
