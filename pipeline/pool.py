@@ -40,16 +40,20 @@ def run(
     others = set(active_children())
     fork = get_context("fork")  # the function is inherited: sending ImageNet's plan would cost 100 MB
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow_parent, initargs=(function,)) as pool:
+        # A worker that has no handler yet would be killed by the signal: it waits until there is one.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
         try:
-            yield pool.map(_call, tasks)
+            results = pool.map(_call, tasks)  # forks
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield results
         except BrokenProcessPool as err:
             cure = "perhaps for want of memory; use fewer --workers"
             raise StorageError(f"{place}: a worker was killed, {cure}") from err
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in set(active_children()) - others:
                 if worker.pid and worker.is_alive():
                     os.kill(worker.pid, STOP)
+            pool.shutdown(cancel_futures=True)  # waits until they have removed what is half written
             raise
 
 
@@ -73,6 +77,7 @@ def _follow_parent(function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(STOP, _stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP})
     parent = os.getppid()
 
     def watch() -> None:
