@@ -85,8 +85,8 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
 
     found = {}
     for padding, (name, form) in itertools.product((2, 0), {"as it is": conv1, "48 channels": conv1_as_blocks}.items()):
-        function = functools.partial(form, padding=padding)
-        found[f"conv1 padding {padding} {name}"] = layer(function, (batch, 3, 224, 224), (96, 3, 11, 11))
+        convolve = lambda x, weight, form=form, pad=padding: form(x, weight, pad)  # noqa: E731
+        found[f"conv1 padding {padding} {name}"] = layer(convolve, (batch, 3, 224, 224), (96, 3, 11, 11))
     for name, (channels, side) in SHAPES.items():
         shape = (batch, channels, side, side)
         found[f"{name} copy"] = layer(lambda x: x.detach().clone(), shape)
