@@ -36,6 +36,7 @@ def tiny_cifar(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_accuracy_trains_each_recipe_once_and_draws_them(tiny_cifar, tmp_path):
     args = ["tools/bench/__main__.py", "accuracy", "--images", tiny_cifar, "--dir", tmp_path / "runs", "--epochs", 1]
     first = run_tool(*args, "--only", "seed", "--json", tmp_path / "accuracy.json")

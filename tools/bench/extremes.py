@@ -6,7 +6,6 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 from pipeline import AugmentConfig, Loader
 from pipeline.read.plan import PLAN_IMAGES
@@ -15,10 +14,10 @@ from tools.bench import harness
 EPOCHS = 20
 
 
-def measure(root: Path, large: Path, *, batch: int) -> dict[str, Any]:
+def measure(root: Path, large: Path, *, batch: int) -> harness.Json:
     """large: a dataset of ImageNet's size, on the images of `root`."""
 
-    def alone(function: str, data: Path, **env: str) -> dict[str, Any]:
+    def alone(function: str, data: Path, **env: str) -> harness.Json:
         return harness.run(f"{__name__}:{function}", {"root": data, "batch": batch}, **env)[0]
 
     first = [alone("first_batch", large) for _ in range(5)]

@@ -85,8 +85,8 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
 
     found = {}
     for padding, (name, form) in itertools.product((2, 0), {"as it is": conv1, "48 channels": conv1_as_blocks}.items()):
-        function = functools.partial(form, padding=padding)
-        found[f"conv1 padding {padding} {name}"] = layer(function, (batch, 3, 224, 224), (96, 3, 11, 11))
+        convolve = lambda x, weight, form=form, pad=padding: form(x, weight, pad)  # noqa: E731
+        found[f"conv1 padding {padding} {name}"] = layer(convolve, (batch, 3, 224, 224), (96, 3, 11, 11))
     for name, (channels, side) in SHAPES.items():
         shape = (batch, channels, side, side)
         found[f"{name} copy"] = layer(lambda x: x.detach().clone(), shape)
@@ -96,8 +96,8 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
             kept = "saves the scale" if save else "computes it again"
             found[f"{name} {form}, {kept}"] = layer(norm(form, save_scale=save), shape)
         found[f"pool after {name}"] = layer(functools.partial(F.max_pool2d, kernel_size=3, stride=2), shape)
-    optimisers = ("sgd", "velocity", "lars")
-    return found | {f"optimiser {name}": functools.partial(updates, device, name) for name in optimisers}
+    names = ("sgd", "velocity", "lars")
+    return found | {f"optimiser {name}": functools.partial(updates, device, name) for name in names}
 
 
 def norm(form: str, *, save_scale: bool) -> Callable[..., Tensor]:

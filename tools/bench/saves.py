@@ -11,7 +11,6 @@ import itertools
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
     print(harness.markdown([column.replace("_", " ") for column in COLUMNS], rows))
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
     """Seconds a save stalls, takes to be on the disk, and adds to a block of steps."""
     (config, classes, crop), device = NETS[name], torch.device(args.device)
     torch.manual_seed(0)
