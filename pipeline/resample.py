@@ -2,7 +2,7 @@
 
 Weights are those of Pillow's triangle filter, rounded to whole numbers of 1/ONE, and a line is rounded to grey levels
 between the two directions, as in Pillow. The result is Pillow's within one grey level, and the same on every processor:
-floating point differs where one processor joins a product and a sum and another does not. The whole numbers are kept
+floating point differs if one processor joins a product and a sum and another does not. The whole numbers are kept
 in float32, which vectors multiply twice as fast as integers.
 
 Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a signed index a test for wrapping.
