@@ -50,7 +50,7 @@ def threads_per_rank(local_world: int) -> int:
 
 
 def near_device(pci: str, devices: Path = Path("/sys/bus/pci/devices")) -> list[int] | None:
-    """The cores of the NUMA node that a PCI device ("0000:3b:00.0") is attached to; None if the system does not report it."""
+    """The cores of the NUMA node that a PCI device ("0000:3b:00.0") is attached to; None if it is not reported."""
     if _read(devices / pci.lower() / "numa_node") in ("", "-1"):
         return None
     return parse_list(_read(devices / pci.lower() / "local_cpulist")) or None

@@ -4,7 +4,8 @@ There are two ways. If storage has to be waited for, or if the consumer is not o
 reads in flight, batches ahead, into reused buffers. If the operating system holds the bytes already, the threads that
 decode images read them, a block at a time, and the bytes stay in the processor's cache: with a pool alone, raw images
 lost 10 % of their rate and took 14 % more CPU time (median of four paired runs, two cores). The reader finds out which
-by counting how often a thread had to wait. Both ways read and verify by one compiled call per block, which does not hold the GIL.
+by counting how often a thread had to wait. Both ways read and verify by one compiled call per block, which does not
+hold the GIL.
 """
 
 from __future__ import annotations
