@@ -50,7 +50,7 @@ def threads_per_rank(local_world: int) -> int:
 
 
 def near_device(pci: str, devices: Path = Path("/sys/bus/pci/devices")) -> list[int] | None:
-    """The cores of the NUMA node that a PCI device ("0000:3b:00.0") hangs on; None where the system does not tell."""
+    """The cores of the NUMA node that a PCI device ("0000:3b:00.0") is attached to; None if it is not reported."""
     if _read(devices / pci.lower() / "numa_node") in ("", "-1"):
         return None
     return parse_list(_read(devices / pci.lower() / "local_cpulist")) or None
@@ -68,7 +68,7 @@ def parse_list(text: str) -> list[int]:
 def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list[list[int]] | None:
     """Each local rank's cores: those near its device that are allowed, shared with the ranks that are near the same.
 
-    near: of each local rank, the cores near its device. None where any is unknown or has too few allowed ones.
+    near: of each local rank, the cores near its device. None if any is unknown or has too few allowed ones.
     """
     if any(cores is None for cores in near):
         return None

@@ -22,7 +22,7 @@ def epoch_order(
 
     shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
     partitions: samples are cut into so many parts of consecutive ids, each shuffled by itself, and a global batch is a
-        piece of each part in turn. Where world divides partitions, a rank reads its own parts' shards only.
+        piece of each part in turn. If world divides partitions, a rank reads its own parts' shards only.
     window: shuffle within groups of so many shards, the groups in random order: at most two groups of a part are being
         read at once. 0: shuffle over all shards of a part.
     """
@@ -39,7 +39,7 @@ def epoch_order(
 
 def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: int, window: int) -> np.ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
-    if not window or start == end:  # a part is empty where samples are fewer than parts
+    if not window or start == end:  # a part is empty if samples are fewer than parts
         return _shuffled(np.arange(start, end), seed=seed, epoch=epoch)
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
