@@ -30,8 +30,8 @@ from pipeline.progress import Progress, clock
 from pipeline.write import index_existing
 from pipeline.write.build import build, forecast
 from pipeline.write.images import Encoding
+from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
-from pipeline.write.publish import BadImages
 from pipeline.write.sources import SOURCES
 from pipeline.write.sources.base import check_fraction, check_name
 from tools import cli

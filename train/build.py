@@ -21,6 +21,7 @@ from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
 
 from . import metrics, resume, signals, watchdog
+from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .config import Config, OptimConfig, augment_at
 from .distributed import Agreement, local_world, resolved_precision, take_cores, timeout_seconds
@@ -32,7 +33,6 @@ from .nonfinite import Finite
 from .optim import Plateau, make_optimizer, scaled_to_batch
 from .profiling import Profile
 from .run_folder import RunFolder
-from .saving import Saver
 from .signals import Stop
 from .step import Stepper
 from .trainer import Trainer, TrainState

@@ -13,6 +13,7 @@ from pipeline.progress import Progress
 from pipeline.read.loader import Batch, Loader
 
 from . import nonfinite
+from .background_saves import Saver
 from .config import Config, OptimConfig, augment_at
 from .distributed import Agreement
 from .metrics import Meter, Record
@@ -20,7 +21,6 @@ from .nonfinite import Finite, LossNotFinite
 from .optim import Plateau, learning_rate, set_learning_rate
 from .profiling import Profile
 from .run_folder import RunFolder
-from .saving import Saver
 from .signals import Stop
 from .step import Stepper
 from .watchdog import PHASES, Watchdog
@@ -118,7 +118,7 @@ class Trainer:
         self.tick(FORWARD)
         self._set_rate()
         state, number, skips = self.state, self.state.step + 1, self.config.guard.on_bad_numbers == "skip"
-        ids = self.loader.ids(*self.coordinates(number))
+        ids = batch.ids.numpy()
         buffers = self.stepper.buffers() if skips else []
         # The backward pass is where ranks wait for each other.
         loss, _ = self.stepper.backward(batch, ids, step=state.step, between=lambda: self.tick(BACKWARD))

@@ -14,7 +14,7 @@ from numba import types
 from ..jit import compiled
 from ..shards import INDEX_DTYPE
 from .checksum import crc32
-from .jpeg import cut_short, is_jpeg_of_size
+from .truncate_jpeg import cut_short, is_jpeg_of_size
 
 # The columns of `rows`: (n, 7) int64, a sample a row. One gather takes a sample's numbers from one cache line.
 COLUMNS = INDEX_DTYPE.names or ()

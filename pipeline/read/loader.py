@@ -25,7 +25,7 @@ import torch
 from ..cores import threads_per_rank
 from ..errors import ConfigError
 from ..manifest import Dataset, Statistics, open_dataset
-from . import engines, fetch
+from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
 from .backend import Output, PixelType, Work, to_device
 from .config import LoaderConfig, choose_backend
@@ -96,7 +96,7 @@ class Loader(AbstractContextManager["Loader"]):
         # The mean image is subtracted at the end, on the device, whoever decodes.
         decoded: PixelType = "uint8" if self.augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
-        importing = _in_background(partial(engines.prepare, self.backend, self.augment.crop, decoded, self.device))
+        importing = _in_background(partial(make_backend.prepare, self.backend, self.augment.crop, decoded, self.device))
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         normal = normalisation(self.augment, statistics or self.dataset)
@@ -140,7 +140,7 @@ class Loader(AbstractContextManager["Loader"]):
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
         engine = self.backend, output, self._reader, self.plan, self.config
-        self._engine = engines.make(*engine, raw=raw, threads=self.threads)
+        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads)
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck

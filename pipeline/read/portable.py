@@ -24,9 +24,9 @@ from .augment import AugmentConfig, normalisation, place
 from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
 from .buffers import Buffers
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images
-from .jpeg import ROWS_BELOW, cut_short
 from .kernels import Cropper, decoded_block
 from .reader import Reader
+from .truncate_jpeg import ROWS_BELOW, cut_short
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache

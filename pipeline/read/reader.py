@@ -23,8 +23,8 @@ from ..errors import BadSample
 from ..manifest import Split
 from ..shards import crc32, sample_key
 from .buffers import Buffers
+from .byte_source import LocalShards
 from .fetch import CRC32, IN_MEMORY, NO_CUTS, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
-from .source import LocalShards
 
 # Where the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)

@@ -20,12 +20,12 @@ from ..errors import ConfigError, DataError, StorageError
 from ..files import PARTIAL, json_bytes
 from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
-from . import journal, pixels
+from . import journal, resize
 from .images import BadImage, Preparer
 from .journal import ShardRecord
-from .pixels import Sums
+from .manifest_content import Collected
 from .plan import Options, Plan
-from .publish import Collected
+from .resize import Sums
 from .sources import Item
 
 __all__ = ["Options", "Plan", "build", "forecast"]
@@ -72,7 +72,7 @@ class _Nowhere(Folder):
 
 def forecast(plan: Plan, only: range | None = None, *, images: int = 64) -> tuple[ShardRecord, float]:
     """Makes a shard of some of the plan's images and stores it nowhere: its record, and one worker's seconds for it."""
-    pixels.prepare()
+    resize.prepare()
     items = [item for n in plan.numbers(only) for item in plan.tasks[n].items[:images]]
     items = items[:: max(1, len(items) // images)][:images]
     started = time.perf_counter()
@@ -141,7 +141,7 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
 def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Callable[[int, str], None]) -> None:
     if not todo:
         return
-    pixels.prepare()  # before workers are forked: once for all
+    resize.prepare()  # before workers are forked: once for all
 
     def make(number: int) -> ShardRecord:
         task = plan.tasks[number]

@@ -13,7 +13,7 @@ from simplejpeg import decode_jpeg, decode_jpeg_header, encode_jpeg
 
 from ..errors import ConfigError
 from ..geometry import resized
-from .pixels import SLACK, Resizer, Square, resize_short_side, resized_square
+from .resize import SLACK, Resizer, Square, resize_short_side, resized_square
 
 MAX_PIXELS = 100_000_000  # rejected from the header: 300 MB decoded, 5 times ImageNet's largest
 MAX_SIDE = 65_500  # libjpeg's limit

@@ -24,11 +24,11 @@ from ..errors import ConfigError, DataError
 from ..shards import IMAGES, INDEX_DTYPE, Shard, crc32, file_sha256, split_name, stored_label
 from ..storage import Folder
 from ..tar import Member, members
-from . import pixels
+from . import resize
 from .images import BadImage, Encoding, Preparer
 from .journal import ShardRecord
-from .pixels import Sums
-from .publish import Collected
+from .manifest_content import Collected
+from .resize import Sums
 
 MAX_SIDE = 65_535  # what the index holds
 SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet has a thousandth
@@ -134,7 +134,7 @@ def index(
     folder = Folder(out)
     if manifest.NAME in folder.names():
         raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
-    pixels.prepare()  # before workers are forked
+    resize.prepare()  # before workers are forked
     tars = [(split, path) for split, paths in splits.items() for path in paths]
     measured = -(-statistics_images // len(splits["train"]))  # of each training tar
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..files import json_bytes
 from ..shards import Shard, dali_index_name
 from ..storage import Folder
-from .pixels import Sums
+from .resize import Sums
 
 FOLDER = "parts"
 PLAN = f"{FOLDER}/plan.json"

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as tv
 from pipeline.errors import ConfigError
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import AugmentConfig, place
-from pipeline.write.pixels import SLACK, Resizer, resized_square
+from pipeline.write.resize import SLACK, Resizer, resized_square
 
 SIDES = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20)
 

@@ -21,7 +21,7 @@ from numba import njit
 from pipeline import AugmentConfig, DataError, Loader, LoaderConfig
 from pipeline.read import checksum, kernels, portable, reader
 from pipeline.read.checksum import crc32
-from pipeline.read.jpeg import cut_short
+from pipeline.read.truncate_jpeg import cut_short
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits

@@ -20,7 +20,7 @@ from pipeline.shards import Sample, write_array, write_shard
 from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
-from pipeline.write.pixels import SLACK, Resizer, resized_square
+from pipeline.write.resize import SLACK, Resizer, resized_square
 from pipeline.write.sources import ImageFolder
 from tests.conftest import picture
 

@@ -11,7 +11,7 @@ from zlib_ng import zlib_ng
 
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
-from pipeline.read import source
+from pipeline.read import byte_source
 from pipeline.read.fetch import NO_CUTS, SIZE, fetch_images
 from pipeline.read.reader import Reader
 
@@ -69,7 +69,7 @@ def test_a_shard_that_shrinks_or_goes_away_during_training_is_named(split):
 
 
 def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
-    monkeypatch.setattr(source, "MAX_OPEN", 2)
+    monkeypatch.setattr(byte_source, "MAX_OPEN", 2)
     r = Reader(split, threads=3, always_ahead=True)
     for _ in range(10):
         r.read(np.arange(12)).wait()

@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
 from pipeline.storage import Folder
-from pipeline.write import images, pixels, sources
+from pipeline.write import images, resize, sources
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import BadImage, Encoding, Preparer
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
@@ -121,14 +121,14 @@ def test_resizing_is_pillows_but_for_a_grey_level_and_exact_in_whole_numbers(wid
     if max(to) > 3000:
         return
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    flat = np.concatenate([image.reshape(-1), np.full(pixels.SLACK, 255, np.uint8)])
+    flat = np.concatenate([image.reshape(-1), np.full(resize.SLACK, 255, np.uint8)])
     pillows = np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BILINEAR)).astype(int)
     expected = blended(blended(image, height, to[1]).swapaxes(0, 1), width, to[0]).swapaxes(0, 1)
     assert np.abs(expected - pillows).max() <= 1
-    resizer = pixels.Resizer()
-    assert np.array_equal(pixels.resize_short_side(resizer, flat, (width, height), short), expected)
+    resizer = resize.Resizer()
+    assert np.array_equal(resize.resize_short_side(resizer, flat, (width, height), short), expected)
     left, top = (int(centre_offset(side, short)) for side in to)
-    square = pixels.resized_square(resizer, flat, (width, height), short)
+    square = resize.resized_square(resizer, flat, (width, height), short)
     assert np.array_equal(square, expected[top : top + short, left : left + short])
 
 
@@ -138,8 +138,8 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
     image = np.random.default_rng(seed).integers(0, 256, (side + more_lines, side + more_columns, 3), dtype=np.uint8)
     top, left = (int(centre_offset(length, side)) for length in image.shape[:2])
     wide = image[top : top + side, left : left + side].astype(np.int64)
-    square = pixels.Square.centre(image, side)
-    sums = pixels.Sums(side)
+    square = resize.Square.centre(image, side)
+    sums = resize.Sums(side)
     for _ in range(2):
         sums.add(square, square)
     products = np.einsum("hwi,hwj->ij", wide, wide)
@@ -150,14 +150,14 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
 
 
 def test_sums_of_many_white_images_overflow_nothing():
-    white = pixels.Square.centre(np.full((8, 8, 3), 255, np.uint8), 8)
-    sums = pixels.Sums(8)
+    white = resize.Square.centre(np.full((8, 8, 3), 255, np.uint8), 8)
+    sums = resize.Sums(8)
     for number in range(1, 800):
         sums.add(white, white)
         if number in (100, 257, 258):
             assert (sums.image == 255 * number).all()
     assert (sums.image == 255 * 799).all()
-    again = pixels.Sums.restored(sums.arrays())
+    again = resize.Sums.restored(sums.arrays())
     assert (again.image == sums.image).all()
     assert (again.channels == 255 * 799 * 64).all()
 
@@ -315,8 +315,8 @@ def test_mean_image_and_principal_colours_are_those_of_the_squares(tmp_path):
         data = encoded(picture(rng, 90 + i, 70), "JPEG", quality=95)
         (tmp_path / "in" / "a" / f"{i}.jpg").write_bytes(data)
         image = np.asarray(Image.open(io.BytesIO(data)))
-        flat = np.concatenate([image.reshape(-1), np.zeros(pixels.SLACK, np.uint8)])
-        square = pixels.resized_square(pixels.Resizer(), flat, (image.shape[1], image.shape[0]), 32)
+        flat = np.concatenate([image.reshape(-1), np.zeros(resize.SLACK, np.uint8)])
+        square = resize.resized_square(resize.Resizer(), flat, (image.shape[1], image.shape[0]), 32)
         squares.append(square.astype(float))
     build(Plan(ImageFolder(tmp_path / "in"), Options(Encoding(size=32))), tmp_path / "out", workers=1)
     dataset = manifest.open_dataset(tmp_path / "out")

@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from pipeline.write import pixels
+from pipeline.write import resize
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
@@ -25,7 +25,7 @@ def measure(
     options = Options(Encoding(encode), samples_per_shard, stats=stats, check=check)
     plan = Plan(ImageFolder(Path(images)), options)
     count = len(plan.tasks) and plan.samples  # lists the images
-    pixels.prepare()
+    resize.prepare()
     started = time.perf_counter()
     build(plan, Path(out), workers=workers)
     seconds = time.perf_counter() - started

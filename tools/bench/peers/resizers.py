@@ -11,10 +11,10 @@ SHORT, QUALITY = 256, 90
 
 
 def ours() -> Callable[[bytes], object]:
-    from pipeline.write import pixels
+    from pipeline.write import resize
     from pipeline.write.images import Encoding, Preparer
 
-    pixels.prepare()
+    resize.prepare()
     return Preparer(Encoding("jpeg", SHORT, quality=QUALITY), measure=False)
 
 

@@ -12,7 +12,7 @@ from ..errors import DataError
 from ..shards import write_array
 from ..storage import Folder
 from .journal import ShardRecord
-from .pixels import Sums
+from .resize import Sums
 
 NAMED_BAD = 10  # in the error's one line
 
