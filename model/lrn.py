@@ -147,7 +147,7 @@ def backward(grad: Tensor, x: Tensor, window: Window, scale: Tensor | None = Non
 
 
 def scale_of(x: Tensor, window: Window) -> Tensor:
-    """s = k + α Σ x², in float32, or float64 where x is."""
+    """s = k + α Σ x², in float32, or float64 if x is."""
     wide = _cast(x, torch.promote_types(x.dtype, torch.float32))
     return window_sum(wide * wide, window) * window.alpha + window.k
 
@@ -166,7 +166,7 @@ def window_sum(x: Tensor, window: Window) -> Tensor:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), never called where it would return x itself.
+    """x.to(dtype), never called if it would return x itself.
 
     Under torch 2.11, one such call in a compiled autograd.Function's forward makes its gradient zero, without an error.
     """
@@ -182,7 +182,7 @@ def inverse_power(scale: Tensor, beta: float) -> Tensor:
 
 
 def _readable(x: Tensor, compiled: bool) -> Tensor:
-    """x, or x in float32 where the compiler's loops for a CPU take half precision element by element.
+    """x, or x in float32 if the compiler's loops for a CPU take half precision element by element.
 
     They do for what is left of a line after whole vectors, once for each neighbour: with 24 channels four times the
     time of float32. A line of whole vectors is faster as it is, since fresh float32 memory costs more than the casts.

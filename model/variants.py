@@ -211,7 +211,7 @@ VARIANTS: dict[str, Variant] = {
         Drop, Linear(4096), Act,
         Drop, Linear(4096), Act,
     ], names="torchvision", norm="none", weight_init="torch"),
-    # One tower, any size of image; LRN where the paper has it, or batch normalisation after ReLU and pool, none in the
+    # One tower, any size of image; LRN in the paper's places, or batch normalisation after ReLU and pool, none in the
     # fully connected layers, as the large-batch recipes have it.
     "modern": Variant([
         Conv(96, 11, stride=4, padding=2), Act, Norm(), Pool(), BatchNorm,  # 96 × 27 × 27

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_file(name: str) -> Path:
-    """The type of an option that names a file to write: what cannot be one is refused before any work is done."""
+    """The type of an option that names a file to write: a name that cannot be one is rejected before any work."""
     path = Path(name)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{name} is a folder; name a file")

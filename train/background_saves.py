@@ -66,9 +66,9 @@ class Saver:
         """Waits until the last save is on the disk. Raises SaveFailed, at all ranks, if it could not be written."""
         self.settle()
         if self.agreement.largest(int(bool(self._error)))[0]:
-            self.refuse(step)
+            self.raise_failure(step)
 
-    def refuse(self, step: int) -> None:
+    def raise_failure(self, step: int) -> None:
         """Raises SaveFailed; at all ranks together."""
         if self._error:
             raise SaveFailed(f"{self._error}; step {step} is not saved")

@@ -29,7 +29,7 @@ def make_accelerator(config: Config) -> Accelerator:
         backend = None if config.run.ddp_backend == "auto" else config.run.ddp_backend
         timeout = datetime.timedelta(seconds=timeout_seconds(config.guard.hang_seconds))
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-        # Views: a gradient lies where it is sent from, which spares a copy and the memory of all weights.
+        # Views: gradients are stored in DDP's buffers, which saves a copy and memory of the weights' size.
         hook = DDPCommunicationHookType({"none": "no"}.get(config.train.compress, config.train.compress))
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook))
     torch.backends.cudnn.benchmark = not config.run.deterministic  # batches are all of one size

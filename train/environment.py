@@ -53,7 +53,7 @@ def command() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit, with "-dirty" where files differ from it; outside a checkout what an image says, or None."""
+    """The commit, with "-dirty" if files differ from it; outside a checkout the one that an image records, or None."""
     try:
         ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()

@@ -79,7 +79,7 @@ METRICS, IDS = "metrics.jsonl", "ids"
 
 
 def start(accelerator: Accelerator, config: Config) -> None:
-    """Accelerate's trackers, each told the configuration; TensorBoard's events lie in the run folder."""
+    """Starts Accelerate's trackers with the configuration; TensorBoard's events lie in the run folder."""
     names = config.run.trackers
     project = "tensorboard" if names == ("tensorboard",) else "imagenet-express"
     values = {name: str(value) for name, value in flatten(config).items()} if names != ("tensorboard",) else None

@@ -133,7 +133,7 @@ class Trainer:
         state.step = number
         self.record.ids(number, ids)
         if broken:
-            self.saver.refuse(number)
+            self.saver.raise_failure(number)
         return stop
 
     def _set_rate(self) -> None:

@@ -19,7 +19,7 @@ class LoaderConfig:
     """How batches are made; nothing here changes what they hold."""
 
     backend: InHelp[Backend] = "auto"
-    """auto takes dali-gpu where the net is on a CUDA device and DALI is installed, portable elsewhere; never synthetic,
+    """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable; never synthetic,
     which delivers noise without reading an image, to measure the network alone."""
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
