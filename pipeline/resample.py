@@ -108,41 +108,101 @@ def _blend_columns(
         q += u(3)
 
 
-def _normalised(out: Any, value: Any, mean: Any, scale: Any) -> Any:
-    """A byte as `out` stores it: (value - mean) · scale if that is float32."""
+def store(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32.
+
+    Compiled from one of the two below.
+    """
     raise NotImplementedError
 
 
-@overload(_normalised, jit_options={"fastmath": True})
-def _normalised_for(out: Any, value: Any, mean: Any, scale: Any) -> Any:
-    if out.dtype == numba.uint8:
-        return lambda out, value, mean, scale: value
-    return lambda out, value, mean, scale: (np.float32(value) - mean) * scale
+@overload(store, jit_options={"fastmath": True})
+def store_for(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    return store_uint8 if out.dtype == numba.uint8 else store_float32
 
 
-@compiled
-def store(
-    values: np.ndarray, at: int, out: np.ndarray, start: int, columns: int, rows: int, y: int, packed: bool,
-    mean: np.ndarray, m: int, scale: np.ndarray,
-) -> None:  # fmt: skip
-    """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32.
-
-    packed: the crop is (rows, columns, 3) in memory, otherwise (3, rows, columns). mean: from mean[m] on.
-    """
-    p = u(at)
-    m0, m1, m2, s0, s1, s2 = mean[m], mean[m + 1], mean[m + 2], scale[0], scale[1], scale[2]
+def store_uint8(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    v = u(at)
     if packed:
-        q = u(start + 3 * columns * y)
-        for x in range(u(columns)):
-            out[q + x * u(3)] = _normalised(out, values[p + x * u(3)], m0, s0)
-            out[q + x * u(3) + u(1)] = _normalised(out, values[p + x * u(3) + u(1)], m1, s1)
-            out[q + x * u(3) + u(2)] = _normalised(out, values[p + x * u(3) + u(2)], m2, s2)
+        target = u(start + 3 * columns * y)
+        for j in range(u(3 * columns)):
+            out[target + j] = values[v + j]
         return
     red, plane = u(start + y * columns), u(columns * rows)
     for x in range(u(columns)):  # one loop for all three, which LLVM turns into shuffles
-        out[red + x] = _normalised(out, values[p + x * u(3)], m0, s0)
-        out[red + plane + x] = _normalised(out, values[p + x * u(3) + u(1)], m1, s1)
-        out[red + plane + plane + x] = _normalised(out, values[p + x * u(3) + u(2)], m2, s2)
+        p = v + x * u(3)
+        out[red + x] = values[p]
+        out[red + plane + x] = values[p + u(1)]
+        out[red + plane + plane + x] = values[p + u(2)]
+
+
+def store_float32(
+    values: Any,
+    at: Any,
+    out: Any,
+    start: Any,
+    columns: Any,
+    rows: Any,
+    y: Any,
+    packed: Any,
+    mean: Any,
+    m: Any,
+    scale: Any,
+) -> Any:
+    v = u(at)
+    m0, m1, m2 = mean[m], mean[m + 1], mean[m + 2]
+    s0, s1, s2 = scale[0], scale[1], scale[2]
+    if packed:
+        target = u(start + 3 * columns * y)
+        for _ in range(columns):
+            out[target] = (np.float32(values[v]) - m0) * s0
+            out[target + u(1)] = (np.float32(values[v + u(1)]) - m1) * s1
+            out[target + u(2)] = (np.float32(values[v + u(2)]) - m2) * s2
+            target += u(3)
+            v += u(3)
+        return
+    red, plane = u(start + y * columns), u(columns * rows)
+    for x in range(u(columns)):
+        p = v + x * u(3)
+        out[red + x] = (np.float32(values[p]) - m0) * s0
+        out[red + plane + x] = (np.float32(values[p + u(1)]) - m1) * s1
+        out[red + plane + plane + x] = (np.float32(values[p + u(2)]) - m2) * s2
 
 
 @compiled
