@@ -79,6 +79,7 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
         for at, size, sample in zip(block.at, block.rows[:, SIZE], range(12)):
             assert zlib_ng.crc32(block.buffer[at : at + size]) == split.index["crc32"][sample]
     direct.close()
+    del block  # it holds its files open
 
     def shards_open():
         return sum(".tar" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if is_link(fd))
