@@ -83,7 +83,8 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
 
     def shards_open():
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-        return sum(os.readlink(link).startswith(f"{split.root}/") for link in links if os.path.islink(link))
+        found = [os.readlink(link) for link in links if os.path.islink(link)]
+        return sum(path.startswith(f"{split.root}/") and path.endswith(".tar") for path in found)
 
     assert shards_open() <= 2
     r.close()
