@@ -92,7 +92,7 @@ def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_keeps_them_aside_u
     done = again(folder, digits)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("passed over: ") == 3
-    assert "no checkpoint is whole; starting anew" in done.stdout
+    assert "no checkpoint is whole; starting from scratch" in done.stdout
     assert traces(folder) == traces(clean)
 
 

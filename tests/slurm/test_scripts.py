@@ -120,7 +120,7 @@ def test_which_ends_are_requeued(code, reason, expected):
 
 
 def test_the_reasons_of_lost_ranks_are_those_that_training_writes():
-    written = "".join((ROOT / "train" / name).read_text() for name in ("run.py", "hosts.py"))
+    written = "".join((ROOT / "train" / name).read_text() for name in ("exit_report.py", "preflight.py"))
     for words in ("another rank ended", "lost the others before the start", "did not start within"):
         assert words in (SCRIPTS / "verdict.sh").read_text()
         assert words in written

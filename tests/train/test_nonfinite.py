@@ -96,8 +96,8 @@ def test_numbers_travel_to_pinned_memory_without_blocking_and_are_read_behind_an
     calls = []
 
     class Event:
-        def record(self):
-            calls.append("record")
+        def record(self, stream):
+            calls.append(f"record on the stream of {stream}")
 
         def synchronize(self):
             calls.append("synchronize")
@@ -112,9 +112,10 @@ def test_numbers_travel_to_pinned_memory_without_blocking_and_are_read_behind_an
 
     monkeypatch.setattr(backend.torch, "empty", empty)
     monkeypatch.setattr(backend.torch.cuda, "Event", Event)
+    monkeypatch.setattr(backend.torch.cuda, "current_stream", lambda device: device.type)
     device = SimpleNamespace(type="cuda")
     copy = HostCopy(SimpleNamespace(shape=(2,), dtype=torch.float32, device=device))
-    assert calls == [("pinned", True), ("copy", True), "record"]
+    assert calls == [("pinned", True), ("copy", True), "record on the stream of cuda"]
     assert isinstance(copy.read(), Pinned)
     assert calls[3:] == ["synchronize"]
 
