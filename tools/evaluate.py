@@ -107,8 +107,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
 def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
     """The Predictions of the mean of all models."""
     from pipeline.read.loader import Loader
-    from train.build import pixel_type
-    from train.distributed import local_world
+    from train.build import of_this_rank
     from train.evaluation import Group, predict
 
     groups: dict[Any, Group] = {}  # nets that see the same pixels share a loader
@@ -125,12 +124,7 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
                     batch=args.batch,
                     train=False,
                     statistics=statistics,
-                    rank=accelerator.process_index,
-                    world=accelerator.num_processes,
-                    local_world=local_world(),
-                    device=accelerator.device,
-                    dtype=pixel_type(accelerator.mixed_precision, accelerator.device),
-                    channels_last=True,
+                    **of_this_rank(accelerator),
                     augment=augment,
                 )
                 groups[pixels] = Group([], loaders.enter_context(loader))

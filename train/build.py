@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -180,6 +181,18 @@ def done(state: TrainState, config: Config, *, steps_per_epoch: int) -> str:
     return f"{state.epoch} of {config.train.epochs} epochs{more}"
 
 
+def of_this_rank(accelerator: Accelerator) -> dict[str, Any]:
+    """The arguments of a Loader that feeds a net on this rank's device."""
+    return {
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "local_world": local_world(),
+        "device": accelerator.device,
+        "dtype": pixel_type(accelerator.mixed_precision, accelerator.device),
+        "channels_last": True,
+    }
+
+
 def make_loader(
     config: Config, dataset: Dataset, accelerator: Accelerator, *, train: bool, augment: AugmentConfig
 ) -> Loader:
@@ -193,12 +206,7 @@ def make_loader(
         partitions=config.data.partitions,
         window=config.data.window,
         first=config.overfit,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        local_world=local_world(),
-        device=accelerator.device,
-        dtype=pixel_type(accelerator.mixed_precision, accelerator.device),
-        channels_last=True,
+        **of_this_rank(accelerator),
         augment=augment,
         config=config.loader,
     )

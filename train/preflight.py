@@ -64,7 +64,7 @@ def open_alike(config: Config) -> Dataset:
 
 
 def report_rejection(err: ExpressError) -> None:
-    """Tells the other hosts, whose command lines may be sound, that this rank's was rejected and it will not come."""
+    """Reports to the other hosts, whose command lines may be sound, that this rank was rejected and will not come."""
     if _alone() or _world() == _local_world():
         return  # the ranks of one host read the same line
     with contextlib.suppress(Exception):  # only spares the others a long wait; this rank's own line says all

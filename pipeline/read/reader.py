@@ -26,7 +26,7 @@ from .buffers import Buffers
 from .byte_source import LocalShards
 from .fetch import CRC32, IN_MEMORY, NO_CUTS, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
 
-# Where the system does not count a thread's waits, storage is taken to be slow.
+# If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
 WAITS_A_READ = 0.3  # of a thread, on average: from the page cache it does not have to wait at all
 SLOW_SHARE = 0.5  # of the latest blocks
