@@ -29,12 +29,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def key(*coordinates: int) -> int:
     """64 bits from whole numbers: the key of all draws at these coordinates."""
-    state = np.zeros(1, np.uint64)
+    x = 0
     for value in coordinates:
         # Mixed between two additions, so that (1, 0) and (0, 1) and neighbours lead to unrelated keys.
-        state += np.uint64((value + 1) * _GOLDEN & _MASK)
-        state = _mix(state)
-    return int(state[0])
+        x = x + (value + 1) * _GOLDEN & _MASK
+        # As _mix(): on arrays of one number this took 40 µs instead of 2, eight times a plan.
+        x = (x ^ x >> 30) * _M1 & _MASK
+        x = (x ^ x >> 27) * _M2 & _MASK
+        x ^= x >> 31
+    return x
 
 
 def bits(ids: np.ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> np.ndarray:
