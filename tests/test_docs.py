@@ -41,13 +41,24 @@ def test_links_lead_somewhere(page):
 def test_files_flags_and_targets_exist(page):
     text = PAGES[page]
     for path in re.findall(r"(?<![\w./-])((?:pipeline|model|train|tools|docker|tests|docs)/[\w./*-]*\w)", text):
-        assert list(ROOT.glob(path)), path
+        assert list(ROOT.glob(path)) or (ROOT / f"{path}.py").is_file(), path
     fields = {name.replace("_", "-") for name in declared(Config)} | {"data.split"}  # tools/evaluate.py's
     for flag in re.findall(r"--([a-z]+\.[a-z0-9-]*[a-z0-9])", text):
         group, _, field = flag.partition(".")
         assert f"{group}.{field.removeprefix('no-')}" in fields or flag in REMOVED, flag
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)) <= targets
+
+
+def test_the_architecture_names_functions_of_the_files_beside_them():
+    rows = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, | and )?)+)", PAGES["docs/architecture.md"])
+    assert len(rows) > 5
+    for file, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^ *(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.MULTILINE), (
+                file,
+                name,
+            )
 
 
 # The examples of CONTRIBUTING.md
