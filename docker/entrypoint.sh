@@ -158,7 +158,7 @@ code_in() { # EXIT_JSON
   python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$1"
 }
 
-identity() { # FILE -> changes with every exit.json, which is a new file that is renamed; or is empty
+identity() { # FILE -> changes with every exit.json, which is a new file that is renamed; empty if there is none
   stat -c '%i %y' -- "$1" 2>/dev/null || true
 }
 
