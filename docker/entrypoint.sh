@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The image's commands. From any working directory, in the image and in a checkout alike:
+# The image's commands. They work from any working directory, in the image and in a checkout:
 #
 #   entrypoint.sh shard imagenet2012 --src /data/archives --out /data/shards
 #   entrypoint.sh train paper --data.shards /data/shards --run.dir /data/runs/paper
 #   entrypoint.sh evaluate /data/runs/paper --data.shards /data/shards
-#   entrypoint.sh smoke          versions, devices, and the demo trained to its end; may be given flags of train
-#   entrypoint.sh COMMAND ...    anything else is run as it stands
+#   entrypoint.sh smoke          prints versions and devices, trains the demo; takes flags of train
+#   entrypoint.sh COMMAND ...    any other command is run as it is
 #
 # train starts a process for each GPU that it sees, or one on the CPU. Other launches:
 #   LAUNCH_CONFIG   cpu2, 1gpu, 8gpu, 2x8, or a file that accelerate launch --config_file takes
 #   LAUNCH_ARGS     more options of accelerate launch, such as "--machine_rank 1 --main_process_ip 10.0.0.1"
 #
-# SIGTERM, SIGINT and SIGUSR1 go to the trainer, which saves and ends with 75. train exits with the trainer's own code,
-# which exit.json in the run folder keeps where a launcher turns it into 1.
+# SIGTERM, SIGINT and SIGUSR1 go to the trainer, which saves and exits with code 75. train exits with the trainer's own
+# code: exit.json in the run folder holds it, since launchers turn every failure into 1.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,16 +33,16 @@ run_tool() { # FILE ARGUMENTS...
 
 train() {
   asks_only_for_text "$@" && run_tool train/run.py "$@"
-  trap 'exit "$NOT_DONE"' TERM INT USR1 # until there is somebody to hand them to
+  trap 'exit "$NOT_DONE"' TERM INT USR1 # until there is a process to send them to
   local resolved run_dir shards launch=()
   resolved=$(python3 "$ROOT/train/run.py" "$@" --print) # a usage error ends here, with its line and its code
   resolved=$(fields "$resolved")
   { read -r shards; read -r run_dir; } <<<"$resolved"
   echo "$(date +%s) $run_dir" 2>/dev/null >"$STATE" || true # a read-only container is watched without it
   choose_launch
-  # One process on the CPU needs no launcher, and a run without shards is refused best by the trainer itself.
+  # One process on the CPU needs no launcher. A run without shards is rejected by the trainer itself.
   [[ ${#launch[@]} -eq 0 || -z $shards ]] && run_tool train/run.py "$@"
-  # There before the ranks are, so that whatever they refuse finds its way into exit.json.
+  # Made before the ranks start, so that exit.json can hold the reason of a rejection.
   mkdir -p -- "$run_dir" 2>/dev/null && [[ -w $run_dir ]] ||
     fail 74 "$run_dir: cannot be written by user $(id -u); mount a folder that it owns, or start with --user"
   launch_and_wait "$run_dir" "${launch[@]}" "$ROOT/train/run.py" "$@"
@@ -64,7 +64,7 @@ config = json.loads(sys.argv[1])
 print(config["data"]["shards"], os.path.abspath(config["run"]["dir"]), sep="\n")' "$1"
 }
 
-choose_launch() { # sets launch: what accelerate launch is told, empty where none is needed
+choose_launch() { # sets launch: the arguments of accelerate launch; empty if no launcher is needed
   local config=${LAUNCH_CONFIG:-} gpus more=()
   read -ra more <<<"${LAUNCH_ARGS:-}"
   if [[ -z $config ]]; then
@@ -99,7 +99,7 @@ known_configs() {
   echo "${files[*]%.yaml}"
 }
 
-launch_and_wait() { # RUN_DIR WHAT_ACCELERATE_LAUNCH_IS_TOLD... ; exits with the trainer's code
+launch_and_wait() { # RUN_DIR ARGUMENTS_OF_ACCELERATE_LAUNCH... ; exits with the trainer's code
   local run_dir=$1 before beat code
   shift
   before=$(identity "$run_dir/exit.json") beat=$(identity "$run_dir/heartbeat/rank-00000.json")
@@ -115,8 +115,8 @@ launch_and_wait() { # RUN_DIR WHAT_ACCELERATE_LAUNCH_IS_TOLD... ; exits with the
   exit_as_told "$run_dir" "$before" "$beat" "$code"
 }
 
-# To the ranks and not to the launcher: accelerate's keeps a signal for itself with one process, and torchrun kills
-# 30 seconds after it, while a run may still be saving.
+# Signals go to the ranks and not to the launcher: with one process accelerate does not forward them, and torchrun kills
+# the ranks 30 seconds later, while a run may still be saving.
 forward() { # SIGNAL
   signalled=$1
   [[ -n $launcher ]] || exit "$NOT_DONE"
@@ -126,7 +126,7 @@ forward() { # SIGNAL
   kill -s "$1" ${processes:-$launcher} 2>/dev/null || true
 }
 
-ranks() { # the processes of train/run.py that this start has brought about, whoever their parent is by now
+ranks() { # the processes of train/run.py that belong to this start, whatever their parent is by now
   local file pid
   grep -lsxz "IMAGENET_EXPRESS_START=$start" /proc/[0-9]*/environ | while read -r file; do
     pid=${file//[!0-9]/}
@@ -134,7 +134,7 @@ ranks() { # the processes of train/run.py that this start has brought about, who
   done || true
 }
 
-wait_for_launcher() { # sets code; returns when the launcher and all ranks are gone
+wait_for_launcher() { # sets code; returns when the launcher and all ranks have ended
   while kill -0 "$launcher" 2>/dev/null; do # wait returns early at each signal
     code=0
     wait "$launcher" || code=$?
@@ -158,7 +158,7 @@ code_in() { # EXIT_JSON
   python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$1"
 }
 
-identity() { # FILE -> changes with every exit.json, which is written anew and renamed; empty where there is none
+identity() { # FILE -> changes with every exit.json, which is a new file that is renamed; empty if there is none
   stat -c '%i %y' -- "$1" 2>/dev/null || true
 }
 

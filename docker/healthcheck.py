@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Whether the training of this container lives: 0 healthy, 1 not, with one line that says why.
+"""Checks whether the training in this container is alive: 0 healthy, 1 not, with one line that gives the reason.
 
     HEALTHCHECK CMD ["python3", "/opt/imagenet-express/docker/healthcheck.py"]
     livenessProbe: {exec: {command: [python3, /opt/imagenet-express/docker/healthcheck.py, --begin, "1800"]}}
 
 Each rank writes heartbeat/rank-NNNNN.json into the run folder at least every ten seconds, also while it saves; the
-youngest of this host's counts. A rank that is stuck while others live is the watchdog's business, which ends the run.
+latest one of this host counts. If one rank hangs while others run, the watchdog ends the run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def ours(folder: Path) -> list[float]:
-    """When this host's ranks have beaten last."""
+    """The times of the latest heartbeats of this host's ranks."""
     times = []
     for path in folder.glob("heartbeat/rank-*.json"):
         try:

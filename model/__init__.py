@@ -1,4 +1,4 @@
-"""AlexNet, its parts and its initialisations. Imports torch and nothing else."""
+"""AlexNet, its layers and its initialisations. Imports torch and nothing else."""
 
 from __future__ import annotations
 

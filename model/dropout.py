@@ -19,12 +19,12 @@ def keep_mask(rows: Tensor, units: int, *, layer: int, p: float) -> Tensor:
     unit = torch.arange(units, dtype=torch.int32, device=rows.device) + _signed(layer * _LAYER)
     unit = _scrambled(unit)
     unit = unit ^ _shifted(unit, 16)
-    # For the sum with the row that last step is left out: it moves low bits only, which the comparison hardly sees.
+    # The sum with the row omits the hash's last step, which changes low bits only: they hardly affect the comparison.
     return _scrambled(rows[:, None] ^ unit[None, :]) >= min(round(p * (1 << 32)), (1 << 32) - 1) - (1 << 31)
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """Wellons's hash but for its last step."""
+    """Wellons's hash without its last step."""
     x = (x ^ _shifted(x, 16)) * _M1
     return (x ^ _shifted(x, 15)) * _M2
 

@@ -65,7 +65,7 @@ def spatial_response_norm(
     compiled: bool = False,
     save_scale: bool | None = None,
 ) -> Tensor:
-    """The same within each channel, over `size` × `size` pixels: what the original code has after its second LRN.
+    """The same within each channel, over `size` × `size` pixels: as the original code does after its second LRN.
 
     x: (N, C, H, W). alpha is divided by size². Raises ValueError when size is even.
     """
@@ -138,7 +138,7 @@ def forward(x: Tensor, window: Window, save_scale: bool) -> tuple[Tensor, ...]:
 
 
 def backward(grad: Tensor, x: Tensor, window: Window, scale: Tensor | None = None) -> Tensor:
-    """dx, in x's dtype. scale: s of the forward pass; None: it is computed again."""
+    """dx, in x's dtype. scale: s of the forward pass; None: recompute it."""
     scale = scale_of(x, window) if scale is None else scale
     wide = _cast(x, scale.dtype)
     direct = inverse_power(scale, window.beta) * _cast(grad, scale.dtype)

@@ -1,4 +1,4 @@
-"""Which nets there are: a run's choice, and each variant as a table that reads like its source's."""
+"""The choice of a net, and each AlexNet variant as a table that reads like that of its source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IN_HELP = "in the short help"  # as pipeline.settings declares it, which is not 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which net, how wide, how initialised. The number of classes comes from the data, the input size from the crop."""
+    """The net, its width and its initialisation. The data give the number of classes, the crop the input size."""
 
     name: Annotated[str, IN_HELP] = "seed"
     """A variant: seed, paper, original, caffe, torchvision, modern, small and fig1 (for crops of about 32 pixels); or
@@ -23,19 +23,19 @@ class ModelConfig:
     """Normalisation: the variant's own, local response, batch (modern and small only) or none."""
     activation: Literal["relu", "tanh", "sigmoid"] = "relu"
     overlapping_pool: bool = True
-    """Pools of 3 by 3, 2 apart; off: 2 by 2."""
+    """Max pooling of 3 by 3 with stride 2; off: 2 by 2."""
     towers: int = 0
     """Towers of the net, which meet only at conv3 and the fully connected layers; 0: as many as the variant has."""
     drop: tuple[str, ...] = ()
     """Convolutions left out, with their activations: of conv1 … conv5."""
     weight_init: Literal["variant", "he", "torch"] = "variant"
-    """variant: its source's; he: for any width, biases and output layer zero; torch: its own defaults."""
+    """variant: as in its source; he: for any width, biases and output layer zero; torch: torch's defaults."""
     init: str = ""
     """Weights to start from: a .pth or .safetensors file or a checkpoint folder. An output layer of another number of
     classes is initialised from scratch."""
     freeze: Literal["none", "features"] = "none"
-    """features: everything before the fully connected layers keeps its weights; of other nets, all but the last
-    layer."""
+    """features: all layers before the fully connected ones keep their weights; in other libraries' nets, all layers but
+    the last."""
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 8:

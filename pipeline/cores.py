@@ -1,4 +1,4 @@
-"""Which cores this process may use, and which of them one of several ranks on this machine should."""
+"""The cores that this process may use, and how the ranks of a machine divide them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _pinned = False  # whether this process's cores are this rank's alone
 
 
 def usable_cores() -> int:
-    """Those of the process's affinity, within its control group's quota: containers and schedulers narrow both."""
+    """The number of cores in the process's affinity, limited by its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
@@ -66,7 +66,7 @@ def parse_list(text: str) -> list[int]:
 
 
 def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list[list[int]] | None:
-    """Each local rank's cores: those near its device that are allowed, shared with the ranks that are near the same.
+    """Each local rank's cores: those near its device that are allowed, divided among the ranks near the same cores.
 
     near: of each local rank, the cores near its device. None if any is unknown or has too few allowed ones.
     """

@@ -60,9 +60,9 @@ class StorageError(ExpressError):
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with `code`; one of several ranks without winding Python up.
+    """Ends the process with `code`. If it is one of several ranks, it skips Python's own clean-up.
 
-    gloo's threads may still hold tensors then, and letting go of them without an interpreter ends the process by
+    gloo's threads may still hold tensors, and freeing them after the interpreter has ended raises
     SIGABRT, once in some hundred times (pytorch/pytorch#179291).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,4 +1,4 @@
-"""How the inner loops are compiled: by Numba, once for a machine, without the GIL."""
+"""Compiles the inner loops with Numba: once per machine; they run without the GIL."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ NUMBA: Any = config
 def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
     try:
         return numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
-    except RuntimeError:  # nowhere to keep machine code: a read-only installation without a home
+    except RuntimeError:  # no folder for the machine code: a read-only installation without a home
         return numba.njit(nogil=True, fastmath=fastmath)(function)
 
 
-# For floating point that is not in whole numbers: the same on every processor.
+# For floating point with fractions: without fastmath the result is the same on every processor.
 exactly_compiled = partial(compiled, fastmath=False)
 
 
 class straight_lines_vectorised:
-    """Lets LLVM join neighbouring scalar operations in what is compiled meanwhile, which Numba leaves off: 4 times."""
+    """LLVM vectorises straight-line code that is compiled in the block: 4 times as fast; Numba turns this off."""
 
     _lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Work spread over forked processes. What a forked worker needs is inherited, and only its results are sent."""
+"""Distributes work over forked processes. A worker inherits its input; only its results are sent."""
 
 from __future__ import annotations
 

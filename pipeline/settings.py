@@ -1,4 +1,4 @@
-"""What configuration fields declare beside their type, and the functions that follow from it.
+"""Declarations of configuration fields beside their type, and the functions that use them.
 
     batch: InHelp[Positive] = 128
     dir: PerHost[str] = ""
@@ -109,7 +109,7 @@ def updated(config: T, values: dict[str, Any]) -> T:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-# Removed fields, at the values that changed nothing. Checkpoints and model cards made before hold them.
+# Removed fields, with the values that had no effect. Older checkpoints and model cards hold them.
 REMOVED = {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha": "variant"}
 
 

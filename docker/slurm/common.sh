@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: where our programs are, how they are called, how a script fails.
+# Sourced by the scripts beside it: finds our programs, calls them, reports errors.
 #
-#     EXPRESS_ROOT      the checkout that holds this folder (default: where sbatch was called)
+#     EXPRESS_ROOT      the checkout that holds this folder (default: the folder in which sbatch was called)
 #     EXPRESS_PYTHON    the Python that has the project's packages (default: .venv there, or python3)
 #     CONTAINER         a command that runs another one in a container, e.g. "apptainer exec --nv express.sif"
-#     EXPRESS_PROGRAMS  where train/ and tools/ lie for that Python, if elsewhere: /opt/imagenet-express in our image
+#     EXPRESS_PROGRAMS  the folder of train/ and tools/ for that Python, if another: /opt/imagenet-express in our image
 
 export USAGE=2 BAD_DATA=65 IO_FAILED=74
 
@@ -25,7 +25,7 @@ find_programs() {
   PYTHON+=("$EXPRESS_PYTHON")
 }
 
-# [OPTIONS] COMMAND…: one task a node. Where one fails, the others have time to end by themselves, and to save.
+# [OPTIONS] COMMAND…: one task per node. If one fails, the others have time to save and to end by themselves.
 on_each_node() {
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "$@"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node's part of a training job: its launcher, with as many ranks as RANKS_PER_NODE says. Called by train.sbatch.
+# The launcher of one node of a training job, with RANKS_PER_NODE ranks. Called by train.sbatch.
 #
 #     srun … node.sh demo --data.shards /data/shards
 #
@@ -11,7 +11,7 @@ find_programs
 
 # Signals to a step reach all its processes. The ranks set a handler for this one, torchrun's agent would die of it.
 trap '' USR1
-# The launcher ends its ranks so long after SIGTERM; saving may take that.
+# Seconds from SIGTERM until the launcher kills its ranks; saving may take that long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > RANKS_PER_NODE ? cpus / RANKS_PER_NODE : 1))}
@@ -26,7 +26,7 @@ launch=(--num_processes "$ranks" --num_machines "$SLURM_JOB_NUM_NODES" --machine
   --mixed_precision "${ACCELERATE_MIXED_PRECISION:-$precision}" --dynamo_backend no --main_process_port "$MAIN_PORT")
 ((ranks == 1)) || launch+=(--multi_gpu)
 if ((SLURM_JOB_NUM_NODES > 1)); then
-  # The first node is told that it is the host: names and addresses need not agree on what it is called.
+  # Tells torchrun which node is the host, since the node's own name and address need not agree with Slurm's.
   is_host=$((SLURM_NODEID == 0))
   launch+=(--main_process_ip "$MAIN_ADDRESS" --rdzv_backend c10d --rdzv_conf "is_host=$is_host,read_timeout=180")
 fi

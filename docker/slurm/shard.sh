@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Shards a dataset by a job array, a slice a task, and merges when all slices are whole.
+# Shards a dataset by a job array, one slice per task, and merges when all slices are complete.
 #
 #     docker/slurm/shard.sh -n 16 -- imagenet2012 --src /data/archives --out /data/shards
 #     docker/slurm/shard.sh -n 64 --cpus-per-task 8 --time 4:00:00 -- \
 #         imagefolder --train /raw/train --val /raw/val --out /data/shards
 #
-# What stands before -- goes to sbatch, what follows it to tools/make_shards.py. Slices that were killed go on where
-# they were, requeued by Slurm or with the same command again. Prints the two jobs' numbers. Exit codes: 0 submitted,
-# 2 usage, sbatch's own otherwise.
+# Arguments before -- go to sbatch, those after it to tools/make_shards.py. A slice that was killed resumes, requeued by
+# Slurm or by the same command. Prints the numbers of both jobs. Exit codes: 0 submitted, 2 usage, otherwise sbatch's.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=docker/slurm/common.sh
@@ -48,7 +47,7 @@ submit() {
   slices=$(sbatch "${common[@]}" --array="0-$((SLICES - 1))" --output=shard-%A_%a.out \
     "$HERE/shard.sbatch" "$SLICES" "${MAKE[@]}")
   slices=${slices%%;*} # a federation's cluster follows the number
-  # Of a slice that failed nothing can be merged: the merge must not wait in the queue for ever.
+  # If a slice fails, the merge is cancelled: otherwise it would wait in the queue for ever.
   merge=$(sbatch "${common[@]}" --dependency="afterok:$slices" --kill-on-invalid-dep=yes --output=shard-%j-merge.out \
     "$HERE/shard.sbatch" merge "${MAKE[@]}")
   echo "slices $slices (0 to $((SLICES - 1))), merge ${merge%%;*}"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Copies a shard folder to a node's own disk, once, whoever asks and however often.
+# Copies a shard folder to a node's own disk, once, however many tasks call it.
 #
 #     docker/slurm/stage.sh /data/shards /local/shards
 #     srun --ntasks-per-node=1 docker/slurm/stage.sh /data/shards /local/shards
 #
-# Several may ask at once: one copies, the others wait. What was copied is compared with the manifest's sha256, and the
-# manifest comes last, so that a half-copied folder is no dataset; the same command goes on with it. A folder that holds
-# the same dataset already is left as it is, one that holds anything else is refused. COPIES=8 copies so many files at
-# once (default 4). Exit codes: 0 staged, 2 usage or another dataset, 65 bad data, 74 no room or I/O failed.
+# If several call it at once, one copies and the others wait. Each copy is compared with the manifest's sha256. The
+# manifest is copied last, so that an incomplete folder is no dataset; the same command resumes it. A folder that holds
+# the same dataset is left as it is; one that holds anything else is rejected. COPIES=8 copies eight files at once
+# (default 4). Exit codes: 0 staged, 2 usage or another dataset, 65 bad data, 74 no room or I/O failed.
 set -euo pipefail
 EXPRESS_ROOT=${EXPRESS_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}
 # shellcheck source=docker/slurm/common.sh
@@ -52,7 +52,7 @@ fingerprint_in() { sed -n 's/^ *"fingerprint": "\([0-9a-f]*\)".*/\1/p' "$1" | ta
 
 size_of() { stat -L -c %s "$1" 2>/dev/null || echo -1; }
 
-# Ends where the folder holds something else.
+# Exits if the folder holds something else.
 refuse_other() {
   local there='' cure='remove it, or choose another folder'
   if [[ -f $TO/manifest.json ]]; then
@@ -67,7 +67,7 @@ refuse_other() {
     fail "$USAGE" "$TO: holds the dataset ${there:0:12}, where $FROM is ${FINGERPRINT:0:12}; $cure"
 }
 
-# FILES without what is there at its full size: a file takes its name only when it was compared.
+# FILES without those that exist in their full size: a file gets its name only after it was compared.
 find_missing() {
   local line sha256 bytes name
   MISSING=() NEEDED=$(size_of "$FROM/manifest.json")
@@ -89,7 +89,7 @@ check_room() {
     "$TO: $((NEEDED / 1000000)) MB are needed and $((free / 1000000)) MB are free; make room, or choose another folder"
 }
 
-# FROM TO: by another name first; one line where it fails.
+# FROM TO: under a temporary name first; one line if it fails.
 copy_file() {
   local said
   mkdir -p "$(dirname "$2")"
@@ -100,7 +100,7 @@ copy_file() {
 copy_one() {
   local sha256=$1 path=$TO/$2 try
   [[ $sha256 != - ]] || read -r sha256 _ < <(sha256sum "$FROM/$2") || true
-  for try in 1 2; do # a second time, since networks flip bits, too
+  for try in 1 2; do # a second time, since networks flip bits
     copy_file "$FROM/$2" "$path"
     if sha256sum --status -c <<<"$sha256  $path.partial"; then
       mv "$path.partial" "$path" || fail "$IO_FAILED" "$path: cannot be written"
@@ -128,7 +128,7 @@ copy_missing() {
   done
 }
 
-# With the code of the first copy that failed; those beside it end with their file, and tell the same.
+# Exits with the code of the first copy that failed; the others first finish their files.
 give_up() {
   local code=$?
   wait

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What becomes of a job whose run has ended. Sourced by train.sbatch.
+# Decides whether a job is requeued when its run has ended. Sourced by train.sbatch.
 
 # CODE REASON → "requeue" or "end". The code and the reason are exit.json's; without one, 1 and nothing.
 #
-# 75: saved, goes on. 77: a hang is mostly a link's or a node's, and another try may get others. 74: network storage
-# comes back. A rank that was lost: its node is gone, or memory was short. All else would be the same again: 65, 76 and
-# 2 need a person, 1 is a failed check, a bug, or somebody who asked twice.
+# 75: saved, can resume. 77: a hang is usually the fault of a link or a node, and the next start may get others. 74:
+# network storage may be available later. A lost rank: its node failed, or memory was short. Everything else would fail
+# in the same way: 65, 76 and 2 need a person, 1 is a failed check, a bug, or a second signal.
 verdict() {
   case $1 in
     74 | 75 | 77) echo requeue ;;
@@ -28,9 +28,9 @@ newest_checkpoint() {
   echo "$newest"
 }
 
-# FOLDER JOB CHECKPOINT → how many starts of this job in a row, this one among them, have saved nothing newer than
-# CHECKPOINT. A requeued job remembers nothing, and SLURM_RESTART_COUNT counts starts that went well, too, so it is kept
-# in the run folder. Fails where it cannot be written: then nothing bounds the tries.
+# FOLDER JOB CHECKPOINT → the number of starts of this job in a row, this one included, that saved nothing newer than
+# CHECKPOINT. It is kept in the run folder, because a requeued job has no memory, and SLURM_RESTART_COUNT also counts
+# successful starts. Fails if it cannot be written: nothing would limit the number of starts then.
 count_stalled() {
   local file=$1/slurm-stalled job='' stalled=0
   [[ -f $file ]] && read -r job stalled <"$file"

@@ -1,4 +1,4 @@
-"""Which part of each image the net sees, and its colour shift. Pure: numbers from coordinates, before any decoding."""
+"""The crop, flip and colour shift of each image. Pure: functions of coordinates, computed before any decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import rng
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 0.485, 0.456, 0.406 of 255, as the seed and torchvision use them
 IMAGENET_STD = (58.395, 57.12, 57.375)
-TRIES = 10  # of a random rectangle to lie inside the image, as torchvision's RandomResizedCrop
+TRIES = 10  # draws of a random rectangle until it lies inside the image, as torchvision's RandomResizedCrop
 
 
 Pixels = Annotated[int, Bounds(ge=1, le=8192)]
@@ -26,27 +26,27 @@ class AugmentConfig:
     """The view of an image that the net sees."""
 
     resize: InHelp[Pixels] = 256
-    """Short side in pixels before the crop (antialiased); shards of this short side are not resized again."""
+    """Short side in pixels before the crop (antialiased); shards of this short side are not resized."""
     crop: InHelp[Pixels] = 224
     """Side of the square that the net sees: at a random place in training, in the centre in evaluation."""
     square: bool = True
     """Take training crops and ten views from the centre square only, as the paper does, not from the whole image."""
     scale_jitter: tuple[float, float] | None = None
-    """Random resized crop in training: the least and the greatest share of the image's area; None: a fixed size."""
+    """Random resized crop in training: the smallest and largest fraction of the image's area; None: a fixed size."""
     aspect_jitter: tuple[float, float] = (3 / 4, 4 / 3)
-    """Its least and greatest width / height."""
+    """Its smallest and largest width / height."""
     flip: bool = True
     """Mirror half of the training images."""
     views: Literal[1, 10] = 1
-    """Of each image in evaluation: the centre, or corners and centre and their mirror images."""
+    """Views of each image in evaluation. 1: the centre; 10: the corners, the centre and their mirror images."""
     colour: Annotated[float, Bounds(ge=0, lt=100, choose="0 (none) or a deviation such as 0.1")] = 0.0
     """Standard deviation of the training images' shift along the colours' principal axes; the paper's is 0.1."""
     colour_by: Literal["eigenvalue", "deviation"] = "eigenvalue"
-    """What a shift of 1 is: the axis's eigenvalue λ (the paper), or √λ (the original code); of pixels in [0, 1]."""
+    """Unit of the shift: the axis's eigenvalue λ (the paper), or √λ (the original code); of pixels in [0, 1]."""
     normalize: Literal["mean", "mean-std", "mean-image"] = "mean"
     """Subtract each channel's mean, also divide by its deviation, or subtract the mean image (the paper)."""
     statistics: Literal["dataset", "imagenet"] = "dataset"
-    """Whose mean and deviation: measured when the shards were made, or torchvision's for ImageNet."""
+    """Mean and deviation: the dataset's, measured when the shards were made, or torchvision's for ImageNet."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -67,10 +67,10 @@ def _check_range(name: str, pair: tuple[float, float], *, greatest: float) -> No
 
 
 class Placement(NamedTuple):
-    """Where each of n crops lies. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
+    """The places of n crops. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
 
-    Its box is that of the crop in the resized image, scaled back: resampling the box gives, to rounding, the pixels
-    that resizing the whole image and cropping would give, at a part of the cost.
+    Its box is the crop's box in the resized image, scaled back to the stored image. Resampling the box gives the pixels
+    of resizing the whole image and cropping, up to rounding, at a fraction of the cost.
     """
 
     box: np.ndarray  # (n, 4) float64: left, top, width, height in pixels of the image as stored
@@ -164,7 +164,7 @@ def colour_shift(
     with P, λ of the covariance of pixels in [0, 1] and α from N(0, colour).
     """
     values, axes = np.linalg.eigh(np.asarray(covariance, np.float64) / 255**2)
-    # Eigenvectors are known but for their sign, and libraries differ in it: the largest component is positive here.
+    # The sign of an eigenvector is arbitrary, and libraries differ in it: here the largest component is positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
     size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
     alpha = config.colour * rng.normal(ids, seed=seed, epoch=epoch, stream=rng.COLOUR, count=3)
@@ -180,8 +180,8 @@ class Normalisation(NamedTuple):
 
 
 def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Normalisation:
-    """What the configuration makes of the statistics of a dataset. Raises ConfigError for a mean image that does not
-    fit or does not exist."""
+    """The normalisation that the configuration asks for. Raises ConfigError for a mean image that does not fit or does
+    not exist."""
     imagenet = config.statistics == "imagenet"
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (measured.mean, measured.std)
     image = None

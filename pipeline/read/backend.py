@@ -1,4 +1,4 @@
-"""What passes between the loader and its backends: a planned batch on its way, and the form it is to leave in."""
+"""The interface between the loader and its backends: a planned batch, and the form in which it is delivered."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Work(NamedTuple):
     box: np.ndarray  # (n, views, 4) float64, see augment.Placement
     flip: np.ndarray  # (n, views) bool
     mean: np.ndarray  # (n, views, 3) float32: what to subtract, the colour shift with it
-    checked: np.ndarray  # (n,) bool: whose pixels are compared with the reference decoder's
+    checked: np.ndarray  # (n,) bool: the images whose pixels are compared with the reference decoder's
     read: ReadBatch
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a backend makes of every batch."""
+    """The form of every batch that a backend delivers."""
 
     crop: int
     views: int  # crops an image
@@ -42,16 +42,16 @@ class Output:
 
 
 class Engine(Protocol):
-    """A backend: decodes what the plan names, at the place that the plan names. Nothing in it is random."""
+    """A backend: decodes the images and crops that the plan names. It draws no random numbers."""
 
     def start(self, source: Callable[[], Work]) -> None:
-        """`source` gives the next batch whenever the engine can begin with it."""
+        """`source` returns the next batch; the engine calls it when it can begin to decode that batch."""
 
     def next(self) -> tuple[Work, torch.Tensor]:
         """The next batch and its (n · views, 3, crop, crop) crops. Raises DataError for an image it cannot decode."""
 
     def stop(self) -> None:
-        """Forgets all that is under way. Nothing of it is written or read to any more when this returns."""
+        """Discards the batches in flight. When this returns, none of their memory is read or written any more."""
 
     def close(self) -> None:
         """Ends the threads; after stop()."""

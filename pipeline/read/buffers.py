@@ -1,4 +1,4 @@
-"""Memory that is used again and again: fresh pages cost more than their filling."""
+"""Reused memory: getting fresh pages from the system costs more than filling them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def new_buffer(size: int, *, pinned: bool) -> np.ndarray:
 
 
 class _Lent(weakref.ref[np.ndarray]):
-    """Refers to an array whose memory returns when the array is gone."""
+    """A weak reference to an array; its memory returns to the pool when the array is deleted."""
 
     __slots__ = ("memory",)
     memory: np.ndarray
 
 
 class Buffers:
-    """Arrays whose memory is used again once nobody refers to the array, to a tensor or to a memoryview of it.
+    """Arrays whose memory is reused when no array, tensor or memoryview refers to it any more.
 
     pinned: page-locked, so that a GPU copies from and to them without another copy on the host.
     """
@@ -45,7 +45,7 @@ class Buffers:
         at = next((i for i, memory in enumerate(self._free) if len(memory) >= size), None)
         memory = new_buffer(size + spare, pinned=self.pinned) if at is None else self._free.pop(at)
         array: np.ndarray = memory[:size].view(dtype).reshape(shape)
-        # list.append is no Python code: in a callback that is, Ctrl-C would be lost as an ignored exception.
+        # list.append is written in C: in a callback written in Python, Ctrl-C would be lost as an ignored exception.
         lent = _Lent(array, self._returned.append)
         lent.memory = memory
         self._lent[id(lent)] = lent

@@ -1,4 +1,4 @@
-"""Where stored bytes come from: shards as local files. Another storage needs the same `read`."""
+"""The source of stored bytes: shards as local files. Another storage has to implement the same `read`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class OpenFile:
 class LocalShards:
     """The files `paths`: opened when first read, the MAX_OPEN that were used last kept open.
 
-    pread and not mmap: a map was a little faster from the page cache, but ends the process if somebody cuts a shard
-    short, and is slow on network filesystems.
+    pread and not mmap: a map was a little faster from the page cache, but kills the process if a shard is truncated,
+    and is slow on network filesystems.
     """
 
     def __init__(self, paths: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""How batches are made: the loader's settings, and the backend that `auto` chooses."""
+"""The loader's settings, and the backend that `auto` chooses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are made; nothing here changes what they hold."""
+    """How batches are made. These fields do not change which samples and crops a batch holds."""
 
     backend: InHelp[Backend] = "auto"
     """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable; never synthetic,
@@ -26,17 +26,17 @@ class LoaderConfig:
     read_threads: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 32
     """Reads in flight."""
     prefetch_batches: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 2
-    """Batches decoded ahead of the consumer; as many again are read ahead of decoding."""
+    """Batches decoded ahead of the consumer; the same number is read ahead of decoding."""
     verify: PerHost[bool] = True
     """Compare each sample's checksum when it is read."""
     decode: Literal["auto", "region", "whole"] = "auto"
-    """What DALI decodes of an image that needs no resizing: the crop's region alone, or all of it. auto takes whole on
-    a GPU, whose decoder of regions is unsafe (nvImageCodec issue 55) or falls back to the CPU, and region elsewhere."""
+    """Whether DALI decodes only the crop's region, or all of an image that needs no resizing. auto is whole on a GPU,
+    whose decoder of regions is unsafe (nvImageCodec issue 55) or falls back to the CPU, and region elsewhere."""
     verify_pixels: Annotated[int, Bounds(ge=-1)] = -1
-    """One crop in so many is decoded again by libjpeg-turbo, in the background, and compared; 0: none, -1: 250 on a
-    GPU, none on CPUs."""
+    """N: libjpeg-turbo also decodes one crop in N, in the background, and the pixels are compared; 0: none, -1: 250 on
+    a GPU, none on CPUs."""
     verify_action: Literal["log", "stop"] = "log"
-    """What a crop that differs brings about: a line in the log and a count in the metrics, or the end of the run."""
+    """If a crop differs, log writes a line and counts it in the metrics; stop also ends the run."""
     hw_decoder_load: Fraction = 0.65
     """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
@@ -44,7 +44,7 @@ class LoaderConfig:
         validate(self)
 
     def check_every(self, backend: Backend, device: torch.device) -> int:
-        """One crop in so many is compared with the reference decoder's; 0: none."""
+        """N: one crop in N is compared with the reference decoder's; 0: none."""
         if backend == "synthetic":
             return 0  # noise is no crop of anything
         if self.verify_pixels >= 0:
@@ -53,7 +53,7 @@ class LoaderConfig:
 
 
 def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str]:
-    """What `auto` means on this device, and why. Raises ConfigError for a backend that cannot work there."""
+    """The backend to use on this device, and the reason. Raises ConfigError for a backend that cannot work there."""
     if backend == "dali-gpu" and device.type != "cuda":
         raise ConfigError(f"loader.backend=dali-gpu needs a CUDA device, not {device}; use portable, dali-cpu or auto")
     if backend == "synthetic":

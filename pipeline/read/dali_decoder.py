@@ -102,8 +102,8 @@ class Decoder:
 
 
 def decoder_facts() -> dict[str, Any]:
-    """Of this process, while there is a pipeline that has decoded something: {"nvjpeg": version or None, "libnvjpeg":
-    file name or None, "libnvcuvid": whether it loads}. nvJPEG reaches the hardware JPEG decoder through libnvcuvid."""
+    """The libraries of this process, if a pipeline has decoded something: {"nvjpeg": version or None, "libnvjpeg":
+    file name or None, "libnvcuvid": whether it loads}. nvJPEG needs libnvcuvid for the hardware decoder."""
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:

@@ -20,7 +20,7 @@ from .truncate_jpeg import cut_short, is_jpeg_of_size
 COLUMNS = INDEX_DTYPE.names or ()
 OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(COLUMNS))
 
-# What the C library has anyway: called by its name, so that compiled code can be kept on disk.
+# The C library's function, called by its name, so that compiled code can be kept on disk.
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
 
 IN_MEMORY = -1  # instead of a file's descriptor: the bytes are in the buffer already, verified
@@ -71,7 +71,7 @@ def fetch_images(
 ) -> int:
     """Fetches n images; returns the number of the first that fails, or n.
 
-    cut: (n,) bool, set if image i is a JPEG that could be made needed[i] rows high: see jpeg.cut_short. NO_CUTS: none.
+    cut: (n,) bool, set if image i is a JPEG that became needed[i] rows high: truncate_jpeg.cut_short. NO_CUTS: none.
     """
     for i in range(len(at)):
         size, width, height = rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT]

@@ -5,7 +5,7 @@
         for images, labels, ids in loader:
             ...
 
-What a batch holds is a function of (dataset, seed, epoch, step, batch) alone; the state is `{"epoch", "step"}`.
+The content of a batch is a function of (dataset, seed, epoch, step, batch) alone; the state is `{"epoch", "step"}`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Batch(NamedTuple):
 
 
 class Loader(AbstractContextManager["Loader"]):
-    """Iterates one epoch of `Batch`es from where its state stands; iterate again for the next epoch.
+    """Iterates `Batch`es from its state to the end of the epoch; iterate once more for the next epoch.
 
     shards: a folder made by tools/make_shards.py, or an opened Dataset.
     batch: the global batch size; each rank gets batch / world images a step. In evaluation it only bounds memory.
     train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
         over all ranks, so that ranks may differ by one sample and by one batch.
     partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
-    first: only so many samples, the first as stored; 0: all.
-    statistics: to normalise with; the dataset's own unless given, as for a net that was trained on another one.
+    first: use only this number of samples, the first in stored order; 0: all.
+    statistics: to normalise with. Default: the dataset's own; pass those of another dataset that a net was trained on.
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
     channels_last: memory format of `images`; the shape is (n, 3, crop, crop) either way.
 
@@ -93,7 +93,7 @@ class Loader(AbstractContextManager["Loader"]):
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.backend, self.backend_reason = choose_backend(self.config.backend, self.device)
-        # The mean image is subtracted at the end, on the device, whoever decodes.
+        # The mean image is subtracted at the end, on the device, with every backend.
         decoded: PixelType = "uint8" if self.augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
         importing = _in_background(partial(make_backend.prepare, self.backend, self.augment.crop, decoded, self.device))
@@ -130,7 +130,7 @@ class Loader(AbstractContextManager["Loader"]):
         self._mean_image: torch.Tensor | None = None
         if normal.image is not None and dtype != "uint8":
             image = torch.from_numpy(normal.image)[None].to(self.device)
-            # In the images' memory format: another one would be read across.
+            # In the images' memory format: reading across another one would be slow.
             layout = torch.channels_last if channels_last else torch.contiguous_format
             self._mean_image = image.contiguous(memory_format=layout)
         if len(self):
@@ -174,8 +174,8 @@ class Loader(AbstractContextManager["Loader"]):
         return self._reader.describe(sample)
 
     def state_dict(self) -> dict[str, Any]:
-        """The next batch's coordinates, and what they are coordinates of. What was only prefetched does not count."""
-        # All that the ids of a step depend on, beside the step; ranks, threads and backend are not among it.
+        """The next batch's coordinates, and the dataset and settings they are for. Prefetched batches do not count."""
+        # Everything that determines the ids of a step, except the step; ranks, threads and backend do not.
         of = {"fingerprint": self.dataset.fingerprint, "split": self.split.name}
         of |= {name: getattr(self.plan, name) for name in ("seed", "batch", "partitions", "window", "first")}
         return {"epoch": self._epoch, "step": self._step, "of": of}
@@ -242,7 +242,7 @@ class Loader(AbstractContextManager["Loader"]):
                 self._engine.start(self._works.__next__)
             work, images = self._engine.next()
         except BaseException:
-            # What is in flight no longer fits the state: whoever iterates again gets this very batch.
+            # The batches in flight no longer fit the state: the next iteration must deliver this same batch.
             self._stop()
             raise
         if self._check:
@@ -259,7 +259,7 @@ class Loader(AbstractContextManager["Loader"]):
         return Batch(images, labels, torch.from_numpy(work.ids.copy()))
 
     def _plan_and_read(self) -> Generator[Work, None, None]:
-        """All batches from here on, whose bytes were asked for long before they come out."""
+        """All batches from the state on; their bytes are requested batches before they are yielded."""
         reading: deque[Work] = deque()
         try:
             for epoch, step in self.plan.coordinates(self._epoch, self._step):

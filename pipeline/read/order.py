@@ -1,8 +1,8 @@
-"""Which samples a rank reads at a step. Pure: no files, no clock, no globals. The contract: docs/order.md.
+"""The samples that each rank reads at each step. Pure: no files, no clock, no globals. The contract: docs/order.md.
 
 Training: an epoch is one array of ids, global batch after global batch. Step s takes its ids [s·batch, (s+1)·batch),
-and a rank takes its contiguous part of them: the ids of a global step, in order, do not depend on the number of ranks.
-Evaluation: the samples in stored order, a contiguous part a rank, each exactly once.
+and a rank takes a contiguous slice of them: the ids of a global step, in order, do not depend on the number of ranks.
+Evaluation: the samples in stored order, one contiguous slice per rank, each sample exactly once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def epoch_order(
     """(steps · batch,) int64: the ids of all global batches of an epoch.
 
     shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
-    partitions: samples are cut into so many parts of consecutive ids, each shuffled by itself, and a global batch is a
-        piece of each part in turn. If world divides partitions, a rank reads its own parts' shards only.
-    window: shuffle within groups of so many shards, the groups in random order: at most two groups of a part are being
-        read at once. 0: shuffle over all shards of a part.
+    partitions: the number of partitions of consecutive ids. Each is shuffled by itself, and a global batch consists of
+        a slice of each. If world divides partitions, a rank reads only the shards of its own partitions.
+    window: shuffle within groups of this number of shards, the groups in random order: at most two groups of a
+        partition are read at once. 0: shuffle over all shards of a partition.
     """
     ends = np.cumsum(shard_sizes)
     samples = int(ends[-1])
@@ -39,7 +39,7 @@ def epoch_order(
 
 def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: int, window: int) -> np.ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
-    if not window or start == end:  # a part is empty if samples are fewer than parts
+    if not window or start == end:  # a partition is empty if there are fewer samples than partitions
         return _shuffled(np.arange(start, end), seed=seed, epoch=epoch)
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
@@ -50,7 +50,7 @@ def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: 
 
 
 def _shuffled(ids: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """By their hashes, which are distinct: any correct sort gives the same order."""
+    """Sorted by their hashes, which are distinct: any correct sort gives the same order."""
     return ids[np.argsort(rng.bits(ids, seed=seed, epoch=epoch, stream=rng.ORDER))]
 
 
@@ -82,5 +82,5 @@ def train_ids(order: np.ndarray, *, step: int, batch: int, rank: int = 0, world:
 
 
 def evaluation_range(samples: int, *, rank: int, world: int) -> range:
-    """The ids that `rank` evaluates: disjoint, together all, and no two ranks differ by more than one in number."""
+    """The ids that `rank` evaluates: each id belongs to one rank, and the ranks' counts differ by at most one."""
     return range(rank * samples // world, (rank + 1) * samples // world)

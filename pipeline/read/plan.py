@@ -1,4 +1,4 @@
-"""What a rank reads and cuts at each step of each epoch: a function of coordinates, without files or threads."""
+"""The images and crops of a rank at each step of each epoch: a function of coordinates, without files or threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Plan:
     """The steps of one rank; most arguments are Loader's.
 
     mean: (3,) what is subtracted from each pixel. covariance: of the colours, if they are shifted.
-    check_every: one image in so many is chosen for PixelCheck; 0: none.
+    check_every: N: one image in N is chosen for PixelCheck; 0: none.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Plan:
         return Planned(*[column[start : start + n] for column in chunk])
 
     def steps(self, epoch: int, steps: range, rows: np.ndarray) -> Planned:
-        """Many steps at once: of a single batch's plan most would be NumPy's calls, and not its work."""
+        """Plans many steps at once: for a single batch, the overhead of NumPy's calls would exceed their work."""
         ids = np.concatenate([self.ids(epoch, s) for s in steps])
         rows = rows[ids]
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}

@@ -1,7 +1,7 @@
 """Bytes of samples from shards, by their ids, each one checked.
 
-There are two ways. If storage has to be waited for, or if the consumer is not our own code (DALI), a pool keeps many
-reads in flight, batches ahead, into reused buffers. If the operating system holds the bytes already, the threads that
+There are two ways. If storage is slow, or if the consumer is not our own code (DALI), a pool keeps many reads in
+flight, batches ahead, into reused buffers. If the operating system holds the bytes already, the threads that
 decode images read them, a block at a time, and the bytes stay in the processor's cache: with a pool alone, raw images
 lost 10 % of their rate and took 14 % more CPU time (median of four paired runs, two cores). The reader finds out which
 by counting how often a thread had to wait. Both ways read and verify by one compiled call per block, without the GIL.
@@ -28,9 +28,9 @@ from .fetch import CRC32, IN_MEMORY, NO_CUTS, OFFSET, SHARD, SIZE, Block, fetch_
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
-WAITS_A_READ = 0.3  # of a thread, on average: from the page cache it does not have to wait at all
+WAITS_A_READ = 0.3  # of a thread, on average: reads from the page cache do not wait
 SLOW_SHARE = 0.5  # of the latest blocks
-RETRY_AFTER = 4096  # batches until fast storage is assumed again
+RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
 FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is fast; a task costs 15 µs
 
 
@@ -90,7 +90,7 @@ class Reader:
 
     @property
     def is_slow(self) -> bool:
-        """Whether storage had to be waited for."""
+        """Whether threads recently had to wait for storage."""
         return self._slow_for > 0
 
     def read(self, ids: np.ndarray, rows: np.ndarray | None = None) -> ReadBatch:
@@ -150,7 +150,7 @@ class Reader:
 
     @contextmanager
     def _opened(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """(n,) int64: the descriptors of n images' shards. Meanwhile this thread reads them: did it have to wait?"""
+        """(n,) int64: the descriptors of n images' shards. Counts this thread's waits while it reads them."""
         files = [self.source.open(shard) for shard in rows[:, SHARD].tolist()]
         fds = np.array([file.fd for file in files], np.int64)
         if USAGE is None:

@@ -1,6 +1,6 @@
 """Random numbers from coordinates: an integer hash of (seed, epoch, stream, sample id). Pure and vectorised.
 
-The numbers are part of the contract, since a run must see the same crops in ten years: golden values are tested.
+The numbers are a contract, since a run must see the same crops in ten years: golden values are tested.
 Nothing here depends on NumPy's generators, whose streams may change between versions.
 """
 
@@ -18,7 +18,7 @@ _MASK = (1 << 64) - 1
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits where each input bit moves half the output bits (Stafford's variant 13). In place."""
+    """A bijection of 64 bits: each input bit changes half of the output bits (Stafford's variant 13). In place."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(_M1)
     x ^= x >> np.uint64(27)

@@ -1,4 +1,4 @@
-"""The loader as a torch dataset, for frameworks that want a DataLoader."""
+"""The loader as a torch dataset, for frameworks that need a DataLoader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .loader import Batch, Loader
 
 
 class LoaderDataset(IterableDataset[Batch]):
-    """A loader for frameworks that want a DataLoader: DataLoader(LoaderDataset(loader), batch_size=None).
+    """A loader for frameworks that need a DataLoader: DataLoader(LoaderDataset(loader), batch_size=None).
 
     Raises ConfigError in a worker process: the loader has threads of its own, and workers would repeat its batches.
     """

@@ -8,10 +8,8 @@ import json
 import os
 import shutil
 import tarfile
-import textwrap
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
 from pipeline.storage import Folder
-from pipeline.write import images, resize, sources
+from pipeline.write import images, resize
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import BadImage, Encoding, Preparer
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
@@ -510,18 +508,6 @@ def test_links_are_followed_once_and_hidden_folders_are_not_images(tmp_path):
     (folder / "deep" / "circle").symlink_to(folder)
     where = [item.where for item in ImageFolder(tmp_path / "in").splits["train"]]
     assert where == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/a/more/3.jpg"]
-
-
-def test_a_new_source_is_the_class_in_the_documentation(tmp_path):
-    code = sources.__doc__.split("SOURCES:\n\n")[1]
-    known = {"dataclass": dataclass, "Path": Path} | vars(sources)
-    exec(textwrap.dedent(code), known)
-    for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(GOOD)
-    (tmp_path / "list").write_text("".join(f"{tmp_path / str(i)}.jpg,{i % 2}\n" for i in range(3)))
-    written = build(Plan(known["Listed"](tmp_path / "list"), Options()), tmp_path / "out", workers=1)
-    assert (written["classes"], written["source"]) == (["cat", "dog"], {"kind": "listed"})
-    assert sorted(manifest.open_dataset(tmp_path / "out").split("train").index["label"]) == [0, 0, 1]
 
 
 def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path):
