@@ -76,3 +76,21 @@ def test_help_into_a_pipe_that_ends_early_is_silent(tool):
     os.close(write)
     assert done.returncode in (0, 141)  # argparse may drop the error
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("tool", "missing"),
+    [
+        ("tools/make_shards.py", "numpy"),
+        ("tools/make_shards.py", "PIL"),
+        ("train/run.py", "numpy"),
+        ("train/run.py", "tyro"),
+    ],
+)
+def test_a_python_without_the_packages_says_what_to_start(tmp_path, tool, missing):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    argv = ["demo", "--data.shards", "none"] if tool == "train/run.py" else ["digits", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(ROOT / tool), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    wanted = f"error: {sys.executable} has no package '{missing}'; start it with .venv/bin/python"
+    assert (done.returncode, done.stderr[: len(wanted)], done.stderr.count("\n")) == (1, wanted, 1)
