@@ -7,9 +7,24 @@ The loader is imported when it is first asked for, so that the sharder does not 
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+
+def _name_missing_package(kind: type[BaseException], err: BaseException, trace: Any) -> None:
+    if isinstance(err, ModuleNotFoundError):
+        cure = "start it with .venv/bin/python, which `make setup` makes, or after `. .venv/bin/activate`"
+        print(f"error: {sys.executable} has no package {err.name!r}; {cure}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, err, trace)
+
+
+if os.path.basename(os.path.dirname(os.path.abspath(sys.argv[0]))) in ("tools", "train"):  # not in an own script
+    sys.excepthook = _name_missing_package
+
+# ruff: noqa: E402
 from .errors import ConfigError, DataError, ExpressError, StorageError
 from .manifest import Dataset, open_dataset
 

@@ -80,8 +80,9 @@ def canonical_json(value: Any) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Indented JSON."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """Indented JSON. A file's name that is no UTF-8 comes back from it unchanged."""
+    # Such a byte is a surrogate in Python's strings, whose replacement by a backslash is JSON's own way to write it.
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,39 +1,74 @@
-"""Compiles the inner loops with Numba: once per machine; they run without the GIL."""
+"""How the inner loops are compiled: by Numba, once for a machine, without the GIL."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import threading
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core import config
 
 NUMBA: Any = config
+PACKAGE = Path(__file__).parent
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
-    try:
-        return numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
-    except RuntimeError:  # no folder for the machine code: a read-only installation without a home
-        return numba.njit(nogil=True, fastmath=fastmath)(function)
+    with _set("CACHE_DIR", _cache_folder()):
+        try:
+            return numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
+        except RuntimeError:  # no folder for the machine code: a read-only installation without a home
+            return numba.njit(nogil=True, fastmath=fastmath)(function)
 
 
 # For floating point with fractions: without fastmath the result is the same on every processor.
 exactly_compiled = partial(compiled, fastmath=False)
 
 
-class straight_lines_vectorised:
+@lru_cache
+def _cache_folder() -> str:
+    """Where machine code is kept: one folder for each name of this package and version of its compiled modules.
+
+    Machine code finds its module by name: `pipeline` beside the tools, `imagenet_express.pipeline` in an own script.
+    Numba itself looks at the time of a function's own file only, and would keep machine code that contains an older
+    version of another file's function.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if b"jit import" in (source := path.read_bytes()):
+            digest.update(source)
+    writable = os.access(PACKAGE, os.W_OK)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imagenet-express"
+    base = Path(NUMBA.CACHE_DIR or (PACKAGE / "__pycache__" if writable else home))
+    folder = base / f"{__package__}-{digest.hexdigest()[:16]}"
+    if not folder.exists():
+        for older in base.glob(f"{__package__}-*"):
+            shutil.rmtree(older, ignore_errors=True)
+    return str(folder)
+
+
+@contextmanager
+def _set(name: str, value: Any) -> Iterator[None]:
+    """Numba's setting for a while."""
+    before = getattr(NUMBA, name)
+    setattr(NUMBA, name, value)
+    try:
+        yield
+    finally:
+        setattr(NUMBA, name, before)
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def straight_lines_vectorised() -> Iterator[None]:
     """LLVM vectorises straight-line code that is compiled in the block: 4 times as fast; Numba turns this off."""
-
-    _lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._before = NUMBA.SLP_VECTORIZE
-        NUMBA.SLP_VECTORIZE = 1
-
-    def __exit__(self, *_: object) -> None:
-        NUMBA.SLP_VECTORIZE = self._before
-        self._lock.release()
+    with _lock, _set("SLP_VECTORIZE", 1):
+        yield

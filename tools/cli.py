@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline import streams
 from pipeline.errors import IO_FAILED, USAGE, ExpressError, leave
 
 
@@ -74,8 +75,12 @@ def open_model(path: Path, args: argparse.Namespace) -> Any:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a tool: an error of the user's is one line and its exit code."""
+    streams.prepare(outlive_readers=False)
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except ExpressError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(err.code)
@@ -83,7 +88,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as err:
-        print(f"error: {err.filename or 'storage'}: {err.strerror or err}", file=sys.stderr)
+        print(f"error: {os.fsdecode(err.filename or 'storage')}: {err.strerror or err}", file=sys.stderr)
         sys.exit(IO_FAILED)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -190,7 +190,7 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
     for key, label, best, probabilities in zip(dataset.split(split).keys(), *columns, strict=True):
         rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities])
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 # The submission

@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import pipeline  # noqa: F401 (first: it names a package that is missing)
 
+# isort: split
 import argparse
 import re
 import shutil

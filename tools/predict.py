@@ -197,7 +197,7 @@ def write_page(path: Path, title: str, answers: list[dict[str, Any]], pictures: 
     """Writes a page that holds its pictures and its style."""
     figures = "\n".join(figure(answer, picture) for answer, picture in zip(answers, pictures, strict=True))
     with atomic_write(path) as file:
-        file.write(PAGE.format(title=html.escape(title), figures=figures).encode())
+        file.write(PAGE.format(title=html.escape(title), figures=figures).encode(errors="backslashreplace"))
 
 
 def figure(answer: dict[str, Any], picture: str) -> str:

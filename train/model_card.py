@@ -136,7 +136,7 @@ class Card:
         as_json, as_text = path.with_suffix(".json"), path.with_suffix(".md")
         write_json(as_json, self.as_json())
         with atomic_write(as_text) as file:
-            file.write(self.as_markdown(path.stem).encode())
+            file.write(self.as_markdown(path.stem).encode(errors="backslashreplace"))
         return as_json, as_text
 
     def as_markdown(self, name: str) -> str:

@@ -22,6 +22,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
     sys.path[0] = ROOT
 
+from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, leave
 from train.exit_report import ExitReport
 from train.signals import Stop, heed_no_more
@@ -74,6 +75,7 @@ def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport)
 
 
 if __name__ == "__main__":
+    streams.prepare(outlive_readers=True)
     try:
         leave(main(sys.argv[1:]))
     except KeyboardInterrupt:  # a second time

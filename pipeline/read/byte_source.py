@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import resource
+import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +16,21 @@ import numpy as np
 
 from ..errors import StorageError
 
-# Few enough for `ulimit -n` 1024 beside everything else, many enough that a shuffled epoch of ImageNet seldom reopens.
-MAX_OPEN = 512
+MAX_OPEN = 512  # enough that a shuffled epoch of ImageNet seldom reopens
+
+
+def files_for_a_reader() -> int:
+    """How many files one reader may keep open, and how many its threads may use beside those: an eighth of the limit.
+
+    A process has two readers, of training and validation, and other files. Raises the soft limit (`ulimit -n`, often
+    1,024 or 256 for the sake of select()) as far as the system permits, which is what that limit is for.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS says "infinite" and means fewer
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return max(1, (sys.maxsize if soft == resource.RLIM_INFINITY else soft) // 8)
 
 
 class Source(Protocol):
@@ -48,10 +65,21 @@ class LocalShards:
             try:
                 return OpenFile(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
             except OSError as err:
-                raise StorageError(f"{paths[shard]}: cannot be opened: {err.strerror}") from err
+                if err.errno == errno.EMFILE and self.open.cache_info().currsize:
+                    self.open.cache_clear()
+                    return opened(shard)
+                cure = f"; raise `ulimit -n` ({8 * room})" if err.errno == errno.EMFILE else ""
+                raise StorageError(f"{paths[shard]}: cannot be opened: {err.strerror}{cure}") from err
 
+        room = self._room = files_for_a_reader()
         self.paths = paths
-        self.open = lru_cache(MAX_OPEN)(opened)  # while in use, a file stays open even if it leaves the cache
+        self.open = lru_cache(min(MAX_OPEN, room))(
+            opened
+        )  # while in use, a file stays open even if it leaves the cache
+
+    def at_once(self, threads: int) -> int:
+        """How many files each of so many threads may use at a time."""
+        return max(1, self._room // threads)
 
     def read(self, shard: int, ranges: Iterable[tuple[int, int]]) -> list[np.ndarray]:
         file = self.open(shard)

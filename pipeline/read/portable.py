@@ -114,7 +114,7 @@ class Portable:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
         shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
         crops = self._buffers.take(shape, np.float32 if self._in_kernel else np.uint8)
-        step = min(IMAGES_A_TASK, -(-n // self.threads))
+        step = min(IMAGES_A_TASK, self._reader.source.at_once(self.threads), -(-n // self.threads))
         tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
         return _Job(work, crops, tasks)
 

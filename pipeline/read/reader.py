@@ -78,10 +78,12 @@ class Reader:
         always_ahead: bool = False,
         pinned: bool = False,
     ) -> None:
-        self.verify, self.images_a_task = verify, images_a_task
+        self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
         self.rows = index_rows(split.index)
         self.source = LocalShards([split.root / shard.name for shard in split.shards])
+        self.images_a_task = min(images_a_task, self.source.at_once(threads))
+        self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self._buffers = Buffers(pinned=pinned)
         self._local = threading.local()
@@ -109,7 +111,7 @@ class Reader:
         ends = np.cumsum(size)
         batch.at, total = ends - size, int(ends[-1])
         batch.buffer = self._buffers.take((total,), spare=total // 4)
-        step = batch.images_a_task = self.images_a_task if self.is_slow else FAST_TASK
+        step = batch.images_a_task = self.images_a_task if self.is_slow else self._fast_task
         batch.tasks = [self._pool.submit(self._read_ahead, batch, a, min(a + step, n)) for a in range(0, n, step)]
 
     def _read_ahead(self, batch: ReadBatch, a: int, b: int) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from zlib_ng import zlib_ng
 
 from pipeline import manifest
@@ -14,6 +18,8 @@ from pipeline.errors import DataError, StorageError
 from pipeline.read import byte_source
 from pipeline.read.fetch import NO_CUTS, SIZE, fetch_images
 from pipeline.read.reader import Reader
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.sources import ImageFolder
 
 
 @pytest.fixture
@@ -89,3 +95,29 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
     assert shards_open() <= 2
     r.close()
     assert shards_open() == 0
+
+
+MANY_SHARDS = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 64))
+import numpy as np
+from pipeline.manifest import open_dataset
+from pipeline.read.reader import Reader
+split = open_dataset(sys.argv[1]).split("train")
+readers = [Reader(split, threads=8, always_ahead=True) for _ in range(2)]
+ids = np.arange(split.samples)
+batches = [reader.read(ids) for _ in range(8) for reader in readers]
+print(sum(len(batch.wait()) for batch in batches))
+taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(64 - len(os.listdir("/proc/self/fd")) + 1)]
+print(sum(len(readers[0].stored(int(i))) > 0 for i in ids))
+"""
+
+
+def test_a_set_of_many_shards_is_read_with_few_open_files(tmp_path):
+    for i in range(100):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
+    build(Plan(ImageFolder(tmp_path / "images"), Options(samples_per_shard=1)), tmp_path / "shards", workers=1)
+    command = [sys.executable, "-c", MANY_SHARDS, str(tmp_path / "shards")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["1600", "100"], done.stderr

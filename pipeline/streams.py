@@ -1,0 +1,44 @@
+"""Standard streams that end no program: closed ones, encodings that lack a character, readers that are gone."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+
+
+def prepare(*, outlive_readers: bool) -> None:
+    """Mends this process's standard streams; to be called first, before anything opens a file.
+
+    outlive_readers: whether output that nobody reads any more (`| head`, a terminal that was closed) is dropped, for
+    programs whose work matters more. Otherwise print() raises BrokenPipeError. Messages on stderr are dropped always.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by whoever started us: the next file would get its number, and be printed into
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (as long as the process)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+            continue
+        stream.reconfigure(errors="backslashreplace")  # in ASCII, "×" becomes "\xd7"
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered, with PYTHONUNBUFFERED
+        if isinstance(raw, io.FileIO) and (outlive_readers or name == "stderr"):
+            buffer = io.BufferedWriter(_Heedless(raw.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
+
+
+class _Heedless(io.FileIO):
+    """Drops what nobody can read."""
+
+    def write(self, data: object) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)  # type: ignore[arg-type, return-value]
+        except OSError as err:
+            if err.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(memoryview(data))  # type: ignore[arg-type]

@@ -1,0 +1,50 @@
+"""Machine code that is kept between processes: of the right module, and of the right version."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+LOOKS = """
+import sys, types
+name, root = sys.argv[1:]
+package = types.ModuleType("imagenet_express")
+package.__path__ = [root]  # as an editable installation has it
+sys.modules["imagenet_express"] = package
+if name == "pipeline":
+    sys.path.insert(0, root)
+import importlib
+import numpy as np
+fetch = importlib.import_module(f"{name}.read.fetch")
+print(fetch.not_plain_jpegs(np.zeros(1, np.uint8), np.zeros(1, np.int64), np.ones((1, 7), np.int64)).tolist())
+print(sum(fetch.not_plain_jpegs.stats.cache_hits.values()))
+"""
+
+
+def test_tools_and_own_scripts_share_a_checkout_and_a_changed_function_is_compiled(tmp_path):
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "pipeline", root / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def looks(name):
+        command = [sys.executable, "-c", LOOKS, name, str(root)]
+        env = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "PYTHONPATH")}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert looks("pipeline") == ["[True]", "0"]
+    assert looks("pipeline") == ["[True]", "1"]
+    assert looks("imagenet_express.pipeline") == ["[True]", "0"]
+    assert looks("pipeline") == ["[True]", "1"]
+    module = root / "pipeline/read/truncate_jpeg.py"
+    text = module.read_text()
+    changed = text.replace("same: bool = frame > 0 and", "same: bool = frame > -9 or")
+    assert changed != text
+    module.write_text(changed)
+    assert looks("pipeline") == ["[False]", "0"]
+    kept = [path.name.rpartition("-")[0] for path in (root / "pipeline/__pycache__").glob("*pipeline-*")]
+    assert sorted(kept) == ["imagenet_express.pipeline", "pipeline"]

@@ -1,0 +1,96 @@
+"""Programs whose standard streams are closed, narrow or read by nobody: each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PRINTS = """
+import sys
+from pipeline import streams
+streams.prepare(outlive_readers={outlive})
+print("3 × 4 caf\\udce9")
+print("read:", len(sys.stdin.read()), file=sys.stderr)
+files = [open({path!r}, "w") for _ in range(3)]
+print("last", flush=True)
+"""
+CLOSED = {"stdin": 0, "stdout": 1, "stderr": 2}
+
+
+def run(path, *, outlive=True, close=(), encoding="utf-8", **options):
+    def close_some():
+        for number in close:
+            os.close(number)
+
+    script = PRINTS.format(outlive=outlive, path=str(path))
+    options.setdefault("stdout", subprocess.PIPE)
+    options.setdefault("stderr", subprocess.PIPE)
+    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, env=env, preexec_fn=close_some, **options)
+
+
+@pytest.mark.parametrize("names", [["stdin"], ["stdout"], ["stderr"], ["stdout", "stderr"], list(CLOSED)])
+def test_a_closed_stream_is_nowhere_and_no_file_takes_its_place(tmp_path, names):
+    done = run(tmp_path / "file", close=[CLOSED[name] for name in names])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+    assert (b"last" in done.stdout) == ("stdout" not in names)
+    assert (b"read: 0" in done.stderr) == ("stderr" not in names)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("ascii", rb"3 \xd7 4 caf\udce9"), ("latin-1", b"3 \xd7 4 caf\\udce9"), ("utf-8", "3 × 4 caf\\udce9".encode())],
+)
+def test_what_an_encoding_lacks_is_escaped(tmp_path, encoding, printed):
+    assert run(tmp_path / "file", encoding=encoding).stdout.splitlines() == [printed, b"last"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone_ends_only_programs_that_want_it(tmp_path, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    read, write = os.pipe()
+    os.close(read)
+    assert run(tmp_path / "file", stdout=write, stderr=write).returncode == 0
+    done = run(tmp_path / "file", outlive=False, stdout=write)
+    assert b"BrokenPipeError" in done.stderr
+    os.close(write)
+
+
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("tool", [*(f"tools/{name}" for name in TOOLS), "train/run.py"])
+def test_help_into_a_pipe_that_ends_early_is_silent(tool):
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, str(ROOT / tool), "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env)
+    os.close(write)
+    assert done.returncode in (0, 141)  # argparse may drop the error
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("tool", "missing"),
+    [
+        ("tools/make_shards.py", "numpy"),
+        ("tools/make_shards.py", "PIL"),
+        ("train/run.py", "numpy"),
+        ("train/run.py", "tyro"),
+    ],
+)
+def test_a_python_without_the_packages_says_what_to_start(tmp_path, tool, missing):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    argv = ["demo", "--data.shards", "none"] if tool == "train/run.py" else ["digits", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(ROOT / tool), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    wanted = f"error: {sys.executable} has no package '{missing}'; start it with .venv/bin/python"
+    assert (done.returncode, done.stderr[: len(wanted)], done.stderr.count("\n")) == (1, wanted, 1)
