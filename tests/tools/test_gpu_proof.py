@@ -20,7 +20,7 @@ from tools.bench.cells import CELLS
 from tools.bench.proof import grid, tables, training
 from tools.bench.proof.base import Proof
 from tools.bench.proof.data import enlarged, extract, pictures
-from tools.bench.proof.preflight import Differences
+from tools.bench.proof.preflight import differences
 from tools.bench.proof.steps import STEPS
 
 # The script with other steps in its registry. `left` is what a step has started and not ended.
@@ -174,16 +174,19 @@ def test_a_cell_that_kills_its_process_costs_no_cell_of_another(tmp_path, monkey
     proof = Proof("cpu", True, tmp_path)
     cells = [cell.name for cell in CELLS if "cpu" in cell.devices and cell.alone == alone]
 
-    def command(_: Proof, names: list[str]) -> list[str]:
-        dies = names[0] == cells[0]
-        code = f'import os; print(\'{{"name": "{names[0]}"}}\', flush=True); {dies} and os.kill(os.getpid(), 11)'
+    def measuring(calls: list[dict], _: Path) -> list[str]:
+        dies = calls[0]["name"] == cells[0]
+        line = {"images": 100, "seconds": 2.0, "cpu_seconds": 0.5, "ended": 9.0}
+        code = f"import os; print({json.dumps(line)!r}, flush=True); {dies} and os.kill(os.getpid(), 11)"
         return [sys.executable, "-c", code]
 
-    monkeypatch.setattr(grid, "cells_command", command)
+    monkeypatch.setattr(grid, "measuring", measuring)
     monkeypatch.setattr(grid, "shards_of", lambda *_: tmp_path)
     monkeypatch.setattr(grid, "enlarged", lambda *_: tmp_path)
     found = grid.measured(proof, alone=alone)
     assert [cell["name"] for cell in found] == cells
+    assert found[0]["images_per_second"] == 50.0
+    assert found[0]["cpu_microseconds_per_image"] == 5000.0
     if not alone:
         errors = [cell.get("error") for cell in found]
         assert errors == [
@@ -219,15 +222,12 @@ def test_images_are_taken_out_of_shards_as_they_were_put_in(shards, image_folder
 
 def test_a_wrong_block_of_pixels_is_an_error_and_a_grey_level_is_none():
     expected = torch.full((2, 3, 64, 64), 100, dtype=torch.uint8)
-    right = Differences()
-    right.add(expected, expected + 1)
-    assert right.result()["mean"] == right.result()["largest"] == 1
+    right = differences([(expected, expected + 1)])
+    assert right["mean"] == right["largest"] == 1
     images = expected.clone()
     images[1, :, 16:32, 32:48] = 0
-    wrong = Differences()
-    wrong.add(expected, images)
     with pytest.raises(ExpressError, match="a tile differs by 100"):
-        wrong.result()
+        differences([(expected, images)])
 
 
 DMON = [

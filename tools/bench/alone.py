@@ -1,9 +1,10 @@
-"""Calls a function in a process of its own and prints its result as a line of JSON; harness.run starts it.
+"""Calls a function in a process of its own and prints each result as a line of JSON; harness.run starts it.
 
-    python tools/bench/alone.py tools.bench.peers.decode:batches '{"seconds": 2, "data": "shards", …}'
+    python tools/bench/alone.py tools.bench.cells:batches '{"name": "jpeg-portable", "seconds": 2, "shards": …}' …
 
-A generator yields the sizes of batches without end: they are counted for "seconds". A module may have VERSIONS of its
-environment. The standard library alone, as in timing.py.
+The function is called once for each object of options. If it is a generator, it yields the sizes of batches without
+end, and they are counted for "seconds". A module may have VERSIONS of its environment.
+The standard library alone: FFCV runs in an environment that has none of our packages.
 """
 
 from __future__ import annotations
@@ -12,27 +13,50 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.bench.timing import rate
+# The page cache is warm, but a process's own caches and the memory behind a file that nobody read for minutes are not.
+WARM_SECONDS = 1.0
+WARM_BATCHES = 8  # the first ones fill queues, allocate memory, load kernels and compile
+
+
+def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
+    """Counts images for `seconds` after a warm-up.
+
+    cpu_seconds: of this process alone; worker processes of a DataLoader are not in it. ended: Unix time.
+    """
+    warm_until = time.perf_counter() + min(WARM_SECONDS, seconds)
+    for number, _ in enumerate(batches, 1):
+        if number >= WARM_BATCHES and time.perf_counter() > warm_until:
+            break
+    images, cpu, started = 0, time.process_time(), time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        images += next(batches)
+    return {"images": images, "seconds": elapsed, "cpu_seconds": time.process_time() - cpu, "ended": time.time()}
 
 
 def main() -> None:
     path, _, name = sys.argv[1].partition(":")
-    options = json.loads(sys.argv[2])
     started = time.perf_counter()
     module = import_module(path)
     about = {"import_seconds": time.perf_counter() - started, "versions": getattr(module, "VERSIONS", None)}
     function = getattr(module, name)
-    if inspect.isgeneratorfunction(function):
-        seconds = options.pop("seconds")
-        result = rate(function(**options), seconds)
-    else:
-        result = function(**options)
-    print(json.dumps(about | result))
+    for options in map(json.loads, sys.argv[2:]):
+        try:
+            if inspect.isgeneratorfunction(function):
+                seconds = options.pop("seconds")
+                with closing(function(**options)) as batches:
+                    result = rate(batches, seconds)
+            else:
+                result = function(**options)
+        except Exception as err:  # whatever it is, the other calls still have figures to give
+            result = {"error": f"{type(err).__name__}: {err}"}
+        print(json.dumps(about | result), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ class CpuTime:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     harness.add_images(p)
-    harness.add_options(p, rounds=5, batch=256)
-    p.add_argument("--batches", type=int, default=200, help="of one measurement (%(default)s)")
+    harness.add_options(p, rounds=5, batch=256, batches=200)
 
 
 def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
@@ -88,12 +87,11 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> dict[str, float]:
     }
 
 
-def run(args: argparse.Namespace, record: harness.Record) -> None:
+def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
     rounds = []
-    with harness.scratch_folder() as scratch:
-        data.shard(data.unpacked(args.images, scratch / "images"), scratch / "jpeg")
-        for _ in range(args.rounds):
-            rounds.append(microseconds(scratch / "jpeg", batch=args.batch, batches=args.batches))
-            medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-            record.keep(medians=medians, rounds=rounds)
+    data.shard(data.unpacked(args.images, scratch / "images"), scratch / "jpeg")
+    for _ in range(args.rounds):
+        rounds.append(microseconds(scratch / "jpeg", batch=args.batch, batches=args.batches))
+        medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        record.keep(medians=medians, rounds=rounds)
     print("\n".join(f"{name}: {value} µs an image" for name, value in medians.items()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tools import report
 from tools.bench import harness, trained
 
 WHAT = "epochs to 25 % training error of the four-layer net, by activation and rate"
@@ -23,8 +24,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     trained.add_arguments(p, "runs/fig1")
 
 
-def run(args: argparse.Namespace, record: harness.Record) -> None:
-    shards = trained.shards(args.images, args.dir, size=32)
+def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+    shards = trained.shards(args.images, args.dir, scratch, size=32)
     results = {}
     for activation in ACTIVATIONS:
         results[activation] = found = {}
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
             found[str(rate)] = attempt(args.dir / f"{activation}-{rate}", shards, activation, rate, epochs=epochs)
             bests = {name: fastest(attempts) for name, attempts in results.items()}
             record.keep(claim=CLAIM, best=bests, results=results)
-    print(table(results, bests))
+    print(trained.table({f"{name}, lr {rate}": r for name, found in results.items() for rate, r in found.items()}))
+    for name, best in bests.items():
+        print(f"{name}: {best or 'never reached it'}")
     if args.json:
         draw(results, bests, args.json.with_suffix(".png"))
 
@@ -41,8 +44,7 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
     command = ["fig1", "--data.shards", str(shards), "--model.activation", activation, "--optim.lr", str(rate)]
     result = trained.trained(run, [*command, "--train.epochs", str(epochs)])
-    reached = result["last"]["top1"] >= TARGET
-    return {"rate": rate, "reached": reached, **result}
+    return {"rate": rate, "reached": result["last"]["top1"] >= TARGET, **result}
 
 
 def fastest(found: harness.Json) -> harness.Json | None:
@@ -52,24 +54,11 @@ def fastest(found: harness.Json) -> harness.Json | None:
     return best and {"rate": best["rate"], "epochs": best["epochs"], "top1": best["last"]["top1"]}
 
 
-def table(results: harness.Json, best: harness.Json) -> str:
-    rows = []
-    for name, found in results.items():
-        attempts = [found[str(rate)] for rate in sorted(RATES)]
-        cells = [f"{'' if r['reached'] else '> '}{r['epochs']}" for r in attempts]
-        rows.append([name, *cells, str(best[name]["epochs"]) if best[name] else "none"])
-    text = harness.markdown(["", *(f"lr {rate:g}" for rate in sorted(RATES)), "best"], rows)
-    if not all(best.values()):
-        return text
-    return f"{text}\ntanh / relu: {best['tanh']['epochs'] / best['relu']['epochs']:.1f}; the paper: {CLAIM}"
-
-
 def draw(results: harness.Json, best: harness.Json, path: Path) -> None:
-    limits = {"ylim": (0, 0.92), "xlim": (0, None)}
-    with trained.chart(path, xlabel="epochs", ylabel="training error rate", **limits) as axes:
-        axes.axhline(1 - TARGET, color="grey", linewidth=0.8)
-        for name, found in best.items():
-            if found:
-                tops = results[name][str(found["rate"])]["top1_by_epoch"]
-                errors = [0.9, *(1 - top1 for top1 in tops)]
-                axes.plot(errors, f"k{ACTIVATIONS[name]}", label=f"{name}, lr {found['rate']:g}")
+    curves = []
+    for name, found in best.items():
+        if found:
+            tops = results[name][str(found["rate"])]["top1_by_epoch"]
+            errors = [0.9, *(1 - top1 for top1 in tops)]
+            curves.append((range(len(errors)), errors, f"k{ACTIVATIONS[name]}", f"{name}, lr {found['rate']:g}"))
+    report.draw(path, ({"xlabel": "epochs", "ylabel": "training error rate", "ylim": (0, 0.92)}, curves))

@@ -1,6 +1,6 @@
 """What all benchmarks share: options, rounds of cells in processes of their own, the JSON record, tables, scratch.
 
-The standard library and pipeline's errors and files alone: tools/gpu_proof.py must start without any package.
+Imports only the standard library, pipeline's errors and files: tools/gpu_proof.py must start without any package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,9 @@ ALONE = Path(__file__).with_name("alone.py")
 RUN = environment.ROOT / "train" / "run.py"
 HELP = {
     "rounds": "measurements of each, in turn",
+    "blocks": "of each kind",
+    "batches": "of one measurement",
+    "repeat": "how often each image is taken",
     "seconds": "of each measurement",
     "batch": "images a batch",
     "device": "",
@@ -57,12 +60,12 @@ def command_line(program: str) -> str:
 
 
 @contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A temporary folder in `parent`, removed also if the process is ended by SIGTERM or loses its terminal."""
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, removed also if the process is ended by SIGTERM or loses its terminal."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has chosen otherwise
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory("", "imagenet-express-", parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory("", "imagenet-express-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
@@ -105,37 +108,51 @@ class Record:
             write_json(self._path, self.content)
 
 
-def markdown(header: list[str], rows: Iterable[Iterable[str]], *, left: int = 1) -> str:
-    """left: how many columns hold text; the others hold numbers."""
-    rules = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *rows))
+def markdown(columns: Mapping[str, str], rows: Iterable[Iterable[Any]], *, missing: str = "") -> str:
+    """A table. columns: each header with the format of its numbers, "" for text. missing: what stands for None."""
+
+    def cell(value: Any, form: str) -> str:
+        return missing if value is None else value if isinstance(value, str) else format(value, form)
+
+    rules = ["---:" if form else "---" for form in columns.values()]
+    lines = [columns, rules, *(map(cell, row, columns.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(records: list[Json]) -> str:
+    """All fields of records that have the same."""
+    return markdown(dict.fromkeys(records[0], ",g"), [record.values() for record in records])
 
 
 # Cells
 
 
 def run(
-    function: str, *options: Mapping[str, Any], name: str = "", python: str | Path = sys.executable, **env: str
-) -> list[Json]:
-    """The results of `function` ("module:name"), called at once in a process for each of `options`.
+    function: str, *processes: list[Json], names: Sequence[str] = (), python: str | Path = sys.executable, **env: str
+) -> list[list[Json]]:
+    """The results of `function` ("module:name"): processes run at once, and each calls it with all its options in turn.
 
-    Raises ExpressError with the last line of a process that fails; name: the cell's, for that message.
+    Raises ExpressError with the message of the first call that failed, and its name of `names`.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    results, call = [], [str(python), str(ALONE), function]
+    command, results = [str(python), str(ALONE), function], []
     with ExitStack() as stack:
-        calls = [process([*call, json.dumps(each, default=str)], env=os.environ | env, **pipes) for each in options]
-        for started in [stack.enter_context(each) for each in calls]:
-            printed, errors = started.communicate()
-            if started.returncode:
-                raise ExpressError(f"{name or function}: {(errors.strip().splitlines() or ['no message'])[-1]}")
-            results.append(json.loads(printed.splitlines()[-1]))
+        texts = [[json.dumps(options, default=str) for options in calls] for calls in processes]
+        started = [stack.enter_context(process([*command, *calls], env=os.environ | env, **pipes)) for calls in texts]
+        for one, calls in zip(started, texts):
+            printed, errors = one.communicate()
+            found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+            found += [{"error": errors.strip().rpartition("\n")[2]}] * (len(calls) - len(found))
+            for result, name in zip(found, names or calls):
+                if "error" in result:
+                    raise ExpressError(f"{name}: {result['error']}")
+            results.append(found)
     return results
 
 
 @dataclass
 class Cell:
-    """Something whose rate is measured again in each round, in a process of its own or one for each rank."""
+    """Something whose rate is measured again in each round, by one process or one for each rank."""
 
     what: dict[str, str]  # its names in the record
     function: str
@@ -143,12 +160,8 @@ class Cell:
     against: str = ""  # the cell that it is compared with
     ranks: int = 1
     python: str | Path = sys.executable
-    results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
-
-    def measure(self) -> None:
-        ranks = [{"rank": rank, "world": self.ranks} if self.ranks > 1 else {} for rank in range(self.ranks)]
-        options = [self.options | rank for rank in ranks]
-        self.results.append(run(self.function, *options, name=", ".join(self.what.values()), python=self.python))
+    shared: str = ""  # cells of equal `shared` are measured by one process, which spares imports
+    results: list[Sequence[Json]] = field(default_factory=list)  # of each round: of each rank
 
     def record(self) -> Json:
         rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
@@ -159,26 +172,41 @@ class Cell:
             found["cpu_microseconds_an_image"] = round(statistics.median(cpu) * 1e6, 1)
         if "megabytes" in first:  # resident, of the largest worker
             found["megabytes_a_worker"] = round(max(ranks[0]["megabytes"] for ranks in self.results), 1)
-        optional = {"against": self.against, "versions": first.get("versions")}
+        optional = {"against": self.against, "versions": first["versions"]}
         return found | {name: value for name, value in optional.items() if value}
+
+
+def measure(cells: list[Cell]) -> None:
+    """Measures cells that share a process."""
+    first, names = cells[0], [", ".join(cell.what.values()) for cell in cells]
+    ranks = [{"rank": rank, "world": first.ranks} if first.ranks > 1 else {} for rank in range(first.ranks)]
+    calls = [[cell.options | rank for cell in cells] for rank in ranks]
+    found = run(first.function, *calls, names=names, python=first.python)
+    for cell, results in zip(cells, zip(*found)):
+        cell.results.append(results)
 
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
     """Measures each cell in each round; returns their records, which are kept after every round."""
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.shared or id(cell), []).append(cell)
     for number in range(1, rounds + 1):
-        for cell in cells:
-            cell.measure()
+        for group in groups.values():
+            measure(group)
         results = [cell.record() for cell in cells]
         record.keep(results=results)
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
     return results
 
 
-def table(results: list[Json]) -> str:
-    """Each cell's median rate, and how many times that of the cell that it is compared with."""
-    rates, rows = {r["what"]: r["images_per_second"] for r in results}, []
-    for r in results:
-        other = rates.get(r.get("against"))
-        ratio = f"{r['images_per_second'] / other:.2f} × {r['against']}" if other else ""
-        rows.append([r["what"], f"{r['images_per_second']:,.1f}", ratio, str(r.get("megabytes_a_worker", ""))])
-    return markdown(["what", "img/s, median", "against", "MB a worker"], rows)
+def rates(results: list[Json]) -> str:
+    """A table of each cell's median rate, and how many times that of the cell it names, or of ours on the same data."""
+    found = {(r.get("data"), r.get("what", r.get("loader"))): r["images_per_second"] for r in results}
+    rows = []
+    for r, ((data, what), rate) in zip(results, found.items(), strict=True):
+        against = r.get("against", "ours")
+        other = found.get((data, against))
+        row = {"data": data, "what": what, "img/s, median": rate, "times": other and round(rate / other, 2)}
+        rows.append(row | {"that of": other and against, "MB a worker": r.get("megabytes_a_worker")})
+    return table(rows)

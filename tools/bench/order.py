@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def classes_a_batch(labels: np.ndarray, ids: np.ndarray) -> float:
     return round(float((np.diff(batches, axis=1) != 0).sum(1).mean() + 1), 1)
 
 
-def run(args: argparse.Namespace, record: harness.Record) -> None:
+def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
     by_class = np.arange(SAMPLES) * CLASSES // SAMPLES  # stored class after class
     shuffled = by_class[np.random.default_rng(0).permutation(SAMPLES)]  # stored as make_shards.py does
     results = []
@@ -43,8 +44,7 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
             }
         )
         record.keep(results=results)
-    header = [name.replace("_", " ") for name in results[0]]
-    print(harness.markdown(header, [map(str, result.values()) for result in results], left=0))
+    print(harness.table(results))
 
 
 def timed_order(rounds: int, **options: int) -> tuple[np.ndarray, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from simplejpeg import decode_jpeg
@@ -12,22 +13,21 @@ from simplejpeg import decode_jpeg
 from pipeline import open_dataset
 
 AT_ONCE = 32  # images
+LARGEST = 100_000_000  # bytes of a decoded image; memory that no image reaches is never taken
 
 
-def batches(data: str, batch: int, threads: int, dtype: str) -> Iterator[int]:
-    split = open_dataset(data).split("train")
-    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
-    images = [tars[row["shard"]][row["offset"] : row["offset"] + row["size"]] for row in split.index]
-    largest = 3 * int((split.index["width"].astype(np.int64) * split.index["height"]).max())
+def batches(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) -> Iterator[int]:
+    """Decodes the images of the shards, or the class folders' if there are no shards."""
+    encoded = list(from_shards(shards)) if shards else [path.read_bytes() for path in sorted(Path(images).glob("*/*"))]
     todo = queue.SimpleQueue()
     done = queue.SimpleQueue()
 
     def work() -> None:
-        buffer = np.empty(largest, np.uint8)
+        buffer = np.empty(LARGEST, np.uint8)
         while True:
             start = todo.get()
             for i in range(start, start + AT_ONCE):
-                decode_jpeg(images[i % len(images)], buffer=buffer)
+                decode_jpeg(encoded[i % len(encoded)], buffer=buffer)
             done.put(AT_ONCE)
 
     for _ in range(threads):
@@ -36,3 +36,10 @@ def batches(data: str, batch: int, threads: int, dtype: str) -> Iterator[int]:
         todo.put(start)
         if start >= 4 * threads * AT_ONCE:  # no thread waits for the next one
             yield done.get()
+
+
+def from_shards(shards: str) -> Iterator[np.ndarray]:
+    split = open_dataset(shards).split("train")
+    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
+    for row in split.index:
+        yield tars[row["shard"]][row["offset"] : row["offset"] + row["size"]]

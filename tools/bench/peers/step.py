@@ -17,12 +17,12 @@ from model.dropout import Dropout
 from model.lrn import LocalResponseNorm, local_response_norm
 from model.variants import VARIANTS
 from tools.bench.layers import LRN
-from tools.bench.peers.seeds_net import SeedsNet
 from tools.bench.synthetic import forward_backward, median_seconds, noise, training_step
+from train.distributed import take_cores
 from train.networks import compile_net
 
 
-def measure(seconds: float, precision: str = "fp32", **options: Any) -> dict[str, float]:
+def measure(seconds: float, precision: str, **options: Any) -> dict[str, float]:
     """Whole steps; options: of `prepare`."""
     net, images = prepare(**options)
     step, _ = training_step(net, images, precision=precision)
@@ -30,40 +30,35 @@ def measure(seconds: float, precision: str = "fp32", **options: Any) -> dict[str
 
 
 def prepare(
-    *,
-    net: str,
-    batch: int,
-    device: str,
-    threads: int,
-    norm: str = "variant",
-    compiled: str = "off",
-    channels_last: bool = True,
+    net: str, batch: int, device: str, compiled: str, norm: str = "variant", channels_last: bool = True
 ) -> tuple[nn.Module, Tensor]:
-    """The net ("seeds-own" or a variant), compiled (off, norm or model), and a batch for it. threads: 0 for all."""
-    start(threads)
+    """The net ("seeds-own" or a variant), compiled (off, norm or model), and a batch for it."""
+    take_cores(torch.device(device))
+    torch.manual_seed(0)
     crop = 224 if net == "seeds-own" else VARIANTS[net].crop
-    made = SeedsNet()
-    if net != "seeds-own":
-        made = AlexNet(ModelConfig(net, norm=norm), classes=1000, crop=crop)
+    made = seeds_own() if net == "seeds-own" else AlexNet(ModelConfig(net, norm=norm), classes=1000, crop=crop)
     made = made.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    done = compile_net(made, compiled, torch.device(device))
-    if compiled != "off" and done.startswith("nothing:"):
-        raise SystemExit(done)
+    compile_net(made, compiled, torch.device(device))
     return made, noise(batch, 3, crop, crop, device=device, channels_last=channels_last)
 
 
-def start(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def seeds_own() -> nn.Module:
+    """The net of the document that this project comes from: our table's layers, with torch's own LRN and dropout."""
+
+    def torchs(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, LocalResponseNorm):
+            return nn.LocalResponseNorm(**LRN)
+        return nn.Dropout(layer.p) if isinstance(layer, Dropout) else layer
+
+    return nn.Sequential(*map(torchs, AlexNet(ModelConfig("seed"), classes=1000, crop=224).in_order()))
 
 
-def lrn(*, batch: int, seconds: float, device: str, threads: int, form: str, channels_last: bool) -> dict[str, float]:
-    """The first LRN of the seed's net, by torch or by ours, eager or compiled."""
-    start(threads)
+def lrn(batch: int, seconds: float, device: str, compiled: str, ours: bool, channels_last: bool) -> dict[str, float]:
+    """The first LRN of the seed's net, by torch or by ours."""
+    take_cores(torch.device(device))
     x = noise(batch, 96, 55, 55, device=device, channels_last=channels_last).requires_grad_()
-    ours = functools.partial(local_response_norm, compiled=form == "compiled")
-    step = forward_backward(F.local_response_norm if form == "torch" else ours, x, **LRN)
+    our_form = functools.partial(local_response_norm, compiled=compiled != "off")
+    step = forward_backward(our_form if ours else F.local_response_norm, x, **LRN)
     return {"images": batch, "seconds": median_seconds(step, seconds, x.device)}
 
 

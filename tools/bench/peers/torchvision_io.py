@@ -21,9 +21,9 @@ def load(path: str) -> torch.Tensor:
     return F.horizontal_flip(image) if random.random() < 0.5 else image
 
 
-def batches(data: str, batch: int, threads: int) -> Iterator[int]:
+def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]:
     torch.set_num_threads(1)  # the images are what is shared out
-    paths = [str(path) for path in sorted(Path(data).glob("*/*"))]
+    paths = [str(path) for path in sorted(Path(images).glob("*/*"))]
     pending = deque()
     with ThreadPoolExecutor(threads) as pool:
         while True:

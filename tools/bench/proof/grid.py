@@ -11,8 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
+from pipeline.cores import usable_cores
 from pipeline.errors import ExpressError
+from tools.bench.harness import ALONE
 
 from .base import Json, Proof, how_it_ended
 from .data import enlarged, shards_of
@@ -38,36 +41,42 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
     cells = [cell for cell in CELLS if here in cell.devices and cell.alone == alone]
     for data in sorted({cell.data for cell in cells}):
         enlarged(proof, shards_of(proof, data), data)
-    # The cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
-    groups = (
-        [[c] for c in cells] if alone else [list(g) for _, g in itertools.groupby(cells, lambda c: c.config.backend)]
-    )
+    batch, seconds = (16, 0.5) if proof.tiny else (256, 5)
+    common = {"device": proof.device, "batch": batch, "seconds": seconds, "threads": usable_cores()}
+    common |= {"dtype": "float16" if proof.on_gpu else "float32"}
     answers = []
     with utilisation(proof) as busy:
-        for group in groups:
-            names, before = [cell.name for cell in group], len(answers)
-            with subprocess.Popen(cells_command(proof, names), stdout=subprocess.PIPE, text=True) as process:
+        # Cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
+        for _, group in itertools.groupby(cells, lambda cell: cell.name if alone else cell.config.backend):
+            waiting = [{"name": cell.name} | common for cell in group]
+            command = measuring(waiting, proof.scratch / "large")
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
-                    answer = json.loads(line)
-                    answers.append(answer | (busy(answer["began"], answer["ended"]) if "began" in answer else {}))
+                    found = json.loads(line)
+                    answers.append(waiting.pop(0) | (found if "error" in found else rates(found, busy)))
                     proof.keep({"cells": answers})
             reason = f"its process {how_it_ended(process.returncode)}"
-            answers += [{"name": name, "error": reason} for name in names[len(answers) - before :]]
+            answers += [call | {"error": reason} for call in waiting]
             proof.keep({"cells": answers})
     return answers
 
 
-def cells_command(proof: Proof, names: list[str]) -> list[str]:
-    from tools.bench import cells
+def measuring(calls: list[Json], shards: Path) -> list[str]:
+    """The command that measures cells in one process."""
+    options = [json.dumps(call | {"shards": str(shards)}) for call in calls]
+    return [sys.executable, str(ALONE), "tools.bench.cells:batches", *options]
 
-    command = [sys.executable, cells.__file__, *names, "--shards", str(proof.scratch / "large")]
-    batch, seconds = (16, 0.5) if proof.tiny else (256, 5)
-    return [*command, "--device", proof.device, "--batch", str(batch), "--seconds", str(seconds)]
+
+def rates(found: Json, busy: Callable[[float, float], Json]) -> Json:
+    ended, images, seconds = found["ended"], found["images"], found["seconds"]
+    cpu = round(found["cpu_seconds"] / images * 1e6, 1)
+    speed = {"images_per_second": round(images / seconds, 1), "cpu_microseconds_per_image": cpu}
+    return speed | busy(ended - seconds, ended)
 
 
 @contextmanager
-def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, float | None]]]:
+def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
     """Samples nvidia-smi about twice a second; yields a function of two Unix times.
 
     It returns the median percent of the time between them that the GPU and its JPEG engine were busy: None without a
@@ -84,7 +93,7 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, flo
                 return
             samples.append((time.time(), parse_dmon(lines)))
 
-    def busy(began: float, ended: float) -> dict[str, float | None]:
+    def busy(began: float, ended: float) -> Json:
         found = {}
         for name, column in (("gpu_percent", "sm"), ("jpeg_engine_percent", "jpg")):
             values = [row[column] for at, row in samples if began <= at <= ended and column in row]

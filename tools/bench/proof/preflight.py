@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -144,61 +144,54 @@ def compare_pixels(proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65,
     options = {"batch": BATCH, "dtype": "uint8", "augment": AugmentConfig(square=False)}
     backend = "dali-gpu" if proof.on_gpu else "dali-cpu"
     on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=hw_decoder_load)
-    differences, waiting = Differences(), []
-    squeeze = memory_pressure(proof.device) if pressure else itertools.repeat(None)
     with (
         Loader(shards, config=LoaderConfig("portable"), **options) as right,
         Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
     ):
-        for expected, batch in itertools.islice(zip(epochs(right), epochs(tested)), BATCHES):
-            assert expected.ids.tolist() == batch.ids.tolist()
-            waiting.append((expected.images, batch.images))
-            next(squeeze)
-            if len(waiting) > 2:
-                differences.add(*waiting.pop(0))
-        for pair in waiting:
-            differences.add(*pair)
-    return differences.result()
+        pairs = itertools.islice(zip(epochs(right), epochs(tested)), BATCHES)
+        return differences(delayed(pairs, memory_pressure(proof.device) if pressure else itertools.repeat(None)))
+
+
+def delayed(pairs: Iterator[Any], squeeze: Iterator[None]) -> Iterator[tuple[Any, Any]]:
+    """The images of pairs of batches, two later than they come; `squeeze` moves on at each."""
+    waiting = []
+    for expected, batch in pairs:
+        assert expected.ids.tolist() == batch.ids.tolist()
+        waiting.append((expected.images, batch.images))
+        next(squeeze)
+        if len(waiting) > 2:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def epochs(loader: Any) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-class Differences:
-    """How far crops are from what they should be, in grey levels."""
+def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
+    """How far crops are from what they should be, in grey levels. pairs: (n, 3, crop, crop) uint8, expected first.
 
-    def __init__(self) -> None:
-        import torch
+    Raises ExpressError if a tile is out of tolerance.
+    """
+    from pipeline.read.pixel_check import TOLERANCE, largest_tile_mean
 
-        self._count = torch.zeros(256, dtype=torch.int64)  # of values, by their difference
-        self._worst_tile = 0.0
-
-    def add(self, expected: Any, images: Any) -> None:
-        """Two (n, 3, crop, crop) uint8 tensors."""
-        from pipeline.read.pixel_check import largest_tile_mean
-
+    counts, worst = 0, 0.0  # of values, by their difference
+    for expected, images in pairs:
         difference = (expected.short() - images.cpu().short()).abs()
-        self._count += difference.flatten().bincount(minlength=256)
-        for crop in difference.float().mean(1).numpy():
-            self._worst_tile = max(self._worst_tile, largest_tile_mean(crop))
-
-    def result(self) -> Json:
-        """Raises ExpressError if a tile is out of tolerance."""
-        from pipeline.read.pixel_check import TOLERANCE
-
-        counts = self._count.tolist()
-        values = sum(counts)
-        result = {
-            "crops": BATCH * BATCHES,
-            "mean": round(sum(level * count for level, count in enumerate(counts)) / values, 4),
-            "largest": max(level for level, count in enumerate(counts) if count),
-            "fraction_above": {str(level): sum(counts[level + 1 :]) / values for level in (0, 1, 2, 4, 8, 16)},
-            "worst_tile_mean": round(self._worst_tile, 3),
-        }
-        if self._worst_tile > TOLERANCE:
-            raise ExpressError(f"a tile differs by {self._worst_tile:.1f} grey levels on average: {json.dumps(result)}")
-        return result
+        counts = counts + difference.flatten().bincount(minlength=256)
+        worst = max(worst, *map(largest_tile_mean, difference.float().mean(1).numpy()))
+    counts = counts.tolist()
+    values = sum(counts)
+    result = {
+        "crops": BATCH * BATCHES,
+        "mean": round(sum(level * count for level, count in enumerate(counts)) / values, 4),
+        "largest": max(level for level, count in enumerate(counts) if count),
+        "fraction_above": {str(level): sum(counts[level + 1 :]) / values for level in (0, 1, 2, 4, 8, 16)},
+        "worst_tile_mean": round(worst, 3),
+    }
+    if worst > TOLERANCE:
+        raise ExpressError(f"a tile differs by {worst:.1f} grey levels on average: {json.dumps(result)}")
+    return result
 
 
 def memory_pressure(device: str) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
@@ -40,7 +42,9 @@ def tables(folder: Path) -> str:
         path.stem.removeprefix("gpu-"): json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))
     }
     records = {name: record for name, record in records.items() if record["device"] != "cpu" and not record["tiny"]}
-    blocks = [machine(records), training(records), loader(records), layers(records), cifar(records), checks(records)]
+    # Also of a step that failed: what it has kept was measured.
+    results = collections.defaultdict(dict, {name: record.get("result", {}) for name, record in records.items()})
+    blocks = [machine(records), *(block(results) for block in (training, loader, layers, cifar)), checks(records)]
     return "\n\n".join(blocks)
 
 
@@ -58,63 +62,60 @@ def _machine_of(record: Json) -> str:
     return f"{gpu}, {cores} cores, Python {python}, torch {packages.get('torch')}, DALI {dali}, commit {commit}."
 
 
-def training(records: Json) -> str:
+def training(results: Json) -> str:
+    columns = {"batch": "", "synthetic, img/s": ",.0f", "fed from shards, img/s": ",.0f", "fed of synthetic": ".2f"}
+    columns |= {"waiting for data": ".1%", "GB": ".1f"}
     rows = []
     for batch in BATCHES:
-        alone, both = _result(records, f"train-{batch}"), _result(records, f"fed-{batch}")
+        alone, both = results[f"train-{batch}"], results[f"fed-{batch}"]
         fed = both.get("fed", {})
-        rates = [_number(result, "images_per_second") for result in (alone, fed)]
-        fractions = [_number(both, "fed_of_synthetic", ".2f"), _number(fed, "data_wait", ".1%")]
-        rows.append([f"{batch:,}", *rates, *fractions, _number(alone, "memory_gb", ".1f")])
-    header = ["batch", "synthetic, img/s", "fed from shards, img/s", "fed of synthetic", "waiting for data", "GB"]
-    return "**Training**, preset `seed`, bf16:\n\n" + markdown(header, rows)
+        rates = [result.get("images_per_second") for result in (alone, fed)]
+        fractions = [both.get("fed_of_synthetic"), fed.get("data_wait")]
+        rows.append([f"{batch:,}", *rates, *fractions, alone.get("memory_gb")])
+    return _table("Training", columns, rows, what=", preset `seed`, bf16")
 
 
-def loader(records: Json) -> str:
-    cells = _result(records, "loader").get("cells", []) + _result(records, "region").get("cells", [])
-    columns = ("images_per_second", "gpu_percent", "jpeg_engine_percent")
-    rows = [
-        [f"`{cell['name']}`", *([cell["error"], "", ""] if "error" in cell else (_number(cell, c) for c in columns))]
-        for cell in cells
-    ]
-    return _table("Loader alone", ["cell", "img/s", "GPU, %", "JPEG engine, %"], rows)
-
-
-def layers(records: Json) -> str:
+def loader(results: Json) -> str:
     rows = []
-    for name, item in _result(records, "layers").items():
-        times = f"{item['times_copy']:.2f}" if "times_copy" in item else ""
-        rows.append([name, item.get("error") or _number(item, "milliseconds", ".3f"), times])
-    header = ["layer or optimiser", "ms", "times a copy of its input"]
-    return _table("Layers", header, rows, what=" of 1,024 images, bf16, forward and backward")
+    for cell in results["loader"].get("cells", []) + results["region"].get("cells", []):
+        busy = [cell.get("gpu_percent"), cell.get("jpeg_engine_percent")]
+        rates = [cell["error"], "", ""] if "error" in cell else [cell["images_per_second"], *busy]
+        rows.append([f"`{cell['name']}`", *rates])
+    columns = {"cell": "", "img/s": ",.0f", "GPU, %": ".0f", "JPEG engine, %": ".0f"}
+    return _table("Loader alone", columns, rows)
 
 
-def cifar(records: Json) -> str:
-    found = {recipe: _result(records, f"cifar-{recipe}") for recipe in ("seed", "modern")}
+def layers(results: Json) -> str:
+    items = results["layers"].items()
+    rows = [[name, item.get("error") or item["milliseconds"], item.get("times_copy", "")] for name, item in items]
+    columns = {"layer or optimiser": "", "ms": ".3f", "times a copy of its input": ".2f"}
+    return _table("Layers", columns, rows, what=" of 1,024 images, bf16, forward and backward")
+
+
+def cifar(results: Json) -> str:
     rows = []
-    for recipe, result in found.items():
-        seconds = [_number(result.get("seconds_to", {}), level, ".0f") for level in ("75%", "85%")]
-        accuracy, rate = _number(result, "best_top1", ".2%"), _number(result, "images_per_second")
-        rows.append([f"`{recipe}`", *seconds, accuracy, rate])
-    header = ["recipe", "s to 75 %", "s to 85 %", "best top-1", "img/s"]
-    return _table("CIFAR-10 at full width", header, rows if any(found.values()) else [])
+    for recipe in ("seed", "modern"):
+        result = results[f"cifar-{recipe}"]
+        seconds = [result.get("seconds_to", {}).get(level) for level in ("75%", "85%")]
+        rows.append([f"`{recipe}`", *seconds, result.get("best_top1"), result.get("images_per_second")])
+    columns = {"recipe": "", "s to 75 %": ".0f", "s to 85 %": ".0f", "best top-1": ".2%", "img/s": ",.0f"}
+    measured = any(results[f"cifar-{recipe}"] for recipe in ("seed", "modern"))
+    return _table("CIFAR-10 at full width", columns, rows if measured else [])
 
 
 def checks(records: Json) -> str:
     rows = [[what, verdict(records.get(step))] for step, what in CHECKS.items()]
     others = {step: record for step, record in records.items() if step not in CHECKS and record["passed"] is False}
     rows += [[f"step `{step}`", verdict(record)] for step, record in others.items()]
-    lines = ["**Checks**:\n", markdown(["check", "result"], rows, left=2)]
-    columns = ("mean", "largest", "worst_tile_mean")
+    text = _table("Checks", {"check": "", "result": ""}, rows)
     pixels = [
-        [name.removeprefix("pixels, "), *(_number(values, column, "g") for column in columns)]
-        for name, values in _result(records, "preflight").items()
+        [name.removeprefix("pixels, "), *(values[column] for column in ("mean", "largest", "worst_tile_mean"))]
+        for name, values in records.get("preflight", {}).get("result", {}).items()
         if name.startswith("pixels, ") and "error" not in values
     ]
-    if pixels:
-        lines.append("\nGrey levels between the GPU's crops and the CPU's:\n")
-        lines.append(markdown(["decoder", "mean", "largest", "worst tile's mean"], pixels))
-    return "\n".join(lines)
+    columns = {"decoder": "", "mean": "g", "largest": "g", "worst tile's mean": "g"}
+    title = "\n\nGrey levels between the GPU's crops and the CPU's:\n\n"
+    return text + (title + markdown(columns, pixels) if pixels else "")
 
 
 def verdict(record: Json | None) -> str:
@@ -124,15 +125,7 @@ def verdict(record: Json | None) -> str:
     return "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
 
 
-def _result(records: Json, step: str) -> Json:
-    """Also of a step that failed: what it has kept was measured."""
-    return records.get(step, {}).get("result", {})
-
-
-def _number(values: Json, name: str, form: str = ",.0f") -> str:
-    value = values.get(name)
-    return NOT_MEASURED if value is None else format(value, form)
-
-
-def _table(title: str, header: list[str], rows: list[list[str]], *, what: str = "") -> str:
-    return f"**{title}**{what}:\n\n{markdown(header, rows)}" if rows else f"**{title}**: {NOT_MEASURED}."
+def _table(title: str, columns: dict[str, str], rows: list[list[Any]], *, what: str = "") -> str:
+    if not rows:
+        return f"**{title}**: {NOT_MEASURED}."
+    return f"**{title}**{what}:\n\n{markdown(columns, rows, missing=NOT_MEASURED)}"
