@@ -120,7 +120,7 @@ sys.path.insert(0, {root!r})
 from tools.bench import harness
 with harness.scratch_folder() as scratch:
     print(scratch, flush=True)
-    harness.run("subprocess:run", [{{"args": ["sleep", "600"]}}])
+    next(harness.run("subprocess:run", [{{"args": ["sleep", "600"]}}]))
 """
 
 
@@ -210,7 +210,7 @@ def test_cells_are_recorded_after_every_round_with_the_sum_of_their_ranks(tmp_pa
     }  # fmt: skip
     assert written[0]["command"] == "python tools/bench loader --images sample.tar"
     assert written[0]["settings"] == {"rounds": 2}
-    assert "| both | 100 | 2 | one | 7 |" in harness.rates(results)
+    assert "|  | both | 100 | 2 | one | 7 |" in harness.rates(results)
 
 
 def test_a_cell_that_fails_is_named_with_its_last_line(counted):

@@ -16,6 +16,7 @@ import torch
 from pipeline import LoaderConfig, open_dataset
 from pipeline.errors import ConfigError, ExpressError
 from tests.conftest import ROOT
+from tools.bench import harness
 from tools.bench.cells import CELLS
 from tools.bench.proof import grid, tables, training
 from tools.bench.proof.base import Proof
@@ -174,13 +175,16 @@ def test_a_cell_that_kills_its_process_costs_no_cell_of_another(tmp_path, monkey
     proof = Proof("cpu", True, tmp_path)
     cells = [cell.name for cell in CELLS if "cpu" in cell.devices and cell.alone == alone]
 
-    def measuring(calls: list[dict], _: Path) -> list[str]:
-        dies = calls[0]["name"] == cells[0]
-        line = {"images": 100, "seconds": 2.0, "cpu_seconds": 0.5, "ended": 9.0}
-        code = f"import os; print({json.dumps(line)!r}, flush=True); {dies} and os.kill(os.getpid(), 11)"
-        return [sys.executable, "-c", code]
+    def command(calls: list[str]) -> str:
+        dies = json.loads(calls[0])["name"] == cells[0]
+        line = json.dumps({"images": 100, "seconds": 2.0, "cpu_seconds": 0.5, "ended": 9.0})
+        return f"import os; print({line!r}, flush=True); {dies} and os.kill(os.getpid(), 11)"
 
-    monkeypatch.setattr(grid, "measuring", measuring)
+    def process(argv: list[str], **options) -> subprocess.Popen:
+        return started([sys.executable, "-c", command(argv[3:])], **options)
+
+    started = harness.process
+    monkeypatch.setattr(harness, "process", process)
     monkeypatch.setattr(grid, "shards_of", lambda *_: tmp_path)
     monkeypatch.setattr(grid, "enlarged", lambda *_: tmp_path)
     found = grid.measured(proof, alone=alone)
@@ -304,14 +308,14 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
     assert "old" not in text
     for line in (
         "GPU X, 16 cores, Python 3.12.1, torch 2.11.0, DALI none, commit abc.",
-        "| 256 | 23,457 | 20,000 | 0.85 | 3.1% | 3.2 |",
+        "| 256 | 23,457 | 20,000 | 0.853 | 0.0312 | 3.21 |",
         "| 1,024 | not measured | not measured | not measured | not measured | not measured |",
         "| `jpeg-portable` | 12,346 | 3 | not measured |",
-        "| lrn1 eager | 1.250 | 2.50 |",
-        "| pool | E: x |  |",
-        "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV |  |  |",
-        "| `seed` | 41 | not measured | 79.00% | 90,000 |",
-        "| `modern` | not measured | not measured | not measured | not measured |",
+        "| lrn1 eager | 1.25 | 2.5 |",
+        "| pool | E: x | – |",
+        "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV | not measured | not measured |",
+        "| `seed` | 41.2 | not measured | 0.79 |",
+        "| `modern` | not measured | not measured | not measured |",
         "| tests marked `gpu`: a killed run's bits, two ranks' ids, and others | failed: other bits |",
         "| packages, compiler and decoders; pixels of the GPU against the CPU's | not measured |",
         "| step `profile` | failed: was ended by SIGSEGV |",

@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from tools import report
 from tools.bench import harness, trained
 
 WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net"
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
         record.keep(results=results)
     print(trained.table(results))
     if args.json:
-        draw(results, args.json.with_suffix(".png"))
+        trained.draw(results, args.json.with_suffix(".png"), "top-1 on the test images")
 
 
 def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
@@ -67,13 +66,3 @@ def seconds_to(level: float, result: harness.Json) -> float | None:
     tops = result["top1_by_epoch"]
     best = map(max, tops, result.get("top1_of_average_by_epoch", tops))
     return next((s for s, top1 in zip(result.get("seconds_by_epoch", []), best) if top1 >= level), None)
-
-
-def draw(results: harness.Json, path: Path) -> None:
-    curves = []
-    for name, result in results.items():
-        average = result.get("top1_of_average_by_epoch", [])
-        for tops, style, label in (result["top1_by_epoch"], "-", name), (average, "--", f"{name}, averaged weights"):
-            if tops:
-                curves.append((range(1, len(tops) + 1), tops, style, label))
-    report.draw(path, ({"xlabel": "epoch", "ylabel": "top-1 on the test images", "ylim": (None, 1)}, curves))

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -40,7 +43,20 @@ def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
     return {"images": images, "seconds": elapsed, "cpu_seconds": time.process_time() - cpu, "ended": time.time()}
 
 
+def end_with_parent() -> None:
+    """Ends this process, and all that it starts, when its parent ends: in a session of its own, nobody else does."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
+    end_with_parent()
     path, _, name = sys.argv[1].partition(":")
     started = time.perf_counter()
     module = import_module(path)

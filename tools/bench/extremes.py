@@ -18,7 +18,7 @@ def measure(root: Path, large: Path, *, batch: int) -> harness.Json:
     """large: a dataset of ImageNet's size, on the images of `root`."""
 
     def alone(function: str, root: Path, **env: str) -> harness.Json:
-        return harness.run(f"{__name__}:{function}", [{"root": root, "batch": batch}], **env)[0][0]
+        return next(harness.run(f"{__name__}:{function}", [{"root": root, "batch": batch}], **env))[0]
 
     first = [alone("first_batch", large) for _ in range(5)]
     compiled = alone("first_batch", root, NUMBA_CACHE_DIR=str(large))  # an empty cache

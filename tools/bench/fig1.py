@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools import report
 from tools.bench import harness, trained
 
 WHAT = "epochs to 25 % training error of the four-layer net, by activation and rate"
-ACTIVATIONS = {"relu": "-", "tanh": "--"}  # and the line that each is drawn with
+ACTIVATIONS = ("relu", "tanh")
 RATES = (0.003, 0.001, 0.01, 0.03)  # the likely ones first: the others are soon given up
 MOST_EPOCHS = 60
 TARGET = 0.75
@@ -34,11 +33,13 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
             found[str(rate)] = attempt(args.dir / f"{activation}-{rate}", shards, activation, rate, epochs=epochs)
             bests = {name: fastest(attempts) for name, attempts in results.items()}
             record.keep(claim=CLAIM, best=bests, results=results)
-    print(trained.table({f"{name}, lr {rate}": r for name, found in results.items() for rate, r in found.items()}))
-    for name, best in bests.items():
-        print(f"{name}: {best or 'never reached it'}")
+    names = {activation: f"{activation}, lr {best['rate']:g}" for activation, best in bests.items() if best}
+    runs = {f"{activation}, lr {r['rate']:g}": r for activation, found in results.items() for r in found.values()}
+    print(trained.table(runs))
+    print(f"best: {', '.join(names.values())}")
     if args.json:
-        draw(results, bests, args.json.with_suffix(".png"))
+        best = {name: runs[name] for name in names.values()}
+        trained.draw(best, args.json.with_suffix(".png"), "top-1 on the training images")
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
@@ -52,13 +53,3 @@ def fastest(found: harness.Json) -> harness.Json | None:
     reached = [r for r in found.values() if r["reached"]]
     best = min(reached, key=lambda r: (r["epochs"], -r["last"]["top1"]), default=None)
     return best and {"rate": best["rate"], "epochs": best["epochs"], "top1": best["last"]["top1"]}
-
-
-def draw(results: harness.Json, best: harness.Json, path: Path) -> None:
-    curves = []
-    for name, found in best.items():
-        if found:
-            tops = results[name][str(found["rate"])]["top1_by_epoch"]
-            errors = [0.9, *(1 - top1 for top1 in tops)]
-            curves.append((range(len(errors)), errors, f"k{ACTIVATIONS[name]}", f"{name}, lr {found['rate']:g}"))
-    report.draw(path, ({"xlabel": "epochs", "ylabel": "training error rate", "ylim": (0, 0.92)}, curves))

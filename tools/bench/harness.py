@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,46 +108,52 @@ class Record:
             write_json(self._path, self.content)
 
 
-def markdown(columns: Mapping[str, str], rows: Iterable[Iterable[Any]], *, missing: str = "") -> str:
-    """A table. columns: each header with the format of its numbers, "" for text. missing: what stands for None."""
+def table(records: Sequence[Json], *, missing: str = "") -> str:
+    """Markdown of records that have the same fields. missing: stands for None."""
 
-    def cell(value: Any, form: str) -> str:
-        return missing if value is None else value if isinstance(value, str) else format(value, form)
+    def text(value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return value or missing
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
-    rules = ["---:" if form else "---" for form in columns.values()]
-    lines = [columns, rules, *(map(cell, row, columns.values()) for row in rows)]
+    rules = ["---" if any(isinstance(record[name], str) for record in records) else "---:" for name in records[0]]
+    lines = [records[0], rules, *(map(text, record.values()) for record in records)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def table(records: list[Json]) -> str:
-    """All fields of records that have the same."""
-    return markdown(dict.fromkeys(records[0], ",g"), [record.values() for record in records])
 
 
 # Cells
 
 
 def run(
-    function: str, *processes: list[Json], names: Sequence[str] = (), python: str | Path = sys.executable, **env: str
-) -> list[list[Json]]:
-    """The results of `function` ("module:name"): processes run at once, and each calls it with all its options in turn.
+    function: str, *processes: list[Json], python: str | Path = sys.executable, **env: str
+) -> Iterator[tuple[Json, ...]]:
+    """Calls `function` ("module:name") in processes that run at once, each with its list of options.
 
-    Raises ExpressError with the message of the first call that failed, and its name of `names`.
+    Yields the processes' results of their first calls as soon as they are known, then of the second ones, and so on.
+    {"error"} stands for the result of a call that failed, or that a process did not reach.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command, results = [str(python), str(ALONE), function], []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with ExitStack() as stack:
-        texts = [[json.dumps(options, default=str) for options in calls] for calls in processes]
-        started = [stack.enter_context(process([*command, *calls], env=os.environ | env, **pipes)) for calls in texts]
-        for one, calls in zip(started, texts):
-            printed, errors = one.communicate()
-            found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-            found += [{"error": errors.strip().rpartition("\n")[2]}] * (len(calls) - len(found))
-            for result, name in zip(found, names or calls):
-                if "error" in result:
-                    raise ExpressError(f"{name}: {result['error']}")
-            results.append(found)
-    return results
+        started = []
+        for calls in processes:
+            command = [str(python), str(ALONE), function, *(json.dumps(options, default=str) for options in calls)]
+            started.append(stack.enter_context(process(command, env=os.environ | env, **pipes)))
+        for _ in processes[0]:
+            yield tuple(map(next_result, started))
+
+
+def next_result(process: subprocess.Popen[str]) -> Json:
+    message = ""
+    for line in process.stdout or ():
+        if line.startswith("{"):
+            return json.loads(line)
+        message = line.strip() or message
+    code = process.wait()
+    return {"error": message if code > 0 and message else f"its process {how_it_ended(code)}"}
+
+
+def how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 @dataclass
@@ -177,13 +183,16 @@ class Cell:
 
 
 def measure(cells: list[Cell]) -> None:
-    """Measures cells that share a process."""
-    first, names = cells[0], [", ".join(cell.what.values()) for cell in cells]
+    """Measures cells that share a process. Raises ExpressError that names the cell if one fails."""
+    first = cells[0]
     ranks = [{"rank": rank, "world": first.ranks} if first.ranks > 1 else {} for rank in range(first.ranks)]
     calls = [[cell.options | rank for cell in cells] for rank in ranks]
-    found = run(first.function, *calls, names=names, python=first.python)
-    for cell, results in zip(cells, zip(*found)):
-        cell.results.append(results)
+    with closing(run(first.function, *calls, python=first.python)) as found:
+        for cell, results in zip(cells, found):
+            for result in results:
+                if "error" in result:
+                    raise ExpressError(f"{', '.join(cell.what.values())}: {result['error']}")
+            cell.results.append(results)
 
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
@@ -205,8 +214,7 @@ def rates(results: list[Json]) -> str:
     found = {(r.get("data"), r.get("what", r.get("loader"))): r["images_per_second"] for r in results}
     rows = []
     for r, ((data, what), rate) in zip(results, found.items(), strict=True):
-        against = r.get("against", "ours")
-        other = found.get((data, against))
-        row = {"data": data, "what": what, "img/s, median": rate, "times": other and round(rate / other, 2)}
-        rows.append(row | {"that of": other and against, "MB a worker": r.get("megabytes_a_worker")})
+        other = found.get((data, r.get("against", "ours")))
+        row = {"data": data, "what": what, "img/s, median": rate, "times": other and rate / other}
+        rows.append(row | {"that of": r.get("against"), "MB a worker": r.get("megabytes_a_worker")})
     return table(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +60,3 @@ class Proof:
 def tail(output: str | bytes | None, *, lines: int = 15) -> str:
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
     return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
-
-
-def how_it_ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

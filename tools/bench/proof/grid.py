@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from pipeline.cores import usable_cores
 from pipeline.errors import ExpressError
-from tools.bench.harness import ALONE
+from tools.bench.harness import run
 
-from .base import Json, Proof, how_it_ended
+from .base import Json, Proof
 from .data import enlarged, shards_of
 from .preflight import nvidia_smi
 
@@ -48,24 +44,12 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
     with utilisation(proof) as busy:
         # Cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
         for _, group in itertools.groupby(cells, lambda cell: cell.name if alone else cell.config.backend):
-            waiting = [{"name": cell.name} | common for cell in group]
-            command = measuring(waiting, proof.scratch / "large")
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    found = json.loads(line)
-                    answers.append(waiting.pop(0) | (found if "error" in found else rates(found, busy)))
-                    proof.keep({"cells": answers})
-            reason = f"its process {how_it_ended(process.returncode)}"
-            answers += [call | {"error": reason} for call in waiting]
-            proof.keep({"cells": answers})
+            calls = [{"name": cell.name} | common for cell in group]
+            shards = {"shards": proof.scratch / "large"}
+            for call, (found,) in zip(calls, run("tools.bench.cells:batches", [call | shards for call in calls])):
+                answers.append(call | (found if "error" in found else rates(found, busy)))
+                proof.keep({"cells": answers})
     return answers
-
-
-def measuring(calls: list[Json], shards: Path) -> list[str]:
-    """The command that measures cells in one process."""
-    options = [json.dumps(call | {"shards": str(shards)}) for call in calls]
-    return [sys.executable, str(ALONE), "tools.bench.cells:batches", *options]
 
 
 def rates(found: Json, busy: Callable[[float, float], Json]) -> Json:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import collections
 import json
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
-from tools.bench.harness import Json, markdown
+from tools.bench.harness import Json, table
 
 BEGIN, END = "<!-- gpu tables: written by tools/gpu_proof.py --tables -->", "<!-- end of gpu tables -->"
 NOT_MEASURED = "not measured"
 BATCHES = (256, 1024)
+PIXELS = ("mean", "largest", "worst_tile_mean")
 CHECKS = {
     "preflight": "packages, compiler and decoders; pixels of the GPU against the CPU's",
     "tests": "tests marked `gpu`: a killed run's bits, two ranks' ids, and others",
@@ -63,59 +63,55 @@ def _machine_of(record: Json) -> str:
 
 
 def training(results: Json) -> str:
-    columns = {"batch": "", "synthetic, img/s": ",.0f", "fed from shards, img/s": ",.0f", "fed of synthetic": ".2f"}
-    columns |= {"waiting for data": ".1%", "GB": ".1f"}
     rows = []
     for batch in BATCHES:
         alone, both = results[f"train-{batch}"], results[f"fed-{batch}"]
         fed = both.get("fed", {})
-        rates = [result.get("images_per_second") for result in (alone, fed)]
-        fractions = [both.get("fed_of_synthetic"), fed.get("data_wait")]
-        rows.append([f"{batch:,}", *rates, *fractions, alone.get("memory_gb")])
-    return _table("Training", columns, rows, what=", preset `seed`, bf16")
+        row = {"batch": f"{batch:,}", "synthetic, img/s": alone.get("images_per_second")}
+        row |= {
+            "fed from shards, img/s": fed.get("images_per_second"),
+            "fed of synthetic": both.get("fed_of_synthetic"),
+        }
+        rows.append(row | {"waiting for data": fed.get("data_wait"), "GB": alone.get("memory_gb")})
+    return _table("Training", rows, what=", preset `seed`, bf16")
 
 
 def loader(results: Json) -> str:
     rows = []
     for cell in results["loader"].get("cells", []) + results["region"].get("cells", []):
-        busy = [cell.get("gpu_percent"), cell.get("jpeg_engine_percent")]
-        rates = [cell["error"], "", ""] if "error" in cell else [cell["images_per_second"], *busy]
-        rows.append([f"`{cell['name']}`", *rates])
-    columns = {"cell": "", "img/s": ",.0f", "GPU, %": ".0f", "JPEG engine, %": ".0f"}
-    return _table("Loader alone", columns, rows)
+        row = {"cell": f"`{cell['name']}`", "img/s": cell.get("error", cell.get("images_per_second"))}
+        rows.append(row | {"GPU, %": cell.get("gpu_percent"), "JPEG engine, %": cell.get("jpeg_engine_percent")})
+    return _table("Loader alone", rows)
 
 
 def layers(results: Json) -> str:
-    items = results["layers"].items()
-    rows = [[name, item.get("error") or item["milliseconds"], item.get("times_copy", "")] for name, item in items]
-    columns = {"layer or optimiser": "", "ms": ".3f", "times a copy of its input": ".2f"}
-    return _table("Layers", columns, rows, what=" of 1,024 images, bf16, forward and backward")
+    rows = []
+    for name, item in results["layers"].items():
+        row = {"layer or optimiser": name, "ms": item.get("error", item.get("milliseconds"))}
+        rows.append(row | {"times a copy of its input": item.get("times_copy", "–")})
+    return _table("Layers", rows, what=" of 1,024 images, bf16, forward and backward")
 
 
 def cifar(results: Json) -> str:
     rows = []
     for recipe in ("seed", "modern"):
         result = results[f"cifar-{recipe}"]
-        seconds = [result.get("seconds_to", {}).get(level) for level in ("75%", "85%")]
-        rows.append([f"`{recipe}`", *seconds, result.get("best_top1"), result.get("images_per_second")])
-    columns = {"recipe": "", "s to 75 %": ".0f", "s to 85 %": ".0f", "best top-1": ".2%", "img/s": ",.0f"}
-    measured = any(results[f"cifar-{recipe}"] for recipe in ("seed", "modern"))
-    return _table("CIFAR-10 at full width", columns, rows if measured else [])
+        seconds = {f"s to {level}": result.get("seconds_to", {}).get(level) for level in ("75%", "85%")}
+        rows.append({"recipe": f"`{recipe}`", **seconds, "best top-1": result.get("best_top1")})
+    return _table("CIFAR-10 at full width", rows if results["cifar-seed"] or results["cifar-modern"] else [])
 
 
 def checks(records: Json) -> str:
-    rows = [[what, verdict(records.get(step))] for step, what in CHECKS.items()]
-    others = {step: record for step, record in records.items() if step not in CHECKS and record["passed"] is False}
-    rows += [[f"step `{step}`", verdict(record)] for step, record in others.items()]
-    text = _table("Checks", {"check": "", "result": ""}, rows)
+    others = {step for step, record in records.items() if record["passed"] is False} - CHECKS.keys()
+    steps = CHECKS | {step: f"step `{step}`" for step in sorted(others)}
+    rows = [{"check": what, "result": verdict(records.get(step))} for step, what in steps.items()]
     pixels = [
-        [name.removeprefix("pixels, "), *(values[column] for column in ("mean", "largest", "worst_tile_mean"))]
+        {"decoder": name.removeprefix("pixels, "), **{field: values[field] for field in PIXELS}}
         for name, values in records.get("preflight", {}).get("result", {}).items()
         if name.startswith("pixels, ") and "error" not in values
     ]
-    columns = {"decoder": "", "mean": "g", "largest": "g", "worst tile's mean": "g"}
-    title = "\n\nGrey levels between the GPU's crops and the CPU's:\n\n"
-    return text + (title + markdown(columns, pixels) if pixels else "")
+    grey = f"\n\nGrey levels between the GPU's crops and the CPU's:\n\n{table(pixels)}" if pixels else ""
+    return _table("Checks", rows) + grey
 
 
 def verdict(record: Json | None) -> str:
@@ -125,7 +121,5 @@ def verdict(record: Json | None) -> str:
     return "passed" if record["passed"] else f"failed: {record['error'].splitlines()[-1]}"
 
 
-def _table(title: str, columns: dict[str, str], rows: list[list[Any]], *, what: str = "") -> str:
-    if not rows:
-        return f"**{title}**: {NOT_MEASURED}."
-    return f"**{title}**{what}:\n\n{markdown(columns, rows, missing=NOT_MEASURED)}"
+def _table(title: str, rows: list[Json], *, what: str = "") -> str:
+    return f"**{title}**{what}:\n\n{table(rows, missing=NOT_MEASURED)}" if rows else f"**{title}**: {NOT_MEASURED}."

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import ExpressError
-from tools.bench.harness import RUN
+from tools.bench.harness import RUN, how_it_ended
 
-from .base import Json, Proof, how_it_ended, tail
+from .base import Json, Proof, tail
 from .data import enlarged, pictures, shards_of
 
 CLASSES = 1000
