@@ -177,7 +177,7 @@ def test_a_cell_that_kills_its_process_costs_no_cell_of_another(tmp_path, monkey
 
     def command(calls: list[str]) -> str:
         dies = json.loads(calls[0])["name"] == cells[0]
-        line = json.dumps({"images": 100, "seconds": 2.0, "cpu_seconds": 0.5, "ended": 9.0})
+        line = json.dumps({"images": 100, "seconds": 2.0, "ended": 9.0})
         return f"import os; print({line!r}, flush=True); {dies} and os.kill(os.getpid(), 11)"
 
     def process(argv: list[str], **options) -> subprocess.Popen:
@@ -190,7 +190,6 @@ def test_a_cell_that_kills_its_process_costs_no_cell_of_another(tmp_path, monkey
     found = grid.measured(proof, alone=alone)
     assert [cell["name"] for cell in found] == cells
     assert found[0]["images_per_second"] == 50.0
-    assert found[0]["cpu_microseconds_per_image"] == 5000.0
     if not alone:
         errors = [cell.get("error") for cell in found]
         assert errors == [
@@ -234,20 +233,17 @@ def test_a_wrong_block_of_pixels_is_an_error_and_a_grey_level_is_none():
         differences([(expected, images)])
 
 
-DMON = [
-    "# gpu     sm    mem    enc    dec    jpg    ofa ",
-    "# Idx      %      %      %      %      %      % ",
-    "    0     63     20      0      0     41      0 ",
-]
-
-
-def test_utilisation_is_read_by_the_names_of_columns():
-    assert grid.parse_dmon(DMON)["sm"] == 63
-    assert grid.parse_dmon(DMON)["jpg"] == 41
-    old = [line[:34] for line in DMON]  # a driver that does not report the JPEG engine
-    assert "jpg" not in grid.parse_dmon(old)
-    assert "jpg" not in grid.parse_dmon([*DMON[:2], DMON[2].replace("41", " -")])
-    assert grid.parse_dmon([]) == {}
+@pytest.mark.parametrize(("engine", "percent"), [("41", 41), ("[N/A]", None)])
+def test_utilisation_is_the_median_between_two_times(tmp_path, monkeypatch, engine, percent):
+    asked = []
+    monkeypatch.setattr(grid, "nvidia_smi", lambda *words: asked.append(words) or [f"63, {engine}"])
+    with grid.utilisation(Proof("cuda:1", True, tmp_path)) as busy:
+        began = time.time()
+        while len(asked) < 2:
+            time.sleep(0.05)
+        assert busy(began, time.time()) == {"gpu_percent": 63, "jpeg_engine_percent": percent}
+        assert busy(0, 1) == {"gpu_percent": None, "jpeg_engine_percent": None}
+    assert asked[0][-2:] == ("-i", "1")
 
 
 def test_seconds_to_an_accuracy_count_from_the_start_and_take_the_better_weights(tmp_path):
@@ -314,8 +310,8 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
         "| lrn1 eager | 1.25 | 2.5 |",
         "| pool | E: x | – |",
         "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV | not measured | not measured |",
-        "| `seed` | 41.2 | not measured | 0.79 |",
-        "| `modern` | not measured | not measured | not measured |",
+        "| `seed` | 41.2 | not measured | 0.79 | 90,000 |",
+        "| `modern` | not measured | not measured | not measured | not measured |",
         "| tests marked `gpu`: a killed run's bits, two ranks' ids, and others | failed: other bits |",
         "| packages, compiler and decoders; pixels of the GPU against the CPU's | not measured |",
         "| step `profile` | failed: was ended by SIGSEGV |",

@@ -16,10 +16,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -29,18 +31,15 @@ WARM_BATCHES = 8  # the first ones fill queues, allocate memory, load kernels an
 
 
 def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
-    """Counts images for `seconds` after a warm-up.
-
-    cpu_seconds: of this process alone; worker processes of a DataLoader are not in it. ended: Unix time.
-    """
+    """Counts images for `seconds` after a warm-up. ended: Unix time."""
     warm_until = time.perf_counter() + min(WARM_SECONDS, seconds)
     for number, _ in enumerate(batches, 1):
         if number >= WARM_BATCHES and time.perf_counter() > warm_until:
             break
-    images, cpu, started = 0, time.process_time(), time.perf_counter()
+    images, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
         images += next(batches)
-    return {"images": images, "seconds": elapsed, "cpu_seconds": time.process_time() - cpu, "ended": time.time()}
+    return {"images": images, "seconds": elapsed, "ended": time.time()}
 
 
 def end_with_parent() -> None:
@@ -55,6 +54,22 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def attempt(function: Callable[[], Any]) -> Any:
+    """What it returns, or its error: whatever it is, others still have figures to give."""
+    try:
+        return function()
+    except Exception as err:
+        return {"error": f"{type(err).__name__}: {err}"}
+
+
+def call(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    if not inspect.isgeneratorfunction(function):
+        return function(**options)
+    seconds = options.pop("seconds")
+    with closing(function(**options)) as batches:
+        return rate(batches, seconds)
+
+
 def main() -> None:
     end_with_parent()
     path, _, name = sys.argv[1].partition(":")
@@ -63,16 +78,7 @@ def main() -> None:
     about = {"import_seconds": time.perf_counter() - started, "versions": getattr(module, "VERSIONS", None)}
     function = getattr(module, name)
     for options in map(json.loads, sys.argv[2:]):
-        try:
-            if inspect.isgeneratorfunction(function):
-                seconds = options.pop("seconds")
-                with closing(function(**options)) as batches:
-                    result = rate(batches, seconds)
-            else:
-                result = function(**options)
-        except Exception as err:  # whatever it is, the other calls still have figures to give
-            result = {"error": f"{type(err).__name__}: {err}"}
-        print(json.dumps(about | result), flush=True)
+        print(json.dumps(about | attempt(partial(call, function, options))), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from pathlib import Path
+
+import psutil
 
 from pipeline import AugmentConfig, Loader
 from pipeline.read.plan import PLAN_IMAGES
@@ -47,8 +48,7 @@ def memory(*, root: str, batch: int) -> dict[str, list[float]]:
         for _ in range(EPOCHS):
             for _batch in loader:
                 pass
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            seen.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
+            seen.append(round(psutil.Process().memory_info().rss / 1e6, 1))
     return {"megabytes": seen}
 
 

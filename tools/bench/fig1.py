@@ -33,13 +33,14 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
             found[str(rate)] = attempt(args.dir / f"{activation}-{rate}", shards, activation, rate, epochs=epochs)
             bests = {name: fastest(attempts) for name, attempts in results.items()}
             record.keep(claim=CLAIM, best=bests, results=results)
-    names = {activation: f"{activation}, lr {best['rate']:g}" for activation, best in bests.items() if best}
-    runs = {f"{activation}, lr {r['rate']:g}": r for activation, found in results.items() for r in found.values()}
+    runs = {f"{activation}, lr {rate}": r for activation, found in results.items() for rate, r in found.items()}
     print(trained.table(runs))
-    print(f"best: {', '.join(names.values())}")
+    print("\n".join(f"{activation}: {best}" for activation, best in bests.items()))
     if args.json:
-        best = {name: runs[name] for name in names.values()}
-        trained.draw(best, args.json.with_suffix(".png"), "top-1 on the training images")
+        names = [f"{activation}, lr {best['rate']}" for activation, best in bests.items() if best]
+        trained.draw(
+            {name: runs[name] for name in names}, args.json.with_suffix(".png"), "top-1 on the training images"
+        )
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:

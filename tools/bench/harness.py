@@ -173,9 +173,6 @@ class Cell:
         rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
         found = {**self.what, "images_per_second": round(statistics.median(rates), 1), "rates": rates}
         first = self.results[0][0]
-        if "cpu_seconds" in first:
-            cpu = [statistics.mean(r["cpu_seconds"] / r["images"] for r in ranks) for ranks in self.results]
-            found["cpu_microseconds_an_image"] = round(statistics.median(cpu) * 1e6, 1)
         if "megabytes" in first:  # resident, of the largest worker
             found["megabytes_a_worker"] = round(max(ranks[0]["megabytes"] for ranks in self.results), 1)
         optional = {"against": self.against, "versions": first["versions"]}

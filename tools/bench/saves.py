@@ -16,7 +16,7 @@ import torch
 
 from model import AlexNet, ModelConfig
 from tools.bench import harness
-from tools.bench.synthetic import median_seconds, noise, synchronize, training_step
+from tools.bench.layers import median_seconds, noise, synchronize, training_step
 from train.checkpoint import Checkpoints
 
 WHAT = "what one checkpoint costs; medians of interleaved blocks of training steps"
@@ -40,43 +40,38 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
-    """Seconds a save stalls, takes to be on the disk, and adds to a block of steps."""
+    """Seconds that a save stalls, and that it adds to a block of steps."""
     (config, classes, crop), device = NETS[name], torch.device(args.device)
-    torch.manual_seed(0)
     net = AlexNet(config, classes=classes, crop=crop).to(device, memory_format=torch.channels_last)
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     folder.mkdir()
-    checkpoints, numbers, on_disk = Checkpoints(folder, keep=2), itertools.count(1), []
+    checkpoints, numbers = Checkpoints(folder, keep=2), itertools.count(1)
+    steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
 
-    def save() -> None:
-        state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
-        checkpoints.save(next(numbers), model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
-
-    def block(kind: str) -> float:
+    def block(steps: int, *, saves: bool) -> float:
         started = time.perf_counter()
-        if kind == "with":
-            save()
+        if saves:
+            state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
+            checkpoints.save(next(numbers), model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
         for _ in range(steps):
             step()
             synchronize(device)
-        waiting = time.perf_counter()
         checkpoints.wait()
-        on_disk.append(time.perf_counter() - waiting)
         return time.perf_counter() - started
 
-    steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
-    save()  # the first one also takes the memory
-    checkpoints.wait()
-    pairs = [(block("without"), block("with")) for _ in range(args.blocks)]
-    cost = statistics.median(saving - plain for plain, saving in pairs)
+    block(0, saves=True)  # the first save also takes the memory
+    blocks = {"without": [], "with": []}
+    for _, (kind, seconds) in itertools.product(range(args.blocks), blocks.items()):
+        seconds.append(block(steps, saves=kind == "with"))
+    cost = statistics.median(saving - plain for plain, saving in zip(*blocks.values()))
     first, *later = checkpoints.stalls
-    seconds = {"first_stall": first, "stall": statistics.median(later), "longest_stall": max(later)}
-    seconds |= {"left_to_write_after_the_block": max(on_disk), "cost": cost}
     return {
         "net": name,
         "megabytes": round(sum(p.stat().st_size for p in checkpoints.all()[-1].iterdir()) / 1e6, 1),
         "steps_a_block": steps,
-        **{f"{name}_seconds": round(value, 4) for name, value in seconds.items()},
+        "first_stall_seconds": round(first, 4),
+        "stall_seconds": round(statistics.median(later), 4),
+        "cost_seconds": round(cost, 4),
         "share_at_one_a_minute": round(cost / MINUTE, 5),
-        "blocks": {kind: [round(t, 3) for t in times] for kind, times in zip(("without", "with"), zip(*pairs))},
+        "blocks": {kind: [round(t, 3) for t in seconds] for kind, seconds in blocks.items()},
     }

@@ -20,7 +20,6 @@ def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]
             ext=["jpg", "cls"],
             random_shuffle=True,
             initial_fill=256,
-            name="reader",
         )
         position = {f"crop_pos_{axis}": fn.random.uniform(range=(0.0, 1.0)) for axis in "xy"}
         if presized:
@@ -28,9 +27,7 @@ def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]
         else:
             resized = fn.resize(fn.decoders.image(encoded, output_type=types.RGB), resize_shorter=256, antialias=True)
             crops = fn.crop(resized, crop=(224, 224), **position)
-        return fn.crop_mirror_normalize(
-            crops, mean=[0.0], std=[1.0], dtype=types.UINT8, mirror=fn.random.coin_flip(), output_layout="CHW"
-        )
+        return fn.crop_mirror_normalize(crops, dtype=types.UINT8, mirror=fn.random.coin_flip())
 
     pipe = pipeline()
     pipe.build()

@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.write import resize
 from pipeline.write.build import Options, Plan, build
@@ -13,17 +14,9 @@ from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 
 
-def measure(
-    images: str,
-    out: str,
-    workers: int,
-    encode: str = "keep",
-    samples_per_shard: int = 1000,
-    stats: bool = True,
-    check: str = "full",
-) -> dict[str, float]:
-    options = Options(Encoding(encode), samples_per_shard, stats=stats, check=check)
-    plan = Plan(ImageFolder(Path(images)), options)
+def measure(images: str, out: str, workers: int, encode: str = "keep", **options: Any) -> dict[str, float]:
+    """options: of the sharding."""
+    plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options))
     count = len(plan.tasks) and plan.samples  # lists the images
     resize.prepare()
     started = time.perf_counter()

@@ -16,8 +16,7 @@ from model import AlexNet, ModelConfig
 from model.dropout import Dropout
 from model.lrn import LocalResponseNorm, local_response_norm
 from model.variants import VARIANTS
-from tools.bench.layers import LRN
-from tools.bench.synthetic import forward_backward, median_seconds, noise, training_step
+from tools.bench.layers import LRN, forward_backward, median_seconds, noise, training_step
 from train.distributed import take_cores
 from train.networks import compile_net
 
@@ -72,10 +71,10 @@ def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
         forward = functools.partial(call, layer, precision=precision)
         x = forward(inputs)
         milliseconds = median_seconds(forward_backward(forward, inputs), 0.2, inputs.device) * 1e3
-        if milliseconds > 0.05 and not isinstance(layer, nn.Flatten | nn.Identity):
-            jit = isinstance(layer, LocalResponseNorm) and layer.compiled
+        if milliseconds > 0.05:
             name = f"{names[layer]} {type(layer).__name__}"
-            found.append({"layer": name, "milliseconds": round(milliseconds, 2), "compiled": jit})
+            compiled = getattr(layer, "compiled", False)
+            found.append({"layer": name, "milliseconds": round(milliseconds, 2), "compiled": compiled})
     total = sum(row["milliseconds"] for row in found)
     return {"layers": [row | {"share": round(row["milliseconds"] / total, 3)} for row in found]}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as F
+
+from tools.bench.peers import threaded
 
 
 def load(path: str) -> torch.Tensor:
@@ -22,11 +22,6 @@ def load(path: str) -> torch.Tensor:
 
 
 def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]:
-    torch.set_num_threads(1)  # the images are what is shared out
+    torch.set_num_threads(1)  # each thread makes batches of its own
     paths = [str(path) for path in sorted(Path(images).glob("*/*"))]
-    pending = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        while True:
-            while len(pending) < 3:
-                pending.append([pool.submit(load, path) for path in random.choices(paths, k=batch)])
-            yield len(torch.stack([image.result() for image in pending.popleft()]))
+    yield from threaded(lambda _: len(torch.stack([load(path) for path in random.choices(paths, k=batch)])), threads)

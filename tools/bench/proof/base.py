@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ExpressError
 from pipeline.files import write_json
 from tools.bench.harness import Json, read_json
 
@@ -60,3 +61,11 @@ class Proof:
 def tail(output: str | bytes | None, *, lines: int = 15) -> str:
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
     return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
+
+
+def reject_errors(found: dict[str, Json]) -> None:
+    """Raises ExpressError if results hold errors."""
+    if failed := [
+        f"{name}: {result['error']}" for name, result in found.items() if isinstance(result, dict) and "error" in result
+    ]:
+        raise ExpressError("; ".join(failed))

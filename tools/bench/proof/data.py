@@ -37,11 +37,12 @@ def _made(count: int) -> list[bytes]:
 
     random, made = np.random.default_rng(0), []
     for _ in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = (smooth + random.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+        coarse, noise = (
+            Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            for width, height in ((16, 12), (WIDTH, HEIGHT))
+        )
         file = io.BytesIO()
-        Image.fromarray(noisy).save(file, "JPEG", quality=90)
+        Image.blend(coarse.resize(noise.size, Image.Resampling.BICUBIC), noise, 0.1).save(file, "JPEG", quality=90)
         made.append(file.getvalue())
     return made
 

@@ -6,28 +6,23 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from pipeline.cores import usable_cores
-from pipeline.errors import ExpressError
 from tools.bench.harness import run
 
-from .base import Json, Proof
+from .base import Json, Proof, reject_errors
 from .data import enlarged, shards_of
 from .preflight import nvidia_smi
 
 
-def loader_grid(proof: Proof) -> Json:
-    cells = measured(proof, alone=False)
-    if failed := [f"{cell['name']}: {cell['error']}" for cell in cells if "error" in cell]:
-        raise ExpressError("; ".join(failed))
+def loader_grid(proof: Proof, *, alone: bool) -> Json:
+    """alone: the cells that may crash their process; if one does, that is its answer, and the step passes."""
+    cells = measured(proof, alone=alone)
+    if not alone:
+        reject_errors({cell["name"]: cell for cell in cells})
     return {"cells": cells}
-
-
-def region_cells(proof: Proof) -> Json:
-    """Cells that may crash their process; if one does, that is the answer."""
-    return {"cells": measured(proof, alone=True)}
 
 
 def measured(proof: Proof, *, alone: bool) -> list[Json]:
@@ -53,10 +48,8 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
 
 
 def rates(found: Json, busy: Callable[[float, float], Json]) -> Json:
-    ended, images, seconds = found["ended"], found["images"], found["seconds"]
-    cpu = round(found["cpu_seconds"] / images * 1e6, 1)
-    speed = {"images_per_second": round(images / seconds, 1), "cpu_microseconds_per_image": cpu}
-    return speed | busy(ended - seconds, ended)
+    speed = round(found["images"] / found["seconds"], 1)
+    return {"images_per_second": speed, **busy(found["ended"] - found["seconds"], found["ended"])}
 
 
 @contextmanager
@@ -68,21 +61,18 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
     """
     samples = []
     done = threading.Event()
+    asked = ("--query-gpu=utilization.gpu,utilization.jpeg", "--format=csv,noheader,nounits")
 
     def sample() -> None:
         # One process a sample: the lines of one that keeps running may wait in a buffer.
         while not done.wait(0.5):
-            lines = nvidia_smi("dmon", "-s", "u", "-c", "1", "-i", proof.device.partition(":")[2] or "0")
-            if lines is None:
+            if not (lines := nvidia_smi(*asked, "-i", proof.device.partition(":")[2] or "0")):
                 return
-            samples.append((time.time(), parse_dmon(lines)))
+            samples.append((time.time(), *lines[0].split(", ")))
 
     def busy(began: float, ended: float) -> Json:
-        found = {}
-        for name, column in (("gpu_percent", "sm"), ("jpeg_engine_percent", "jpg")):
-            values = [row[column] for at, row in samples if began <= at <= ended and column in row]
-            found[name] = statistics.median(values) if values else None
-        return found
+        rows = [row for row in samples if began <= row[0] <= ended]
+        return {"gpu_percent": median(row[1] for row in rows), "jpeg_engine_percent": median(row[2] for row in rows)}
 
     if proof.on_gpu:
         threading.Thread(target=sample, daemon=True).start()
@@ -92,17 +82,7 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
         done.set()
 
 
-def parse_dmon(lines: list[str]) -> dict[str, float]:
-    """The last row of `nvidia-smi dmon` by the names in its header, without columns that hold no number ("-")."""
-    names = []
-    row = {}
-    for line in map(str.strip, lines):
-        words = line.lstrip("# ").lower().split()
-        if line.startswith("#"):
-            names = words if "gpu" in words else names  # the second header line holds units
-            continue
-        row = {}
-        for name, word in zip(names, words):
-            with suppress(ValueError):
-                row[name] = float(word)
-    return row
+def median(values: Iterable[str]) -> float | None:
+    """Of the values that are numbers, as "[N/A]" is none."""
+    numbers = [float(value) for value in values if value.isdigit()]
+    return statistics.median(numbers) if numbers else None

@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
+from tools.bench.alone import attempt
 
-from .base import Json, Proof
+from .base import Json, Proof, reject_errors
 from .data import pictures, shards_of
 
 NEEDED = ("torch", "numpy", "PIL", "accelerate", "safetensors", "tyro", "tqdm", "numba", "simplejpeg", "nvidia.dali")
@@ -24,34 +26,43 @@ OPTIONAL = ("torchvision", "tensorboard", "zlib_ng", "scipy", "webdataset", "tim
 BATCH, BATCHES = 16, 8
 
 
-def preflight(proof: Proof) -> Json:
-    """Many checks; one that fails costs only its own answer."""
-    found = {"seconds": {}}
-    problems = []
+Check = Callable[[], Any]
 
-    def note(name: str, check: Callable[[], Any]) -> None:
+
+def preflight(proof: Proof) -> Json:
+    return answers(proof, checks(proof))
+
+
+def real_pixels(proof: Proof) -> Json:
+    """The comparison of pixels on the images that are given."""
+    return answers(proof, pixel_checks(proof, shards_of(proof, "jpeg")))
+
+
+def answers(proof: Proof, checks: Iterable[tuple[str, Check]]) -> Json:
+    """The checks' answers by name; one that fails costs only its own. Raises ExpressError after the last one then."""
+    found = {"seconds": {}}
+    for name, check in checks:
         started = time.perf_counter()
-        try:
-            found[name] = check()
-        except Exception as err:  # a check that cannot be made is an answer too
-            found[name] = {"error": f"{type(err).__name__}: {err}"}
-            problems.append(f"{name}: {err}")
+        found[name] = attempt(check)
         found["seconds"][name] = round(time.perf_counter() - started, 1)
         proof.keep(found)
-
-    for module in NEEDED:
-        note(module, lambda module=module: str(getattr(importlib.import_module(module), "__version__", "unknown")))
-    note("missing", lambda: [module for module in OPTIONAL if find_spec(module) is None])
-    note("gpu", lambda: describe_gpu(proof))
-    note("numba", compile_kernels)
-    shards = pictures(proof, classes=8, count=64)
-    for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
-        note(f"pixels, {how}", lambda options=options: compare_pixels(proof, shards, **options))
-    note("decoders", lambda: describe_decoders(proof))
-    note("compiler", lambda: try_compiler(proof))  # last: the first time on a machine it may take most of a minute
-    if problems:
-        raise ExpressError("; ".join(problems))
+    reject_errors(found)
     return found
+
+
+def checks(proof: Proof) -> Iterator[tuple[str, Check]]:
+    for module in NEEDED:
+        yield module, partial(version_of, module)
+    yield "missing", lambda: [module for module in OPTIONAL if find_spec(module) is None]
+    yield "gpu", partial(describe_gpu, proof)
+    yield "numba", compile_kernels
+    yield from pixel_checks(proof, pictures(proof, classes=8, count=64))
+    yield "decoders", partial(describe_decoders, proof)
+    yield "compiler", partial(try_compiler, proof)  # last: the first time on a machine it may take most of a minute
+
+
+def version_of(module: str) -> str:
+    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
 
 
 def describe_gpu(proof: Proof) -> Json:
@@ -114,25 +125,17 @@ def describe_decoders(proof: Proof) -> Json:
 # Pixels
 
 LOADS = {"GPU cores alone": 0.0, "both, as by default": 0.65, "hardware alone": 1.0}
-GPU_DECODERS: dict[str, Json] = {
-    how + (", memory under pressure" if pressure else ""): {"hw_decoder_load": load, "pressure": pressure}
-    for pressure in (False, True)
-    for how, load in LOADS.items()
-    if load or not pressure
-}
-CPU_DECODERS: dict[str, Json] = {"dali-cpu": {}, "dali-cpu, memory under pressure": {"pressure": True}}
 
 
-def real_pixels(proof: Proof) -> Json:
-    """The same comparison on the images that are given."""
-    result = {}
-    for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
-        result[f"pixels, {how}"] = compare_pixels(proof, shards_of(proof, "jpeg"), **options)
-        proof.keep(result)
-    return result
+def pixel_checks(proof: Proof, shards: Path) -> Iterator[tuple[str, Check]]:
+    for pressure, how in itertools.product((False, True), LOADS if proof.on_gpu else ("dali-cpu",)):
+        if pressure and how == "GPU cores alone":
+            continue
+        name = f"pixels, {how}{', memory under pressure' if pressure else ''}"
+        yield name, partial(compare_pixels, proof, shards, load=LOADS.get(how, 0.65), pressure=pressure)
 
 
-def compare_pixels(proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65, pressure: bool = False) -> Json:
+def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -> Json:
     """Grey levels between DALI's crops on the device and the portable backend's, over the same crops.
 
     pressure: torch takes, fills and frees memory between batches, and two batches stay unread meanwhile. A decoder that
@@ -143,7 +146,7 @@ def compare_pixels(proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65,
 
     options = {"batch": BATCH, "dtype": "uint8", "augment": AugmentConfig(square=False)}
     backend = "dali-gpu" if proof.on_gpu else "dali-cpu"
-    on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=hw_decoder_load)
+    on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=load)
     with (
         Loader(shards, config=LoaderConfig("portable"), **options) as right,
         Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
@@ -186,7 +189,6 @@ def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
         "crops": BATCH * BATCHES,
         "mean": round(sum(level * count for level, count in enumerate(counts)) / values, 4),
         "largest": max(level for level, count in enumerate(counts) if count),
-        "fraction_above": {str(level): sum(counts[level + 1 :]) / values for level in (0, 1, 2, 4, 8, 16)},
         "worst_tile_mean": round(worst, 3),
     }
     if worst > TOLERANCE:

@@ -12,7 +12,7 @@ from pipeline.errors import ExpressError
 from train.environment import ROOT
 
 from . import grid, preflight, training
-from .base import Json, Proof, tail
+from .base import Json, Proof, reject_errors, tail
 
 
 def layers(proof: Proof) -> Json:
@@ -24,8 +24,7 @@ def layers(proof: Proof) -> Json:
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
     options = {"batch": batch, "seconds": seconds, "compiled": not proof.tiny}
     result = measure(proof.device, dtype=torch.bfloat16, keep=proof.keep, **options)
-    if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
-        raise ExpressError("; ".join(failed))
+    reject_errors(result)
     return result
 
 
@@ -62,11 +61,11 @@ STEPS = {
     "profile": Step(training.profile, "A", 45),
     "layers": Step(layers, "A", 60),
     "tests": Step(gpu_tests, "A", 200),
-    "loader": Step(grid.loader_grid, "B", 130, "images"),
+    "loader": Step(partial(grid.loader_grid, alone=False), "B", 130, "images"),
     "fed-1024": Step(partial(training.fed, full_batch=1024), "B", 75, "images", in_tiny=False),
     "fed-256": Step(partial(training.fed, full_batch=256), "B", 60, "images"),
     "pixels": Step(preflight.real_pixels, "B", 30, "images", in_tiny=False),
-    "region": Step(grid.region_cells, "B", 60, "images"),
+    "region": Step(partial(grid.loader_grid, alone=True), "B", 60, "images"),
     "cifar-seed": Step(partial(training.cifar, recipe="seed"), "B", 100, "cifar"),
     "cifar-modern": Step(partial(training.cifar, recipe="modern"), "B", 100, "cifar"),
 }

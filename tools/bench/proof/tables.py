@@ -49,17 +49,16 @@ def tables(folder: Path) -> str:
 
 
 def machine(records: Json) -> str:
-    found = {_machine_of(record) for record in records.values()}
-    return "\n".join(sorted(found)) if found else f"GPU: {NOT_MEASURED}."
+    found = {_machine_of(record["environment"]) for record in records.values()}
+    return "\n".join(sorted(found)) or f"GPU: {NOT_MEASURED}."
 
 
-def _machine_of(record: Json) -> str:
-    e = record["environment"]
-    packages = e.get("packages", {})
-    dali = next((version for package, version in packages.items() if "dali" in package), "none")
-    gpu = ", ".join(e.get("gpus", [])) or "GPU unknown"
-    cores, python, commit = (e.get(name, "unknown") for name in ("cores", "python", "commit"))
-    return f"{gpu}, {cores} cores, Python {python}, torch {packages.get('torch')}, DALI {dali}, commit {commit}."
+def _machine_of(e: Json) -> str:
+    if "error" in e:
+        return f"GPU unknown: {e['error']}."
+    dali = next((version for package, version in e["packages"].items() if "dali" in package), "none")
+    versions = f"Python {e['python']}, torch {e['packages'].get('torch')}, DALI {dali}, commit {e['commit']}"
+    return f"{', '.join(e['gpus'])}, {e['cores']} cores, {versions}."
 
 
 def training(results: Json) -> str:
@@ -97,7 +96,14 @@ def cifar(results: Json) -> str:
     for recipe in ("seed", "modern"):
         result = results[f"cifar-{recipe}"]
         seconds = {f"s to {level}": result.get("seconds_to", {}).get(level) for level in ("75%", "85%")}
-        rows.append({"recipe": f"`{recipe}`", **seconds, "best top-1": result.get("best_top1")})
+        rows.append(
+            {
+                "recipe": f"`{recipe}`",
+                **seconds,
+                "best top-1": result.get("best_top1"),
+                "img/s": result.get("images_per_second"),
+            }
+        )
     return _table("CIFAR-10 at full width", rows if results["cifar-seed"] or results["cifar-modern"] else [])
 
 
