@@ -59,7 +59,7 @@ def attempt(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as err:
-        return {"error": f"{type(err).__name__}: {err}"}
+        return {"error": f"{type(err).__name__}: {err}".partition("\n")[0]}
 
 
 def call(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:

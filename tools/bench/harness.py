@@ -100,7 +100,7 @@ class Record:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
         self._path = args.json
         self.content = {"what": what, "command": command_line("tools/bench"), "settings": settings}
-        self.content["environment"] = environment.describe()
+        self.content |= {"environment": environment.describe()}
 
     def keep(self, **found: Any) -> None:
         self.content |= found
@@ -171,12 +171,12 @@ class Cell:
 
     def record(self) -> Json:
         rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
-        found = {**self.what, "images_per_second": round(statistics.median(rates), 1), "rates": rates}
         first = self.results[0][0]
+        found = {"images_per_second": round(statistics.median(rates), 1), "rates": rates, "against": self.against}
         if "megabytes" in first:  # resident, of the largest worker
             found["megabytes_a_worker"] = round(max(ranks[0]["megabytes"] for ranks in self.results), 1)
-        optional = {"against": self.against, "versions": first["versions"]}
-        return found | {name: value for name, value in optional.items() if value}
+        found["versions"] = first["versions"]
+        return self.what | {name: value for name, value in found.items() if value}
 
 
 def measure(cells: list[Cell]) -> None:

@@ -1,6 +1,6 @@
 """Work on noise, and how long it takes: training steps, and single layers and optimisers.
 
-`measure` decides which form of each layer the network uses on a device.
+`items` decide which form of each layer the network uses on a device.
 """
 
 from __future__ import annotations
@@ -106,37 +106,13 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     return F.conv2d(F.pixel_unshuffle(x, BLOCK), F.pixel_unshuffle(weight, BLOCK))
 
 
-def measure(
-    device: str,
-    *,
-    batch: int,
-    seconds: float,
-    dtype: torch.dtype,
-    compiled: bool,
-    keep: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """{item: {"milliseconds", …}} or {item: {"error"}}: an item that fails costs nothing but itself.
-
-    seconds: of each item, after a warm-up. Forward and backward together, channels last; lrn's "times_copy" is against
-    copying its input. compiled: also the compiled forms; compiling them takes most of the time on a CPU.
-    keep: is called with what was found so far.
-    """
-    found = {}
-    for name, prepare in items(torch.device(device), batch, dtype).items():
-        if "compiled" in name and not compiled:
-            continue
-        try:
-            found[name] = {"milliseconds": round(1e3 * median_seconds(prepare(), seconds, torch.device(device)), 4)}
-            if copy := found.get(f"{name.split()[0]} copy", {}).get("milliseconds"):
-                found[name]["times_copy"] = round(found[name]["milliseconds"] / copy, 2)
-        except Exception as err:  # whatever it is, the other items still have figures to give
-            found[name] = {"error": f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"}
-        keep(found)
-    return found
+def milliseconds(prepare: Prepare, seconds: float, device: torch.device) -> dict[str, float]:
+    """Of one item, measured for `seconds` after a warm-up."""
+    return {"milliseconds": round(1e3 * median_seconds(prepare(), seconds, device), 4)}
 
 
 def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:
-    """The items by name."""
+    """Each forward and backward together, channels last. On a CPU the compiled ones take most of the time."""
 
     def layer(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Prepare:
         """shapes: of its inputs; the last one needs a gradient, the images before it do not."""
@@ -156,8 +132,8 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
         shape = (batch, channels, side, side)
         found[f"{name} copy"] = layer(lambda x: x.detach().clone(), shape)
         # Compiling takes seconds: as part of a model, the first layer stands for both.
-        forms = ("eager", "compiled", *(["in a compiled model"] if name == "lrn1" else []))
-        for form, save in itertools.product(forms, (True, False)):
+        ways = ("eager", "compiled", *(["in a compiled model"] if name == "lrn1" else []))
+        for form, save in itertools.product(ways, (True, False)):
             kept = "saves the scale" if save else "computes it again"
             found[f"{name} {form}, {kept}"] = layer(norm(form, save_scale=save), shape)
         found[f"pool after {name}"] = layer(functools.partial(F.max_pool2d, kernel_size=3, stride=2), shape)

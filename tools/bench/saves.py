@@ -7,7 +7,6 @@ begins when the save is on the disk, so that writing, hashing and copying all fa
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from pathlib import Path
@@ -45,25 +44,24 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
     net = AlexNet(config, classes=classes, crop=crop).to(device, memory_format=torch.channels_last)
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     folder.mkdir()
-    checkpoints, numbers = Checkpoints(folder, keep=2), itertools.count(1)
+    checkpoints = Checkpoints(folder, keep=2)
     steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
 
     def block(steps: int, *, saves: bool) -> float:
         started = time.perf_counter()
         if saves:
             state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
-            checkpoints.save(next(numbers), model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
+            step_number = len(checkpoints.stalls) + 1
+            checkpoints.save(step_number, model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
         for _ in range(steps):
             step()
             synchronize(device)
         checkpoints.wait()
-        return time.perf_counter() - started
+        return round(time.perf_counter() - started, 3)
 
     block(0, saves=True)  # the first save also takes the memory
-    blocks = {"without": [], "with": []}
-    for _, (kind, seconds) in itertools.product(range(args.blocks), blocks.items()):
-        seconds.append(block(steps, saves=kind == "with"))
-    cost = statistics.median(saving - plain for plain, saving in zip(*blocks.values()))
+    pairs = [(block(steps, saves=False), block(steps, saves=True)) for _ in range(args.blocks)]
+    cost = statistics.median(saving - plain for plain, saving in pairs)
     first, *later = checkpoints.stalls
     return {
         "net": name,
@@ -73,5 +71,5 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
         "stall_seconds": round(statistics.median(later), 4),
         "cost_seconds": round(cost, 4),
         "share_at_one_a_minute": round(cost / MINUTE, 5),
-        "blocks": {kind: [round(t, 3) for t in seconds] for kind, seconds in blocks.items()},
+        "blocks": dict(zip(("without", "with"), zip(*pairs))),
     }

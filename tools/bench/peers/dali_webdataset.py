@@ -16,7 +16,7 @@ def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]
     def pipeline():
         encoded, _ = fn.readers.webdataset(
             paths=tars,
-            index_paths=[tar[: -len("tar")] + "idx" for tar in tars],
+            index_paths=[tar.removesuffix("tar") + "idx" for tar in tars],
             ext=["jpg", "cls"],
             random_shuffle=True,
             initial_fill=256,

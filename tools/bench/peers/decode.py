@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from simplejpeg import decode_jpeg
 
-from pipeline import open_dataset
+from tools.bench import data
 from tools.bench.peers import threaded
 
 AT_ONCE = 32  # images
@@ -18,7 +18,8 @@ LARGEST = 100_000_000  # bytes of a decoded image; memory that no image reaches 
 
 def batches(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) -> Iterator[int]:
     """Decodes the images of the shards, or the class folders' if there are no shards."""
-    encoded = list(from_shards(shards)) if shards else [path.read_bytes() for path in sorted(Path(images).glob("*/*"))]
+    files = sorted(Path(images).glob("*/*"))
+    encoded = list(data.encoded(Path(shards))) if shards else [path.read_bytes() for path in files]
     local = threading.local()
 
     def work(number: int) -> int:
@@ -29,10 +30,3 @@ def batches(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) -
         return AT_ONCE
 
     yield from threaded(work, threads)
-
-
-def from_shards(shards: str) -> Iterator[np.ndarray]:
-    split = open_dataset(shards).split("train")
-    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
-    for row in split.index:
-        yield tars[row["shard"]][row["offset"] : row["offset"] + row["size"]]

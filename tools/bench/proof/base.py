@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
 from pipeline.files import write_json
+from tools.bench.alone import attempt
 from tools.bench.harness import Json, read_json
+
+Check = Callable[[], Any]
 
 
 @dataclass
@@ -69,3 +73,13 @@ def reject_errors(found: dict[str, Json]) -> None:
         f"{name}: {result['error']}" for name, result in found.items() if isinstance(result, dict) and "error" in result
     ]:
         raise ExpressError("; ".join(failed))
+
+
+def answers(proof: Proof, checks: Iterable[tuple[str, Check]]) -> Json:
+    """The checks' answers by name; one that fails costs only its own. Raises ExpressError after the last one then."""
+    found = {}
+    for name, check in checks:
+        found[name] = attempt(check)
+        proof.keep(found)
+    reject_errors(found)
+    return found

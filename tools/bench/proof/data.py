@@ -71,15 +71,13 @@ def shards_of(proof: Proof, data: str) -> Path:
 def extract(shards: Path, out: Path) -> None:
     """Writes the images of the training split as class folders."""
     from pipeline import open_dataset
+    from tools.bench.data import encoded
 
     dataset = open_dataset(shards)
-    split = dataset.split("train")
-    tars = [(split.root / shard.name).read_bytes() for shard in split.shards]
-    for number, row in enumerate(split.index):
+    for number, (row, image) in enumerate(zip(dataset.split("train").index, encoded(shards))):
         folder = out / dataset.classes[row["label"]]
         folder.mkdir(parents=True, exist_ok=True)
-        at = int(row["offset"])
-        (folder / f"{number:06d}.jpg").write_bytes(tars[row["shard"]][at : at + int(row["size"])])
+        (folder / f"{number:06d}.jpg").write_bytes(image)
 
 
 def enlarged(proof: Proof, shards: Path, name: str) -> Path:

@@ -33,16 +33,15 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
     for data in sorted({cell.data for cell in cells}):
         enlarged(proof, shards_of(proof, data), data)
     batch, seconds = (16, 0.5) if proof.tiny else (256, 5)
-    common = {"device": proof.device, "batch": batch, "seconds": seconds, "threads": usable_cores()}
-    common |= {"dtype": "float16" if proof.on_gpu else "float32"}
+    options = {"shards": proof.scratch / "large", "device": proof.device, "batch": batch, "seconds": seconds}
+    options |= {"threads": usable_cores(), "dtype": "float16" if proof.on_gpu else "float32"}
     answers = []
     with utilisation(proof) as busy:
         # Cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
         for _, group in itertools.groupby(cells, lambda cell: cell.name if alone else cell.config.backend):
-            calls = [{"name": cell.name} | common for cell in group]
-            shards = {"shards": proof.scratch / "large"}
-            for call, (found,) in zip(calls, run("tools.bench.cells:batches", [call | shards for call in calls])):
-                answers.append(call | (found if "error" in found else rates(found, busy)))
+            names = [{"name": cell.name} for cell in group]
+            for name, (found,) in zip(names, run("tools.bench.cells:batches", [options | name for name in names])):
+                answers.append(name | (found if "error" in found else rates(found, busy)))
                 proof.keep({"cells": answers})
     return answers
 

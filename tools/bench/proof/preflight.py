@@ -8,25 +8,20 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
-from tools.bench.alone import attempt
 
-from .base import Json, Proof, reject_errors
+from .base import Check, Json, Proof, answers
 from .data import pictures, shards_of
 
 NEEDED = ("torch", "numpy", "PIL", "accelerate", "safetensors", "tyro", "tqdm", "numba", "simplejpeg", "nvidia.dali")
 OPTIONAL = ("torchvision", "tensorboard", "zlib_ng", "scipy", "webdataset", "timm", "matplotlib", "sklearn", "pytest")
 BATCH, BATCHES = 16, 8
-
-
-Check = Callable[[], Any]
 
 
 def preflight(proof: Proof) -> Json:
@@ -36,18 +31,6 @@ def preflight(proof: Proof) -> Json:
 def real_pixels(proof: Proof) -> Json:
     """The comparison of pixels on the images that are given."""
     return answers(proof, pixel_checks(proof, shards_of(proof, "jpeg")))
-
-
-def answers(proof: Proof, checks: Iterable[tuple[str, Check]]) -> Json:
-    """The checks' answers by name; one that fails costs only its own. Raises ExpressError after the last one then."""
-    found = {"seconds": {}}
-    for name, check in checks:
-        started = time.perf_counter()
-        found[name] = attempt(check)
-        found["seconds"][name] = round(time.perf_counter() - started, 1)
-        proof.keep(found)
-    reject_errors(found)
-    return found
 
 
 def checks(proof: Proof) -> Iterator[tuple[str, Check]]:
@@ -76,8 +59,7 @@ def describe_gpu(proof: Proof) -> Json:
         "nvidia_smi": nvidia_smi(f"--query-gpu={asked}", "--format=csv"),
     }
     if proof.on_gpu:
-        properties = torch.cuda.get_device_properties(proof.device)
-        found |= {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        found["capability"] = torch.cuda.get_device_capability(proof.device)
     return found
 
 
@@ -176,19 +158,19 @@ def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
 
     Raises ExpressError if a tile is out of tolerance.
     """
+    import torch
+
     from pipeline.read.pixel_check import TOLERANCE, largest_tile_mean
 
-    counts, worst = 0, 0.0  # of values, by their difference
+    counts, worst = torch.zeros(256, dtype=torch.int64), 0.0  # counts: of values, by their difference
     for expected, images in pairs:
         difference = (expected.short() - images.cpu().short()).abs()
-        counts = counts + difference.flatten().bincount(minlength=256)
+        counts += difference.flatten().bincount(minlength=256)
         worst = max(worst, *map(largest_tile_mean, difference.float().mean(1).numpy()))
-    counts = counts.tolist()
-    values = sum(counts)
     result = {
         "crops": BATCH * BATCHES,
-        "mean": round(sum(level * count for level, count in enumerate(counts)) / values, 4),
-        "largest": max(level for level, count in enumerate(counts) if count),
+        "mean": round(float((counts * torch.arange(256)).sum() / counts.sum()), 4),
+        "largest": int(counts.nonzero().max()),
         "worst_tile_mean": round(worst, 3),
     }
     if worst > TOLERANCE:
@@ -200,13 +182,11 @@ def memory_pressure(device: str) -> Iterator[None]:
     """Takes, fills and frees memory at each step, so that allocators hand out what was in use a moment ago."""
     import torch
 
-    held, random = {}, torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     while True:
         sizes = torch.randint(1 << 16, 1 << 23, (24,), generator=random).tolist()  # 64 KiB to 8 MiB
-        for slot, size in enumerate(sizes):
-            held[slot] = torch.full((size,), 0xAA, dtype=torch.uint8, device=device)
-        for slot in range(0, len(sizes), 2):
-            del held[slot]
+        held = [torch.full((size,), 0xAA, dtype=torch.uint8, device=device) for size in sizes]
+        del held[::2]
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # back to the driver, where DALI's own pools can get it
         yield

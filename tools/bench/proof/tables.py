@@ -38,10 +38,11 @@ def updated(text: str, folder: Path, *, name: str) -> str:
 
 def tables(folder: Path) -> str:
     """Markdown. Steps that were not run, or only on a CPU, are "not measured"."""
-    records = {
-        path.stem.removeprefix("gpu-"): json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))
-    }
-    records = {name: record for name, record in records.items() if record["device"] != "cpu" and not record["tiny"]}
+    records = {}
+    for path in sorted(folder.glob("gpu-*.json")):
+        record = json.loads(path.read_text())
+        if record["device"] != "cpu" and not record["tiny"]:
+            records[record["step"]] = record
     # Also of a step that failed: what it has kept was measured.
     results = collections.defaultdict(dict, {name: record.get("result", {}) for name, record in records.items()})
     blocks = [machine(records), *(block(results) for block in (training, loader, layers, cifar)), checks(records)]
@@ -84,10 +85,11 @@ def loader(results: Json) -> str:
 
 
 def layers(results: Json) -> str:
-    rows = []
-    for name, item in results["layers"].items():
-        row = {"layer or optimiser": name, "ms": item.get("error", item.get("milliseconds"))}
-        rows.append(row | {"times a copy of its input": item.get("times_copy", "–")})
+    found, rows = results["layers"], []
+    for name, item in found.items():
+        own, copy = (found.get(key, {}).get("milliseconds") for key in (name, f"{name.split()[0]} copy"))
+        times = own / copy if own and copy else "–"
+        rows.append({"layer or optimiser": name, "ms": item.get("error", own), "times a copy of its input": times})
     return _table("Layers", rows, what=" of 1,024 images, bf16, forward and backward")
 
 
