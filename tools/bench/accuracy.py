@@ -36,7 +36,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     trained.add_arguments(p, "runs/accuracy")
     p.add_argument("--epochs", type=int, default=EPOCHS, help="of modern; of the others 1 / 1.4 of it (%(default)s)")
     p.add_argument("--width", type=float, default=WIDTH, help="of the net, 1 on a GPU (%(default)s)")
-    p.add_argument("--only", choices=list(RECIPES), help="one recipe; what --json holds of others stays")
+    p.add_argument("--only", choices=RECIPES, help="one recipe; what --json holds of others stays")
 
 
 def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
 def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     """A recipe as arguments of train/run.py. epochs: of modern; the others get fewer, for about the same time."""
     epochs = epochs if name == "modern" else max(1, round(epochs / LRN_COSTS))
-    data = [name, "--data.shards", str(shards), "--train.epochs", str(epochs)]
-    return [*data, *NET, *COMMON, "--model.width", str(width), *RECIPES[name]]
+    own = ["--data.shards", str(shards), "--train.epochs", str(epochs), "--model.width", str(width)]
+    return [name, *own, *NET, *COMMON, *RECIPES[name]]
 
 
 def seconds_to(level: float, result: harness.Json) -> float | None:

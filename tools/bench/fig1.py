@@ -44,8 +44,8 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
-    command = ["fig1", "--data.shards", str(shards), "--model.activation", activation, "--optim.lr", str(rate)]
-    result = trained.trained(run, [*command, "--train.epochs", str(epochs)])
+    own = ["--model.activation", activation, "--optim.lr", str(rate), "--train.epochs", str(epochs)]
+    result = trained.trained(run, ["fig1", "--data.shards", str(shards), *own])
     return {"rate": rate, "reached": result["last"]["top1"] >= TARGET, **result}
 
 

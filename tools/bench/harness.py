@@ -98,9 +98,8 @@ class Record:
 
     def __init__(self, args: argparse.Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
-        self._path = args.json
-        self.content = {"what": what, "command": command_line("tools/bench"), "settings": settings}
-        self.content |= {"environment": environment.describe()}
+        self._path, command = args.json, command_line("tools/bench")
+        self.content = {"what": what, "command": command, "settings": settings, "environment": environment.describe()}
 
     def keep(self, **found: Any) -> None:
         self.content |= found
@@ -144,7 +143,7 @@ def run(
 
 def next_result(process: subprocess.Popen[str]) -> Json:
     message = ""
-    for line in process.stdout or ():
+    for line in process.stdout:
         if line.startswith("{"):
             return json.loads(line)
         message = line.strip() or message
@@ -194,7 +193,7 @@ def measure(cells: list[Cell]) -> None:
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
     """Measures each cell in each round; returns their records, which are kept after every round."""
-    groups: dict[Any, list[Cell]] = {}
+    groups = {}
     for cell in cells:
         groups.setdefault(cell.shared or id(cell), []).append(cell)
     for number in range(1, rounds + 1):
@@ -212,6 +211,6 @@ def rates(results: list[Json]) -> str:
     rows = []
     for r, ((data, what), rate) in zip(results, found.items(), strict=True):
         other = found.get((data, r.get("against", "ours")))
-        row = {"data": data, "what": what, "img/s, median": rate, "times": other and rate / other}
-        rows.append(row | {"that of": r.get("against"), "MB a worker": r.get("megabytes_a_worker")})
+        ratio = {"img/s, median": rate, "times": other and rate / other, "that of": r.get("against")}
+        rows.append({"data": data, "what": what, **ratio, "MB a worker": r.get("megabytes_a_worker")})
     return table(rows)

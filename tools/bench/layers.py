@@ -137,8 +137,9 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
             kept = "saves the scale" if save else "computes it again"
             found[f"{name} {form}, {kept}"] = layer(norm(form, save_scale=save), shape)
         found[f"pool after {name}"] = layer(functools.partial(F.max_pool2d, kernel_size=3, stride=2), shape)
-    names = ("sgd", "velocity", "lars")
-    return found | {f"optimiser {name}": functools.partial(updates, device, name) for name in names}
+    for name in ("sgd", "velocity", "lars"):
+        found[f"optimiser {name}"] = functools.partial(updates, device, name)
+    return found
 
 
 def norm(form: str, *, save_scale: bool) -> Callable[..., Tensor]:

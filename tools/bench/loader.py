@@ -43,8 +43,9 @@ NAMES = [*OURS, *dict.fromkeys(module for module, *_ in PEERS.values()), "extrem
 def add_arguments(p: argparse.ArgumentParser) -> None:
     harness.add_images(p, "ffcv-python")
     harness.add_options(p, rounds=3, seconds=1.5, batch=128, threads=usable_cores())
-    only = f"what to measure, of {', '.join(NAMES)} (default: all)"
-    p.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=only)
+    p.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)"
+    )
 
 
 def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
 
 def described(manifest: Json) -> Json:
     split = manifest["splits"]["train"]
-    size = sum(shard["bytes"] for shard in split["shards"])
-    return {"images": split["samples"], "bytes": size, "fingerprint": manifest["fingerprint"]}
+    stored = sum(shard["bytes"] for shard in split["shards"])
+    return {"images": split["samples"], "bytes": stored, "fingerprint": manifest["fingerprint"]}
 
 
 def cells_on(kind: str, images: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Cell]:

@@ -19,7 +19,6 @@ from tools.bench.layers import median_seconds, noise, synchronize, training_step
 from train.checkpoint import Checkpoints
 
 WHAT = "what one checkpoint costs; medians of interleaved blocks of training steps"
-MINUTE = 60.0
 NETS = {
     "demo": (ModelConfig(name="small", width=0.25, weight_init="he"), 10, 32),
     "full": (ModelConfig(name="paper"), 1000, 224),
@@ -70,6 +69,6 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
         "first_stall_seconds": round(first, 4),
         "stall_seconds": round(statistics.median(later), 4),
         "cost_seconds": round(cost, 4),
-        "share_at_one_a_minute": round(cost / MINUTE, 5),
+        "share_at_one_a_minute": round(cost / 60, 5),
         "blocks": dict(zip(("without", "with"), zip(*pairs))),
     }

@@ -34,22 +34,21 @@ def prepare(
     """The net ("seeds-own" or a variant), compiled (off, norm or model), and a batch for it."""
     take_cores(torch.device(device))
     torch.manual_seed(0)
-    crop = 224 if net == "seeds-own" else VARIANTS[net].crop
-    made = seeds_own() if net == "seeds-own" else AlexNet(ModelConfig(net, norm=norm), classes=1000, crop=crop)
+    variant = "seed" if net == "seeds-own" else net
+    crop = VARIANTS[variant].crop
+    made = AlexNet(ModelConfig(variant, norm=norm), classes=1000, crop=crop)
+    if net == "seeds-own":
+        made = nn.Sequential(*map(torchs_own, made.in_order()))
     made = made.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     compile_net(made, compiled, torch.device(device))
     return made, noise(batch, 3, crop, crop, device=device, channels_last=channels_last)
 
 
-def seeds_own() -> nn.Module:
-    """The net of the document that this project comes from: our table's layers, with torch's own LRN and dropout."""
-
-    def torchs(layer: nn.Module) -> nn.Module:
-        if isinstance(layer, LocalResponseNorm):
-            return nn.LocalResponseNorm(**LRN)
-        return nn.Dropout(layer.p) if isinstance(layer, Dropout) else layer
-
-    return nn.Sequential(*map(torchs, AlexNet(ModelConfig("seed"), classes=1000, crop=224).in_order()))
+def torchs_own(layer: nn.Module) -> nn.Module:
+    """With LRN and dropout as torch has them: the net of the document that this project comes from."""
+    if isinstance(layer, LocalResponseNorm):
+        return nn.LocalResponseNorm(**LRN)
+    return nn.Dropout(layer.p) if isinstance(layer, Dropout) else layer
 
 
 def lrn(batch: int, seconds: float, device: str, compiled: str, ours: bool, channels_last: bool) -> dict[str, float]:

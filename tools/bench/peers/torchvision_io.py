@@ -16,8 +16,7 @@ from tools.bench.peers import threaded
 def load(path: str) -> torch.Tensor:
     image = decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
     image = F.resize(image, [256], antialias=True)
-    top, left = random.randint(0, image.shape[1] - 224), random.randint(0, image.shape[2] - 224)
-    image = image[:, top : top + 224, left : left + 224]
+    image = F.crop(image, *(random.randint(0, side - 224) for side in image.shape[1:]), 224, 224)
     return F.horizontal_flip(image) if random.random() < 0.5 else image
 
 

@@ -23,9 +23,12 @@ def layers(proof: Proof) -> Json:
 
     device = torch.device(proof.device)
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
-    found = items(device, batch, torch.bfloat16).items()
-    chosen = [item for item in found if not (proof.tiny and "compiled" in item[0])]
-    return answers(proof, ((name, partial(milliseconds, prepare, seconds, device)) for name, prepare in chosen))
+    checks = {
+        name: partial(milliseconds, prepare, seconds, device)
+        for name, prepare in items(device, batch, torch.bfloat16).items()
+        if not (proof.tiny and "compiled" in name)
+    }
+    return answers(proof, checks.items())
 
 
 def gpu_tests(proof: Proof) -> Json:
