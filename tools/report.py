@@ -41,25 +41,26 @@ def draw(path: Path, *panels: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> N
     plt.close(figure)
 
 
+CURVES = {  # of each panel: the kind of line, the field, the style and the name of each curve
+    "cross-entropy": [("train", "loss", "-", "training"), ("val", "loss", ".-", "validation")],
+    "accuracy": [
+        ("val", "top1", ".-", "validation top1"),
+        ("val", "top5", ".-", "validation top5"),
+        ("val of average", "top1", "--", "top1 of averaged weights"),
+    ],
+}
+
+
 def draw_curves(lines: dict[str, list[dict]], path: Path) -> None:
     """Loss and accuracy over epochs."""
-    last = lines["train"][-1]
-
-    def curve(kind: str, value: str, style: str, name: str) -> tuple[Any, ...]:
-        points = lines[kind]
-        return (
-            [line["step"] * last["epoch"] / last["step"] for line in points],
-            [line[value] for line in points],
-            style,
-            name,
-        )
-
-    loss = [curve("train", "loss", "-", "training"), curve("val", "loss", ".-", "validation")]
-    accuracy = [curve("val", name, ".-", f"validation {name}") for name in ("top1", "top5")]
-    if lines["val of average"]:
-        accuracy.append(curve("val of average", "top1", "--", "top1 of averaged weights"))
-    labels = {"xlabel": "epoch", "ylabel": "cross-entropy", "ylim": (0, None)}
-    draw(path, (labels, loss), (labels | {"ylabel": "accuracy", "ylim": (0, 1.01)}, accuracy))
+    last, panels = lines["train"][-1], []
+    for ylabel, curves in CURVES.items():
+        points = []
+        for kind, field, *style in curves:
+            epochs = [line["step"] * last["epoch"] / last["step"] for line in lines[kind]]
+            points.append((epochs, [line[field] for line in lines[kind]], *style))
+        panels.append(({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None)}, [p for p in points if p[0]]))
+    draw(path, *panels)
 
 
 def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> dict[str, Any]:
