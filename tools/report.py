@@ -28,10 +28,9 @@ def draw(path: Path, *panels: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(3 + 4 * len(panels), 4.5), layout="constrained", squeeze=False
-    )
-    for axes, (labels, curves) in zip(all_axes[0], panels, strict=True):
+    count = len(panels)
+    figure, grid = plt.subplots(1, count, figsize=(4 + 3 * count, 4), layout="constrained", squeeze=False)
+    for axes, (labels, curves) in zip(grid[0], panels, strict=True):
         for *points, name in curves:
             axes.plot(*points, label=name)
         axes.set(**labels)
