@@ -113,7 +113,7 @@ def table(records: Sequence[Json], *, missing: str = "") -> str:
     def text(value: Any) -> str:
         if value is None or isinstance(value, str):
             return value or missing
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
     rules = ["---" if any(isinstance(record[name], str) for record in records) else "---:" for name in records[0]]
     lines = [records[0], rules, *(map(text, record.values()) for record in records)]
