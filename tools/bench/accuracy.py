@@ -43,11 +43,10 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, scratch, size=36)
-    held = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
+    results = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
         result = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
-        held[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
-        results = {name: held[name] for name in RECIPES if name in held}
+        results[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
         record.keep(results=results)
     print(trained.table(results))
     if args.json:

@@ -19,17 +19,16 @@ def measure(root: Path, large: Path, *, batch: int) -> harness.Json:
     """large: a dataset of ImageNet's size, on the images of `root`."""
 
     def alone(function: str, root: Path, **env: str) -> harness.Json:
-        return next(harness.run(f"{__name__}:{function}", [{"root": root, "batch": batch}], **env))[0]
+        return harness.run_once(f"{__name__}:{function}", {"root": root, "batch": batch}, **env)
 
     first = [alone("first_batch", large) for _ in range(5)]
-    compiled = alone("first_batch", root, NUMBA_CACHE_DIR=str(large))  # an empty cache
     imports = statistics.median(found["import_seconds"] for found in first)
     seconds = statistics.median(found["seconds"] for found in first)
     return {
         "first_batch_samples": data.SAMPLES,
         "first_batch_seconds": seconds,
         "first_batch_seconds_with_imports": round(imports + seconds, 3),
-        "first_batch_seconds_when_first_compiled": compiled["seconds"],
+        "first_batch_seconds_when_first_compiled": alone("first_batch", root, NUMBA_CACHE_DIR=str(large))["seconds"],
         "resident_megabytes_by_epoch": alone("memory", root)["megabytes"],
         "planner_microseconds_an_image": planner_microseconds(large, batch=batch),
     }

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
     rounds = []
     data.shard(data.unpacked(args.images, scratch / "images"), scratch / "jpeg")
     for _ in range(args.rounds):
-        rounds.append({"python_and_dali": microseconds(scratch / "jpeg", batch=args.batch, batches=args.batches)})
-        median = statistics.median(r["python_and_dali"] for r in rounds)
-        record.keep(medians={"python_and_dali": median}, rounds=rounds)
+        rounds.append(microseconds(scratch / "jpeg", batch=args.batch, batches=args.batches))
+        median = statistics.median(rounds)
+        record.keep(medians={"python_and_dali": median}, rounds=[{"python_and_dali": one} for one in rounds])
     print(f"{median} µs an image")

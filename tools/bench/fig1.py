@@ -33,14 +33,11 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
             found[str(rate)] = attempt(args.dir / f"{activation}-{rate}", shards, activation, rate, epochs=epochs)
             bests = {name: fastest(attempts) for name, attempts in results.items()}
             record.keep(claim=CLAIM, best=bests, results=results)
-    runs = {f"{activation}, lr {rate}": r for activation, found in results.items() for rate, r in found.items()}
-    print(trained.table(runs))
-    print("\n".join(f"{activation}: {best}" for activation, best in bests.items()))
+    for activation, found in results.items():
+        print(f"{activation}\n{trained.table(found)}\nbest: {bests[activation]}\n")
     if args.json:
-        names = [f"{activation}, lr {best['rate']}" for activation, best in bests.items() if best]
-        trained.draw(
-            {name: runs[name] for name in names}, args.json.with_suffix(".png"), "top-1 on the training images"
-        )
+        best = {f"{name}, lr {b['rate']}": results[name][str(b["rate"])] for name, b in bests.items() if b}
+        trained.draw(best, args.json.with_suffix(".png"), "top-1 on the training images")
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:

@@ -131,12 +131,12 @@ def run(
     Yields the processes' results of their first calls as soon as they are known, then of the second ones, and so on.
     {"error"} stands for the result of a call that failed, or that a process did not reach.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | env}
     with ExitStack() as stack:
         started = []
         for calls in processes:
             command = [str(python), str(ALONE), function, *(json.dumps(options, default=str) for options in calls)]
-            started.append(stack.enter_context(process(command, env=os.environ | env, **pipes)))
+            started.append(stack.enter_context(process(command, **pipes)))
         for _ in processes[0]:
             yield tuple(map(next_result, started))
 
@@ -149,6 +149,19 @@ def next_result(process: subprocess.Popen[str]) -> Json:
         message = line.strip() or message
     code = process.wait()
     return {"error": message if code > 0 and message else f"its process {how_it_ended(code)}"}
+
+
+def checked(result: Json, name: str) -> Json:
+    """Raises ExpressError if the call failed."""
+    if "error" in result:
+        raise ExpressError(f"{name}: {result['error']}")
+    return result
+
+
+def run_once(function: str, options: Json, **env: str) -> Json:
+    """The result of one call in a process of its own. Raises ExpressError if it fails."""
+    ((result,),) = run(function, [options], **env)
+    return checked(result, function)
 
 
 def how_it_ended(code: int) -> str:
@@ -166,15 +179,18 @@ class Cell:
     ranks: int = 1
     python: str | Path = sys.executable
     shared: str = ""  # cells of equal `shared` are measured by one process, which spares imports
-    results: list[Sequence[Json]] = field(default_factory=list)  # of each round: of each rank
+    results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
 
     def record(self) -> Json:
         rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
-        first = self.results[0][0]
-        found = {"images_per_second": round(statistics.median(rates), 1), "rates": rates, "against": self.against}
-        if "megabytes" in first:  # resident, of the largest worker
-            found["megabytes_a_worker"] = round(max(ranks[0]["megabytes"] for ranks in self.results), 1)
-        found["versions"] = first["versions"]
+        found = {
+            "images_per_second": round(statistics.median(rates), 1),
+            "rates": rates,
+            "against": self.against,
+            # Resident, of the largest worker.
+            "megabytes_a_worker": round(max(ranks[0].get("megabytes", 0) for ranks in self.results), 1),
+            "versions": self.results[0][0]["versions"],
+        }
         return self.what | {name: value for name, value in found.items() if value}
 
 
@@ -185,10 +201,7 @@ def measure(cells: list[Cell]) -> None:
     calls = [[cell.options | rank for cell in cells] for rank in ranks]
     with closing(run(first.function, *calls, python=first.python)) as found:
         for cell, results in zip(cells, found):
-            for result in results:
-                if "error" in result:
-                    raise ExpressError(f"{', '.join(cell.what.values())}: {result['error']}")
-            cell.results.append(results)
+            cell.results.append([checked(result, ", ".join(cell.what.values())) for result in results])
 
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
@@ -211,6 +224,6 @@ def rates(results: list[Json]) -> str:
     rows = []
     for r, ((data, what), rate) in zip(results, found.items(), strict=True):
         other = found.get((data, r.get("against", "ours")))
-        ratio = {"img/s, median": rate, "times": other and rate / other, "that of": r.get("against")}
-        rows.append({"data": data, "what": what, **ratio, "MB a worker": r.get("megabytes_a_worker")})
+        row = {"data": data, "what": what, "img/s, median": rate, "times": other and rate / other}
+        rows.append(row | {"that of": r.get("against"), "MB a worker": r.get("megabytes_a_worker")})
     return table(rows)

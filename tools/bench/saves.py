@@ -50,8 +50,8 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
         started = time.perf_counter()
         if saves:
             state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
-            step_number = len(checkpoints.stalls) + 1
-            checkpoints.save(step_number, model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
+            nets = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoints.save(len(checkpoints.stalls) + 1, state=state, **nets)
         for _ in range(steps):
             step()
             synchronize(device)

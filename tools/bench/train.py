@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
     layers = {}
     for precision in PRECISIONS:
         options = common | {"net": "seed", "compiled": "off" if reason else "norm", "precision": precision}
-        layers[precision] = next(harness.run(f"{STEP}:layers", [options]))[0]["layers"]
+        layers[precision] = harness.run_once(f"{STEP}:layers", options)["layers"]
         record.keep(layers=layers)
         print(f"\n{precision}\n{harness.table(layers[precision])}")
 

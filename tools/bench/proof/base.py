@@ -62,9 +62,9 @@ class Proof:
             write_json(self.answer, {"result": result})
 
 
-def tail(output: str | bytes | None, *, lines: int = 15) -> str:
+def tail(output: str | bytes | None) -> str:
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
+    return "\n".join(text.strip().splitlines()[-30:]) or "no output"
 
 
 def reject_errors(found: dict[str, Json]) -> None:

@@ -51,12 +51,11 @@ def version_of(module: str) -> str:
 def describe_gpu(proof: Proof) -> Json:
     import torch
 
-    asked = "driver_version,memory.total,clocks.max.sm,power.limit"
     found = {
         "cuda_of_torch": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "NVIDIA_DRIVER_CAPABILITIES": os.environ.get("NVIDIA_DRIVER_CAPABILITIES"),
-        "nvidia_smi": nvidia_smi(f"--query-gpu={asked}", "--format=csv"),
+        "nvidia_smi": nvidia_smi("--query-gpu=driver_version,memory.total,clocks.max.sm,power.limit", "--format=csv"),
     }
     if proof.on_gpu:
         found["capability"] = torch.cuda.get_device_capability(proof.device)

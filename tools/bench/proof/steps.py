@@ -39,7 +39,7 @@ def gpu_tests(proof: Proof) -> Json:
     pytest = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(pytest, cwd=ROOT, capture_output=True, text=True, timeout=proof.seconds_left())
     if done.returncode:
-        raise ExpressError(tail(done.stdout + done.stderr, lines=30))
+        raise ExpressError(tail(done.stdout + done.stderr))
     lines = done.stdout.strip().splitlines()
     return {"summary": lines[-1], "tests": [line for line in lines if line.startswith(("PASSED", "SKIPPED"))]}
 
