@@ -23,6 +23,7 @@ sys.path.append(str(ROOT))
 from tools.bench import __main__ as bench
 from tools.bench import fig1, harness, layers, loader
 from tools.bench.alone import attempt
+from tools.bench.peers import copy_files, ours_shards
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,14 @@ def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_
         ]
         assert all(len(r["rates"]) >= 1 and min(r["rates"]) > 0 for r in results)
         assert not list(tmp_path.glob("*.partial"))
+
+
+def test_sharders_count_the_images_and_leave_nothing(image_folder, tmp_path):
+    for peer in (ours_shards, copy_files):
+        found = peer.measure(str(image_folder / "train"), str(tmp_path / "out"), workers=2)
+        assert found["images"] == 12
+        assert found["seconds"] > 0
+        assert not list(tmp_path.iterdir())
 
 
 def test_ffcv_alone_needs_its_interpreter(tmp_path):

@@ -17,7 +17,7 @@ from pipeline.write.sources import ImageFolder
 def measure(images: str, out: str, workers: int, encode: str = "keep", **options: Any) -> dict[str, float]:
     """options: of the sharding."""
     plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options))
-    count = len(plan.tasks) and plan.samples  # lists the images
+    count = plan.images(plan.numbers(None))  # lists the images
     resize.prepare()
     started = time.perf_counter()
     build(plan, Path(out), workers=workers)
