@@ -1,4 +1,4 @@
-"""Loader rates: ours and the peers', interleaved in one run of at most eight minutes on two idle cores.
+"""Loader rates: ours and the peers', interleaved in one run.
 
 Ours are the cells of cells.py. In each round every peer, and each of our backends, is measured by a process of its own.
 """
