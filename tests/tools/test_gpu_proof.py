@@ -116,7 +116,9 @@ def test_a_step_gets_no_more_time_than_is_left(planted, tmp_path):
 
 
 def test_a_step_ends_with_the_script(planted, tmp_path):
-    script = subprocess.Popen([*planted, "--steps", "hang"], env=os.environ | {"HANG_SECONDS": "600"})
+    script = subprocess.Popen(
+        [*planted, "--steps", "hang"], env=os.environ | {"HANG_SECONDS": "600", "TMPDIR": str(tmp_path)}
+    )
     hanging = tmp_path / "hanging"
     while not (hanging.is_file() and hanging.read_text()):
         assert script.poll() is None
