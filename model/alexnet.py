@@ -233,9 +233,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("variant", choices=VARIANTS)
     p.add_argument("--crop", type=int, help="pixels along a side of the input (the variant's own)")
     p.add_argument("--classes", type=int, default=1000, help="(%(default)s)")
-    p.add_argument("--width", type=float, default=1.0, help="multiplies channels and units (%(default)s)")
-    p.add_argument("--norm", default="variant", help="variant, lrn, bn or none (%(default)s)")
-    p.add_argument("--towers", type=int, default=0, help="0: the variant's own (%(default)s)")
+    for name in ("width", "norm", "towers"):
+        own = getattr(ModelConfig, name)
+        p.add_argument(
+            f"--{name}", type=type(own), default=own, help=f"as --model.{name} of train/run.py (%(default)s)"
+        )
     p.add_argument("--drop", nargs="*", default=[], metavar="CONV", help="convolutions to leave out")
     a = p.parse_args(argv)
     crop = a.crop or VARIANTS[a.variant].crop

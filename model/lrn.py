@@ -201,25 +201,24 @@ _compiled = cache(partial(torch.compile, dynamic=False))
 
 
 class ResponseNorm(nn.Module):
-    """A response norm as a layer: `options` are those of its function. compiled: by torch.compile, if it works."""
+    """A response norm as a layer: `options` are those of `function`. compiled: by torch.compile, if it works."""
+
+    function: Callable[..., Tensor]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options, self.compiled = options, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, **self.options, compiled=self.compiled)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
 class LocalResponseNorm(ResponseNorm):
-    """`local_response_norm` as a layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return local_response_norm(x, **self.options, compiled=self.compiled)
+    function = staticmethod(local_response_norm)
 
 
 class SpatialResponseNorm(ResponseNorm):
-    """`spatial_response_norm` as a layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return spatial_response_norm(x, **self.options, compiled=self.compiled)
+    function = staticmethod(spatial_response_norm)

@@ -50,19 +50,16 @@ class ModelConfig:
         if self.freeze != "none" and not self.init:
             raise ValueError(f"model.freeze={self.freeze}: would keep random weights; set model.init too")
         if ":" in self.name:
-            self._check_only_shared_fields()
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name not in ("name", "init", "freeze") and value != field.default:
+                    raise ValueError(f"model.{field.name}={value}: model.name={self.name} has no such switch")
         elif self.name not in VARIANTS:
             names = ", ".join([*VARIANTS, "torchvision:NAME", "timm:NAME"])
             raise ValueError(f"model.name={self.name}: choose one of {names}")
         elif unknown := set(self.drop).difference(known := VARIANTS[self.name].convolutions):
             only = f"model.name={self.name} has no such convolution; choose of {', '.join(known)}"
             raise ValueError(f"model.drop={min(unknown)}: {only}")
-
-    def _check_only_shared_fields(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("name", "init", "freeze") and value != field.default:
-                raise ValueError(f"model.{field.name}={value}: model.name={self.name} has no such switch")
 
 
 @dataclass(frozen=True)

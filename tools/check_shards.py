@@ -28,9 +28,7 @@ def main() -> None:
     p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
     p.add_argument("--deep", action="store_true", help="also decode every image and read the tars with webdataset")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
-    p.add_argument(
-        "--json", type=cli.new_file, metavar="FILE", help="write all that was found there, with class histograms"
-    )
+    cli.add_files(p, json="write all that was found there, with class histograms")
     args = p.parse_args()
     workers = pool.worker_count(args.workers)
     dataset = manifest.open_dataset(args.dir, check_splits=False)

@@ -15,11 +15,8 @@ Exit codes: 0 all steps passed, 1 a step failed or had no time left, 2 usage.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,9 +26,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import write_json
 from tools import cli
-from tools.bench.harness import Json, command_line, process, read_json, scratch_folder
+from tools.bench.alone import end_with_parent
+from tools.bench.harness import Json, command_line, how_it_ended, process, read_json, scratch_folder
 from tools.bench.proof import tables
-from tools.bench.proof.base import Proof, how_it_ended
+from tools.bench.proof.base import Proof
 from tools.bench.proof.steps import STEPS
 from train import environment
 
@@ -75,7 +73,7 @@ def main() -> None:
 
 def answer(args: argparse.Namespace) -> None:
     """Runs one step and writes its answer."""
-    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    end_with_parent()
     path = Path(args.answer)
     if args.step == ENVIRONMENT:
         write_json(path, environment.describe())
@@ -87,13 +85,6 @@ def answer(args: argparse.Namespace) -> None:
     except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
         result = read_json(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
     write_json(path, result)
-
-
-def end_with_parent(parent: int) -> None:
-    """The step has a session of its own, so nobody else ends it if the script is killed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 # All steps

@@ -47,6 +47,7 @@ def main() -> None:
 def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train.build import build_trainer
     from train.checkpoint import Checkpoints
+    from train.config import Config
     from train.distributed import make_accelerator
     from train.preflight import open_alike
     from train.run_folder import RunFolder, read_config
@@ -54,8 +55,9 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
 
     described = read_config(args.run, "config", "ranks", "shards")
     saved, _ = Checkpoints(args.run, keep=1).newest(before=args.step)
-    shards, resume = args.shards or described["shards"], str(saved.path) if saved else ""
-    config = configured(described["config"], shards, scratch, resume=resume)
+    here = {"data.shards": os.path.abspath(args.shards or described["shards"]), "run.dir": str(scratch / "run")}
+    here |= {"run.record_ids": False, "resume": str(saved.path) if saved else ""}
+    config = updated(updated(Config(), described["config"]), here)
     dataset = open_alike(config)
     accelerator = make_accelerator(config)
     folder = RunFolder(Path(config.run.dir), private=True)
@@ -76,14 +78,6 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     run.close()
     if not same:
         sys.exit(CHECK_FAILED)
-
-
-def configured(config: dict[str, Any], shards: str, scratch: Path, *, resume: str) -> Any:
-    """The run's configuration with other places to read from and write to."""
-    from train.config import Config
-
-    here = {"data.shards": os.path.abspath(shards), "run.dir": str(scratch / "run"), "run.record_ids": False}
-    return updated(updated(Config(), config), {**here, "resume": resume})
 
 
 def measured(run: Any, step: int) -> dict[str, Any]:

@@ -21,32 +21,45 @@ from tools import cli
 from train.run_folder import read_config, read_metrics
 
 
-def draw(lines: dict[str, list[dict]], path: Path) -> None:
-    """Loss and accuracy over epochs, as PNG."""
+def draw(path: Path, *panels: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> None:
+    """Panels side by side as PNG: of each, labels as Axes.set takes them, and curves as (x, y, style, name)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    last = lines["train"][-1]
-    per_epoch = last["step"] / last["epoch"]
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, kind, value, label, style in (
-        (loss, "train", "loss", "training", {"alpha": 0.7}),
-        (loss, "val", "loss", "validation", {"marker": "."}),
-        (accuracy, "val", "top1", "validation top1", {"marker": "."}),
-        (accuracy, "val", "top5", "validation top5", {"marker": "."}),
-        (accuracy, "val of average", "top1", "top1 of averaged weights", {"linestyle": "--"}),
-    ):
-        if points := [(line["step"] / per_epoch, line[value]) for line in lines[kind]]:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    loss.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
-    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.01))
-    for axes in (loss, accuracy):
+    count = len(panels)
+    figure, grid = plt.subplots(1, count, figsize=(4 + 3 * count, 4), layout="constrained", squeeze=False)
+    for axes, (labels, curves) in zip(grid[0], panels, strict=True):
+        for *points, name in curves:
+            axes.plot(*points, label=name)
+        axes.set(**labels)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+CURVES = {  # of each panel: the kind of line, the field, the style and the name of each curve
+    "cross-entropy": [("train", "loss", "-", "training"), ("val", "loss", ".-", "validation")],
+    "accuracy": [
+        ("val", "top1", ".-", "validation top1"),
+        ("val", "top5", ".-", "validation top5"),
+        ("val of average", "top1", "--", "top1 of averaged weights"),
+    ],
+}
+
+
+def draw_curves(lines: dict[str, list[dict]], path: Path) -> None:
+    """Loss and accuracy over epochs."""
+    last, panels = lines["train"][-1], []
+    for ylabel, curves in CURVES.items():
+        points = []
+        for kind, field, *style in curves:
+            epochs = [line["step"] * last["epoch"] / last["step"] for line in lines[kind]]
+            points.append((epochs, [line[field] for line in lines[kind]], *style))
+        panels.append(({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None)}, [p for p in points if p[0]]))
+    draw(path, *panels)
 
 
 def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> dict[str, Any]:
@@ -81,7 +94,7 @@ def main() -> None:
     lines = read_metrics(run)
     if not (lines["train"] and lines["val"]):
         raise DataError(f"{run}: no epoch was finished yet; draw it when one is")
-    draw(lines, run / "curves.png")
+    draw_curves(lines, run / "curves.png")
     if args.json:
         write_json(args.json, result(run, lines))
     best = max([*lines["val"], *lines["val of average"]], key=lambda line: line["top1"])

@@ -20,7 +20,7 @@ from model.alexnet import main
 from model.lrn import LocalResponseNorm, local_response_norm, spatial_response_norm
 from model.summary import count_parameters
 from model.variants import VARIANTS
-from tools.bench.peers.seeds_net import SeedsNet
+from tests.tools.test_export import Seed
 from train.config import OptimConfig
 from train.optim import param_groups
 
@@ -45,7 +45,7 @@ def test_each_variant_has_its_sources_parameters(name):
     assert count_parameters(meta(ModelConfig(name))) == COUNTS[name]
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("seed", SeedsNet), ("torchvision", torchvisions)])
+@pytest.mark.parametrize(("name", "theirs"), [("seed", Seed), ("torchvision", torchvisions)])
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_weights_go_both_ways_strictly_and_outputs_and_gradients_are_equal(name, theirs, ours_first, tmp_path):
     torch.manual_seed(0)

@@ -16,11 +16,12 @@ import torch
 from pipeline import LoaderConfig, open_dataset
 from pipeline.errors import ConfigError, ExpressError
 from tests.conftest import ROOT
+from tools.bench import harness
 from tools.bench.cells import CELLS
 from tools.bench.proof import grid, tables, training
 from tools.bench.proof.base import Proof
 from tools.bench.proof.data import enlarged, extract, pictures
-from tools.bench.proof.preflight import Differences
+from tools.bench.proof.preflight import differences
 from tools.bench.proof.steps import STEPS
 
 # The script with other steps in its registry. `left` is what a step has started and not ended.
@@ -115,7 +116,9 @@ def test_a_step_gets_no_more_time_than_is_left(planted, tmp_path):
 
 
 def test_a_step_ends_with_the_script(planted, tmp_path):
-    script = subprocess.Popen([*planted, "--steps", "hang"], env=os.environ | {"HANG_SECONDS": "600"})
+    script = subprocess.Popen(
+        [*planted, "--steps", "hang"], env=os.environ | {"HANG_SECONDS": "600", "TMPDIR": str(tmp_path)}
+    )
     hanging = tmp_path / "hanging"
     while not (hanging.is_file() and hanging.read_text()):
         assert script.poll() is None
@@ -174,16 +177,21 @@ def test_a_cell_that_kills_its_process_costs_no_cell_of_another(tmp_path, monkey
     proof = Proof("cpu", True, tmp_path)
     cells = [cell.name for cell in CELLS if "cpu" in cell.devices and cell.alone == alone]
 
-    def command(_: Proof, names: list[str]) -> list[str]:
-        dies = names[0] == cells[0]
-        code = f'import os; print(\'{{"name": "{names[0]}"}}\', flush=True); {dies} and os.kill(os.getpid(), 11)'
-        return [sys.executable, "-c", code]
+    def command(calls: list[str]) -> str:
+        dies = json.loads(calls[0])["name"] == cells[0]
+        line = json.dumps({"images": 100, "seconds": 2.0, "ended": 9.0})
+        return f"import os; print({line!r}, flush=True); {dies} and os.kill(os.getpid(), 11)"
 
-    monkeypatch.setattr(grid, "cells_command", command)
+    def process(argv: list[str], **options) -> subprocess.Popen:
+        return started([sys.executable, "-c", command(argv[3:])], **options)
+
+    started = harness.process
+    monkeypatch.setattr(harness, "process", process)
     monkeypatch.setattr(grid, "shards_of", lambda *_: tmp_path)
     monkeypatch.setattr(grid, "enlarged", lambda *_: tmp_path)
     found = grid.measured(proof, alone=alone)
     assert [cell["name"] for cell in found] == cells
+    assert found[0]["images_per_second"] == 50.0
     if not alone:
         errors = [cell.get("error") for cell in found]
         assert errors == [
@@ -219,31 +227,25 @@ def test_images_are_taken_out_of_shards_as_they_were_put_in(shards, image_folder
 
 def test_a_wrong_block_of_pixels_is_an_error_and_a_grey_level_is_none():
     expected = torch.full((2, 3, 64, 64), 100, dtype=torch.uint8)
-    right = Differences()
-    right.add(expected, expected + 1)
-    assert right.result()["mean"] == right.result()["largest"] == 1
+    right = differences([(expected, expected + 1)])
+    assert right["mean"] == right["largest"] == 1
     images = expected.clone()
     images[1, :, 16:32, 32:48] = 0
-    wrong = Differences()
-    wrong.add(expected, images)
     with pytest.raises(ExpressError, match="a tile differs by 100"):
-        wrong.result()
+        differences([(expected, images)])
 
 
-DMON = [
-    "# gpu     sm    mem    enc    dec    jpg    ofa ",
-    "# Idx      %      %      %      %      %      % ",
-    "    0     63     20      0      0     41      0 ",
-]
-
-
-def test_utilisation_is_read_by_the_names_of_columns():
-    assert grid.parse_dmon(DMON)["sm"] == 63
-    assert grid.parse_dmon(DMON)["jpg"] == 41
-    old = [line[:34] for line in DMON]  # a driver that does not report the JPEG engine
-    assert "jpg" not in grid.parse_dmon(old)
-    assert "jpg" not in grid.parse_dmon([*DMON[:2], DMON[2].replace("41", " -")])
-    assert grid.parse_dmon([]) == {}
+@pytest.mark.parametrize(("engine", "percent"), [("41", 41), ("[N/A]", None)])
+def test_utilisation_is_the_median_between_two_times(tmp_path, monkeypatch, engine, percent):
+    asked = []
+    monkeypatch.setattr(grid, "nvidia_smi", lambda *words: asked.append(words) or [f"63, {engine}"])
+    with grid.utilisation(Proof("cuda:1", True, tmp_path)) as busy:
+        began = time.time()
+        while len(asked) < 2:
+            time.sleep(0.05)
+        assert busy(began, time.time()) == {"gpu_percent": 63, "jpeg_engine_percent": percent}
+        assert busy(0, 1) == {"gpu_percent": None, "jpeg_engine_percent": None}
+    assert asked[0][-2:] == ("-i", "1")
 
 
 def test_seconds_to_an_accuracy_count_from_the_start_and_take_the_better_weights(tmp_path):
@@ -291,7 +293,15 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
         ("loader", {"cells": [cell]}, {}),
         ("region", {"cells": [crashed]}, {}),
         ("cifar-seed", {"seconds_to": {"75%": 41.2, "85%": None}, "best_top1": 0.79, "images_per_second": 9e4}, {}),
-        ("layers", {"lrn1 eager": {"milliseconds": 1.25, "times_copy": 2.5}, "pool": {"error": "E: x"}}, {}),
+        (
+            "layers",
+            {
+                "lrn1 copy": {"milliseconds": 0.5},
+                "lrn1 eager": {"milliseconds": 1.25},
+                "pool": {"error": "E: x"},
+            },
+            {},
+        ),
         ("tests", {}, {"passed": False, "error": "RunError: line\nother bits"}),
         ("profile", {}, {"passed": False, "error": "was ended by SIGSEGV"}),
         ("train-1024", SPEED, {"tiny": True}),
@@ -304,13 +314,13 @@ def test_tables_are_made_of_what_was_measured_on_a_gpu(tmp_path):
     assert "old" not in text
     for line in (
         "GPU X, 16 cores, Python 3.12.1, torch 2.11.0, DALI none, commit abc.",
-        "| 256 | 23,457 | 20,000 | 0.85 | 3.1% | 3.2 |",
+        "| 256 | 23,457 | 20,000 | 0.853 | 0.0312 | 3.21 |",
         "| 1,024 | not measured | not measured | not measured | not measured | not measured |",
         "| `jpeg-portable` | 12,346 | 3 | not measured |",
-        "| lrn1 eager | 1.250 | 2.50 |",
-        "| pool | E: x |  |",
-        "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV |  |  |",
-        "| `seed` | 41 | not measured | 79.00% | 90,000 |",
+        "| lrn1 eager | 1.25 | 2.5 |",
+        "| pool | E: x | – |",
+        "| `jpeg-dali-gpu-region-1` | its process was ended by SIGSEGV | not measured | not measured |",
+        "| `seed` | 41.2 | not measured | 0.79 | 90,000 |",
         "| `modern` | not measured | not measured | not measured | not measured |",
         "| tests marked `gpu`: a killed run's bits, two ranks' ids, and others | failed: other bits |",
         "| packages, compiler and decoders; pixels of the GPU against the CPU's | not measured |",

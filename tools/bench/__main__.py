@@ -9,8 +9,8 @@
     python tools/bench accuracy --images cifar10.tar.xz
     python tools/bench fig1 --images cifar10.tar.xz
 
-Each prints a table and, with --json FILE, writes every single measurement with hardware, versions and command, again
-after each round.
+Each prints a table. With --json FILE it writes every single measurement with hardware, versions and command; after each
+round it writes the file again, so an interrupted benchmark leaves the rounds that it finished, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def make_parser() -> cli.Parser:
     for name, module in BENCHMARKS.items():
         own = kinds.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(own)
-        own.add_argument("--json", type=cli.new_file, metavar="FILE", help="write all measurements there")
+        cli.add_files(own, json="write all measurements there")
     return p
 
 
 def main() -> None:
     args = make_parser().parse_args()
     benchmark = BENCHMARKS[args.kind]
-    benchmark.run(args, harness.Record(args, benchmark.WHAT))
+    with harness.scratch_folder() as scratch:
+        benchmark.run(args, harness.Record(args, benchmark.WHAT), scratch)
 
 
 if __name__ == "__main__":

@@ -36,29 +36,28 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     trained.add_arguments(p, "runs/accuracy")
     p.add_argument("--epochs", type=int, default=EPOCHS, help="of modern; of the others 1 / 1.4 of it (%(default)s)")
     p.add_argument("--width", type=float, default=WIDTH, help="of the net, 1 on a GPU (%(default)s)")
-    p.add_argument("--only", choices=list(RECIPES), help="one recipe; what --json holds of others stays")
+    p.add_argument("--only", choices=RECIPES, help="one recipe; what --json holds of others stays")
 
 
-def run(args: argparse.Namespace, record: harness.Record) -> None:
+def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
-    shards = trained.shards(args.images, args.dir, size=36)
-    held = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
+    shards = trained.shards(args.images, args.dir, scratch, size=36)
+    results = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
         result = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
-        held[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
-        record.keep(results={name: held[name] for name in RECIPES if name in held})
-    results = record.content["results"]
-    print(table(results))
+        results[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
+        record.keep(results=results)
+    print(trained.table(results))
     if args.json:
-        draw(results, args.json.with_suffix(".png"))
+        trained.draw(results, args.json.with_suffix(".png"), "top-1 on the test images")
 
 
 def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     """A recipe as arguments of train/run.py. epochs: of modern; the others get fewer, for about the same time."""
     epochs = epochs if name == "modern" else max(1, round(epochs / LRN_COSTS))
-    data = [name, "--data.shards", str(shards), "--train.epochs", str(epochs)]
-    return [*data, *NET, *COMMON, "--model.width", str(width), *RECIPES[name]]
+    own = ["--data.shards", str(shards), "--train.epochs", str(epochs), "--model.width", str(width)]
+    return [name, *own, *NET, *COMMON, *RECIPES[name]]
 
 
 def seconds_to(level: float, result: harness.Json) -> float | None:
@@ -66,34 +65,3 @@ def seconds_to(level: float, result: harness.Json) -> float | None:
     tops = result["top1_by_epoch"]
     best = map(max, tops, result.get("top1_of_average_by_epoch", tops))
     return next((s for s, top1 in zip(result.get("seconds_by_epoch", []), best) if top1 >= level), None)
-
-
-def table(results: harness.Json) -> str:
-    rows = []
-    for name, result in results.items():
-        average, seconds = result.get("top1_of_average_by_epoch"), result.get("seconds_training_and_evaluating")
-        rows.append(
-            [
-                name,
-                f"{result['last']['top1']:.2%}",
-                f"{max(result['top1_by_epoch']):.2%}",
-                f"{average[-1]:.2%}" if average else "–",
-                f"{seconds / 60:.1f}" if seconds else "–",
-                f"{result['images_per_second']:,.0f}",
-                *(f"{s:,.0f} s" if s else "–" for s in result["seconds_to"].values()),
-            ]
-        )
-    header = ["recipe", "top-1", "best", "of average", "minutes", "img/s", *(f"to {level:.0%}" for level in LEVELS)]
-    return harness.markdown(header, rows)
-
-
-def draw(results: harness.Json, path: Path) -> None:
-    with trained.chart(path, xlabel="epoch", ylabel="top-1 on the test images, %", ylim=(None, 100)) as axes:
-        axes.grid(alpha=0.3)
-        for name, result in results.items():
-            tops, average = result["top1_by_epoch"], result.get("top1_of_average_by_epoch")
-            epochs = range(1, len(tops) + 1)
-            (line,) = axes.plot(epochs, [100 * t for t in tops], label=name)
-            if average:
-                style = {"color": line.get_color(), "label": f"{name}, averaged weights"}
-                axes.plot(epochs, [100 * t for t in average], "--", **style)

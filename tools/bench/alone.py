@@ -1,38 +1,84 @@
-"""Calls a function in a process of its own and prints its result as a line of JSON; harness.run starts it.
+"""Calls a function in a process of its own and prints each result as a line of JSON; harness.run starts it.
 
-    python tools/bench/alone.py tools.bench.peers.decode:batches '{"seconds": 2, "data": "shards", …}'
+    python tools/bench/alone.py tools.bench.cells:batches '{"name": "jpeg-portable", "seconds": 2, "shards": …}' …
 
-A generator yields the sizes of batches without end: they are counted for "seconds". A module may have VERSIONS of its
-environment. The standard library alone, as in timing.py.
+The function is called once for each object of options. If it is a generator, it yields the sizes of batches without
+end, and they are counted for "seconds". A module may have VERSIONS of its environment.
+The standard library alone: FFCV runs in an environment that has none of our packages.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tools.bench.timing import rate
+# The page cache is warm, but a process's own caches and the memory behind a file that nobody read for minutes are not.
+WARM_SECONDS = 1.0
+WARM_BATCHES = 8  # the first ones fill queues, allocate memory, load kernels and compile
+
+
+def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
+    """Counts images for `seconds` after a warm-up. ended: Unix time."""
+    warm_until = time.perf_counter() + min(WARM_SECONDS, seconds)
+    for number, _ in enumerate(batches, 1):
+        if number >= WARM_BATCHES and time.perf_counter() > warm_until:
+            break
+    images, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        images += next(batches)
+    return {"images": images, "seconds": elapsed, "ended": time.time()}
+
+
+def end_with_parent() -> None:
+    """Ends this process, and all that it starts, when its parent ends: in a session of its own, nobody else does."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """What it returns, or its error: whatever it is, others still have figures to give."""
+    try:
+        return function()
+    except Exception as err:
+        return {"error": f"{type(err).__name__}: {err}".partition("\n")[0]}
+
+
+def call(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    if not inspect.isgeneratorfunction(function):
+        return function(**options)
+    seconds = options.pop("seconds")
+    with closing(function(**options)) as batches:
+        return rate(batches, seconds)
 
 
 def main() -> None:
+    end_with_parent()
     path, _, name = sys.argv[1].partition(":")
-    options = json.loads(sys.argv[2])
     started = time.perf_counter()
     module = import_module(path)
     about = {"import_seconds": time.perf_counter() - started, "versions": getattr(module, "VERSIONS", None)}
     function = getattr(module, name)
-    if inspect.isgeneratorfunction(function):
-        seconds = options.pop("seconds")
-        result = rate(function(**options), seconds)
-    else:
-        result = function(**options)
-    print(json.dumps(about | result))
+    for options in map(json.loads, sys.argv[2:]):
+        print(json.dumps(about | attempt(partial(call, function, options))), flush=True)
 
 
 if __name__ == "__main__":

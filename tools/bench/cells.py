@@ -1,34 +1,22 @@
-"""The loader configurations that benchmarks measure: a registry, and how one of its cells is measured.
+"""The loader configurations that benchmarks measure: a registry, and the batches of one of its cells.
 
-    python tools/bench/cells.py jpeg-portable jpeg-dali-cpu --shards SHARDS --device cpu
-
-SHARDS holds a folder of shards for each kind of data: keep, jpeg, raw. Prints one line of JSON for each cell as soon
-as it is measured. The GPU proof measures CELLS, `tools/bench loader` the CPU's of them and VARIANTS: add a cell there.
+The GPU proof measures CELLS, `tools/bench loader` the CPU's of them and VARIANTS: add a cell there.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
-from pipeline.cores import usable_cores
 from pipeline.read import portable, reader
-from tools.bench.harness import add_options
-from tools.bench.timing import rate
 
 HARDWARE_LOADS = (0.65, 0.9, 1.0)
 DATA = ("jpeg", "keep", "raw")
@@ -73,7 +61,14 @@ BY_NAME = {cell.name: cell for cell in (*CELLS, *VARIANTS)}
 
 
 def batches(
-    name: str, shards: str | Path, device: str, dtype: str, batch: int, threads: int, rank: int = 0, world: int = 1
+    name: str,
+    shards: str,
+    batch: int,
+    threads: int,
+    device: str = "cpu",
+    dtype: str = "uint8",
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[int]:
     """Sizes of the batches that the loader has delivered to `device`, without end.
 
@@ -109,45 +104,7 @@ def slow_storage(seconds: float) -> None:
         return read(*args)
 
     def delayed_block(buffer: Any, at: Any, fds: Any, *args: object) -> int:
-        for fd in fds:
-            if fd >= 0:
-                time.sleep(seconds)
+        time.sleep(seconds * (fds >= 0).sum())
         return fetch_images(buffer, at, fds, *args)
 
     os.preadv, portable.fetch_images, reader.fetch_images = delayed, delayed_block, delayed_block
-
-
-def measure(cell: LoaderCell, shards: Path, *, seconds: float, **options: Any) -> dict[str, Any]:
-    """Images per second after a warm-up. began, ended: Unix times, to find other measurements by."""
-    dtype = "float16" if options["device"].startswith("cuda") else "float32"
-    with closing(batches(cell.name, shards, dtype=dtype, **options)) as sizes:
-        found = rate(sizes, seconds, warm_seconds=min(1.0, seconds))
-        ended = time.time()
-    return {
-        **asdict(cell),
-        "images_per_second": round(found["images"] / found["seconds"], 1),
-        "cpu_microseconds_per_image": round(found["cpu_seconds"] / found["images"] * 1e6, 1),
-        **options,
-        "dtype": dtype,
-        "began": ended - found["seconds"],
-        "ended": ended,
-    }
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("cells", nargs="+", choices=BY_NAME, metavar="CELL", help=f"of {', '.join(BY_NAME)}")
-    p.add_argument("--shards", type=Path, required=True, metavar="DIR", help="holds keep/, jpeg/ and raw/")
-    add_options(p, device="cuda:0", batch=256, threads=usable_cores(), seconds=5.0)
-    options = vars(p.parse_args())
-    shards = options.pop("shards")
-    for name in options.pop("cells"):
-        try:
-            result = measure(BY_NAME[name], shards, **options)
-        except Exception as err:  # whatever it is, the other cells still have figures to give
-            result = {**asdict(BY_NAME[name]), "error": f"{type(err).__name__}: {err}"}
-        print(json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    main()

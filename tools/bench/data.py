@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def shard(images: Path, out: Path) -> dict[str, Any]:
     """Makes shards of class folders, stored as the name of `out` says; returns their manifest."""
     plan = Plan(ImageFolder(images), Options(ENCODINGS[out.name], samples_per_shard=250))
     return build(plan, out, workers=min(usable_cores(), len(plan.tasks)))
+
+
+def encoded(shards: Path) -> Iterator[np.ndarray]:
+    """The bytes of each image of the training split."""
+    split = open_dataset(shards).split("train")
+    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
+    for row in split.index:
+        yield tars[row["shard"]][row["offset"] : row["offset"] + row["size"]]
 
 
 def enlarge(root: Path, out: Path) -> Path:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from pathlib import Path
 
+import psutil
+
 from pipeline import AugmentConfig, Loader
 from pipeline.read.plan import PLAN_IMAGES
-from tools.bench import harness
+from tools.bench import data, harness
 
 EPOCHS = 20
 
@@ -17,16 +18,17 @@ EPOCHS = 20
 def measure(root: Path, large: Path, *, batch: int) -> harness.Json:
     """large: a dataset of ImageNet's size, on the images of `root`."""
 
-    def alone(function: str, data: Path, **env: str) -> harness.Json:
-        return harness.run(f"{__name__}:{function}", {"root": data, "batch": batch}, **env)[0]
+    def alone(function: str, root: Path, **env: str) -> harness.Json:
+        return harness.run_once(f"{__name__}:{function}", {"root": root, "batch": batch}, **env)
 
     first = [alone("first_batch", large) for _ in range(5)]
-    imports = [found["import_seconds"] + found["seconds"] for found in first]
-    compiled = alone("first_batch", root, NUMBA_CACHE_DIR=str(large))  # an empty cache
+    imports = statistics.median(found["import_seconds"] for found in first)
+    seconds = statistics.median(found["seconds"] for found in first)
     return {
-        "first_batch_seconds": round(statistics.median(found["seconds"] for found in first), 3),
-        "first_batch_seconds_with_imports": round(statistics.median(imports), 3),
-        "first_batch_seconds_when_first_compiled": round(compiled["seconds"], 3),
+        "first_batch_samples": data.SAMPLES,
+        "first_batch_seconds": seconds,
+        "first_batch_seconds_with_imports": round(imports + seconds, 3),
+        "first_batch_seconds_when_first_compiled": alone("first_batch", root, NUMBA_CACHE_DIR=str(large))["seconds"],
         "resident_megabytes_by_epoch": alone("memory", root)["megabytes"],
         "planner_microseconds_an_image": planner_microseconds(large, batch=batch),
     }
@@ -36,7 +38,7 @@ def first_batch(*, root: str, batch: int) -> dict[str, float]:
     started = time.perf_counter()
     with Loader(root, batch=batch, augment=AugmentConfig()) as loader:
         next(iter(loader))
-        return {"seconds": time.perf_counter() - started}
+        return {"seconds": round(time.perf_counter() - started, 3)}
 
 
 def memory(*, root: str, batch: int) -> dict[str, list[float]]:
@@ -46,19 +48,17 @@ def memory(*, root: str, batch: int) -> dict[str, list[float]]:
         for _ in range(EPOCHS):
             for _batch in loader:
                 pass
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            seen.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
+            seen.append(round(psutil.Process().memory_info().rss / 1e6, 1))
     return {"megabytes": seen}
 
 
 def planner_microseconds(root: Path, *, batch: int) -> float:
     """Order, crops and flips of a step's images, from coordinates: without the reading of bytes, which is started."""
     with Loader(root, batch=batch, augment=AugmentConfig()) as loader:
-        seconds = []
-        for start in range(0, 30 * PLAN_IMAGES // batch, PLAN_IMAGES // batch):
+        seconds, count = [], PLAN_IMAGES // batch
+        for start in range(0, 30 * count, count):
             started = time.perf_counter()
-            steps = range(start, start + PLAN_IMAGES // batch)
-            planned = loader.plan.steps(0, steps, loader._reader.rows)
+            planned = loader.plan.steps(0, range(start, start + count), loader._reader.rows)
             seconds.append((time.perf_counter() - started) / len(planned.ids))
         started = time.perf_counter()
         loader.ids(1, 0)  # the next epoch's order

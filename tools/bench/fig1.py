@@ -12,7 +12,7 @@ from pathlib import Path
 from tools.bench import harness, trained
 
 WHAT = "epochs to 25 % training error of the four-layer net, by activation and rate"
-ACTIVATIONS = {"relu": "-", "tanh": "--"}  # and the line that each is drawn with
+ACTIVATIONS = ("relu", "tanh")
 RATES = (0.003, 0.001, 0.01, 0.03)  # the likely ones first: the others are soon given up
 MOST_EPOCHS = 60
 TARGET = 0.75
@@ -23,8 +23,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     trained.add_arguments(p, "runs/fig1")
 
 
-def run(args: argparse.Namespace, record: harness.Record) -> None:
-    shards = trained.shards(args.images, args.dir, size=32)
+def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+    shards = trained.shards(args.images, args.dir, scratch, size=32)
     results = {}
     for activation in ACTIVATIONS:
         results[activation] = found = {}
@@ -33,16 +33,17 @@ def run(args: argparse.Namespace, record: harness.Record) -> None:
             found[str(rate)] = attempt(args.dir / f"{activation}-{rate}", shards, activation, rate, epochs=epochs)
             bests = {name: fastest(attempts) for name, attempts in results.items()}
             record.keep(claim=CLAIM, best=bests, results=results)
-    print(table(results, bests))
+    for activation, found in results.items():
+        print(f"{activation}\n{trained.table(found)}\nbest: {bests[activation]}\n")
     if args.json:
-        draw(results, bests, args.json.with_suffix(".png"))
+        best = {f"{name}, lr {b['rate']}": results[name][str(b["rate"])] for name, b in bests.items() if b}
+        trained.draw(best, args.json.with_suffix(".png"), "top-1 on the training images")
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
-    command = ["fig1", "--data.shards", str(shards), "--model.activation", activation, "--optim.lr", str(rate)]
-    result = trained.trained(run, [*command, "--train.epochs", str(epochs)])
-    reached = result["last"]["top1"] >= TARGET
-    return {"rate": rate, "reached": reached, **result}
+    own = ["--model.activation", activation, "--optim.lr", str(rate), "--train.epochs", str(epochs)]
+    result = trained.trained(run, ["fig1", "--data.shards", str(shards), *own])
+    return {"rate": rate, "reached": result["last"]["top1"] >= TARGET, **result}
 
 
 def fastest(found: harness.Json) -> harness.Json | None:
@@ -50,26 +51,3 @@ def fastest(found: harness.Json) -> harness.Json | None:
     reached = [r for r in found.values() if r["reached"]]
     best = min(reached, key=lambda r: (r["epochs"], -r["last"]["top1"]), default=None)
     return best and {"rate": best["rate"], "epochs": best["epochs"], "top1": best["last"]["top1"]}
-
-
-def table(results: harness.Json, best: harness.Json) -> str:
-    rows = []
-    for name, found in results.items():
-        attempts = [found[str(rate)] for rate in sorted(RATES)]
-        cells = [f"{'' if r['reached'] else '> '}{r['epochs']}" for r in attempts]
-        rows.append([name, *cells, str(best[name]["epochs"]) if best[name] else "none"])
-    text = harness.markdown(["", *(f"lr {rate:g}" for rate in sorted(RATES)), "best"], rows)
-    if not all(best.values()):
-        return text
-    return f"{text}\ntanh / relu: {best['tanh']['epochs'] / best['relu']['epochs']:.1f}; the paper: {CLAIM}"
-
-
-def draw(results: harness.Json, best: harness.Json, path: Path) -> None:
-    limits = {"ylim": (0, 0.92), "xlim": (0, None)}
-    with trained.chart(path, xlabel="epochs", ylabel="training error rate", **limits) as axes:
-        axes.axhline(1 - TARGET, color="grey", linewidth=0.8)
-        for name, found in best.items():
-            if found:
-                tops = results[name][str(found["rate"])]["top1_by_epoch"]
-                errors = [0.9, *(1 - top1 for top1 in tops)]
-                axes.plot(errors, f"k{ACTIVATIONS[name]}", label=f"{name}, lr {found['rate']:g}")

@@ -1,6 +1,6 @@
 """What all benchmarks share: options, rounds of cells in processes of their own, the JSON record, tables, scratch.
 
-The standard library and pipeline's errors and files alone: tools/gpu_proof.py must start without any package.
+Imports only the standard library, pipeline's errors and files: tools/gpu_proof.py must start without any package.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ ALONE = Path(__file__).with_name("alone.py")
 RUN = environment.ROOT / "train" / "run.py"
 HELP = {
     "rounds": "measurements of each, in turn",
+    "blocks": "of each kind",
+    "batches": "of one measurement",
+    "repeat": "how often each image is taken",
     "seconds": "of each measurement",
     "batch": "images a batch",
     "device": "",
@@ -57,12 +60,12 @@ def command_line(program: str) -> str:
 
 
 @contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A temporary folder in `parent`, removed also if the process is ended by SIGTERM or loses its terminal."""
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, removed also if the process is ended by SIGTERM or loses its terminal."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has chosen otherwise
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory("", "imagenet-express-", parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory("", "imagenet-express-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
@@ -95,9 +98,8 @@ class Record:
 
     def __init__(self, args: argparse.Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
-        self._path = args.json
-        self.content = {"what": what, "command": command_line("tools/bench"), "settings": settings}
-        self.content["environment"] = environment.describe()
+        self._path, command = args.json, command_line("tools/bench")
+        self.content = {"what": what, "command": command, "settings": settings, "environment": environment.describe()}
 
     def keep(self, **found: Any) -> None:
         self.content |= found
@@ -105,37 +107,70 @@ class Record:
             write_json(self._path, self.content)
 
 
-def markdown(header: list[str], rows: Iterable[Iterable[str]], *, left: int = 1) -> str:
-    """left: how many columns hold text; the others hold numbers."""
-    rules = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rules, *rows))
+def table(records: Sequence[Json], *, missing: str = "") -> str:
+    """Markdown of records that have the same fields. missing: stands for None."""
+
+    def text(value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return value or missing
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+    rules = ["---" if any(isinstance(record[name], str) for record in records) else "---:" for name in records[0]]
+    lines = [records[0], rules, *(map(text, record.values()) for record in records)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # Cells
 
 
 def run(
-    function: str, *options: Mapping[str, Any], name: str = "", python: str | Path = sys.executable, **env: str
-) -> list[Json]:
-    """The results of `function` ("module:name"), called at once in a process for each of `options`.
+    function: str, *processes: list[Json], python: str | Path = sys.executable, **env: str
+) -> Iterator[tuple[Json, ...]]:
+    """Calls `function` ("module:name") in processes that run at once, each with its list of options.
 
-    Raises ExpressError with the last line of a process that fails; name: the cell's, for that message.
+    Yields the processes' results of their first calls as soon as they are known, then of the second ones, and so on.
+    {"error"} stands for the result of a call that failed, or that a process did not reach.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    results, call = [], [str(python), str(ALONE), function]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | env}
     with ExitStack() as stack:
-        calls = [process([*call, json.dumps(each, default=str)], env=os.environ | env, **pipes) for each in options]
-        for started in [stack.enter_context(each) for each in calls]:
-            printed, errors = started.communicate()
-            if started.returncode:
-                raise ExpressError(f"{name or function}: {(errors.strip().splitlines() or ['no message'])[-1]}")
-            results.append(json.loads(printed.splitlines()[-1]))
-    return results
+        started = []
+        for calls in processes:
+            command = [str(python), str(ALONE), function, *(json.dumps(options, default=str) for options in calls)]
+            started.append(stack.enter_context(process(command, **pipes)))
+        for _ in processes[0]:
+            yield tuple(map(next_result, started))
+
+
+def next_result(process: subprocess.Popen[str]) -> Json:
+    message = ""
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+        message = line.strip() or message
+    code = process.wait()
+    return {"error": message if code > 0 and message else f"its process {how_it_ended(code)}"}
+
+
+def checked(result: Json, name: str) -> Json:
+    """Raises ExpressError if the call failed."""
+    if "error" in result:
+        raise ExpressError(f"{name}: {result['error']}")
+    return result
+
+
+def run_once(function: str, options: Json, **env: str) -> Json:
+    """The result of one call in a process of its own. Raises ExpressError if it fails."""
+    ((result,),) = run(function, [options], **env)
+    return checked(result, function)
+
+
+def how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 @dataclass
 class Cell:
-    """Something whose rate is measured again in each round, in a process of its own or one for each rank."""
+    """Something whose rate is measured again in each round, by one process or one for each rank."""
 
     what: dict[str, str]  # its names in the record
     function: str
@@ -143,42 +178,52 @@ class Cell:
     against: str = ""  # the cell that it is compared with
     ranks: int = 1
     python: str | Path = sys.executable
+    shared: str = ""  # cells of equal `shared` are measured by one process, which spares imports
     results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
-
-    def measure(self) -> None:
-        ranks = [{"rank": rank, "world": self.ranks} if self.ranks > 1 else {} for rank in range(self.ranks)]
-        options = [self.options | rank for rank in ranks]
-        self.results.append(run(self.function, *options, name=", ".join(self.what.values()), python=self.python))
 
     def record(self) -> Json:
         rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
-        found = {**self.what, "images_per_second": round(statistics.median(rates), 1), "rates": rates}
-        first = self.results[0][0]
-        if "cpu_seconds" in first:
-            cpu = [statistics.mean(r["cpu_seconds"] / r["images"] for r in ranks) for ranks in self.results]
-            found["cpu_microseconds_an_image"] = round(statistics.median(cpu) * 1e6, 1)
-        if "megabytes" in first:  # resident, of the largest worker
-            found["megabytes_a_worker"] = round(max(ranks[0]["megabytes"] for ranks in self.results), 1)
-        optional = {"against": self.against, "versions": first.get("versions")}
-        return found | {name: value for name, value in optional.items() if value}
+        found = {
+            "images_per_second": round(statistics.median(rates), 1),
+            "rates": rates,
+            "against": self.against,
+            # Resident, of the largest worker.
+            "megabytes_a_worker": round(max(ranks[0].get("megabytes", 0) for ranks in self.results), 1),
+            "versions": self.results[0][0]["versions"],
+        }
+        return self.what | {name: value for name, value in found.items() if value}
+
+
+def measure(cells: list[Cell]) -> None:
+    """Measures cells that share a process. Raises ExpressError that names the cell if one fails."""
+    first = cells[0]
+    ranks = [{"rank": rank, "world": first.ranks} if first.ranks > 1 else {} for rank in range(first.ranks)]
+    calls = [[cell.options | rank for cell in cells] for rank in ranks]
+    with closing(run(first.function, *calls, python=first.python)) as found:
+        for cell, results in zip(cells, found):
+            cell.results.append([checked(result, ", ".join(cell.what.values())) for result in results])
 
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
     """Measures each cell in each round; returns their records, which are kept after every round."""
+    groups = {}
+    for cell in cells:
+        groups.setdefault(cell.shared or id(cell), []).append(cell)
     for number in range(1, rounds + 1):
-        for cell in cells:
-            cell.measure()
+        for group in groups.values():
+            measure(group)
         results = [cell.record() for cell in cells]
         record.keep(results=results)
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
     return results
 
 
-def table(results: list[Json]) -> str:
-    """Each cell's median rate, and how many times that of the cell that it is compared with."""
-    rates, rows = {r["what"]: r["images_per_second"] for r in results}, []
-    for r in results:
-        other = rates.get(r.get("against"))
-        ratio = f"{r['images_per_second'] / other:.2f} × {r['against']}" if other else ""
-        rows.append([r["what"], f"{r['images_per_second']:,.1f}", ratio, str(r.get("megabytes_a_worker", ""))])
-    return markdown(["what", "img/s, median", "against", "MB a worker"], rows)
+def rates(results: list[Json]) -> str:
+    """A table of each cell's median rate, and how many times that of the cell it names, or of ours on the same data."""
+    found = {(r.get("data"), r.get("what", r.get("loader"))): r["images_per_second"] for r in results}
+    rows = []
+    for r, ((data, what), rate) in zip(results, found.items(), strict=True):
+        other = found.get((data, r.get("against", "ours")))
+        row = {"data": data, "what": what, "img/s, median": rate, "times": other and rate / other}
+        rows.append(row | {"that of": r.get("against"), "MB a worker": r.get("megabytes_a_worker")})
+    return table(rows)

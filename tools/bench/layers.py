@@ -1,26 +1,92 @@
-"""Single layers and optimisers on one device: what decides which form of each the network uses."""
+"""Work on noise, and how long it takes: training steps, and single layers and optimisers.
+
+`items` decide which form of each layer the network uses on a device.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import AlexNet, ModelConfig
 from model.lrn import local_response_norm
-from tools.bench.synthetic import forward_backward, median_seconds, noise
 from train.config import OptimConfig
 from train.optim import make_optimizer
 
+WARM_CALLS, LEAST_CALLS = 3, 3
 LRN = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
 SHAPES = {"lrn1": (96, 55), "lrn2": (256, 27)}  # channels, side: the inputs of the seed's normalisations and pools
 Prepare = Callable[[], Callable[[], Any]]  # makes an item's inputs and returns the function to time
 BLOCK = 4  # conv1's stride: its space-to-depth form has the stride 1
+
+
+def noise(*shape: int, device: torch.device | str, channels_last: bool = True) -> Tensor:
+    x = torch.randn(shape, device=device)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def training_step(
+    net: nn.Module, images: Tensor, *, classes: int = 1000, precision: str = "fp32"
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A step of SGD on the same images each time."""
+    device, count = images.device, len(images)
+    rows = torch.arange(count, dtype=torch.int32, device=device)
+    labels = torch.randint(0, classes, (count,), device=device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = net(images, rows) if isinstance(net, AlexNet) else net(images)
+            loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, optimizer
+
+
+def forward_backward(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Callable[[], Any]:
+    """Both passes of a layer, with a gradient of ones."""
+    gradient = torch.ones_like(function(*inputs, **options))
+
+    def both() -> None:
+        y = function(*inputs, **options)
+        if y.requires_grad:
+            y.backward(gradient)
+        for x in inputs:
+            x.grad = None
+
+    return both
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(function: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """The median of single calls, each with the device idle before and after it; the first ones compile and warm up.
+
+    A call that the machine disturbs does not count this way.
+    """
+    times = []
+    for _ in range(WARM_CALLS):
+        function()
+    while len(times) < LEAST_CALLS or sum(times) < seconds:
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def conv1(x: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -40,38 +106,13 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     return F.conv2d(F.pixel_unshuffle(x, BLOCK), F.pixel_unshuffle(weight, BLOCK))
 
 
-def measure(
-    device: str | torch.device,
-    *,
-    batch: int,
-    seconds: float,
-    dtype: torch.dtype,
-    compiled: bool = True,
-    keep: Callable[[dict[str, Any]], None] = lambda found: None,
-) -> dict[str, Any]:
-    """{item: {"milliseconds", …}} or {item: {"error"}}: an item that fails costs nothing but itself.
-
-    seconds: of each item, after a warm-up. Forward and backward together, channels last; lrn's "times_copy" is against
-    copying its input. compiled: also the compiled forms; compiling them takes most of the time on a CPU.
-    keep: is called with what was found so far.
-    """
-    device = torch.device(device)
-    found = {}
-    for name, prepare in items(device, batch, dtype).items():
-        if "compiled" in name and not compiled:
-            continue
-        try:
-            found[name] = {"milliseconds": round(1e3 * median_seconds(prepare(), seconds, device), 4)}
-            if copy := found.get(f"{name.split()[0]} copy", {}).get("milliseconds"):
-                found[name]["times_copy"] = round(found[name]["milliseconds"] / copy, 2)
-        except Exception as err:  # whatever it is, the other items still have figures to give
-            found[name] = {"error": f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"}
-        keep(found)
-    return found
+def milliseconds(prepare: Prepare, seconds: float, device: torch.device) -> dict[str, float]:
+    """Of one item, measured for `seconds` after a warm-up."""
+    return {"milliseconds": round(1e3 * median_seconds(prepare(), seconds, device), 4)}
 
 
 def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:
-    """The items by name."""
+    """Each forward and backward together, channels last. On a CPU the compiled ones take most of the time."""
 
     def layer(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Prepare:
         """shapes: of its inputs; the last one needs a gradient, the images before it do not."""
@@ -85,19 +126,20 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
 
     found = {}
     for padding, (name, form) in itertools.product((2, 0), {"as it is": conv1, "48 channels": conv1_as_blocks}.items()):
-        convolve = lambda x, weight, form=form, pad=padding: form(x, weight, pad)  # noqa: E731
+        convolve = functools.partial(form, padding=padding)
         found[f"conv1 padding {padding} {name}"] = layer(convolve, (batch, 3, 224, 224), (96, 3, 11, 11))
     for name, (channels, side) in SHAPES.items():
         shape = (batch, channels, side, side)
         found[f"{name} copy"] = layer(lambda x: x.detach().clone(), shape)
         # Compiling takes seconds: as part of a model, the first layer stands for both.
-        forms = ("eager", "compiled", *(["in a compiled model"] if name == "lrn1" else []))
-        for form, save in itertools.product(forms, (True, False)):
+        ways = ("eager", "compiled", *(["in a compiled model"] if name == "lrn1" else []))
+        for form, save in itertools.product(ways, (True, False)):
             kept = "saves the scale" if save else "computes it again"
             found[f"{name} {form}, {kept}"] = layer(norm(form, save_scale=save), shape)
         found[f"pool after {name}"] = layer(functools.partial(F.max_pool2d, kernel_size=3, stride=2), shape)
-    names = ("sgd", "velocity", "lars")
-    return found | {f"optimiser {name}": functools.partial(updates, device, name) for name in names}
+    for name in ("sgd", "velocity", "lars"):
+        found[f"optimiser {name}"] = functools.partial(updates, device, name)
+    return found
 
 
 def norm(form: str, *, save_scale: bool) -> Callable[..., Tensor]:

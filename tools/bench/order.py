@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -27,24 +28,17 @@ def classes_a_batch(labels: np.ndarray, ids: np.ndarray) -> float:
     return round(float((np.diff(batches, axis=1) != 0).sum(1).mean() + 1), 1)
 
 
-def run(args: argparse.Namespace, record: harness.Record) -> None:
-    by_class = np.arange(SAMPLES) * CLASSES // SAMPLES  # stored class after class
-    shuffled = by_class[np.random.default_rng(0).permutation(SAMPLES)]  # stored as make_shards.py does
+def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+    by_class = np.arange(SAMPLES) * CLASSES // SAMPLES
+    stored = {"shuffled": by_class[np.random.default_rng(0).permutation(SAMPLES)], "by_class": by_class}
     results = []
     for partitions, window in SETTINGS:
-        ids, milliseconds = timed_order(args.rounds, partitions=partitions, window=window)
-        results.append(
-            {
-                "partitions": partitions,
-                "window": window,
-                "milliseconds_an_epoch": milliseconds,
-                "classes_a_batch_stored_shuffled": classes_a_batch(shuffled, ids),
-                "classes_a_batch_stored_by_class": classes_a_batch(by_class, ids),
-            }
-        )
+        setting = {"partitions": partitions, "window": window}
+        ids, milliseconds = timed_order(args.rounds, **setting)
+        mixing = {f"classes_a_batch_stored_{how}": classes_a_batch(labels, ids) for how, labels in stored.items()}
+        results.append(setting | {"milliseconds_an_epoch": milliseconds} | mixing)
         record.keep(results=results)
-    header = [name.replace("_", " ") for name in results[0]]
-    print(harness.markdown(header, [map(str, result.values()) for result in results], left=0))
+    print(harness.table(results))
 
 
 def timed_order(rounds: int, **options: int) -> tuple[np.ndarray, float]:

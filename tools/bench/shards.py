@@ -7,8 +7,6 @@ writing, fsync and the manifest are.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,20 +21,18 @@ WHAT = "images sharded a second; medians over interleaved rounds"
 DECODE, COPY = "decode alone (libjpeg-turbo, reused buffers)", "read, sha256, write"
 FFCV = "FFCV's writer, jpg, at most 341 pixels"
 JPEG, KEEP = "ours, jpeg 256", "ours, keep"
+SECONDS = 4.0  # of what is no work with an end
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     harness.add_images(p, "ffcv-python", "simd-python")
-    harness.add_options(p, rounds=3, workers=usable_cores())
-    p.add_argument("--repeat", type=int, default=10, help="how often each image is taken (%(default)s)")
+    harness.add_options(p, rounds=3, workers=usable_cores(), repeat=10)
 
 
-def run(args: argparse.Namespace, record: Record) -> None:
-    with harness.scratch_folder() as scratch:
-        images = unpacked(args.images, scratch / "images")
-        cells = list(cells_on(images, repeated(images, scratch / "many", args.repeat), scratch / "out", args))
-        results = harness.interleave(cells, args.rounds, record)
-    print(harness.table(results))
+def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
+    images = unpacked(args.images, scratch / "images")
+    cells = list(cells_on(images, repeated(images, scratch / "many", args.repeat), scratch / "out", args))
+    print(harness.rates(harness.interleave(cells, args.rounds, record)))
 
 
 def repeated(images: Path, many: Path, times: int) -> Path:
@@ -44,22 +40,23 @@ def repeated(images: Path, many: Path, times: int) -> Path:
     for path in sorted(images.glob("*/*")):
         folder = many / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
-        put = os.link if images.stat().st_dev == many.stat().st_dev else shutil.copy
         for i in range(times):
-            put(path, folder / f"{path.stem}-{i}{path.suffix}")
+            (folder / f"{path.stem}-{i}{path.suffix}").symlink_to(path.resolve())
     return many
 
 
 def cells_on(images: Path, many: Path, out: Path, args: argparse.Namespace) -> Iterator[Cell]:
-    common = {"images": many, "out": out, "workers": args.workers}
+    def cell(what: str, function: str, against: str = "", *, python: Any = sys.executable, **options: Any) -> Cell:
+        return Cell({"what": what}, f"tools.bench.peers.{function}", options, against, python=python)
 
     def ours(what: str, against: str, **options: Any) -> Cell:
-        return cell(what, "ours_shards:measure", common | options, against)
+        return cell(what, "ours_shards:measure", against, **work | options)
 
-    for what, kind in ((DECODE, "decode"), (COPY, "copy")):
-        yield cell(what, "sharding_limits:measure", common | {"kind": kind})
+    work = {"images": many, "out": out, "workers": args.workers}
+    yield cell(DECODE, "decode:batches", images=images, threads=args.workers, seconds=SECONDS)
+    yield cell(COPY, "copy_files:measure", **work)
     if args.ffcv_python:
-        yield cell(FFCV, "ffcv:measure", common, python=args.ffcv_python)
+        yield cell(FFCV, "ffcv:measure", python=args.ffcv_python, **work)
     yield ours(JPEG, FFCV, encode="jpeg")
     yield ours(f"{JPEG}, no statistics", FFCV, encode="jpeg", stats=False)
     yield ours(KEEP, DECODE)
@@ -67,15 +64,8 @@ def cells_on(images: Path, many: Path, out: Path, args: argparse.Namespace) -> I
     yield ours(f"{KEEP}, headers only, no statistics", COPY, stats=False, check="header")
     yield ours(f"{JPEG}, one worker", JPEG, encode="jpeg", workers=1)
     yield ours(f"{KEEP}, a tenth of the images", KEEP, images=images, samples_per_shard=100)
-    resizers = {"ours": sys.executable, "Pillow": sys.executable, "torchvision.io": sys.executable}
-    if args.simd_python:
-        resizers["Pillow-SIMD"] = args.simd_python
-    for name, python in resizers.items():
-        options = {"name": name, "images": images, "seconds": 4.0}
-        yield cell(f"one thread: decode, resize 256, encode: {name}", "resizers:batches", options, python=python)
-
-
-def cell(
-    what: str, function: str, options: dict[str, Any], against: str = "", python: str | Path = sys.executable
-) -> Cell:
-    return Cell({"what": what}, f"tools.bench.peers.{function}", options, against, python=python)
+    for name in ("ours", "Pillow", "torchvision.io", "Pillow-SIMD"):
+        python = args.simd_python if name == "Pillow-SIMD" else sys.executable
+        what = f"one thread: decode, resize 256, encode: {name}"
+        if python:
+            yield cell(what, "resizers:batches", python=python, name=name, images=images, seconds=SECONDS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,15 @@ def add_arguments(p: argparse.ArgumentParser, folder: str) -> None:
     p.add_argument("--dir", type=Path, default=Path(folder), help="shards and runs; what is done stays (%(default)s)")
 
 
-def shards(images: Path, folder: Path, *, size: int) -> Path:
-    """The images as shards, made when first asked for; size: of the mean image."""
+def shards(images: Path, folder: Path, scratch: Path, *, size: int) -> Path:
+    """The images as shards in `folder`, made when first asked for; size: of the mean image."""
     out = folder / f"shards-{size}"
     if not (out / manifest.NAME).is_file():
-        with harness.scratch_folder() as scratch:
-            root = unpacked(images, scratch)
-            if not (root / "train").is_dir() or not (root / "test").is_dir():
-                raise DataError(f"{images}: has no train/ and test/ with a folder for each class")
-            source = ImageFolder(root / "train", root / "test", "cifar10")
-            build(Plan(source, Options(Encoding(size=size))), out, workers=usable_cores())
+        root = unpacked(images, scratch / "cifar")
+        if not (root / "train").is_dir() or not (root / "test").is_dir():
+            raise DataError(f"{images}: has no train/ and test/ with a folder for each class")
+        source = ImageFolder(root / "train", root / "test", "cifar10")
+        build(Plan(source, Options(Encoding(size=size))), out, workers=usable_cores())
     return out
 
 
@@ -73,17 +70,20 @@ def reject_another(run: Path, command: list[str]) -> None:
             )
 
 
-@contextmanager
-def chart(path: Path, **labels: Any) -> Iterator[Any]:
-    """Axes to draw on, written to `path`; labels: as Axes.set takes them."""
-    import matplotlib
+def table(results: harness.Json) -> str:
+    """What runs came to; seconds: with evaluation, of a run that was never resumed."""
+    fields = ("epochs", "images_per_second", "seconds_training_and_evaluating")
+    return harness.table(
+        [{"run": name, "top1": r["last"]["top1"], **{f: r.get(f) for f in fields}} for name, r in results.items()]
+    )
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    yield axes
-    axes.set(**labels)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(results: harness.Json, path: Path, ylabel: str) -> None:
+    """The runs' top-1 after each epoch, of the weights and of their average."""
+    curves = []
+    for name, result in results.items():
+        average = result.get("top1_of_average_by_epoch", [])
+        for tops, style, label in (result["top1_by_epoch"], "-", name), (average, "--", f"{name}, averaged weights"):
+            if tops:
+                curves.append((range(1, len(tops) + 1), tops, style, label))
+    report.draw(path, ({"xlabel": "epoch", "ylabel": ylabel}, curves))

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from simplejpeg import decode_jpeg
 
-from pipeline import open_dataset
+from tools.bench import data
+from tools.bench.peers import threaded
 
 AT_ONCE = 32  # images
+LARGEST = 100_000_000  # bytes of a decoded image; memory that no image reaches is never taken
 
 
-def batches(data: str, batch: int, threads: int, dtype: str) -> Iterator[int]:
-    split = open_dataset(data).split("train")
-    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
-    images = [tars[row["shard"]][row["offset"] : row["offset"] + row["size"]] for row in split.index]
-    largest = 3 * int((split.index["width"].astype(np.int64) * split.index["height"]).max())
-    todo = queue.SimpleQueue()
-    done = queue.SimpleQueue()
+def batches(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) -> Iterator[int]:
+    """Decodes the images of the shards, or the class folders' if there are no shards."""
+    files = sorted(Path(images).glob("*/*"))
+    encoded = list(data.encoded(Path(shards))) if shards else [path.read_bytes() for path in files]
+    local = threading.local()
 
-    def work() -> None:
-        buffer = np.empty(largest, np.uint8)
-        while True:
-            start = todo.get()
-            for i in range(start, start + AT_ONCE):
-                decode_jpeg(images[i % len(images)], buffer=buffer)
-            done.put(AT_ONCE)
+    def work(number: int) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = np.empty(LARGEST, np.uint8)
+        for i in range(number * AT_ONCE, (number + 1) * AT_ONCE):
+            decode_jpeg(encoded[i % len(encoded)], buffer=local.buffer)
+        return AT_ONCE
 
-    for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()
-    for start in range(0, 1 << 40, AT_ONCE):
-        todo.put(start)
-        if start >= 4 * threads * AT_ONCE:  # no thread waits for the next one
-            yield done.get()
+    yield from threaded(work, threads)

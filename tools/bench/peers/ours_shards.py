@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.write import resize
 from pipeline.write.build import Options, Plan, build
@@ -13,25 +14,16 @@ from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 
 
-def measure(
-    images: str,
-    out: str,
-    workers: int,
-    encode: str = "keep",
-    samples_per_shard: int = 1000,
-    stats: bool = True,
-    check: str = "full",
-) -> dict[str, float]:
-    options = Options(Encoding(encode), samples_per_shard, stats=stats, check=check)
-    plan = Plan(ImageFolder(Path(images)), options)
-    count = len(plan.tasks) and plan.samples  # lists the images
+def measure(images: str, out: str, workers: int, encode: str = "keep", **options: Any) -> dict[str, float]:
+    """options: of the sharding."""
+    plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options))
+    count = plan.images(plan.numbers(None))  # lists the images
     resize.prepare()
     started = time.perf_counter()
     build(plan, Path(out), workers=workers)
     seconds = time.perf_counter() - started
     shutil.rmtree(out)
-    kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    if workers == 1:  # in this process, whose getrusage would name what the one that started it had
-        (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        kilobytes = int(peak.split()[1])
-    return {"images": count, "seconds": seconds, "megabytes": kilobytes / 1024}
+    found = {"images": count, "seconds": seconds}
+    if workers > 1:  # one worker is this process
+        found["megabytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return found

@@ -23,11 +23,10 @@ def pillow() -> Callable[[bytes], object]:
 
     def work(data: bytes) -> object:
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        short = min(image.size)
-        size = (image.width * SHORT // short, image.height * SHORT // short)
+        size = [side * SHORT // min(image.size) for side in image.size]
         out = io.BytesIO()
         image.resize(size, Image.Resampling.BILINEAR).save(out, "JPEG", quality=QUALITY)
-        return out.getvalue()
+        return out
 
     return work
 

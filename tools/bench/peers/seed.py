@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 
-def batches(data: str, batch: int, threads: int) -> Iterator[int]:
+def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]:
     view = transforms.Compose(
         [
             transforms.Resize(256),
@@ -19,8 +19,8 @@ def batches(data: str, batch: int, threads: int) -> Iterator[int]:
             transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
         ]
     )
-    folder = datasets.ImageFolder(data, view)
+    folder = datasets.ImageFolder(images, view)
     loader = DataLoader(folder, batch_size=batch, shuffle=True, num_workers=threads, persistent_workers=True)
     while True:
-        for images, _ in loader:
-            yield len(images)
+        for crops, _ in loader:
+            yield len(crops)

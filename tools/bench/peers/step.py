@@ -16,13 +16,12 @@ from model import AlexNet, ModelConfig
 from model.dropout import Dropout
 from model.lrn import LocalResponseNorm, local_response_norm
 from model.variants import VARIANTS
-from tools.bench.layers import LRN
-from tools.bench.peers.seeds_net import SeedsNet
-from tools.bench.synthetic import forward_backward, median_seconds, noise, training_step
+from tools.bench.layers import LRN, forward_backward, median_seconds, noise, training_step
+from train.distributed import take_cores
 from train.networks import compile_net
 
 
-def measure(seconds: float, precision: str = "fp32", **options: Any) -> dict[str, float]:
+def measure(seconds: float, precision: str, **options: Any) -> dict[str, float]:
     """Whole steps; options: of `prepare`."""
     net, images = prepare(**options)
     step, _ = training_step(net, images, precision=precision)
@@ -30,40 +29,34 @@ def measure(seconds: float, precision: str = "fp32", **options: Any) -> dict[str
 
 
 def prepare(
-    *,
-    net: str,
-    batch: int,
-    device: str,
-    threads: int,
-    norm: str = "variant",
-    compiled: str = "off",
-    channels_last: bool = True,
+    net: str, batch: int, device: str, compiled: str, norm: str = "variant", channels_last: bool = True
 ) -> tuple[nn.Module, Tensor]:
-    """The net ("seeds-own" or a variant), compiled (off, norm or model), and a batch for it. threads: 0 for all."""
-    start(threads)
-    crop = 224 if net == "seeds-own" else VARIANTS[net].crop
-    made = SeedsNet()
-    if net != "seeds-own":
-        made = AlexNet(ModelConfig(net, norm=norm), classes=1000, crop=crop)
+    """The net ("seeds-own" or a variant), compiled (off, norm or model), and a batch for it."""
+    take_cores(torch.device(device))
+    torch.manual_seed(0)
+    variant = "seed" if net == "seeds-own" else net
+    crop = VARIANTS[variant].crop
+    made = AlexNet(ModelConfig(variant, norm=norm), classes=1000, crop=crop)
+    if net == "seeds-own":
+        made = nn.Sequential(*map(torchs_own, made.in_order()))
     made = made.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    done = compile_net(made, compiled, torch.device(device))
-    if compiled != "off" and done.startswith("nothing:"):
-        raise SystemExit(done)
+    compile_net(made, compiled, torch.device(device))
     return made, noise(batch, 3, crop, crop, device=device, channels_last=channels_last)
 
 
-def start(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def torchs_own(layer: nn.Module) -> nn.Module:
+    """With LRN and dropout as torch has them: the net of the document that this project comes from."""
+    if isinstance(layer, LocalResponseNorm):
+        return nn.LocalResponseNorm(**LRN)
+    return nn.Dropout(layer.p) if isinstance(layer, Dropout) else layer
 
 
-def lrn(*, batch: int, seconds: float, device: str, threads: int, form: str, channels_last: bool) -> dict[str, float]:
-    """The first LRN of the seed's net, by torch or by ours, eager or compiled."""
-    start(threads)
+def lrn(batch: int, seconds: float, device: str, compiled: str, ours: bool, channels_last: bool) -> dict[str, float]:
+    """The first LRN of the seed's net, by torch or by ours."""
+    take_cores(torch.device(device))
     x = noise(batch, 96, 55, 55, device=device, channels_last=channels_last).requires_grad_()
-    ours = functools.partial(local_response_norm, compiled=form == "compiled")
-    step = forward_backward(F.local_response_norm if form == "torch" else ours, x, **LRN)
+    our_form = functools.partial(local_response_norm, compiled=compiled != "off")
+    step = forward_backward(our_form if ours else F.local_response_norm, x, **LRN)
     return {"images": batch, "seconds": median_seconds(step, seconds, x.device)}
 
 
@@ -77,10 +70,10 @@ def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
         forward = functools.partial(call, layer, precision=precision)
         x = forward(inputs)
         milliseconds = median_seconds(forward_backward(forward, inputs), 0.2, inputs.device) * 1e3
-        if milliseconds > 0.05 and not isinstance(layer, nn.Flatten | nn.Identity):
-            jit = isinstance(layer, LocalResponseNorm) and layer.compiled
+        if milliseconds > 0.05:
             name = f"{names[layer]} {type(layer).__name__}"
-            found.append({"layer": name, "milliseconds": round(milliseconds, 2), "compiled": jit})
+            compiled = getattr(layer, "compiled", False)
+            found.append({"layer": name, "milliseconds": round(milliseconds, 2), "compiled": compiled})
     total = sum(row["milliseconds"] for row in found)
     return {"layers": [row | {"share": round(row["milliseconds"] / total, 3)} for row in found]}
 

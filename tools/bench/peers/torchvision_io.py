@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as F
 
+from tools.bench.peers import threaded
+
 
 def load(path: str) -> torch.Tensor:
     image = decode_jpeg(read_file(path), mode=ImageReadMode.RGB)
     image = F.resize(image, [256], antialias=True)
-    top, left = random.randint(0, image.shape[1] - 224), random.randint(0, image.shape[2] - 224)
-    image = image[:, top : top + 224, left : left + 224]
+    image = F.crop(image, *(random.randint(0, side - 224) for side in image.shape[1:]), 224, 224)
     return F.horizontal_flip(image) if random.random() < 0.5 else image
 
 
-def batches(data: str, batch: int, threads: int) -> Iterator[int]:
-    torch.set_num_threads(1)  # the images are what is shared out
-    paths = [str(path) for path in sorted(Path(data).glob("*/*"))]
-    pending = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        while True:
-            while len(pending) < 3:
-                pending.append([pool.submit(load, path) for path in random.choices(paths, k=batch)])
-            yield len(torch.stack([image.result() for image in pending.popleft()]))
+def batches(images: str, shards: str, batch: int, threads: int) -> Iterator[int]:
+    torch.set_num_threads(1)  # each thread makes batches of its own
+    paths = [str(path) for path in sorted(Path(images).glob("*/*"))]
+    yield from threaded(lambda _: len(torch.stack([load(path) for path in random.choices(paths, k=batch)])), threads)

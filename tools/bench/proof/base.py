@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ExpressError
 from pipeline.files import write_json
+from tools.bench.alone import attempt
 from tools.bench.harness import Json, read_json
+
+Check = Callable[[], Any]
 
 
 @dataclass
@@ -58,10 +62,24 @@ class Proof:
             write_json(self.answer, {"result": result})
 
 
-def tail(output: str | bytes | None, *, lines: int = 15) -> str:
+def tail(output: str | bytes | None) -> str:
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return "\n".join(text.strip().splitlines()[-lines:]) or "no output"
+    return "\n".join(text.strip().splitlines()[-30:]) or "no output"
 
 
-def how_it_ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+def reject_errors(found: dict[str, Json]) -> None:
+    """Raises ExpressError if results hold errors."""
+    if failed := [
+        f"{name}: {result['error']}" for name, result in found.items() if isinstance(result, dict) and "error" in result
+    ]:
+        raise ExpressError("; ".join(failed))
+
+
+def answers(proof: Proof, checks: Iterable[tuple[str, Check]]) -> Json:
+    """The checks' answers by name; one that fails costs only its own. Raises ExpressError after the last one then."""
+    found = {}
+    for name, check in checks:
+        found[name] = attempt(check)
+        proof.keep(found)
+    reject_errors(found)
+    return found

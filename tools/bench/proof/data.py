@@ -37,11 +37,12 @@ def _made(count: int) -> list[bytes]:
 
     random, made = np.random.default_rng(0), []
     for _ in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = (smooth + random.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+        coarse, noise = (
+            Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            for width, height in ((16, 12), (WIDTH, HEIGHT))
+        )
         file = io.BytesIO()
-        Image.fromarray(noisy).save(file, "JPEG", quality=90)
+        Image.blend(coarse.resize(noise.size, Image.Resampling.BICUBIC), noise, 0.1).save(file, "JPEG", quality=90)
         made.append(file.getvalue())
     return made
 
@@ -70,15 +71,13 @@ def shards_of(proof: Proof, data: str) -> Path:
 def extract(shards: Path, out: Path) -> None:
     """Writes the images of the training split as class folders."""
     from pipeline import open_dataset
+    from tools.bench.data import encoded
 
     dataset = open_dataset(shards)
-    split = dataset.split("train")
-    tars = [(split.root / shard.name).read_bytes() for shard in split.shards]
-    for number, row in enumerate(split.index):
+    for number, (row, image) in enumerate(zip(dataset.split("train").index, encoded(shards))):
         folder = out / dataset.classes[row["label"]]
         folder.mkdir(parents=True, exist_ok=True)
-        at = int(row["offset"])
-        (folder / f"{number:06d}.jpg").write_bytes(tars[row["shard"]][at : at + int(row["size"])])
+        (folder / f"{number:06d}.jpg").write_bytes(image)
 
 
 def enlarged(proof: Proof, shards: Path, name: str) -> Path:

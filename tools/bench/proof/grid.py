@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-from pipeline.errors import ExpressError
+from pipeline.cores import usable_cores
+from tools.bench.harness import run
 
-from .base import Json, Proof, how_it_ended
+from .base import Json, Proof, reject_errors
 from .data import enlarged, shards_of
 from .preflight import nvidia_smi
 
 
-def loader_grid(proof: Proof) -> Json:
-    cells = measured(proof, alone=False)
-    if failed := [f"{cell['name']}: {cell['error']}" for cell in cells if "error" in cell]:
-        raise ExpressError("; ".join(failed))
+def loader_grid(proof: Proof, *, alone: bool) -> Json:
+    """alone: the cells that may crash their process; if one does, that is its answer, and the step passes."""
+    cells = measured(proof, alone=alone)
+    if not alone:
+        reject_errors({cell["name"]: cell for cell in cells})
     return {"cells": cells}
-
-
-def region_cells(proof: Proof) -> Json:
-    """Cells that may crash their process; if one does, that is the answer."""
-    return {"cells": measured(proof, alone=True)}
 
 
 def measured(proof: Proof, *, alone: bool) -> list[Json]:
@@ -38,36 +32,27 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
     cells = [cell for cell in CELLS if here in cell.devices and cell.alone == alone]
     for data in sorted({cell.data for cell in cells}):
         enlarged(proof, shards_of(proof, data), data)
-    # The cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
-    groups = (
-        [[c] for c in cells] if alone else [list(g) for _, g in itertools.groupby(cells, lambda c: c.config.backend)]
-    )
+    batch, seconds = (16, 0.5) if proof.tiny else (256, 5)
+    options = {"shards": proof.scratch / "large", "device": proof.device, "batch": batch, "seconds": seconds}
+    options |= {"threads": usable_cores(), "dtype": "float16" if proof.on_gpu else "float32"}
     answers = []
     with utilisation(proof) as busy:
-        for group in groups:
-            names, before = [cell.name for cell in group], len(answers)
-            with subprocess.Popen(cells_command(proof, names), stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    answer = json.loads(line)
-                    answers.append(answer | (busy(answer["began"], answer["ended"]) if "began" in answer else {}))
-                    proof.keep({"cells": answers})
-            reason = f"its process {how_it_ended(process.returncode)}"
-            answers += [{"name": name, "error": reason} for name in names[len(answers) - before :]]
-            proof.keep({"cells": answers})
+        # Cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
+        for _, group in itertools.groupby(cells, lambda cell: cell.name if alone else cell.config.backend):
+            names = [{"name": cell.name} for cell in group]
+            for name, (found,) in zip(names, run("tools.bench.cells:batches", [options | name for name in names])):
+                answers.append(name | (found if "error" in found else rates(found, busy)))
+                proof.keep({"cells": answers})
     return answers
 
 
-def cells_command(proof: Proof, names: list[str]) -> list[str]:
-    from tools.bench import cells
-
-    command = [sys.executable, cells.__file__, *names, "--shards", str(proof.scratch / "large")]
-    batch, seconds = (16, 0.5) if proof.tiny else (256, 5)
-    return [*command, "--device", proof.device, "--batch", str(batch), "--seconds", str(seconds)]
+def rates(found: Json, busy: Callable[[float, float], Json]) -> Json:
+    speed = round(found["images"] / found["seconds"], 1)
+    return {"images_per_second": speed, **busy(found["ended"] - found["seconds"], found["ended"])}
 
 
 @contextmanager
-def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, float | None]]]:
+def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
     """Samples nvidia-smi about twice a second; yields a function of two Unix times.
 
     It returns the median percent of the time between them that the GPU and its JPEG engine were busy: None without a
@@ -75,21 +60,18 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, flo
     """
     samples = []
     done = threading.Event()
+    asked = ("--query-gpu=utilization.gpu,utilization.jpeg", "--format=csv,noheader,nounits")
 
     def sample() -> None:
         # One process a sample: the lines of one that keeps running may wait in a buffer.
         while not done.wait(0.5):
-            lines = nvidia_smi("dmon", "-s", "u", "-c", "1", "-i", proof.device.partition(":")[2] or "0")
-            if lines is None:
+            if not (lines := nvidia_smi(*asked, "-i", proof.device.partition(":")[2] or "0")):
                 return
-            samples.append((time.time(), parse_dmon(lines)))
+            samples.append((time.time(), *lines[0].split(", ")))
 
-    def busy(began: float, ended: float) -> dict[str, float | None]:
-        found = {}
-        for name, column in (("gpu_percent", "sm"), ("jpeg_engine_percent", "jpg")):
-            values = [row[column] for at, row in samples if began <= at <= ended and column in row]
-            found[name] = statistics.median(values) if values else None
-        return found
+    def busy(began: float, ended: float) -> Json:
+        rows = [row for row in samples if began <= row[0] <= ended]
+        return {"gpu_percent": median(row[1] for row in rows), "jpeg_engine_percent": median(row[2] for row in rows)}
 
     if proof.on_gpu:
         threading.Thread(target=sample, daemon=True).start()
@@ -99,17 +81,7 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], dict[str, flo
         done.set()
 
 
-def parse_dmon(lines: list[str]) -> dict[str, float]:
-    """The last row of `nvidia-smi dmon` by the names in its header, without columns that hold no number ("-")."""
-    names = []
-    row = {}
-    for line in map(str.strip, lines):
-        words = line.lstrip("# ").lower().split()
-        if line.startswith("#"):
-            names = words if "gpu" in words else names  # the second header line holds units
-            continue
-        row = {}
-        for name, word in zip(names, words):
-            with suppress(ValueError):
-                row[name] = float(word)
-    return row
+def median(values: Iterable[str]) -> float | None:
+    """Of the values that are numbers, as "[N/A]" is none."""
+    numbers = [float(value) for value in values if value.isdigit()]
+    return statistics.median(numbers) if numbers else None

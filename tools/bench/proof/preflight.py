@@ -8,15 +8,15 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
 
-from .base import Json, Proof
+from .base import Check, Json, Proof, answers
 from .data import pictures, shards_of
 
 NEEDED = ("torch", "numpy", "PIL", "accelerate", "safetensors", "tyro", "tqdm", "numba", "simplejpeg", "nvidia.dali")
@@ -25,48 +25,40 @@ BATCH, BATCHES = 16, 8
 
 
 def preflight(proof: Proof) -> Json:
-    """Many checks; one that fails costs only its own answer."""
-    found = {"seconds": {}}
-    problems = []
+    return answers(proof, checks(proof))
 
-    def note(name: str, check: Callable[[], Any]) -> None:
-        started = time.perf_counter()
-        try:
-            found[name] = check()
-        except Exception as err:  # a check that cannot be made is an answer too
-            found[name] = {"error": f"{type(err).__name__}: {err}"}
-            problems.append(f"{name}: {err}")
-        found["seconds"][name] = round(time.perf_counter() - started, 1)
-        proof.keep(found)
 
+def real_pixels(proof: Proof) -> Json:
+    """The comparison of pixels on the images that are given."""
+    return answers(proof, pixel_checks(proof, shards_of(proof, "jpeg")))
+
+
+def checks(proof: Proof) -> Iterator[tuple[str, Check]]:
     for module in NEEDED:
-        note(module, lambda module=module: str(getattr(importlib.import_module(module), "__version__", "unknown")))
-    note("missing", lambda: [module for module in OPTIONAL if find_spec(module) is None])
-    note("gpu", lambda: describe_gpu(proof))
-    note("numba", compile_kernels)
-    shards = pictures(proof, classes=8, count=64)
-    for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
-        note(f"pixels, {how}", lambda options=options: compare_pixels(proof, shards, **options))
-    note("decoders", lambda: describe_decoders(proof))
-    note("compiler", lambda: try_compiler(proof))  # last: the first time on a machine it may take most of a minute
-    if problems:
-        raise ExpressError("; ".join(problems))
-    return found
+        yield module, partial(version_of, module)
+    yield "missing", lambda: [module for module in OPTIONAL if find_spec(module) is None]
+    yield "gpu", partial(describe_gpu, proof)
+    yield "numba", compile_kernels
+    yield from pixel_checks(proof, pictures(proof, classes=8, count=64))
+    yield "decoders", partial(describe_decoders, proof)
+    yield "compiler", partial(try_compiler, proof)  # last: the first time on a machine it may take most of a minute
+
+
+def version_of(module: str) -> str:
+    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
 
 
 def describe_gpu(proof: Proof) -> Json:
     import torch
 
-    asked = "driver_version,memory.total,clocks.max.sm,power.limit"
     found = {
         "cuda_of_torch": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "NVIDIA_DRIVER_CAPABILITIES": os.environ.get("NVIDIA_DRIVER_CAPABILITIES"),
-        "nvidia_smi": nvidia_smi(f"--query-gpu={asked}", "--format=csv"),
+        "nvidia_smi": nvidia_smi("--query-gpu=driver_version,memory.total,clocks.max.sm,power.limit", "--format=csv"),
     }
     if proof.on_gpu:
-        properties = torch.cuda.get_device_properties(proof.device)
-        found |= {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        found["capability"] = torch.cuda.get_device_capability(proof.device)
     return found
 
 
@@ -114,25 +106,17 @@ def describe_decoders(proof: Proof) -> Json:
 # Pixels
 
 LOADS = {"GPU cores alone": 0.0, "both, as by default": 0.65, "hardware alone": 1.0}
-GPU_DECODERS: dict[str, Json] = {
-    how + (", memory under pressure" if pressure else ""): {"hw_decoder_load": load, "pressure": pressure}
-    for pressure in (False, True)
-    for how, load in LOADS.items()
-    if load or not pressure
-}
-CPU_DECODERS: dict[str, Json] = {"dali-cpu": {}, "dali-cpu, memory under pressure": {"pressure": True}}
 
 
-def real_pixels(proof: Proof) -> Json:
-    """The same comparison on the images that are given."""
-    result = {}
-    for how, options in (GPU_DECODERS if proof.on_gpu else CPU_DECODERS).items():
-        result[f"pixels, {how}"] = compare_pixels(proof, shards_of(proof, "jpeg"), **options)
-        proof.keep(result)
-    return result
+def pixel_checks(proof: Proof, shards: Path) -> Iterator[tuple[str, Check]]:
+    for pressure, how in itertools.product((False, True), LOADS if proof.on_gpu else ("dali-cpu",)):
+        if pressure and how == "GPU cores alone":
+            continue
+        name = f"pixels, {how}{', memory under pressure' if pressure else ''}"
+        yield name, partial(compare_pixels, proof, shards, load=LOADS.get(how, 0.65), pressure=pressure)
 
 
-def compare_pixels(proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65, pressure: bool = False) -> Json:
+def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -> Json:
     """Grey levels between DALI's crops on the device and the portable backend's, over the same crops.
 
     pressure: torch takes, fills and frees memory between batches, and two batches stay unread meanwhile. A decoder that
@@ -143,75 +127,65 @@ def compare_pixels(proof: Proof, shards: Path, *, hw_decoder_load: float = 0.65,
 
     options = {"batch": BATCH, "dtype": "uint8", "augment": AugmentConfig(square=False)}
     backend = "dali-gpu" if proof.on_gpu else "dali-cpu"
-    on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=hw_decoder_load)
-    differences, waiting = Differences(), []
-    squeeze = memory_pressure(proof.device) if pressure else itertools.repeat(None)
+    on_device = LoaderConfig(backend, verify_pixels=0, hw_decoder_load=load)
     with (
         Loader(shards, config=LoaderConfig("portable"), **options) as right,
         Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
     ):
-        for expected, batch in itertools.islice(zip(epochs(right), epochs(tested)), BATCHES):
-            assert expected.ids.tolist() == batch.ids.tolist()
-            waiting.append((expected.images, batch.images))
-            next(squeeze)
-            if len(waiting) > 2:
-                differences.add(*waiting.pop(0))
-        for pair in waiting:
-            differences.add(*pair)
-    return differences.result()
+        pairs = itertools.islice(zip(epochs(right), epochs(tested)), BATCHES)
+        return differences(delayed(pairs, memory_pressure(proof.device) if pressure else itertools.repeat(None)))
+
+
+def delayed(pairs: Iterator[Any], squeeze: Iterator[None]) -> Iterator[tuple[Any, Any]]:
+    """The images of pairs of batches, two later than they come; `squeeze` moves on at each."""
+    waiting = []
+    for expected, batch in pairs:
+        assert expected.ids.tolist() == batch.ids.tolist()
+        waiting.append((expected.images, batch.images))
+        next(squeeze)
+        if len(waiting) > 2:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def epochs(loader: Any) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-class Differences:
-    """How far crops are from what they should be, in grey levels."""
+def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
+    """How far crops are from what they should be, in grey levels. pairs: (n, 3, crop, crop) uint8, expected first.
 
-    def __init__(self) -> None:
-        import torch
+    Raises ExpressError if a tile is out of tolerance.
+    """
+    import torch
 
-        self._count = torch.zeros(256, dtype=torch.int64)  # of values, by their difference
-        self._worst_tile = 0.0
+    from pipeline.read.pixel_check import TOLERANCE, largest_tile_mean
 
-    def add(self, expected: Any, images: Any) -> None:
-        """Two (n, 3, crop, crop) uint8 tensors."""
-        from pipeline.read.pixel_check import largest_tile_mean
-
+    counts, worst = torch.zeros(256, dtype=torch.int64), 0.0  # counts: of values, by their difference
+    for expected, images in pairs:
         difference = (expected.short() - images.cpu().short()).abs()
-        self._count += difference.flatten().bincount(minlength=256)
-        for crop in difference.float().mean(1).numpy():
-            self._worst_tile = max(self._worst_tile, largest_tile_mean(crop))
-
-    def result(self) -> Json:
-        """Raises ExpressError if a tile is out of tolerance."""
-        from pipeline.read.pixel_check import TOLERANCE
-
-        counts = self._count.tolist()
-        values = sum(counts)
-        result = {
-            "crops": BATCH * BATCHES,
-            "mean": round(sum(level * count for level, count in enumerate(counts)) / values, 4),
-            "largest": max(level for level, count in enumerate(counts) if count),
-            "fraction_above": {str(level): sum(counts[level + 1 :]) / values for level in (0, 1, 2, 4, 8, 16)},
-            "worst_tile_mean": round(self._worst_tile, 3),
-        }
-        if self._worst_tile > TOLERANCE:
-            raise ExpressError(f"a tile differs by {self._worst_tile:.1f} grey levels on average: {json.dumps(result)}")
-        return result
+        counts += difference.flatten().bincount(minlength=256)
+        worst = max(worst, *map(largest_tile_mean, difference.float().mean(1).numpy()))
+    result = {
+        "crops": BATCH * BATCHES,
+        "mean": round(float((counts * torch.arange(256)).sum() / counts.sum()), 4),
+        "largest": int(counts.nonzero().max()),
+        "worst_tile_mean": round(worst, 3),
+    }
+    if worst > TOLERANCE:
+        raise ExpressError(f"a tile differs by {worst:.1f} grey levels on average: {json.dumps(result)}")
+    return result
 
 
 def memory_pressure(device: str) -> Iterator[None]:
     """Takes, fills and frees memory at each step, so that allocators hand out what was in use a moment ago."""
     import torch
 
-    held, random = {}, torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     while True:
         sizes = torch.randint(1 << 16, 1 << 23, (24,), generator=random).tolist()  # 64 KiB to 8 MiB
-        for slot, size in enumerate(sizes):
-            held[slot] = torch.full((size,), 0xAA, dtype=torch.uint8, device=device)
-        for slot in range(0, len(sizes), 2):
-            del held[slot]
+        held = [torch.full((size,), 0xAA, dtype=torch.uint8, device=device) for size in sizes]
+        del held[::2]
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # back to the driver, where DALI's own pools can get it
         yield

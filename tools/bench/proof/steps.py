@@ -12,21 +12,23 @@ from pipeline.errors import ExpressError
 from train.environment import ROOT
 
 from . import grid, preflight, training
-from .base import Json, Proof, tail
+from .base import Json, Proof, answers, tail
 
 
 def layers(proof: Proof) -> Json:
     """Step 3: forms of conv1, LRN, pooling and the optimisers, each by itself."""
     import torch
 
-    from tools.bench.layers import measure
+    from tools.bench.layers import items, milliseconds
 
+    device = torch.device(proof.device)
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
-    options = {"batch": batch, "seconds": seconds, "compiled": not proof.tiny}
-    result = measure(proof.device, dtype=torch.bfloat16, keep=proof.keep, **options)
-    if failed := [f"{item}: {found['error']}" for item, found in result.items() if "error" in found]:
-        raise ExpressError("; ".join(failed))
-    return result
+    checks = {
+        name: partial(milliseconds, prepare, seconds, device)
+        for name, prepare in items(device, batch, torch.bfloat16).items()
+        if not (proof.tiny and "compiled" in name)
+    }
+    return answers(proof, checks.items())
 
 
 def gpu_tests(proof: Proof) -> Json:
@@ -37,7 +39,7 @@ def gpu_tests(proof: Proof) -> Json:
     pytest = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(pytest, cwd=ROOT, capture_output=True, text=True, timeout=proof.seconds_left())
     if done.returncode:
-        raise ExpressError(tail(done.stdout + done.stderr, lines=30))
+        raise ExpressError(tail(done.stdout + done.stderr))
     lines = done.stdout.strip().splitlines()
     return {"summary": lines[-1], "tests": [line for line in lines if line.startswith(("PASSED", "SKIPPED"))]}
 
@@ -62,11 +64,11 @@ STEPS = {
     "profile": Step(training.profile, "A", 45),
     "layers": Step(layers, "A", 60),
     "tests": Step(gpu_tests, "A", 200),
-    "loader": Step(grid.loader_grid, "B", 130, "images"),
+    "loader": Step(partial(grid.loader_grid, alone=False), "B", 130, "images"),
     "fed-1024": Step(partial(training.fed, full_batch=1024), "B", 75, "images", in_tiny=False),
     "fed-256": Step(partial(training.fed, full_batch=256), "B", 60, "images"),
     "pixels": Step(preflight.real_pixels, "B", 30, "images", in_tiny=False),
-    "region": Step(grid.region_cells, "B", 60, "images"),
+    "region": Step(partial(grid.loader_grid, alone=True), "B", 60, "images"),
     "cifar-seed": Step(partial(training.cifar, recipe="seed"), "B", 100, "cifar"),
     "cifar-modern": Step(partial(training.cifar, recipe="modern"), "B", 100, "cifar"),
 }

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import ExpressError
-from tools.bench.harness import RUN
+from tools.bench.harness import RUN, how_it_ended
 
-from .base import Json, Proof, how_it_ended, tail
+from .base import Json, Proof, tail
 from .data import enlarged, pictures, shards_of
 
 CLASSES = 1000
@@ -111,7 +111,7 @@ def cifar(proof: Proof, recipe: str) -> Json:
     """Seconds of training and evaluation until CIFAR-10's test images are known to 75 and 85 %."""
     from tools.bench import accuracy, trained
 
-    shards, run = trained.shards(proof.cifar, proof.scratch / "cifar", size=36), proof.new_run()
+    shards, run = trained.shards(proof.cifar, proof.scratch, proof.scratch, size=36), proof.new_run()
     epochs, width = (1, 0.125) if proof.tiny else (accuracy.EPOCHS // 2, 1.0)
     flags = accuracy.flags(recipe, shards, epochs=epochs, width=width)
     cut_short = ""
@@ -128,13 +128,14 @@ def times_to(levels: tuple[float, ...], run: Path) -> Json:
     """Seconds from the run's start until an evaluation, of the weights or their average, reached each top-1."""
     start, evaluations = records(run, "start")[0]["time"], records(run, "val") + records(run, "val of average")
     evaluations.sort(key=lambda line: line["time"])
-
-    def seconds_to(level: float) -> float | None:
-        return next((round(line["time"] - start, 1) for line in evaluations if line["top1"] >= level), None)
-
+    reached = {
+        f"{level:.0%}": next((round(line["time"] - start, 1) for line in evaluations if line["top1"] >= level), None)
+        for level in levels
+    }
+    rates = [line["images_per_second"] for line in records(run, "train")]
     return {
-        "seconds_to": {f"{level:.0%}": seconds_to(level) for level in levels},
+        "seconds_to": reached,
         "best_top1": max(line["top1"] for line in evaluations),
         "epochs": max(line["epoch"] for line in evaluations),
-        "images_per_second": round(statistics.median(line["images_per_second"] for line in records(run, "train")), 1),
+        "images_per_second": round(statistics.median(rates), 1),
     }
