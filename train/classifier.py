@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model import ModelConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, reading
 from pipeline.manifest import Dataset, Statistics, open_dataset
 from pipeline.settings import updated
 
@@ -204,10 +204,8 @@ def _metadata(path: Path) -> str | None:
 
 def _card(path: Path, text: str | None) -> Card | None:
     """The card of a file: `text`, from its metadata, or else the card beside it."""
-    try:
+    with reading(f"{path}: its model card", "export the weights again"):
         return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
-    except ValueError as err:
-        raise DataError(f"{path}: its model card cannot be read ({err}); export the weights again") from err
 
 
 def _new_net(config: ModelConfig, crop: int, classes: int) -> nn.Module:

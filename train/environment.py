@@ -34,6 +34,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def launched(name: str, default: int = 0) -> int:
+    """A number that launchers set for each rank, such as RANK; `default` for a process that was started alone."""
+    return int(os.environ.get(name, default))
+
+
 def memory_gb(device: Any) -> float:
     """The greatest use so far: of the GPU's memory by tensors, or of this process's."""
     if device.type == "cuda":

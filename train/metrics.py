@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,9 @@ METRICS, IDS = "metrics.jsonl", "ids"
 
 def start(accelerator: Accelerator, config: Config) -> None:
     """Starts Accelerate's trackers with the configuration; TensorBoard's events lie in the run folder."""
-    names = config.run.trackers
-    project = "tensorboard" if names == ("tensorboard",) else "imagenet-express"
-    values = {name: str(value) for name, value in flatten(config).items()} if names != ("tensorboard",) else None
-    accelerator.init_trackers(project, config=values)
+    alone = config.run.trackers == ("tensorboard",)
+    values = None if alone else {name: str(value) for name, value in flatten(config).items()}
+    accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
 
 
 class Record:
@@ -118,19 +119,22 @@ class Record:
             return
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
-        try:
+        with self._keeping_error():
             self._append(self._metrics, line)
             self.accelerator.log(numbers, step=step)
-        except OSError as err:
-            self.error = self.error or err
 
     def ids(self, step: int, ids: Any) -> None:
         """The samples of this rank at optimiser step `step`."""
         if self._ids is not None:
-            try:
+            with self._keeping_error():
                 self._append(self._ids, {"step": step, "ids": ids.tolist()})
-            except OSError as err:
-                self.error = self.error or err
+
+    @contextlib.contextmanager
+    def _keeping_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            self.error = self.error or err
 
     def _append(self, file: Any, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
@@ -141,17 +145,10 @@ class Record:
             print(line, flush=True)
 
     def close(self) -> None:
-        self._close_files()
+        for file in filter(None, (self._metrics, self._ids)):
+            with self._keeping_error():  # of what was still to be written
+                file.close()
         self.accelerator.end_training()
-
-    def _close_files(self) -> None:
-        for file in (self._metrics, self._ids):
-            if file is not None:
-                try:
-                    file.close()
-                except OSError as err:  # of what was still to be written
-                    self.error = self.error or err
-        self._metrics = self._ids = None
 
 
 def _trim(path: Path, step: int, epoch: int) -> None:

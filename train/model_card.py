@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from model import ModelConfig
-from pipeline.errors import DataError
+from pipeline.errors import reading
 from pipeline.files import atomic_write, write_json
 from pipeline.manifest import Dataset, Statistics
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
@@ -45,14 +45,15 @@ class Inputs:
     @classmethod
     def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
         """Raises DataError if the dataset has no statistics."""
-        measured = PLAIN if augment.statistics == "imagenet" else None
         return cls(
-            dataset=str(dataset.manifest["dataset"]),
-            fingerprint=dataset.fingerprint,
-            classes=tuple(dataset.classes),
-            class_names=tuple(dataset.class_names),
-            statistics=measured or dataset.statistics(mean_image=augment.normalize == "mean-image"),
-            class_ids=tuple(dataset.manifest.get("class_ids", ())),
+            str(dataset.manifest["dataset"]),
+            dataset.fingerprint,
+            tuple(dataset.classes),
+            tuple(dataset.class_names),
+            PLAIN
+            if augment.statistics == "imagenet"
+            else dataset.statistics(mean_image=augment.normalize == "mean-image"),
+            tuple(dataset.manifest.get("class_ids", ())),
         )
 
     @classmethod
@@ -85,10 +86,8 @@ def read_inputs(run: Path) -> Inputs | None:
     """The inputs of a run; None if it was started before runs kept them. Raises DataError if they are damaged."""
     path, cure = run / INPUTS, "start or resume the run again, which writes it"
     values = read_json(path, cure=cure)
-    try:
+    with reading(f"{path}:", cure):
         return None if values is None else Inputs.from_json(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DataError(f"{path}: cannot be read ({err}); {cure}") from err
 
 
 FORMAT, VERSION = "imagenet-express model card", 1
@@ -112,7 +111,7 @@ class Card:
     @classmethod
     def from_json(cls, values: Any, *, source: Path) -> Card:
         """Raises DataError if `values` are no card."""
-        try:
+        with reading(f"{source}: its model card", "export the weights again"):
             if (values["format"], values["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {values['format']!r} version {values['version']!r}")
             config = updated(Config(), {name: values[name] for name in ("model", "augment")})
@@ -124,8 +123,6 @@ class Card:
                 recipe=dict(values["recipe"]),
                 accuracy=list(values["accuracy"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as err:
-            raise DataError(f"{source}: its model card cannot be read ({err}); export the weights again") from err
 
     def as_json(self) -> dict[str, Any]:
         inputs = self.inputs.as_json() if self.inputs else None

@@ -46,18 +46,16 @@ class RunFolder:
         if self.is_ours:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        deadline, first = time.monotonic() + wait_seconds, True
-        while not self.is_ours:
+        for waited, seconds in ((False, min(1.0, wait_seconds)), (True, wait_seconds)):
             try:
-                self._lock = locked(self.path / LOCK, wait_seconds=min(1.0, wait_seconds))
+                self._lock = locked(self.path / LOCK, wait_seconds=seconds)
+                break
             except StorageError:
-                if time.monotonic() >= deadline:
+                if waited or not wait_seconds:
                     raise ConfigError(
                         f"{self.path}: {self._holder()} trains there; wait for its end, or choose another --run.dir"
                     ) from None
-                if first:
-                    print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
-                first = False
+                print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps(holder).encode(), 0)

@@ -116,8 +116,5 @@ def describe(encoded: int, *, world: int) -> str:
 
 def name(code: int) -> str:
     """A request in words."""
-    if code == FILE:
-        return f"the file {STOP_FILE!r} in the run folder"
-    if code == ORPHAN:
-        return "the end of its launcher"
-    return signal.Signals(code - FIRST_SIGNAL).name
+    others = {FILE: f"the file {STOP_FILE!r} in the run folder", ORPHAN: "the end of its launcher"}
+    return others.get(code) or signal.Signals(code - FIRST_SIGNAL).name

@@ -58,10 +58,13 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
     net = AlexNet(config, classes=classes, crop=crop).to(device, memory_format=torch.channels_last)
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     checkpoints, numbers = Checkpoints(folder, keep=2), itertools.count(1)
+    stalls: list[float] = []
 
     def save() -> None:
+        called = time.perf_counter()
         state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
         checkpoints.save(next(numbers), model=net.state_dict(), optimizer=optimizer.state_dict(), state=state)
+        stalls.append(time.perf_counter() - called)
 
     steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
     save()  # the first one also takes the memory
@@ -82,7 +85,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
         times.append(time.perf_counter() - started)
     cost = statistics.median(w - wo for w, wo in zip(blocks["with"], blocks["without"], strict=True))
     size = sum(p.stat().st_size for p in checkpoints.all()[-1].iterdir())
-    first, *later = checkpoints.stalls
+    first, *later = stalls
     seconds = {"first_stall": first, "stall": statistics.median(later), "longest_stall": max(later)}
     seconds |= {"left_to_write_after_the_block": max(on_disk), "cost": cost}
     return {
