@@ -67,6 +67,11 @@ class StorageError(ExpressError):
         return cls(f"{os.fsdecode(err.filename or str(path))}: {err.strerror or err}")
 
 
+def first_line(err: BaseException) -> str:
+    """What a library says in an exception, as far as it goes into a message; its class if it says nothing."""
+    return next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+
+
 @contextlib.contextmanager
 def reading(what: str, cure: str, *also: type[Exception]) -> Iterator[None]:
     """Raises DataError for whatever values of another form than expected raise, and for the exceptions of `also`."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from model import AlexNet
 from model.summary import count_parameters
-from pipeline.errors import HANG, ConfigError, DataError
+from pipeline.errors import HANG, ConfigError, DataError, first_line
 from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.augment import AugmentConfig
@@ -171,8 +171,7 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
             average.updates = state.updates
         meter.load_state_dict(kept["meter"])
     except (LookupError, RuntimeError, TypeError, ValueError) as err:
-        reason = str(err).splitlines()[0]
-        raise DataError(f"{saved.path}: does not fit this net ({reason}); choose another --run.dir") from err
+        raise DataError(f"{saved.path}: does not fit this net ({first_line(err)}); choose another --run.dir") from err
     loader.load_state_dict(kept["loader"])
 
 

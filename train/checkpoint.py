@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DataError, reading
-from pipeline.files import PARTIAL, atomic_write, fsync_path, write_json
+from pipeline.files import PARTIAL, Json, atomic_write, fsync_path, write_json
 from pipeline.shards import file_sha256
 
 LATEST, BEST, RECORD, STATE = "latest", "best", "record.json", "state.json"
@@ -36,6 +36,7 @@ FILES = (MODEL, OPTIMIZER, STATE)
 RESUME_ANOTHER = "resume from another one"
 DAMAGED = ".damaged"
 KINDS: dict[str, Any] = {"step": int, "epoch": int, "best_top1": int | float, "config": dict, "loader": dict}
+Weights = dict[str, Tensor]  # by name, as a state_dict
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -44,10 +45,10 @@ class Saved:
     """The content of a checkpoint, as `Checkpoints.save` received it."""
 
     path: Path
-    model: dict[str, Tensor]
+    model: Weights
     optimizer: dict[str, Any]  # by "<parameter>.<name>", for `restore_optimizer`
-    state: dict[str, Any]
-    average: dict[str, Tensor] = field(default_factory=dict)
+    state: Json
+    average: Weights = field(default_factory=dict)
 
 
 @dataclass
@@ -73,10 +74,10 @@ class Checkpoints:
         self,
         step: int,
         *,
-        model: dict[str, Tensor],
+        model: Weights,
         optimizer: dict[str, Any],
-        state: dict[str, Any],
-        average: dict[str, Tensor] | None = None,
+        state: Json,
+        average: Weights | None = None,
     ) -> None:
         """Copies the arguments and publishes them in the background as the checkpoint of `step`.
 
@@ -105,9 +106,9 @@ class Checkpoints:
         """Whether a save has failed whose error `wait` has not raised yet."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def _stage(self, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def _stage(self, files: dict[str, Weights]) -> dict[str, Weights]:
         """Copies on the host, in memory that is kept: fresh pages cost more than the copy itself."""
-        staged: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+        staged: dict[str, Weights] = {file: {} for file in files}
         for file, tensors in files.items():
             for name, tensor in tensors.items():
                 if (file, name) not in self._staging:
@@ -118,7 +119,7 @@ class Checkpoints:
             torch.cuda.synchronize()
         return staged
 
-    def _publish(self, step: int, staged: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _publish(self, step: int, staged: dict[str, Weights], state: Json) -> None:
         """Temporary folder → fsync → rename; only then are old ones removed."""
         path = self.path(step)
         partial = path.with_name(path.name + PARTIAL)
@@ -196,7 +197,7 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Weights, metadata: dict[str, str] | None = None) -> None:
     """Writes contiguous tensors as a safetensors file, from their own memory and without the interpreter's lock.
 
     Raises OSError if it cannot be written.

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError
+from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
 
 from . import signals, watchdog
 from .environment import launched
@@ -69,7 +69,7 @@ class ExitReport:
             return StorageError.of(err, self.folder.path if self.folder else "")
         text = str(err)
         if isinstance(err, RuntimeError) and is_lost_connection(err):
-            lost = LostRank(f"another rank ended; its own line says why ({text.splitlines()[0]})")
+            lost = LostRank(f"another rank ended; its own line says why ({first_line(err)})")
             lost.__cause__ = err
             return lost
         if "does not have a deterministic implementation" in text:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.files import atomic_write
+from pipeline.files import Json, atomic_write
 from pipeline.progress import clock
 from pipeline.read.loader import Loader
 from pipeline.settings import flatten
@@ -61,20 +61,18 @@ class Meter:
 
     # What was added and not yet read outlives the process: a resumed run records the same means.
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """Asks all ranks."""
-        if not self.steps:
-            return {"steps": 0, "losses": []}
-        losses: Tensor = self.accelerator.gather(torch.as_tensor(self.loss).reshape(1))
-        return {"steps": self.steps, "losses": losses.tolist()}
+        losses = self.accelerator.gather(torch.as_tensor(self.loss).reshape(1)).tolist() if self.steps else []
+        return {"steps": self.steps, "losses": losses}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of another number of ranks the mean is taken on, so that the next reading's is right."""
-        if not state["steps"]:
-            return
-        losses, world = state["losses"], self.accelerator.num_processes
-        loss = losses[self.accelerator.process_index] if len(losses) == world else sum(losses) / len(losses)
-        self.steps, self.loss = state["steps"], torch.tensor(loss, device=self.accelerator.device)
+    def load_state_dict(self, state: Json) -> None:
+        """If another number of ranks saved it, each takes the mean, so that the next reading's is right."""
+        self.steps, losses = state["steps"], state["losses"]
+        if self.steps:
+            same = len(losses) == self.accelerator.num_processes
+            loss = losses[self.accelerator.process_index] if same else sum(losses) / len(losses)
+            self.loss = torch.tensor(loss, device=self.accelerator.device)
 
 
 METRICS, IDS = "metrics.jsonl", "ids"
@@ -113,7 +111,7 @@ class Record:
             path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
             self._ids = open(path, "a")  # noqa: SIM115 (until close)
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def write(self, kind: str, step: int, values: Json) -> None:
         """One line of metrics.jsonl, one point of each TensorBoard curve."""
         if self._metrics is None:
             return
@@ -136,7 +134,7 @@ class Record:
         except OSError as err:
             self.error = self.error or err
 
-    def _append(self, file: Any, line: dict[str, Any]) -> None:
+    def _append(self, file: Any, line: Json) -> None:
         file.write(json.dumps(line) + "\n")
         file.flush()
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from model import ModelConfig
 from pipeline.errors import reading
-from pipeline.files import atomic_write, write_json
+from pipeline.files import Json, atomic_write, write_json
 from pipeline.manifest import Dataset, Statistics
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from pipeline.settings import updated
@@ -57,7 +57,7 @@ class Inputs:
         )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Inputs:
+    def from_json(cls, values: Json) -> Inputs:
         """Raises ValueError, KeyError or TypeError for values that `as_json` did not return."""
         pixels = None
         if image := values.get("mean_image"):
@@ -69,7 +69,7 @@ class Inputs:
         statistics, ids = Statistics(mean, std, pixels), tuple(values.get("class_ids", ()))
         return cls(values["dataset"], values["fingerprint"], classes, names, statistics, ids)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         s = self.statistics
         values = {**vars(self), "mean": s.mean, "std": s.std}
         del values["statistics"]
@@ -104,9 +104,9 @@ class Card:
     model: ModelConfig
     augment: AugmentConfig
     inputs: Inputs | None
-    weights: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    accuracy: list[dict[str, Any]] = field(default_factory=list)
+    weights: Json = field(default_factory=dict)
+    recipe: Json = field(default_factory=dict)
+    accuracy: list[Json] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, values: Any, *, source: Path) -> Card:
@@ -124,7 +124,7 @@ class Card:
                 accuracy=list(values["accuracy"]),
             )
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         inputs = self.inputs.as_json() if self.inputs else None
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "inputs": inputs}
 

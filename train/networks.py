@@ -20,10 +20,11 @@ from torch.torch_version import TorchVersion
 from model import AlexNet, ModelConfig
 from model.dropout import Dropout
 from model.lrn import ResponseNorm
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.settings import did_you_mean
 
 from . import checkpoint
+from .checkpoint import Weights
 
 
 def create_net(config: ModelConfig, *, classes: int, crop: int, crop_sizes: tuple[int, ...] = ()) -> nn.Module:
@@ -82,8 +83,7 @@ def _check_crop(net: nn.Module, name: str, crop: int) -> None:
         with torch.no_grad():
             net.eval()(torch.zeros(1, 3, crop, crop))
     except (RuntimeError, AssertionError, ValueError) as err:
-        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise ValueError(f"augment.crop={crop} does not suit model.name={name}: {reason}") from err
+        raise ValueError(f"augment.crop={crop} does not suit model.name={name}: {first_line(err)}") from err
     net.train()
 
 
@@ -111,7 +111,7 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
     return note
 
 
-def _other_classes(weights: dict[str, Tensor], wanted: dict[str, Tensor], head: str) -> int:
+def _other_classes(weights: Weights, wanted: Weights, head: str) -> int:
     """The number of classes of the output layer in the file if it differs by that alone; else 0."""
     weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
     ours = wanted[f"{head}.weight"]
@@ -133,7 +133,7 @@ def _check_alike(path: Path, name: str, theirs: Tensor, ours: Tensor) -> None:
         raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> Weights:
     """Names and tensors of a .safetensors file, a checkpoint folder, or what torch.save made of a state_dict.
 
     Nothing is unpickled but tensors. Raises DataError for anything else.
@@ -184,8 +184,7 @@ def _why_unreadable(err: Exception) -> str:
         return f"holds {found[1]}, which is no part of weights"
     if not isinstance(err, SafetensorError | RuntimeError):
         return "damaged, or more than weights"
-    first = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
-    return f"cannot be read as weights ({_plain(first)[:120]})"
+    return f"cannot be read as weights ({_plain(first_line(err))[:120]})"
 
 
 def _plain(text: str) -> str:
@@ -245,5 +244,5 @@ def no_compiler(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as err:  # of many kinds: a compiler that is missing, old, or not allowed to write its cache
-        return str(err).strip().splitlines()[0][:120] if str(err).strip() else type(err).__name__
+        return first_line(err)[:120]
     return None

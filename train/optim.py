@@ -13,12 +13,14 @@ from model import AlexNet
 
 from .config import OptimConfig
 
+Group = dict[str, Any]  # of parameters that an update treats alike, as in torch
+
 
 class _InGroups(torch.optim.Optimizer):
     """SGD with momentum that updates a group by a few calls over all its tensors: one by one, a GPU would wait for the
     host to start some 60 small kernels."""
 
-    def move(self, group: dict[str, Any], w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
         """Updates weights and velocities by the gradients."""
         raise NotImplementedError
 
@@ -40,7 +42,7 @@ class Velocity(_InGroups):
     torch's keeps the rate outside; the two differ for some steps after each change of it. If lr is 0 nothing moves.
     """
 
-    def move(self, group: dict[str, Any], w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
         torch._foreach_mul_(v, group["momentum"])
         torch._foreach_add_(v, w, alpha=-group["weight_decay"] * group["lr"])
         torch._foreach_add_(v, g, alpha=-group["lr"])
@@ -55,7 +57,7 @@ class Lars(_InGroups):
     normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
     """
 
-    def move(self, group: dict[str, Any], w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
         update = torch._foreach_add(g, w, alpha=group["weight_decay"])
         torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["adapt"] else group["lr"])
         torch._foreach_mul_(v, group["momentum"])
@@ -63,7 +65,7 @@ class Lars(_InGroups):
         torch._foreach_sub_(w, v)
 
 
-def _adapted(w: list[Tensor], g: list[Tensor], group: dict[str, Any]) -> Tensor:
+def _adapted(w: list[Tensor], g: list[Tensor], group: Group) -> Tensor:
     """(n,) lr·t of n layers, on the device: the host does not wait for it."""
     weight, gradient = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
     others = gradient + group["weight_decay"] * weight
@@ -91,7 +93,7 @@ def make_optimizer(
     return torch.optim.SGD(groups, **common, nesterov=config.nesterov, fused=fused or None)
 
 
-def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = False) -> list[dict[str, Any]]:
+def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = False) -> list[Group]:
     """The trainable parameters by how they are treated: kind is "weight", "bias" or "norm" (normalisation's own).
 
     lr_scale multiplies the run's learning rate. first_apart: the first convolution's parameters are in groups of their
@@ -101,7 +103,7 @@ def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = Fal
     if config.biases == "variant" and isinstance(net, AlexNet):
         bias_lr, bias_decay = net.variant.bias_lr, net.variant.bias_decay
     scales = {"weight": (1.0, 1.0), "bias": (bias_lr, bias_decay), "norm": (bias_lr, float(config.norms == "weights"))}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {
+    groups: dict[tuple[str, bool], Group] = {
         (kind, first): {
             "params": [],
             "kind": kind,

@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import BAD_DATA, USAGE, ExpressError, StorageError
+from pipeline.errors import BAD_DATA, USAGE, ExpressError, StorageError, first_line
+from pipeline.files import Json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.settings import PER_HOST, flatten, marked
 
@@ -63,7 +64,7 @@ def report_rejection(err: ExpressError) -> None:
         _meet(_who() | {"error": str(err), "code": err.code, "leaves": True})
 
 
-def facts(config: Config, dataset: Dataset) -> dict[str, Any]:
+def facts(config: Config, dataset: Dataset) -> Json:
     """What decides which numbers a rank computes, by the name that messages use."""
     return {
         FINGERPRINT: dataset.fingerprint,
@@ -86,7 +87,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def verdict(ranks: list[dict[str, Any]]) -> tuple[int, str]:
+def verdict(ranks: list[Json]) -> tuple[int, str]:
     """(0, "") if all ranks' facts are equal, otherwise an exit code and a line. ranks: what each has found, by rank."""
     failed = [rank for rank in ranks if "error" in rank]
     if failed:
@@ -106,7 +107,7 @@ def verdict(ranks: list[dict[str, Any]]) -> tuple[int, str]:
     return code, f"{_name(others[0], ranks)} differs from {_name(ranks[0], ranks)}{also}: {shown}{more}; {CURE}"
 
 
-def _name(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
+def _name(rank: Json, ranks: list[Json]) -> str:
     """The host; with the rank if ranks of this host, or hosts of this name, have found different things."""
     same_host = [r for r in ranks if r["host"] == rank["host"]]
     apart = any({**r, "rank": 0} != {**rank, "rank": 0} for r in same_host)
@@ -125,7 +126,7 @@ def _alone() -> bool:
     return _world() == 1 or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ
 
 
-def _who() -> dict[str, Any]:
+def _who() -> Json:
     return {"rank": launched("RANK"), "host": socket.gethostname()}
 
 
@@ -133,7 +134,7 @@ def _several_hosts() -> bool:
     return _world() > launched("LOCAL_WORLD_SIZE", _world())
 
 
-def _meet(found: dict[str, Any]) -> None:
+def _meet(found: Json) -> None:
     """Rank 0 reads what each rank has found, and publishes its verdict. Raises ExpressError if they differ."""
     import torch.distributed
 
@@ -160,8 +161,8 @@ def _meet(found: dict[str, Any]) -> None:
         if code and not rank:  # rank 0's process may hold the store
             _until(lambda: own.add("read", 0) == world - 1, seconds=ACK_SECONDS)
     except dist.DistError as err:
-        first = str(err).splitlines()[0]
-        raise ExpressError(f"rank {rank} lost the others before the start; their own lines say why ({first})") from err
+        why = "their own lines say why"
+        raise ExpressError(f"rank {rank} lost the others before the start; {why} ({first_line(err)})") from err
     if code:
         raise ExpressError(reason, code=code)
 

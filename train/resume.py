@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError, ExpressError, StorageError
+from pipeline.files import Json
 from pipeline.manifest import Dataset
 from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marked
 
@@ -22,7 +22,7 @@ FREE = {*marked(Config, MAY_CHANGE), *REMOVED}  # fields whose values a checkpoi
 
 def choose(
     config: Config,
-    fixed: dict[str, Any],
+    fixed: Json,
     *,
     folder: RunFolder,
     checkpoints: Checkpoints,
@@ -39,9 +39,11 @@ def choose(
     path: Path | None = None
     saved: Saved | None = None
     error: ExpressError | None = None
+    claim = ""
     if first:
         try:
             folder.claim()
+            claim = folder.claimed_by()
             saved = _choose(config.resume, checkpoints)
             if saved:
                 path = saved.path
@@ -53,7 +55,7 @@ def choose(
             error = err
         except OSError as err:
             error = StorageError.of(err, folder.path)
-    path, claim, error = agreement.from_first((path, folder.claimed_by() if folder.is_ours else "", error))
+    path, claim, error = agreement.from_first((path, claim, error))
     if error:
         raise error
     if not folder.private:
@@ -94,7 +96,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     return saved
 
 
-def invariants(config: Config, dataset: Dataset, *, precision: str) -> dict[str, Any]:
+def invariants(config: Config, dataset: Dataset, *, precision: str) -> Json:
     """Settings that a checkpoint and the run that resumes from it have in common.
 
     precision: the value of train.precision after the launcher's is applied.
@@ -103,7 +105,7 @@ def invariants(config: Config, dataset: Dataset, *, precision: str) -> dict[str,
     return fixed | {"train.precision": precision, "the dataset's fingerprint": dataset.fingerprint}
 
 
-def check_same_run(now: dict[str, Any], saved: Saved) -> None:
+def check_same_run(now: Json, saved: Saved) -> None:
     """Raises ConfigError that names every field whose value would make this another run, with both values."""
     before = saved.state["config"]
     check_removed(before, str(saved.path))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.files import locked, write_json
+from pipeline.files import Json, locked, write_json
 
 from . import environment, watchdog
 
@@ -112,7 +112,7 @@ def read_json(path: Path, *, cure: str) -> Any:
         raise DataError(f"{path}: cannot be read as JSON ({err}); {cure}") from err
 
 
-def read_config(run: Path, *needed: str) -> dict[str, Any]:
+def read_config(run: Path, *needed: str) -> Json:
     """config.json: a run's configuration and how it was started. Raises DataError if a `needed` name is missing."""
     path = run / CONFIG
     described = read_json(path, cure="copy the run folder again")
@@ -123,10 +123,10 @@ def read_config(run: Path, *needed: str) -> dict[str, Any]:
     return described
 
 
-def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
+def read_metrics(run: Path) -> dict[str, list[Json]]:
     """metrics.jsonl: its lines by kind, such as "train" and "val". Raises DataError."""
     path, number = run / "metrics.jsonl", 0
-    lines: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    lines: dict[str, list[Json]] = collections.defaultdict(list)
     try:
         for text in path.read_text(encoding="utf-8").splitlines():
             number += 1

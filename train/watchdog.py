@@ -21,9 +21,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline import errors
+from pipeline.files import Json
 
 HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
 LOOK_SECONDS = 0.5
@@ -168,7 +168,7 @@ class Watchdog:
         os._exit(errors.HANG)
 
 
-def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: float, step: int) -> str:
+def describe(beats: dict[int, Json], silent: list[int], *, seconds: float, step: int) -> str:
     """Names the ranks without a heartbeat, or else those that are behind the others."""
     since = f"no step for {seconds:g} seconds after step {step}"
     if silent:
@@ -184,7 +184,7 @@ def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: fl
     return f"{since}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
 
 
-def _who(rank: int, beat: dict[str, Any]) -> str:
+def _who(rank: int, beat: Json) -> str:
     return f"rank {rank} (process {beat['pid']} on {beat['host']})"
 
 
@@ -228,7 +228,7 @@ def _stack_path(folder: Path, rank: int) -> Path:
     return folder / STACKS / f"rank-{rank:05d}.txt"
 
 
-def _read_beat(folder: Path, rank: int) -> dict[str, Any]:
+def _read_beat(folder: Path, rank: int) -> Json:
     unknown = {"step": 0, "phase": DATA, "beats": 0, "host": "an unknown host", "pid": "unknown", "started": ""}
     try:
         return unknown | json.loads(_beat_path(folder, rank).read_text())
@@ -245,7 +245,7 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _kill(beat: dict[str, Any]) -> None:
+def _kill(beat: Json) -> None:
     """Ends the process of a heartbeat if it runs here: one that is stopped answers no other signal."""
     pid, ours = beat["pid"], beat["host"] == socket.gethostname() and beat["pid"] != os.getpid()
     if ours and beat["started"] and _started(pid) == beat["started"]:
