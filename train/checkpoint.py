@@ -48,7 +48,7 @@ class Saved:
     model: Weights
     optimizer: dict[str, Any]  # by "<parameter>.<name>", for `restore_optimizer`
     state: Json
-    average: Weights = field(default_factory=dict)
+    average: Weights  # none: empty
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Checkpoints:
     keep: int
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _pending: Future[None] | None = None
-    _staging: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _staging: dict[str, Weights] = field(default_factory=dict)  # the tensors of each file, on the host
 
     @property
     def folder(self) -> Path:
@@ -92,8 +92,8 @@ class Checkpoints:
         moments = {f"{p}.{name}": v for p, values in optimizer["state"].items() for name, v in values.items()}
         tensors = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
         numbers = {name: value for name, value in moments.items() if name not in tensors}
-        staged = self._stage({MODEL: model, OPTIMIZER: tensors} | ({AVERAGE: average} if average else {}))
-        self._pending = self._writer.submit(self._publish, step, staged, {**state, "step": step, "optimizer": numbers})
+        self._stage({MODEL: model, OPTIMIZER: tensors} | ({AVERAGE: average} if average else {}))
+        self._pending = self._writer.submit(self._publish, step, {**state, "step": step, "optimizer": numbers})
 
     def wait(self) -> None:
         """Returns when the last save is on the disk. Raises OSError, once, if it failed."""
@@ -106,20 +106,19 @@ class Checkpoints:
         """Whether a save has failed whose error `wait` has not raised yet."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def _stage(self, files: dict[str, Weights]) -> dict[str, Weights]:
-        """Copies on the host, in memory that is kept: fresh pages cost more than the copy itself."""
-        staged: dict[str, Weights] = {file: {} for file in files}
+    def _stage(self, files: dict[str, Weights]) -> None:
+        """Copies to the host, into memory that is kept: fresh pages cost more than the copy itself."""
         for file, tensors in files.items():
+            kept = self._staging.setdefault(file, {})
             for name, tensor in tensors.items():
-                if (file, name) not in self._staging:
+                if name not in kept:
                     pinned = tensor.device.type == "cuda"
-                    self._staging[file, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                staged[file][name] = self._staging[file, name].copy_(tensor.detach(), non_blocking=True)
+                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                kept[name].copy_(tensor.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return staged
 
-    def _publish(self, step: int, staged: dict[str, Weights], state: Json) -> None:
+    def _publish(self, step: int, state: Json) -> None:
         """Temporary folder → fsync → rename; only then are old ones removed."""
         path = self.path(step)
         partial = path.with_name(path.name + PARTIAL)
@@ -127,7 +126,7 @@ class Checkpoints:
             _remove(stale)
         partial.mkdir(parents=True)
         try:
-            for name, tensors in staged.items():
+            for name, tensors in self._staging.items():
                 write_tensors(partial / name, tensors)
             write_json(partial / STATE, state)
             write_json(partial / RECORD, {file.name: file_sha256(file) for file in partial.iterdir()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
@@ -44,7 +43,7 @@ class ExitReport:
     def __enter__(self) -> ExitReport:
         return self
 
-    def __exit__(self, kind: type | None, err: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(self, kind: Any, err: BaseException | None, trace: Any) -> bool:
         known = self._as_express_error(err) if err else None
         if known:
             self.code = self._end(known)

@@ -121,8 +121,9 @@ def log(t: Trainer) -> None:
     """Records the means since the last reading. The host waits for the device here, and at no other step."""
     state, means = t.state, t.meter.read(t.loader)
     means |= {"lr": state.rate, "memory_gb": environment.memory_gb(t.accelerator.device)}
-    overflows = {"overflows": state.overflows} if t.accelerator.scaler is not None else {}
-    t.record.write("train", state.step, {"epoch": state.epoch + 1, **means, **overflows})
+    if t.accelerator.scaler is not None:
+        means["overflows"] = state.overflows
+    t.record.write("train", state.step, {"epoch": state.epoch + 1, **means})
     left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
     if t.progress:
         t.progress.note = metrics.progress_note(means, step=state.step, last_step=t.last_step, seconds_left=left)

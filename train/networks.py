@@ -212,7 +212,7 @@ def _freeze(net: nn.Module) -> None:
 
 def without_dropout(net: nn.Module) -> None:
     for module in net.modules():
-        if isinstance(module, Dropout | nn.Dropout | nn.Dropout2d | nn.Dropout3d):
+        if isinstance(module, Dropout | nn.modules.dropout._DropoutNd):
             module.p = 0.0
 
 

@@ -40,20 +40,18 @@ def main(argv: list[str]) -> int:
     stop.install()
     try:
         with report:
-            run(argv, stop, report)
+            from train.cli import (
+                parse,  # imports inside functions: a mistyped preset is reported before torch is loaded
+            )
+
+            config = parse(argv)
+            from train.run_folder import RunFolder
+
+            report.config, report.folder = config, RunFolder(Path(config.run.dir))
+            train_run(config, report.folder, stop, report)
         return report.code
     finally:
         heed_no_more()
-
-
-def run(argv: list[str], stop: Stop, report: ExitReport) -> None:
-    from train.cli import parse  # imports where they are needed: a mistyped preset is reported before torch is loaded
-
-    config = parse(argv)
-    from train.run_folder import RunFolder
-
-    report.config, report.folder = config, RunFolder(Path(config.run.dir))
-    train_run(config, report.folder, stop, report)
 
 
 def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport) -> None:

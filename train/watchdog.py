@@ -192,12 +192,12 @@ def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | 
     """Writes the stacks of all threads to `stacks/rank-NNNNN.txt`, once, after the traceback of `error`."""
     with contextlib.suppress(OSError):
         (folder / STACKS).mkdir(exist_ok=True)
-    with contextlib.suppress(OSError), open(_stack_path(folder, rank), "x") as file:
-        print(reason, file=file, flush=True)
-        if error is not None:
-            traceback.print_exception(error, file=file)
-            file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
+        with open(_stack_path(folder, rank), "x") as file:
+            print(reason, file=file)
+            if error is not None:
+                traceback.print_exception(error, file=file)
+            file.flush()  # the next writes behind Python's back
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def read_hang(folder: Path) -> str:
