@@ -21,7 +21,7 @@ from pipeline.read.augment import AugmentConfig
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
 
-from . import metrics, resume, signals, watchdog
+from . import resume, signals, watchdog
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .config import Config, TrainConfig, augment_at
@@ -110,10 +110,8 @@ def build_trainer(
         compiled = stepper.compiled
         folder.describe(config, dataset, loader, precision=precision, compiled=compiled, ranks=world, threads=cores)
         Inputs.of(dataset, config.augment).write(folder.path)
-    metrics.start(accelerator, config)
-    accelerator.wait_for_everyone()
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
-    record = Record(folder.path, accelerator, resumed_at=resumed_at, record_ids=config.run.record_ids)
+    record = Record(folder.path, accelerator, config, resumed_at=resumed_at)
     record.write("start", state.step, {"ranks": world})
     return Trainer(
         config=config,

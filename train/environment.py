@@ -84,6 +84,4 @@ def _cpu_name() -> str:
 def _gpus() -> list[str]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

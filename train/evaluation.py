@@ -119,8 +119,14 @@ def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Call
     """
     rows: list[Predictions] = []
     for batches in zip(*(group.loader for group in groups), strict=True):
-        images = [(net, batch.images) for group, batch in zip(groups, batches, strict=True) for net in group.nets]
-        scores = mean_scores([of for net, seen in images for of in logits_by_view(net, seen, accelerator.autocast)])
+        scores = mean_scores(
+            [
+                logits
+                for group, batch in zip(groups, batches, strict=True)
+                for net in group.nets
+                for logits in logits_by_view(net, batch.images, accelerator.autocast)
+            ]
+        )
         labels = batches[0].labels
         ranks = torch.where(labels >= 0, rank_of_label(scores, labels.clamp(min=0)), 0)
         losses = F.cross_entropy(scores, labels, reduction="none", ignore_index=-1).double()

@@ -11,10 +11,10 @@ from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, Ex
 
 from . import signals, watchdog
 from .environment import launched
+from .run_folder import EXIT, RunFolder
 
 if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before that
     from .config import Config
-    from .run_folder import RunFolder
     from .trainer import Trainer
 
 LOST_SECONDS = 1.0  # that a rank which has lost another waits for exit.json from the one that knows why
@@ -94,7 +94,9 @@ class ExitReport:
                 self.trainer.saver.checkpoints.wait()
         if self.folder and self.folder.path.is_dir():
             self._write_end(err, self.folder, only_rank0=before_training)
-        print_line(err, only_rank0=before_training or err.together)
+        if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
+            kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
+            print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
         if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:
             from .preflight import report_rejection
 
@@ -110,7 +112,7 @@ class ExitReport:
                 folder.claim(wait_seconds=0)
             if isinstance(err, LostRank):
                 time.sleep(LOST_SECONDS)
-                if folder.has_exit:
+                if (folder.path / EXIT).exists():
                     return
             self.write(err.code, str(err), **err.facts)
 
@@ -124,10 +126,3 @@ def is_lost_connection(err: RuntimeError) -> bool:
     text = str(err).lower()
     gone = ("connection closed", "connection reset", "broken pipe", "connection refused", "timed out")
     return isinstance(err, DistError) or any(words in text for words in gone)
-
-
-def print_line(err: ExpressError, *, only_rank0: bool) -> None:
-    """One line on stderr, of one rank of a machine if all have it, otherwise with the rank."""
-    if launched("LOCAL_RANK") == 0 or not only_rank0:
-        kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
-        print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)

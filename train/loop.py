@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator
 
 from pipeline.errors import ExpressError
-from pipeline.progress import Progress
+from pipeline.progress import Progress, clock
 from pipeline.read.loader import Batch
 
-from . import environment, metrics, signals
+from . import environment, signals
 from .config import behind_the_end
 from .distributed import broadcast_buffers
 from .evaluation import Evaluation, evaluate
@@ -112,8 +112,12 @@ def end_epoch(t: Trainer) -> None:
         log(t)
     if t.meter.all_steps:
         part = f", {t.within_epoch} of {t.steps_per_epoch} steps" if t.within_epoch else ""
-        label = f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}"
-        t.record.log(metrics.summary(label, t.meter.whole() | {"lr": t.state.rate}, t.meter.seconds))
+        means = t.meter.whole()
+        t.record.log(
+            f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}: loss {means['loss']:.4f}, lr {t.state.rate:.4g},"
+            f" {means['images_per_second']:,.0f} img/s, waiting for data {means['data_wait']:.0%},"
+            f" {clock(t.meter.seconds)}"
+        )
     t.meter = Meter(t.accelerator, t.config.train.batch)
 
 
@@ -126,7 +130,10 @@ def log(t: Trainer) -> None:
     t.record.write("train", state.step, {"epoch": state.epoch + 1, **means})
     left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
     if t.progress:
-        t.progress.note = metrics.progress_note(means, step=state.step, last_step=t.last_step, seconds_left=left)
+        t.progress.note = (
+            f"step {state.step:,}/{t.last_step:,}, loss {means['loss']:.4f}, lr {state.rate:.3g},"
+            f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(left)}"
+        )
 
 
 def evaluate_epoch(t: Trainer) -> Evaluation | None:

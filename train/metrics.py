@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.files import Json, atomic_write
-from pipeline.progress import clock
 from pipeline.read.loader import Loader
 from pipeline.settings import flatten
 
@@ -78,22 +77,18 @@ class Meter:
 METRICS, IDS = "metrics.jsonl", "ids"
 
 
-def start(accelerator: Accelerator, config: Config) -> None:
-    """Starts Accelerate's trackers with the configuration; TensorBoard's events lie in the run folder."""
-    alone = config.run.trackers == ("tensorboard",)
-    values = None if alone else {name: str(value) for name, value in flatten(config).items()}
-    accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
-
-
 class Record:
     """The run's records; only the main rank writes metrics, every rank writes its ids.
 
     What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, *, resumed_at: tuple[int, int], record_ids: bool) -> None:
-        self.run, self.accelerator = run, accelerator
-        self.main, self.record_ids = accelerator.is_main_process, record_ids
+    def __init__(self, run: Path, accelerator: Accelerator, config: Config, *, resumed_at: tuple[int, int]) -> None:
+        self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
+        # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
+        alone = config.run.trackers == ("tensorboard",)
+        values = None if alone else {name: str(value) for name, value in flatten(config).items()}
+        accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
         self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
@@ -104,10 +99,10 @@ class Record:
             # Also of ranks that there are no more: a run may resume on fewer.
             for path in (self.run / IDS).glob("rank-*.jsonl"):
                 _trim(path, step, epoch)
-            if self.record_ids:
+            if config.run.record_ids:
                 (self.run / IDS).mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        if self.record_ids:
+        if config.run.record_ids:
             path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
             self._ids = open(path, "a")  # noqa: SIM115 (until close)
 
@@ -168,19 +163,3 @@ def _is_before(line: bytes, step: int, epoch: int) -> bool:
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two
-
-
-def summary(label: str, metrics: dict[str, float], seconds: float) -> str:
-    """The console's line about an epoch."""
-    return (
-        f"{label}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.4g},"
-        f" {metrics['images_per_second']:,.0f} img/s, waiting for data {metrics['data_wait']:.0%}, {clock(seconds)}"
-    )
-
-
-def progress_note(means: dict[str, float], *, step: int, last_step: int, seconds_left: float) -> str:
-    """What stands beside the progress bar."""
-    return (
-        f"step {step:,}/{last_step:,}, loss {means['loss']:.4f}, lr {means['lr']:.3g},"
-        f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(seconds_left)}"
-    )

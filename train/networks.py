@@ -104,7 +104,15 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
     for name, w in wanted.items():
         if name not in weights:
             raise DataError(f"{path}: has no {name}; it holds another net's weights; choose its model.name")
-        _check_alike(path, name, weights[name], w)
+        theirs = weights[name]
+        if theirs.shape != w.shape:
+            both = f"{tuple(theirs.shape)} but this net has {tuple(w.shape)}"
+            raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
+        if theirs.is_floating_point() != w.is_floating_point():
+            kinds = f"{theirs.dtype} but this net has {w.dtype}"
+            raise DataError(f"{path}: {name} is of {kinds}; save the weights as floating-point numbers")
+        if theirs.is_floating_point() and not bool(theirs.isfinite().all()):
+            raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
     if unknown := [name for name in weights if name not in wanted]:
         raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; choose its model.name")
     net.load_state_dict(weights)
@@ -120,17 +128,6 @@ def _other_classes(weights: Weights, wanted: Weights, head: str) -> int:
     classes = len(weight)
     fits = bias is None or bias.shape == (classes,)
     return classes if classes not in (0, len(ours)) and fits else 0
-
-
-def _check_alike(path: Path, name: str, theirs: Tensor, ours: Tensor) -> None:
-    if theirs.shape != ours.shape:
-        both = f"{tuple(theirs.shape)} but this net has {tuple(ours.shape)}"
-        raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
-    if theirs.is_floating_point() != ours.is_floating_point():
-        kinds = f"{theirs.dtype} but this net has {ours.dtype}"
-        raise DataError(f"{path}: {name} is of {kinds}; save the weights as floating-point numbers")
-    if theirs.is_floating_point() and not bool(theirs.isfinite().all()):
-        raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
 
 
 def read_weights(path: Path) -> Weights:
@@ -198,7 +195,7 @@ def heads(net: nn.Module) -> list[tuple[str, Any]]:
     get: Any = getattr(net, "get_classifier", tuple)
     named = get()
     named = named if isinstance(named, tuple | list) else (named,)
-    return [(n, m) for n, m in weighted if any(m is head for head in named)] or weighted[-1:]
+    return [(n, m) for n, m in weighted if m in named] or weighted[-1:]
 
 
 def _freeze(net: nn.Module) -> None:

@@ -94,10 +94,6 @@ class RunFolder:
         """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""
         write_json(self.path / EXIT, {"code": code, "reason": reason, "step": step, **more})
 
-    @property
-    def has_exit(self) -> bool:
-        return (self.path / EXIT).exists()
-
 
 # What a run has recorded, read without claiming its folder
 
