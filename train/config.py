@@ -256,8 +256,12 @@ def _check_crop_sizes(train: TrainConfig, augment: AugmentConfig, model: ModelCo
 def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
     """A line for each field that names an epoch which the run does not reach: presets are made for their own length."""
     late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
-    epochs = {"optim.milestones": late, "optim.warmup_epochs": [optim.warmup_epochs]}
-    epochs |= {f"train.{name}": [getattr(train, name)] for name in ("colour_epochs", "conv1_epochs")}
+    epochs = {
+        "optim.milestones": late,
+        "optim.warmup_epochs": [optim.warmup_epochs],
+        "train.colour_epochs": [train.colour_epochs],
+        "train.conv1_epochs": [train.conv1_epochs],
+    }
     effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
     return [
         f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{effects.get(name, '')}"
