@@ -90,13 +90,13 @@ def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
     train = t.config.train
     left = (t.steps_per_epoch - t.loader.state_dict()["step"]) * train.batch
     main = t.accelerator.is_main_process
-    with Progress(f"epoch {t.state.epoch + 1}/{train.epochs}", left, enabled=main) as t.progress:
-        t.loader.stats()  # counts from here
+    t.progress = Progress(f"epoch {t.state.epoch + 1}/{train.epochs}", left, enabled=main)
+    t.loader.stats()  # counts from here
+    wait_for_data(t)
+    for batch in t.loader:
+        yield batch
+        t.progress.update(train.batch, t.progress.note)
         wait_for_data(t)
-        for batch in t.loader:
-            yield batch
-            t.progress.update(train.batch, t.progress.note)
-            wait_for_data(t)
 
 
 def wait_for_data(t: Trainer) -> None:
@@ -106,6 +106,8 @@ def wait_for_data(t: Trainer) -> None:
 
 def end_epoch(t: Trainer) -> None:
     """Logs the losses that were not read yet, also of a run that was stopped just before, and the epoch's means."""
+    if t.progress:
+        t.progress.close()
     t.profile.end_epoch()
     t.raise_if_bad(t.finite.rest())
     if t.meter.steps:
