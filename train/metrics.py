@@ -156,10 +156,7 @@ def _trim(path: Path, step: int, epoch: int) -> None:
 def _is_before(line: bytes, step: int, epoch: int) -> bool:
     try:
         values = json.loads(line)
-        if not line.endswith(b"\n"):
-            return False
-        return int(values["step"]) <= step and (
-            not values.get("kind", "").startswith("val") or int(values["epoch"]) <= epoch
-        )
+        is_done = not values.get("kind", "").startswith("val") or int(values["epoch"]) <= epoch
+        return line.endswith(b"\n") and int(values["step"]) <= step and is_done
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two
