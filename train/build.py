@@ -15,6 +15,7 @@ from torch import nn
 from model import AlexNet
 from model.summary import count_parameters
 from pipeline.errors import HANG, ConfigError, DataError, first_line
+from pipeline.files import write_json
 from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.augment import AugmentConfig
@@ -28,7 +29,7 @@ from .config import Config, TrainConfig, augment_at
 from .distributed import Agreement, resolved_precision, take_cores, timeout_seconds
 from .environment import launched
 from .metrics import Meter, Record
-from .model_card import Inputs
+from .model_card import INPUTS, Inputs
 from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
 from .optim import Plateau, scaled_to_batch
@@ -109,7 +110,7 @@ def build_trainer(
     if main:
         compiled = stepper.compiled
         folder.describe(config, dataset, loader, precision=precision, compiled=compiled, ranks=world, threads=cores)
-        Inputs.of(dataset, config.augment).write(folder.path)
+        write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
     record = Record(folder.path, accelerator, config, resumed_at=resumed_at)
     record.write("start", state.step, {"ranks": world})

@@ -18,11 +18,14 @@ from pipeline.errors import ConfigError
 from .config import Config
 from .environment import launched
 
+# Our names of precisions and hooks that have others in Accelerate
+NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
+
 
 def make_accelerator(config: Config) -> Accelerator:
     """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
     train, run = config.train, config.run
-    precision = {"launcher": None, "fp32": "no", "tf32": "no"}.get(train.precision, train.precision)
+    precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
         raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
     handlers: list[Any] = []
@@ -32,7 +35,7 @@ def make_accelerator(config: Config) -> Accelerator:
         timeout = datetime.timedelta(seconds=timeout_seconds(config.guard.hang_seconds))
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
         # Views: gradients are stored in DDP's buffers, which saves a copy and memory of the weights' size.
-        hook = DDPCommunicationHookType({"none": "no"}.get(train.compress, train.compress))
+        hook = DDPCommunicationHookType(NAMES.get(train.compress, train.compress))
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook))
     torch.backends.cudnn.benchmark = not run.deterministic  # batches are all of one size
     if run.deterministic:
@@ -62,7 +65,7 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def make_plain_accelerator(precision: str) -> Accelerator:
     """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
+    accelerator = Accelerator(mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator
 

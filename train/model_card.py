@@ -40,7 +40,7 @@ class Inputs:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     statistics: Statistics
-    class_ids: tuple[int, ...] = field(default=())  # the official numbers of ImageNet's kits
+    class_ids: tuple[int, ...] = ()  # the official numbers of ImageNet's kits
 
     @classmethod
     def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
@@ -77,9 +77,6 @@ class Inputs:
             data = base64.b64encode(np.ascontiguousarray(s.mean_image, "<f4").tobytes()).decode()
             values["mean_image"] = {"shape": s.mean_image.shape, "float32": data}
         return values
-
-    def write(self, run: Path) -> None:
-        write_json(run / INPUTS, self.as_json())
 
 
 def read_inputs(run: Path) -> Inputs | None:

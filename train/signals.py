@@ -95,7 +95,7 @@ class Stop:
         """Removes the stop file: the next run must not stop because of it."""
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.unlink(missing_ok=True)
+                self._file.unlink()
 
 
 def heed_no_more() -> None:
