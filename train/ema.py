@@ -23,13 +23,12 @@ class Average:
     def update(self, net: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        floats, counters = [], []
-        for pair in zip(_tensors(self.net), _tensors(net), strict=True):
-            (floats if pair[0].is_floating_point() else counters).append(pair)
-        averages, weights = map(list, zip(*floats))
+        pairs = list(zip(_tensors(self.net), _tensors(net), strict=True))
+        averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        for average, counter in counters:
-            average.copy_(counter)
+        for average, counter in pairs:
+            if not average.is_floating_point():
+                average.copy_(counter)
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:

@@ -201,9 +201,10 @@ def heads(net: nn.Module) -> list[tuple[str, Any]]:
 def _freeze(net: nn.Module) -> None:
     """Freezes an AlexNet's layers before the fully connected ones; of others all but the last. Their batch
     normalisation keeps its statistics."""
-    is_ours = isinstance(net, AlexNet)
-    trained = [] if is_ours else [head for _, head in heads(net)]
-    for module in (*(net.feature_layers() if is_ours else [net]), *trained):
+    frozen, trained = [net], [head for _, head in heads(net)]
+    if isinstance(net, AlexNet):
+        frozen, trained = net.feature_layers(), []
+    for module in (*frozen, *trained):
         module.requires_grad_(module in trained).train(module in trained)
 
 
