@@ -75,9 +75,10 @@ def first_line(err: BaseException) -> str:
 @contextlib.contextmanager
 def reading(what: str, cure: str, *also: type[Exception]) -> Iterator[None]:
     """Raises DataError for whatever values of another form than expected raise, and for the exceptions of `also`."""
+    expected: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, *also)
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, *also) as err:
+    except expected as err:
         raise DataError(f"{what} cannot be read ({err}); {cure}") from err
 
 

@@ -254,7 +254,7 @@ def _check_crop_sizes(train: TrainConfig, augment: AugmentConfig, model: ModelCo
 def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
     """A line for each field that names an epoch which the run does not reach: presets are made for their own length."""
     late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
-    epochs = {
+    epochs: dict[str, list[float]] = {
         "optim.milestones": late,
         "optim.warmup_epochs": [optim.warmup_epochs],
         "train.colour_epochs": [train.colour_epochs],

@@ -231,7 +231,8 @@ def _stack_path(folder: Path, rank: int) -> Path:
 def _read_beat(folder: Path, rank: int) -> Json:
     unknown = {"step": 0, "phase": DATA, "beats": 0, "host": "an unknown host", "pid": "unknown", "started": ""}
     try:
-        return unknown | json.loads(_beat_path(folder, rank).read_text())
+        beat: Json = unknown | json.loads(_beat_path(folder, rank).read_text())
+        return beat
     except (OSError, ValueError, TypeError):
         return unknown
 
