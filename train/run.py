@@ -40,9 +40,8 @@ def main(argv: list[str]) -> int:
     stop.install()
     try:
         with report:
-            from train.cli import (
-                parse,  # imports inside functions: a mistyped preset is reported before torch is loaded
-            )
+            # Imported here and below: a mistyped preset is reported before torch is loaded.
+            from train.cli import parse
 
             config = parse(argv)
             report.config, report.folder = config, RunFolder(Path(config.run.dir))
