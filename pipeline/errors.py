@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -25,12 +25,17 @@ class ExpressError(Exception):
 
     code: exit code of the process. together: whether all ranks raise it at one step, so that one line is enough.
     here: False if another rank met it and reports it. facts: what exit.json says of it beside code and reason.
+    One error can have attributes of its own: ExpressError(message, code=HANG).
     """
 
     code = CHECK_FAILED
     together = False
     here = True
     facts: Mapping[str, object] = MappingProxyType({})
+
+    def __init__(self, message: str, **attributes: object) -> None:
+        super().__init__(message)
+        vars(self).update(attributes)
 
 
 class ConfigError(ExpressError):
@@ -48,15 +53,33 @@ class DataError(ExpressError):
 class BadSample(DataError):
     """A sample whose bytes or image are damaged. `sample`: its position in the split's index."""
 
-    def __init__(self, message: str, *, sample: int) -> None:
-        super().__init__(message)
-        self.sample = sample
+    sample: int
 
 
 class StorageError(ExpressError):
     """The disk is full, or a folder cannot be read or written."""
 
     code = IO_FAILED
+
+    @classmethod
+    def of(cls, err: OSError, path: object) -> StorageError:
+        """`path`: what was read or written, if the error does not name it."""
+        return cls(f"{os.fsdecode(err.filename or str(path))}: {err.strerror or err}")
+
+
+def first_line(err: BaseException) -> str:
+    """What a library says in an exception, as far as it goes into a message; its class if it says nothing."""
+    return next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+
+
+@contextlib.contextmanager
+def reading(what: str, cure: str, *also: type[Exception]) -> Iterator[None]:
+    """Raises DataError for whatever values of another form than expected raise, and for the exceptions of `also`."""
+    expected: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, *also)
+    try:
+        yield
+    except expected as err:
+        raise DataError(f"{what} cannot be read ({err}); {cure}") from err
 
 
 def leave(code: int) -> NoReturn:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from .errors import StorageError
 
+Json = dict[str, Any]  # an object of JSON
 PARTIAL = ".partial"
 LOCK_SECONDS = 3.0  # workers whose parent was killed live for half a second longer
 

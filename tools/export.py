@@ -174,13 +174,20 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
 def write_safetensors(model: Any, images: Any, path: Path) -> None:
     from train.checkpoint import write_tensors
 
-    write_tensors(path, model.net.state_dict(), metadata(model))
+    write_tensors(path, own_tensors(model), metadata(model))
 
 
 def write_pth(model: Any, images: Any, path: Path) -> None:
     import torch
 
-    torch.save({name: t.contiguous() for name, t in model.net.state_dict().items()}, path)
+    torch.save(own_tensors(model), path)
+
+
+def own_tensors(model: Any) -> dict[str, Any]:
+    """Copies of the weights that share no memory, in the format of files."""
+    import torch
+
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.net.state_dict().items()}
 
 
 def metadata(model: Any) -> dict[str, str]:

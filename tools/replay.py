@@ -90,11 +90,11 @@ def measured(run: Any, step: int) -> dict[str, Any]:
             if run.state.step + 1 < step:
                 run.step(batch)
                 continue
-            loss, losses = run.stepper.backward(batch, run.loader.ids(*run.coordinates(step)), step=step - 1)
+            losses = run.stepper.backward(batch, step=step - 1)
             gradients = [p.grad for p in run.stepper.bare.parameters() if p.grad is not None]
             return {
                 "ids": run.ids_of(step),
-                "loss": float(run.accelerator.reduce(loss, "mean")),
+                "loss": float(run.accelerator.reduce(losses.mean(), "mean")),
                 "gradient_norm": float(torch.nn.utils.get_total_norm(gradients)),
                 "losses": run.accelerator.gather(losses.float()).tolist(),
             }

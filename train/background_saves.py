@@ -12,16 +12,6 @@ from .distributed import Agreement
 from .metrics import Record
 
 
-class SaveFailed(StorageError):
-    """A checkpoint or a record could not be written, `here` or by another rank, and the run must stop."""
-
-    together = True
-
-    def __init__(self, message: str, *, here: bool = True) -> None:
-        super().__init__(message)
-        self.here = here
-
-
 class Saver:
     """Checkpoints of a run, written by rank 0; all ranks learn of failed writes.
 
@@ -45,7 +35,7 @@ class Saver:
         try:
             self.checkpoints.wait()
         except OSError as err:
-            self._error = f"{err.filename or self.checkpoints.folder}: {err.strerror or err}"
+            self._error = str(StorageError.of(err, self.checkpoints.folder))
             kept = self.checkpoints.all()
             last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
             print(f"could not save: {self._error}; {last}", file=sys.stderr, flush=True)
@@ -53,8 +43,7 @@ class Saver:
     def is_broken(self, record: Record) -> int:
         """1 if this rank has met an error that must stop the run. Prints any error."""
         if record.error is not None:
-            err, record.error = record.error, None
-            self._error = f"{err.filename or record.run}: {err.strerror or err}"
+            self._error, record.error = str(StorageError.of(record.error, record.run)), None
             print(f"could not record: {self._error}", file=sys.stderr, flush=True)
         elif self.checkpoints.failed:
             self.settle()
@@ -63,13 +52,12 @@ class Saver:
         return int(self.on_error == "stop")
 
     def finish(self, step: int) -> None:
-        """Waits until the last save is on the disk. Raises SaveFailed, at all ranks, if it could not be written."""
+        """Waits until the last save is on the disk. Raises StorageError, at all ranks, if it could not be written."""
         self.settle()
         if self.agreement.largest(int(bool(self._error)))[0]:
             self.raise_failure(step)
 
     def raise_failure(self, step: int) -> None:
-        """Raises SaveFailed; at all ranks together."""
-        if self._error:
-            raise SaveFailed(f"{self._error}; step {step} is not saved")
-        raise SaveFailed(f"another rank could not write; step {step} is not saved", here=False)
+        """Raises StorageError; at all ranks together."""
+        error = self._error or "another rank could not write"
+        raise StorageError(f"{error}; step {step} is not saved", together=True, here=bool(self._error))

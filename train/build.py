@@ -14,24 +14,25 @@ from torch import nn
 
 from model import AlexNet
 from model.summary import count_parameters
-from pipeline.errors import HANG, ConfigError, DataError
+from pipeline.errors import HANG, ConfigError, DataError, first_line
+from pipeline.files import write_json
 from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
 
-from . import metrics, resume, signals, watchdog
+from . import resume, signals, watchdog
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
-from .config import Config, OptimConfig, augment_at
-from .distributed import Agreement, local_world, resolved_precision, take_cores, timeout_seconds
-from .ema import Average
+from .config import Config, TrainConfig, augment_at
+from .distributed import Agreement, resolved_precision, take_cores, timeout_seconds
+from .environment import launched
 from .metrics import Meter, Record
-from .model_card import Inputs
-from .networks import check_crop_sizes, compile_net, create_net, load_weights, set_training, without_dropout
+from .model_card import INPUTS, Inputs
+from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
-from .optim import Plateau, make_optimizer, scaled_to_batch
+from .optim import Plateau, scaled_to_batch
 from .profiling import Profile
 from .run_folder import RunFolder
 from .signals import Stop
@@ -42,14 +43,13 @@ from .watchdog import Watchdog
 INIT = 1_000_000  # a stream of draws, away from the loader's
 
 
-def check_batch(config: Config, *, samples: int, world: int) -> None:
+def check_batch(train: TrainConfig, *, samples: int, world: int, partitions: int) -> None:
     """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
-    train = config.train
-    order.check_batch(train.batch, samples=samples, world=world, partitions=config.data.partitions, field="train.batch")
-    part = train.batch // world
-    if train.accumulate > max(part // 2, 1):
+    order.check_batch(train.batch, samples=samples, world=world, partitions=partitions, field="train.batch")
+    images = train.batch // world
+    if train.accumulate > max(images // 2, 1):
         raise ConfigError(
-            f"train.accumulate={train.accumulate}: a rank has {part} images a step, and at least two go together"
+            f"train.accumulate={train.accumulate}: a rank has {images} images a step, and at least two go together"
         )
 
 
@@ -70,58 +70,59 @@ def build_trainer(
     main, world = accelerator.is_main_process, accelerator.num_processes
     optim = scaled_to_batch(config.optim, config.train.batch)
     agreement = Agreement(world, timeout_seconds=timeout_seconds(config.guard.hang_seconds))
-    precision, cores = resolved_precision(config, accelerator), take_cores(accelerator.device)
-    check_batch(config, samples=config.overfit or dataset.split(config.data.train_split).samples, world=world)
+    precision, cores = resolved_precision(config.train.precision, accelerator), take_cores(accelerator.device)
+    samples = config.overfit or dataset.split(config.data.train_split).samples
+    check_batch(config.train, samples=samples, world=world, partitions=config.data.partitions)
 
     def say(line: str) -> None:
         if main:
             print(line, flush=True)
 
     def loader_at(epoch: int) -> Loader:
-        return make_loader(config, dataset, accelerator, train=True, augment=augment_at(config, epoch))
+        augment = augment_at(config.train, config.augment, epoch)
+        return make_loader(config, dataset, accelerator, train=True, augment=augment)
 
     loader = loader_at(0)
     val_loader = make_loader(config, dataset, accelerator, train=False, augment=config.augment)
     net = make_net(config, classes=len(dataset.classes), say=say)
     checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
+    fixed = resume.invariants(config, dataset, precision=precision)
     saved = resume.choose(
         config,
-        dataset,
+        fixed,
         folder=folder,
         checkpoints=checkpoints,
         agreement=agreement,
         first=main,
-        precision=precision,
         steps_per_epoch=len(loader),
     )
     if config.model.init and not saved and (note := load_weights(net, Path(config.model.init))):
         say(note)
-    stepper, compiled = make_stepper(net, config, accelerator, optim)
+    stepper = Stepper(net, config, accelerator, optim)
     if world > 1:
-        stepper.settle_buckets(loader.ids(0, 0), crop=loader.augment.crop, dtype=getattr(torch, loader.dtype))
+        stepper.settle_buckets(loader)
     state, meter = TrainState(), Meter(accelerator, config.train.batch)
     if saved:
         restore(saved, state, stepper=stepper, meter=meter, loader=loader)
-        say(f"going on from {saved.path}: {done(state, config, steps_per_epoch=len(loader))} done")
+        steps = state.step - state.epoch * len(loader)
+        more = f" and {steps} of {len(loader)} steps" if steps else ""
+        say(f"resuming from {saved.path}: {state.epoch} of {config.train.epochs} epochs{more} done")
     if main:
+        compiled = stepper.compiled
         folder.describe(config, dataset, loader, precision=precision, compiled=compiled, ranks=world, threads=cores)
-        Inputs.of(dataset, config.augment).write(folder.path)
-    metrics.start(accelerator, config)
-    accelerator.wait_for_everyone()
+        write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
-    record = Record(folder.path, accelerator, resumed_at=resumed_at, record_ids=config.run.record_ids)
+    record = Record(folder.path, accelerator, config, resumed_at=resumed_at)
     record.write("start", state.step, {"ranks": world})
     return Trainer(
         config=config,
+        fixed=fixed,
         accelerator=accelerator,
-        dataset=dataset,
         loader=loader,
         loader_at=loader_at,
         val_loader=val_loader,
         stepper=stepper,
         optim=optim,
-        precision=precision,
-        compiled=compiled,
         state=state,
         finite=Finite(
             stepper.bare.parameters(),
@@ -143,7 +144,7 @@ def build_trainer(
             on_hang=partial(report_hang, folder, state, accelerator.process_index),
             parent=parent if watchdog.is_launched() else 0,
         ),
-        profile=Profile(folder.path, config.profile, accelerator.device) if config.profile and main else None,
+        profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
     )
 
 
@@ -169,16 +170,8 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
             average.updates = state.updates
         meter.load_state_dict(kept["meter"])
     except (LookupError, RuntimeError, TypeError, ValueError) as err:
-        reason = str(err).splitlines()[0]
-        raise DataError(f"{saved.path}: does not fit this net ({reason}); choose another --run.dir") from err
+        raise DataError(f"{saved.path}: does not fit this net ({first_line(err)}); choose another --run.dir") from err
     loader.load_state_dict(kept["loader"])
-
-
-def done(state: TrainState, config: Config, *, steps_per_epoch: int) -> str:
-    """How far the run is, in words."""
-    steps = state.step - state.epoch * steps_per_epoch
-    more = f" and {steps} of {steps_per_epoch} steps" if steps else ""
-    return f"{state.epoch} of {config.train.epochs} epochs{more}"
 
 
 def of_this_rank(accelerator: Accelerator) -> dict[str, Any]:
@@ -186,7 +179,7 @@ def of_this_rank(accelerator: Accelerator) -> dict[str, Any]:
     return {
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
-        "local_world": local_world(),
+        "local_world": launched("LOCAL_WORLD_SIZE", 1),
         "device": accelerator.device,
         "dtype": pixel_type(accelerator.mixed_precision, accelerator.device),
         "channels_last": True,
@@ -215,34 +208,12 @@ def make_loader(
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:
     """On the host, initialised from the seed. Raises ConfigError for a net that cannot be."""
     torch.manual_seed(rng.key(config.run.seed, INIT) >> 1)
-    net = create_net(config.model, classes=classes, crop=config.augment.crop)
-    check_crop_sizes(net, config.model.name, config.train.crop_sizes)
-    if isinstance(net, AlexNet) and net.variant.crop != config.augment.crop and not net.variant.any_crop:
-        made_for = f"model.name={config.model.name} is made for augment.crop={net.variant.crop}"
-        say(f"{made_for}; at {config.augment.crop} it has {count_parameters(net):,} parameters")
+    crop, model = config.augment.crop, config.model
+    net = create_net(model, classes=classes, crop=crop, crop_sizes=config.train.crop_sizes)
+    if isinstance(net, AlexNet) and net.variant.crop != crop and not net.variant.any_crop:
+        made_for = f"model.name={model.name} is made for augment.crop={net.variant.crop}"
+        say(f"{made_for}; at {crop} it has {count_parameters(net):,} parameters")
     if config.overfit:
         without_dropout(net)
     # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
     return net.to(memory_format=torch.channels_last)
-
-
-def make_stepper(net: nn.Module, config: Config, accelerator: Accelerator, optim: OptimConfig) -> tuple[Stepper, str]:
-    """The net on its device, wrapped, with its optimiser; and what of it was compiled.
-
-    optim: config.optim, its rates scaled to the batch.
-    """
-    device = accelerator.device
-    average = Average(net.to(device), config.regularize.ema) if config.regularize.ema else None
-    # Before it is wrapped, in place: names of weights stay.
-    compiled = compile_net(net, config.train.compile, device, world=accelerator.num_processes)
-    if average:
-        compile_net(average.net, config.train.compile, device, world=accelerator.num_processes)
-    first_apart, scaled = bool(config.train.conv1_epochs), accelerator.scaler is not None
-    optimizer = make_optimizer(net, optim, first_apart=first_apart, scaled=scaled)
-    try:
-        net, optimizer = accelerator.prepare(net, optimizer)
-    except TypeError as err:  # torch's word for links that cannot carry such numbers
-        raise ConfigError(f"train.compress={config.train.compress}: {err}") from err
-    stepper = Stepper(config, accelerator, net, optimizer, average)
-    set_training(stepper.bare, config.model)
-    return stepper, compiled

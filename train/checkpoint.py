@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,22 +22,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import DataError
-from pipeline.files import PARTIAL, atomic_write, fsync_path, write_json
+from pipeline.errors import DataError, reading
+from pipeline.files import PARTIAL, Json, atomic_write, fsync_path, write_json
+from pipeline.shards import file_sha256
 
 LATEST, BEST, RECORD, STATE = "latest", "best", "record.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 AVERAGE = "average.safetensors"
 FILES = (MODEL, OPTIMIZER, STATE)
+RESUME_ANOTHER = "resume from another one"
 DAMAGED = ".damaged"
+KINDS: dict[str, Any] = {"step": int, "epoch": int, "best_top1": int | float, "config": dict, "loader": dict}
+Weights = dict[str, Tensor]  # by name, as a state_dict
 NAME = re.compile(r"step-(\d{8,})")
-# The format's names of types: https://huggingface.co/docs/safetensors
-TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ class Saved:
     """The content of a checkpoint, as `Checkpoints.save` received it."""
 
     path: Path
-    model: dict[str, Tensor]
+    model: Weights
     optimizer: dict[str, Any]  # by "<parameter>.<name>", for `restore_optimizer`
-    state: dict[str, Any]
-    average: dict[str, Tensor] = field(default_factory=dict)
+    state: Json
+    average: Weights  # none: empty
 
 
 @dataclass
@@ -61,10 +60,9 @@ class Checkpoints:
 
     run: Path
     keep: int
-    stalls: list[float] = field(default_factory=list)  # seconds that the caller of `save` waited
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _pending: Future[None] | None = None
-    _staging: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _staging: dict[str, Weights] = field(default_factory=dict)  # the tensors of each file, on the host
 
     @property
     def folder(self) -> Path:
@@ -76,10 +74,10 @@ class Checkpoints:
         self,
         step: int,
         *,
-        model: dict[str, Tensor],
+        model: Weights,
         optimizer: dict[str, Any],
-        state: dict[str, Any],
-        average: dict[str, Tensor] | None = None,
+        state: Json,
+        average: Weights | None = None,
     ) -> None:
         """Copies the arguments and publishes them in the background as the checkpoint of `step`.
 
@@ -91,11 +89,11 @@ class Checkpoints:
         if self.path(step).is_dir():  # saved in the middle of the evaluation, which is over now
             self._pending = self._writer.submit(self._remove_old, step, state.get("best_step"))
             return
-        started = time.perf_counter()
-        tensors, numbers = _split_optimizer(optimizer)
-        staged = self._stage({MODEL: model, OPTIMIZER: tensors} | ({AVERAGE: average} if average else {}))
-        self._pending = self._writer.submit(self._publish, step, staged, {**state, "step": step, "optimizer": numbers})
-        self.stalls.append(time.perf_counter() - started)
+        moments = {f"{p}.{name}": v for p, values in optimizer["state"].items() for name, v in values.items()}
+        tensors = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+        numbers = {name: value for name, value in moments.items() if name not in tensors}
+        self._stage({MODEL: model, OPTIMIZER: tensors} | ({AVERAGE: average} if average else {}))
+        self._pending = self._writer.submit(self._publish, step, {**state, "step": step, "optimizer": numbers})
 
     def wait(self) -> None:
         """Returns when the last save is on the disk. Raises OSError, once, if it failed."""
@@ -108,20 +106,19 @@ class Checkpoints:
         """Whether a save has failed whose error `wait` has not raised yet."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def _stage(self, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies on the host, in memory that is kept: fresh pages cost more than the copy itself."""
-        staged: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+    def _stage(self, files: dict[str, Weights]) -> None:
+        """Copies to the host, into memory that is kept: fresh pages cost more than the copy itself."""
         for file, tensors in files.items():
+            kept = self._staging.setdefault(file, {})
             for name, tensor in tensors.items():
-                if (file, name) not in self._staging:
+                if name not in kept:
                     pinned = tensor.device.type == "cuda"
-                    self._staging[file, name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                staged[file][name] = self._staging[file, name].copy_(tensor.detach(), non_blocking=True)
+                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                kept[name].copy_(tensor.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return staged
 
-    def _publish(self, step: int, staged: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _publish(self, step: int, state: Json) -> None:
         """Temporary folder → fsync → rename; only then are old ones removed."""
         path = self.path(step)
         partial = path.with_name(path.name + PARTIAL)
@@ -129,9 +126,10 @@ class Checkpoints:
             _remove(stale)
         partial.mkdir(parents=True)
         try:
-            record = {name: write_tensors(partial / name, tensors) for name, tensors in staged.items()}
-            record[STATE] = _write_hashed(partial / STATE, json.dumps(state, indent=1).encode())
-            write_json(partial / RECORD, record)
+            for name, tensors in self._staging.items():
+                write_tensors(partial / name, tensors)
+            write_json(partial / STATE, state)
+            write_json(partial / RECORD, {file.name: file_sha256(file) for file in partial.iterdir()})
             fsync_path(partial)
             os.rename(partial, path)
         except BaseException:
@@ -198,45 +196,32 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Writes a safetensors file from the tensors' own memory; returns its sha256.
+def write_tensors(path: Path, tensors: Weights, metadata: dict[str, str] | None = None) -> None:
+    """Writes contiguous tensors as a safetensors file, from their own memory and without the interpreter's lock.
 
-    Of the library's writers (0.8.0), `save` copies everything and holds the interpreter's lock meanwhile, 0.45 s for
-    480 MB; `save_file` makes files that only their owner can read, and "disk full" is no OSError.
+    Raises OSError if it cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    arrays: list[Any] = []
-    end = 0
-    for name, tensor in sorted(tensors.items()):
-        arrays.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        begin, end = end, end + arrays[-1].nbytes
-        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return _write_hashed(path, len(text).to_bytes(8, "little"), text, *arrays)
-
-
-def _write_hashed(path: Path, *contents: Any) -> str:
-    """Writes and hashes buffers; neither holds the interpreter's lock."""
-    sha256 = hashlib.sha256()
-    with atomic_write(path) as file:
-        for content in contents:
-            sha256.update(content)
-            file.write(content)
-    return sha256.hexdigest()
+    path.touch()
+    mode = path.stat().st_mode  # the library's files can be read by their owner only
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as err:  # the library's word for a full disk
+        raise OSError(0, str(err), str(path)) from err
+    path.chmod(mode)
+    fsync_path(path)
 
 
 def load(path: Path) -> Saved:
     """The checkpoint as it was saved. Raises DataError if it does not verify."""
     files = verified(path)
-    try:
+    with reading(f"{path}:", RESUME_ANOTHER, SafetensorError):
         state = json.loads(files[STATE])
         optimizer = deserialise(files[OPTIMIZER]) | state.pop("optimizer")
-        _require(state, step=int, epoch=int, best_top1=float, config=dict, loader=dict)
+        for name, kind in KINDS.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{STATE}: {name}={state[name]!r}")
         average = deserialise(files[AVERAGE]) if AVERAGE in files else {}
         return Saved(path, deserialise(files[MODEL]), optimizer, state, average)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DataError(f"{path}: cannot be read ({err}); resume from another one") from err
 
 
 def verified(path: Path) -> dict[str, bytes]:
@@ -249,30 +234,14 @@ def verified(path: Path) -> dict[str, bytes]:
         files = {name: (path / name).read_bytes() for name in names}
         damaged = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != record[name]]
     except KeyError as err:
-        raise DataError(f"{path}: {RECORD} does not list {err.args[0]}; resume from another one") from err
+        raise DataError(f"{path}: {RECORD} does not list {err.args[0]}; {RESUME_ANOTHER}") from err
     except FileNotFoundError as err:
-        raise DataError(f"{path}: {Path(err.filename).name} is missing; resume from another one") from err
+        raise DataError(f"{path}: {Path(err.filename).name} is missing; {RESUME_ANOTHER}") from err
     except (OSError, ValueError, TypeError, AttributeError) as err:
-        raise DataError(f"{path}: not a whole checkpoint ({err}); resume from another one") from err
+        raise DataError(f"{path}: not a whole checkpoint ({err}); {RESUME_ANOTHER}") from err
     if damaged:
-        raise DataError(f"{path}: {damaged[0]} is damaged; resume from another one")
+        raise DataError(f"{path}: {damaged[0]} is damaged; {RESUME_ANOTHER}")
     return files
-
-
-def _require(state: dict[str, Any], **kinds: type) -> None:
-    for name, kind in kinds.items():
-        if not isinstance(state[name], kind if kind is not float else int | float):
-            raise ValueError(f"{STATE}: {name}={state[name]!r}")
-
-
-def _split_optimizer(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors named "<parameter>.<name>", and the rest as JSON."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for parameter, values in optimizer["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{parameter}.{name}"] = value
-    return tensors, numbers
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model import ModelConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line, reading
+from pipeline.files import Json
 from pipeline.manifest import Dataset, Statistics, open_dataset
 from pipeline.settings import updated
 
@@ -117,11 +118,11 @@ def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) ->
     weights = {"classes": len(known.classes), "step": saved.state["step"], "averaged": averaged}
     names = ("config", "command", "ranks", "precision", "environment")
     recipe = {name: described[name] for name in names if name in described}
-    card = Card(config.model, config.augment, known, weights, recipe, _validated(run, weights, recipe))
+    card = Card(config.model, config.augment, known, weights, recipe, _validated(run, config, weights, recipe))
     return Classifier(saved.path, net, card, flat["train.precision"])
 
 
-def _inputs_from_shards(run: Path, shards: str, config: Config, flat: dict[str, Any]) -> Inputs:
+def _inputs_from_shards(run: Path, shards: str, config: Config, flat: Json) -> Inputs:
     missing = f"{run}: does not hold its {INPUTS}; name the shards that it was trained on by --data.shards"
     try:
         dataset = open_dataset(shards, check_splits=False) if shards else None
@@ -132,13 +133,12 @@ def _inputs_from_shards(run: Path, shards: str, config: Config, flat: dict[str, 
     return Inputs.of(dataset, config.augment)
 
 
-def _validated(run: Path, weights: dict[str, Any], recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def _validated(run: Path, config: Config, weights: Json, recipe: Json) -> list[Json]:
     """The accuracy of these weights that training itself has recorded, as a row of the card."""
     try:
         lines = read_metrics(run)["val of average" if weights["averaged"] else "val"]
     except DataError:
         return []
-    config = updated(Config(), recipe.get("config", {}))
     how = {"split": config.data.val_split, "views": config.augment.views, "command": recipe.get("command", "")}
     found = [line for line in lines if line.get("step") == weights["step"]]
     return [{**how, **{name: line[name] for name in NAMES}} for line in found[-1:]]
@@ -204,10 +204,8 @@ def _metadata(path: Path) -> str | None:
 
 def _card(path: Path, text: str | None) -> Card | None:
     """The card of a file: `text`, from its metadata, or else the card beside it."""
-    try:
+    with reading(f"{path}: its model card", "export the weights again"):
         return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
-    except ValueError as err:
-        raise DataError(f"{path}: its model card cannot be read ({err}); export the weights again") from err
 
 
 def _new_net(config: ModelConfig, crop: int, classes: int) -> nn.Module:
@@ -243,7 +241,7 @@ def _from_onnx(path: Path) -> Classifier:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         text = session.get_modelmeta().custom_metadata_map.get(METADATA)
     except Exception as err:  # onnxruntime has a class of its own for every way a file can be wrong
-        raise DataError(f"{path}: cannot be read as ONNX ({str(err).splitlines()[0][:120]}); export it again") from err
+        raise DataError(f"{path}: cannot be read as ONNX ({first_line(err)[:120]}); export it again") from err
     card = _card(path, text)
     if card is None:
         raise DataError(f"{path}: has no model card, so how it sees images is not known; export it by tools/export.py")

@@ -82,10 +82,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         validate(self)
         if len(self.crop_sizes) != len(self.crop_until):
-            raise ConfigError(
-                f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}:"
-                " give one epoch for each size"
-            )
+            both = f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}"
+            raise ConfigError(f"{both}: give one epoch for each size")
         if not _rise((0, *self.crop_until)):
             raise ConfigError(f"train.crop_until={_plain(self.crop_until)}: must be epochs that rise, from 1")
 
@@ -253,12 +251,15 @@ def _check_crop_sizes(train: TrainConfig, augment: AugmentConfig, model: ModelCo
         raise ConfigError(f"{sizes}: model.name={model.name} takes one size; use modern")
 
 
-def behind_the_end(config: Config) -> list[str]:
+def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
     """A line for each field that names an epoch which the run does not reach: presets are made for their own length."""
-    train, optim = config.train, config.optim
     late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
-    epochs = {"optim.milestones": late, "optim.warmup_epochs": [optim.warmup_epochs]}
-    epochs |= {f"train.{name}": [getattr(train, name)] for name in ("colour_epochs", "conv1_epochs")}
+    epochs: dict[str, list[float]] = {
+        "optim.milestones": late,
+        "optim.warmup_epochs": [optim.warmup_epochs],
+        "train.colour_epochs": [train.colour_epochs],
+        "train.conv1_epochs": [train.conv1_epochs],
+    }
     effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
     return [
         f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{effects.get(name, '')}"
@@ -288,9 +289,8 @@ def _check_tracker(name: str) -> None:
         raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
 
 
-def augment_at(config: Config, epoch: int) -> AugmentConfig:
+def augment_at(train: TrainConfig, augment: AugmentConfig, epoch: int) -> AugmentConfig:
     """The augmentation of training images in an epoch, from 0: crops may grow, colour shifts may end."""
-    train, augment = config.train, config.augment
     for size, until in zip(train.crop_sizes, train.crop_until):
         if epoch < until:
             augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))

@@ -16,42 +16,47 @@ from pipeline import cores
 from pipeline.errors import ConfigError
 
 from .config import Config
+from .environment import launched
+
+# Our names of precisions and hooks that have others in Accelerate
+NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
 
 
 def make_accelerator(config: Config) -> Accelerator:
     """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
-    precision = {"launcher": None, "fp32": "no", "tf32": "no"}.get(config.train.precision, config.train.precision)
-    if config.train.precision == "tf32" and not torch.cuda.is_available():
+    train, run = config.train, config.run
+    precision = NAMES.get(train.precision, train.precision)
+    if train.precision == "tf32" and not torch.cuda.is_available():
         raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
     handlers: list[Any] = []
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched("WORLD_SIZE", 1)
     if world > 1:  # one process joins no group
-        backend = None if config.run.ddp_backend == "auto" else config.run.ddp_backend
+        backend = None if run.ddp_backend == "auto" else run.ddp_backend
         timeout = datetime.timedelta(seconds=timeout_seconds(config.guard.hang_seconds))
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
         # Views: gradients are stored in DDP's buffers, which saves a copy and memory of the weights' size.
-        hook = DDPCommunicationHookType({"none": "no"}.get(config.train.compress, config.train.compress))
+        hook = DDPCommunicationHookType(NAMES.get(train.compress, train.compress))
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook))
-    torch.backends.cudnn.benchmark = not config.run.deterministic  # batches are all of one size
-    if config.run.deterministic:
+    torch.backends.cudnn.benchmark = not run.deterministic  # batches are all of one size
+    if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            log_with=list(config.run.trackers),
-            project_config=ProjectConfiguration(config.run.dir, logging_dir=config.run.dir),
+            log_with=list(run.trackers),
+            project_config=ProjectConfiguration(run.dir, logging_dir=run.dir),
             kwargs_handlers=handlers,
         )
     except ValueError as err:
-        chosen = f"train.precision={config.train.precision}, run.ddp_backend={config.run.ddp_backend}"
+        chosen = f"train.precision={train.precision}, run.ddp_backend={run.ddp_backend}"
         raise ConfigError(f"{chosen}: {err}") from err
     if world != accelerator.num_processes:
         raise ConfigError(
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
             f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
         )
-    set_products(config.train.precision)
+    set_products(train.precision)
     check_scaler(accelerator)
     if (parts := accelerator.gradient_accumulation_steps) != 1:  # it would divide what is divided already
         raise ConfigError(f"the launcher's gradient_accumulation_steps={parts}: use --train.accumulate {parts} instead")
@@ -60,7 +65,7 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def make_plain_accelerator(precision: str) -> Accelerator:
     """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
+    accelerator = Accelerator(mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator
 
@@ -80,17 +85,10 @@ def set_products(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
-def resolved_precision(config: Config, accelerator: Accelerator) -> str:
+def resolved_precision(precision: str, accelerator: Accelerator) -> str:
     """What train.precision resolves to: the launcher may decide."""
-    if config.train.precision == "tf32":
-        return "tf32"
-    precision: str = accelerator.mixed_precision
-    return {"no": "fp32"}.get(precision, precision)
-
-
-def local_world() -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mixed: str = accelerator.mixed_precision
+    return "tf32" if precision == "tf32" else {"no": "fp32"}.get(mixed, mixed)
 
 
 def take_cores(device: torch.device) -> dict[str, Any]:
@@ -98,13 +96,13 @@ def take_cores(device: torch.device) -> dict[str, Any]:
 
     Launchers set one thread a rank, which starves a CPU. Returns what was done, for config.json.
     """
-    ranks = local_world()
+    ranks = launched("LOCAL_WORLD_SIZE", 1)
     shares = None
     if device.type == "cuda" and hasattr(os, "sched_setaffinity"):
         near = [_cores_near_gpu(gpu) for gpu in range(min(ranks, torch.cuda.device_count()))]
         shares = cores.divide(near, sorted(os.sched_getaffinity(0))) if len(near) == ranks else None
     if shares is not None:
-        cores.pin(shares[int(os.environ.get("LOCAL_RANK", "0"))])
+        cores.pin(shares[launched("LOCAL_RANK")])
     threads = cores.threads_per_rank(ranks)
     torch.set_num_threads(threads)
     return {"ranks_on_this_machine": ranks, "threads_a_rank": threads, "pinned_to_cores": shares}
@@ -143,11 +141,7 @@ class Agreement:
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, at every rank."""
-        if self.group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        return self.from_all(value)[0]
 
 
 def broadcast_buffers(net: nn.Module) -> None:

@@ -23,12 +23,12 @@ class Average:
     def update(self, net: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, weights = _tensors(self.net), _tensors(net)
-        pairs = [(a, w) for a, w in zip(averages, weights, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
-        for a, w in zip(averages, weights, strict=True):
-            if not a.is_floating_point():
-                a.copy_(w)
+        pairs = list(zip(_tensors(self.net), _tensors(net), strict=True))
+        averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, counter in pairs:
+            if not average.is_floating_point():
+                average.copy_(counter)
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:

@@ -34,6 +34,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def launched(name: str, default: int = 0) -> int:
+    """A number that launchers set for each rank, such as RANK; `default` for a process that was started alone."""
+    return int(os.environ.get(name, default))
+
+
 def memory_gb(device: Any) -> float:
     """The greatest use so far: of the GPU's memory by tensors, or of this process's."""
     if device.type == "cuda":
@@ -79,6 +84,4 @@ def _cpu_name() -> str:
 def _gpus() -> list[str]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

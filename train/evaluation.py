@@ -74,23 +74,18 @@ def evaluate(
     """
     training = [module for module in net.modules() if module.training]  # frozen layers are not
     net.eval()
-    hits = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    seen = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # float64 holds whole numbers to 9e15
     for number, (images, labels, _) in enumerate(loader):
         with accelerator.autocast():
             logits = net(images)
         logits = logits.float()
         ranks = rank_of_label(logits, labels)
-        hits += torch.stack([(ranks < 1).sum(), (ranks < BEST).sum()])
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        seen += len(labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([(ranks < 1).sum(), (ranks < BEST).sum(), loss, (ranks >= 0).sum()])
         if number < loader.common_steps:
             between()
     for module in training:
         module.training = True
-    # float64 holds whole numbers to 9e15, so one reduction carries all four sums.
-    sums = torch.cat([hits.double(), loss_sum[None], torch.full_like(loss_sum[None], seen)])
     top1, top5, loss, images = accelerator.reduce(sums, "sum").tolist()
     assert images == loader.samples, f"evaluated {images} of {loader.samples} images"
     return Result(top1 / images, top5 / images, loss / images, int(images))
@@ -124,8 +119,14 @@ def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Call
     """
     rows: list[Predictions] = []
     for batches in zip(*(group.loader for group in groups), strict=True):
-        images = [(net, batch.images) for group, batch in zip(groups, batches, strict=True) for net in group.nets]
-        scores = mean_scores([of for net, seen in images for of in logits_by_view(net, seen, accelerator.autocast)])
+        scores = mean_scores(
+            [
+                logits
+                for group, batch in zip(groups, batches, strict=True)
+                for net in group.nets
+                for logits in logits_by_view(net, batch.images, accelerator.autocast)
+            ]
+        )
         labels = batches[0].labels
         ranks = torch.where(labels >= 0, rank_of_label(scores, labels.clamp(min=0)), 0)
         losses = F.cross_entropy(scores, labels, reduction="none", ignore_index=-1).double()

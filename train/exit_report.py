@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError
+from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
 
 from . import signals, watchdog
+from .environment import launched
+from .run_folder import EXIT, RunFolder
 
 if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before that
     from .config import Config
-    from .run_folder import RunFolder
     from .trainer import Trainer
 
 LOST_SECONDS = 1.0  # that a rank which has lost another waits for exit.json from the one that knows why
@@ -27,10 +26,6 @@ class Interrupted(ExpressError):
 
 class LostRank(ExpressError):
     code = CHECK_FAILED
-
-
-class Hang(ExpressError):
-    code = HANG
 
 
 class ExitReport:
@@ -48,7 +43,7 @@ class ExitReport:
     def __enter__(self) -> ExitReport:
         return self
 
-    def __exit__(self, kind: type | None, err: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(self, kind: Any, err: BaseException | None, trace: Any) -> bool:
         known = self._as_express_error(err) if err else None
         if known:
             self.code = self._end(known)
@@ -68,16 +63,12 @@ class ExitReport:
         if isinstance(err, ExpressError):
             return err
         if isinstance(err, KeyboardInterrupt):  # signals.Stop raises it until training begins
-            return Interrupted("stopped before it went on with training; the same command starts again")
+            return Interrupted("stopped before training began; the same command starts again")
         if isinstance(err, OSError):
-            path = err.filename or (self.folder.path if self.folder else "")
-            return StorageError(f"{os.fsdecode(path)}: {err.strerror or err}")
-        return self._of_torch(err)
-
-    def _of_torch(self, err: BaseException) -> ExpressError | None:
+            return StorageError.of(err, self.folder.path if self.folder else "")
         text = str(err)
         if isinstance(err, RuntimeError) and is_lost_connection(err):
-            lost = LostRank(f"another rank ended; its own line says why ({text.splitlines()[0]})")
+            lost = LostRank(f"another rank ended; its own line says why ({first_line(err)})")
             lost.__cause__ = err
             return lost
         if "does not have a deterministic implementation" in text:
@@ -95,16 +86,18 @@ class ExitReport:
             signals.heed_no_more()
         if self.folder and isinstance(err, LostRank) and (hang := watchdog.read_hang(self.folder.path)):
             # The other rank was lost because it hung, and the rank that noticed has reported it.
-            watchdog.dump_stacks(self.folder.path, rank(), hang, error=err.__cause__)
-            err = Hang(hang)
+            watchdog.dump_stacks(self.folder.path, launched("RANK"), hang, error=err.__cause__)
+            err = ExpressError(hang, code=HANG)
         if self.trainer:
             self.trainer.watchdog.close()
             with contextlib.suppress(Exception):  # a save of an earlier step is worth waiting for
                 self.trainer.saver.checkpoints.wait()
         if self.folder and self.folder.path.is_dir():
             self._write_end(err, self.folder, only_rank0=before_training)
-        print_line(err, only_rank0=before_training or err.together)
-        if self.config is None and not isinstance(err, Interrupted) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
+            kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
+            print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+        if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:
             from .preflight import report_rejection
 
             report_rejection(err)
@@ -112,35 +105,24 @@ class ExitReport:
 
     def _write_end(self, err: ExpressError, folder: RunFolder, *, only_rank0: bool) -> None:
         """exit.json, by the rank that knows; a folder that another run holds stays as it is."""
-        if isinstance(err, signals.Preempted) or not err.here or (rank() and (only_rank0 or err.facts)):
+        if isinstance(err, signals.Preempted) or not err.here or (launched("RANK") and (only_rank0 or err.facts)):
             return  # written already, or another rank writes it
         with contextlib.suppress(OSError, ExpressError):  # the folder may be what failed; line and code remain
             if self.trainer is None and not folder.is_ours:
                 folder.claim(wait_seconds=0)
             if isinstance(err, LostRank):
                 time.sleep(LOST_SECONDS)
-                if folder.has_exit:
+                if (folder.path / EXIT).exists():
                     return
             self.write(err.code, str(err), **err.facts)
 
 
 def is_lost_connection(err: RuntimeError) -> bool:
     """Whether a collective failed because its peer is gone; torch has no class of error for gloo's."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched("WORLD_SIZE") <= 1:
         return False
     from torch.distributed import DistError
 
     text = str(err).lower()
     gone = ("connection closed", "connection reset", "broken pipe", "connection refused", "timed out")
     return isinstance(err, DistError) or any(words in text for words in gone)
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def print_line(err: ExpressError, *, only_rank0: bool) -> None:
-    """One line on stderr, of one rank of a machine if all have it, otherwise with the rank."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0 or not only_rank0:
-        kind = "" if err.code == PREEMPTED else "error: "
-        print(f"{kind}{f'[rank {rank()}] ' if rank() else ''}{err}", file=sys.stderr, flush=True)

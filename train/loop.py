@@ -6,38 +6,33 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from torch import nn
-
-from pipeline.errors import CHECK_FAILED, ExpressError
-from pipeline.progress import Progress
+from pipeline.errors import ExpressError
+from pipeline.progress import Progress, clock
 from pipeline.read.loader import Batch
 
-from . import environment, metrics, resume, signals
+from . import environment, signals
 from .config import behind_the_end
 from .distributed import broadcast_buffers
-from .evaluation import Evaluation, Result, evaluate
+from .evaluation import Evaluation, evaluate
 from .metrics import Meter
 from .nonfinite import LossNotFinite
 from .signals import Preempted
-from .trainer import DATA, EVALUATING, SAVING, Trainer
-
-
-class NotOverfitted(ExpressError):
-    """A net that cannot fit a few images."""
-
-    code = CHECK_FAILED
+from .trainer import Trainer
+from .watchdog import DATA, EVALUATING, SAVING
 
 
 def train(t: Trainer) -> Evaluation:
     """Trains what is left, evaluates as train.eval_every says, and saves; returns the last figures.
 
-    Raises Preempted after a request to stop, when the step is saved; LossNotFinite, SaveFailed, NotOverfitted.
+    Raises Preempted after a request to stop, when the step is saved; LossNotFinite; StorageError; ExpressError if
+    --overfit fails.
     """
     state, c, result = t.state, t.config, None
     begin(t)
     while not is_over(t):
         for batch in rest_of_epoch(t):
-            stop = step(t, batch)
+            with t.profile.step():
+                stop = t.step(batch)
             if state.step % c.run.log_every == 0 and t.meter.steps:
                 log(t)
             if stop:
@@ -59,19 +54,20 @@ def train(t: Trainer) -> Evaluation:
         check_overfit(t, result)
     result = result or last_figures(t)
     finish_saving(t)
-    if t.profile:
-        t.record.log(t.profile.cut_short())
+    t.profile.end_run()
     return result
 
 
 def begin(t: Trainer) -> None:
     """Logs what the run uses, and starts to watch for hangs and requests to stop."""
     c, loader = t.config, t.loader
-    t.record.log(f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank")
-    t.record.log(f"decoder: {loader.decoder()}")
-    t.record.log(f"compiled: {t.compiled}")
-    for note in behind_the_end(c):
-        t.record.log(note)
+    for line in (
+        f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank",
+        f"decoder: {loader.decoder()}",
+        f"compiled: {t.stepper.compiled}",
+        *behind_the_end(c.train, c.optim),
+    ):
+        t.record.log(line)
     if c.optim.scale_lr != "none":
         t.record.log(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
     t.tick(DATA)
@@ -105,40 +101,25 @@ def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
 
 def wait_for_data(t: Trainer) -> None:
     t.tick(DATA)
-    if t.profile:
-        t.profile.asks()
-
-
-def step(t: Trainer, batch: Batch) -> int:
-    """One step, profiled if that was asked for; returns any rank's request to stop, or 0."""
-    if t.profile is None:
-        return t.step(batch)
-    t.profile.begins()
-    stop = t.step(batch)
-    report_profile(t, t.profile.ends())
-    return stop
-
-
-def report_profile(t: Trainer, table: str | None) -> None:
-    """Prints the profile's table once there is one; a run has one profile."""
-    if table:
-        t.record.log(table)
-        t.profile = None
+    t.profile.waits()
 
 
 def end_epoch(t: Trainer) -> None:
     """Logs the losses that were not read yet, also of a run that was stopped just before, and the epoch's means."""
     if t.progress:
         t.progress.close()
-    if t.profile:
-        report_profile(t, t.profile.epoch_ends())
+    t.profile.end_epoch()
     t.raise_if_bad(t.finite.rest())
     if t.meter.steps:
         log(t)
     if t.meter.all_steps:
         part = f", {t.within_epoch} of {t.steps_per_epoch} steps" if t.within_epoch else ""
-        label = f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}"
-        t.record.log(metrics.summary(label, t.meter.whole() | {"lr": t.state.rate}, t.meter.seconds))
+        means = t.meter.whole()
+        t.record.log(
+            f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}: loss {means['loss']:.4f}, lr {t.state.rate:.4g},"
+            f" {means['images_per_second']:,.0f} img/s, waiting for data {means['data_wait']:.0%},"
+            f" {clock(t.meter.seconds)}"
+        )
     t.meter = Meter(t.accelerator, t.config.train.batch)
 
 
@@ -146,11 +127,15 @@ def log(t: Trainer) -> None:
     """Records the means since the last reading. The host waits for the device here, and at no other step."""
     state, means = t.state, t.meter.read(t.loader)
     means |= {"lr": state.rate, "memory_gb": environment.memory_gb(t.accelerator.device)}
-    overflows = {"overflows": state.overflows} if t.accelerator.scaler is not None else {}
-    t.record.write("train", state.step, {"epoch": state.epoch + 1, **means, **overflows})
+    if t.accelerator.scaler is not None:
+        means["overflows"] = state.overflows
+    t.record.write("train", state.step, {"epoch": state.epoch + 1, **means})
     left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
     if t.progress:
-        t.progress.note = metrics.progress_note(means, step=state.step, last_step=t.last_step, seconds_left=left)
+        t.progress.note = (
+            f"step {state.step:,}/{t.last_step:,}, loss {means['loss']:.4f}, lr {state.rate:.3g},"
+            f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(left)}"
+        )
 
 
 def evaluate_epoch(t: Trainer) -> Evaluation | None:
@@ -166,8 +151,7 @@ def evaluate_epoch(t: Trainer) -> Evaluation | None:
         raise LossNotFinite(
             f"the validation loss of epoch {number} is {result.weights.loss:.6g}; nothing of it is saved; try a lower"
             f" optim.lr than {t.config.optim.lr}",
-            step=state.step,
-            loss=result.weights.loss,
+            facts={"step": state.step},
         )
     state.epoch = number
     # An evaluation that only limit_steps asks for must not change the run that resumes after it.
@@ -181,25 +165,24 @@ def evaluate_epoch(t: Trainer) -> Evaluation | None:
 
 def count(t: Trainer) -> Evaluation:
     """Evaluates the net, and the average of its weights if there is one."""
-    average = t.stepper.average
-    return Evaluation(count_one(t, t.stepper.bare), count_one(t, average.net) if average else None)
 
-
-def count_one(t: Trainer, net: nn.Module) -> Result:
     def after_each_batch() -> None:
         t.tick(EVALUATING)
         (stop,) = t.agreement.largest(t.stop_request())
         if stop:
             save_and_stop(t, stop)
 
-    broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
-    return evaluate(net, t.val_loader, t.accelerator, between=after_each_batch)
+    results = []
+    for net in t.stepper.nets:
+        broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
+        results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch))
+    return Evaluation(*results)
 
 
-def record_evaluation(t: Trainer, result: Evaluation, *, epoch: int) -> None:
-    t.record.write("val", t.state.step, {"epoch": epoch, **dataclasses.asdict(result.weights)})
-    if result.average:
-        t.record.write("val of average", t.state.step, {"epoch": epoch, **dataclasses.asdict(result.average)})
+def record_evaluation(t: Trainer, evaluation: Evaluation, *, epoch: int) -> None:
+    for kind, result in (("val", evaluation.weights), ("val of average", evaluation.average)):
+        if result:
+            t.record.write(kind, t.state.step, {"epoch": epoch, **vars(result)})
 
 
 def last_figures(t: Trainer) -> Evaluation:
@@ -213,10 +196,10 @@ def last_figures(t: Trainer) -> Evaluation:
 
 
 def check_overfit(t: Trainer, result: Evaluation | None) -> None:
-    """Raises NotOverfitted if an image is still wrong."""
+    """Raises ExpressError if an image is still wrong."""
     result = result or count(t)
     if result.best.top1 < 1:
-        raise NotOverfitted(
+        raise ExpressError(
             f"after {t.state.epoch} epochs {result.weights.top1:.1%} of {t.config.overfit} images are right;"
             " try more train.epochs or another optim.lr, or look for a mistake in the net"
         )
@@ -238,7 +221,7 @@ def save(t: Trainer) -> None:
                 "loader": t.loader.state_dict(),
                 "meter": meter,
                 "scaler": scaler.state_dict() if scaler is not None else None,
-                "config": resume.resume_invariants(t.config, t.dataset, precision=t.precision),
+                "config": t.fixed,
                 "epochs": t.config.train.epochs,
                 "ranks": t.accelerator.num_processes,
             },
@@ -246,7 +229,7 @@ def save(t: Trainer) -> None:
 
 
 def finish_saving(t: Trainer) -> None:
-    """Waits, at all ranks, until the last checkpoint is on the disk. Raises SaveFailed."""
+    """Waits, at all ranks, until the last checkpoint is on the disk. Raises StorageError."""
     t.tick(SAVING)
     t.saver.finish(t.state.step)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.files import atomic_write
-from pipeline.progress import clock
+from pipeline.files import Json, atomic_write
 from pipeline.read.loader import Loader
 from pipeline.settings import flatten
 
@@ -59,31 +60,21 @@ class Meter:
 
     # What was added and not yet read outlives the process: a resumed run records the same means.
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """Asks all ranks."""
-        if not self.steps:
-            return {"steps": 0, "losses": []}
-        losses: Tensor = self.accelerator.gather(torch.as_tensor(self.loss).reshape(1))
-        return {"steps": self.steps, "losses": losses.tolist()}
+        losses = self.accelerator.gather(torch.as_tensor(self.loss).reshape(1)).tolist() if self.steps else []
+        return {"steps": self.steps, "losses": losses}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of another number of ranks the mean is taken on, so that the next reading's is right."""
-        if not state["steps"]:
-            return
-        losses, world = state["losses"], self.accelerator.num_processes
-        loss = losses[self.accelerator.process_index] if len(losses) == world else sum(losses) / len(losses)
-        self.steps, self.loss = state["steps"], torch.tensor(loss, device=self.accelerator.device)
+    def load_state_dict(self, state: Json) -> None:
+        """If another number of ranks saved it, each takes the mean, so that the next reading's is right."""
+        self.steps, losses = state["steps"], state["losses"]
+        if self.steps:
+            same = len(losses) == self.accelerator.num_processes
+            loss = losses[self.accelerator.process_index] if same else sum(losses) / len(losses)
+            self.loss = torch.tensor(loss, device=self.accelerator.device)
 
 
 METRICS, IDS = "metrics.jsonl", "ids"
-
-
-def start(accelerator: Accelerator, config: Config) -> None:
-    """Starts Accelerate's trackers with the configuration; TensorBoard's events lie in the run folder."""
-    names = config.run.trackers
-    project = "tensorboard" if names == ("tensorboard",) else "imagenet-express"
-    values = {name: str(value) for name, value in flatten(config).items()} if names != ("tensorboard",) else None
-    accelerator.init_trackers(project, config=values)
 
 
 class Record:
@@ -92,9 +83,12 @@ class Record:
     What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, *, resumed_at: tuple[int, int], record_ids: bool) -> None:
-        self.run, self.accelerator = run, accelerator
-        self.main, self.record_ids = accelerator.is_main_process, record_ids
+    def __init__(self, run: Path, accelerator: Accelerator, config: Config, *, resumed_at: tuple[int, int]) -> None:
+        self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
+        # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
+        alone = config.run.trackers == ("tensorboard",)
+        values = None if alone else {name: str(value) for name, value in flatten(config).items()}
+        accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
         self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
@@ -105,34 +99,37 @@ class Record:
             # Also of ranks that there are no more: a run may resume on fewer.
             for path in (self.run / IDS).glob("rank-*.jsonl"):
                 _trim(path, step, epoch)
-            if self.record_ids:
+            if config.run.record_ids:
                 (self.run / IDS).mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        if self.record_ids:
+        if config.run.record_ids:
             path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
             self._ids = open(path, "a")  # noqa: SIM115 (until close)
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def write(self, kind: str, step: int, values: Json) -> None:
         """One line of metrics.jsonl, one point of each TensorBoard curve."""
         if self._metrics is None:
             return
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
-        try:
+        with self._keeping_error():
             self._append(self._metrics, line)
             self.accelerator.log(numbers, step=step)
-        except OSError as err:
-            self.error = self.error or err
 
     def ids(self, step: int, ids: Any) -> None:
         """The samples of this rank at optimiser step `step`."""
         if self._ids is not None:
-            try:
+            with self._keeping_error():
                 self._append(self._ids, {"step": step, "ids": ids.tolist()})
-            except OSError as err:
-                self.error = self.error or err
 
-    def _append(self, file: Any, line: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _keeping_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            self.error = self.error or err
+
+    def _append(self, file: Any, line: Json) -> None:
         file.write(json.dumps(line) + "\n")
         file.flush()
 
@@ -141,17 +138,10 @@ class Record:
             print(line, flush=True)
 
     def close(self) -> None:
-        self._close_files()
+        for file in filter(None, (self._metrics, self._ids)):
+            with self._keeping_error():  # of what was still to be written
+                file.close()
         self.accelerator.end_training()
-
-    def _close_files(self) -> None:
-        for file in (self._metrics, self._ids):
-            if file is not None:
-                try:
-                    file.close()
-                except OSError as err:  # of what was still to be written
-                    self.error = self.error or err
-        self._metrics = self._ids = None
 
 
 def _trim(path: Path, step: int, epoch: int) -> None:
@@ -166,26 +156,7 @@ def _trim(path: Path, step: int, epoch: int) -> None:
 def _is_before(line: bytes, step: int, epoch: int) -> bool:
     try:
         values = json.loads(line)
-        if not line.endswith(b"\n"):
-            return False
-        return int(values["step"]) <= step and (
-            not values.get("kind", "").startswith("val") or int(values["epoch"]) <= epoch
-        )
+        is_done = not values.get("kind", "").startswith("val") or int(values["epoch"]) <= epoch
+        return line.endswith(b"\n") and int(values["step"]) <= step and is_done
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the line that a kill cut in two
-
-
-def summary(label: str, metrics: dict[str, float], seconds: float) -> str:
-    """The console's line about an epoch."""
-    return (
-        f"{label}: loss {metrics['loss']:.4f}, lr {metrics['lr']:.4g},"
-        f" {metrics['images_per_second']:,.0f} img/s, waiting for data {metrics['data_wait']:.0%}, {clock(seconds)}"
-    )
-
-
-def progress_note(means: dict[str, float], *, step: int, last_step: int, seconds_left: float) -> str:
-    """What stands beside the progress bar."""
-    return (
-        f"step {step:,}/{last_step:,}, loss {means['loss']:.4f}, lr {means['lr']:.3g},"
-        f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(seconds_left)}"
-    )

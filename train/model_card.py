@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from model import ModelConfig
-from pipeline.errors import DataError
-from pipeline.files import atomic_write, write_json
+from pipeline.errors import reading
+from pipeline.files import Json, atomic_write, write_json
 from pipeline.manifest import Dataset, Statistics
 from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from pipeline.settings import updated
@@ -40,23 +40,24 @@ class Inputs:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     statistics: Statistics
-    class_ids: tuple[int, ...] = field(default=())  # the official numbers of ImageNet's kits
+    class_ids: tuple[int, ...] = ()  # the official numbers of ImageNet's kits
 
     @classmethod
     def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
         """Raises DataError if the dataset has no statistics."""
-        measured = PLAIN if augment.statistics == "imagenet" else None
         return cls(
-            dataset=str(dataset.manifest["dataset"]),
-            fingerprint=dataset.fingerprint,
-            classes=tuple(dataset.classes),
-            class_names=tuple(dataset.class_names),
-            statistics=measured or dataset.statistics(mean_image=augment.normalize == "mean-image"),
-            class_ids=tuple(dataset.manifest.get("class_ids", ())),
+            str(dataset.manifest["dataset"]),
+            dataset.fingerprint,
+            tuple(dataset.classes),
+            tuple(dataset.class_names),
+            PLAIN
+            if augment.statistics == "imagenet"
+            else dataset.statistics(mean_image=augment.normalize == "mean-image"),
+            tuple(dataset.manifest.get("class_ids", ())),
         )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Inputs:
+    def from_json(cls, values: Json) -> Inputs:
         """Raises ValueError, KeyError or TypeError for values that `as_json` did not return."""
         pixels = None
         if image := values.get("mean_image"):
@@ -68,7 +69,7 @@ class Inputs:
         statistics, ids = Statistics(mean, std, pixels), tuple(values.get("class_ids", ()))
         return cls(values["dataset"], values["fingerprint"], classes, names, statistics, ids)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         s = self.statistics
         values = {**vars(self), "mean": s.mean, "std": s.std}
         del values["statistics"]
@@ -77,18 +78,13 @@ class Inputs:
             values["mean_image"] = {"shape": s.mean_image.shape, "float32": data}
         return values
 
-    def write(self, run: Path) -> None:
-        write_json(run / INPUTS, self.as_json())
-
 
 def read_inputs(run: Path) -> Inputs | None:
     """The inputs of a run; None if it was started before runs kept them. Raises DataError if they are damaged."""
     path, cure = run / INPUTS, "start or resume the run again, which writes it"
     values = read_json(path, cure=cure)
-    try:
+    with reading(f"{path}:", cure):
         return None if values is None else Inputs.from_json(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise DataError(f"{path}: cannot be read ({err}); {cure}") from err
 
 
 FORMAT, VERSION = "imagenet-express model card", 1
@@ -105,14 +101,14 @@ class Card:
     model: ModelConfig
     augment: AugmentConfig
     inputs: Inputs | None
-    weights: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    accuracy: list[dict[str, Any]] = field(default_factory=list)
+    weights: Json = field(default_factory=dict)
+    recipe: Json = field(default_factory=dict)
+    accuracy: list[Json] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, values: Any, *, source: Path) -> Card:
         """Raises DataError if `values` are no card."""
-        try:
+        with reading(f"{source}: its model card", "export the weights again"):
             if (values["format"], values["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {values['format']!r} version {values['version']!r}")
             config = updated(Config(), {name: values[name] for name in ("model", "augment")})
@@ -124,10 +120,8 @@ class Card:
                 recipe=dict(values["recipe"]),
                 accuracy=list(values["accuracy"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as err:
-            raise DataError(f"{source}: its model card cannot be read ({err}); export the weights again") from err
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Json:
         inputs = self.inputs.as_json() if self.inputs else None
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "inputs": inputs}
 

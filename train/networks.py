@@ -20,22 +20,32 @@ from torch.torch_version import TorchVersion
 from model import AlexNet, ModelConfig
 from model.dropout import Dropout
 from model.lrn import ResponseNorm
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.settings import did_you_mean
 
 from . import checkpoint
+from .checkpoint import Weights
 
 
-def create_net(config: ModelConfig, *, classes: int, crop: int) -> nn.Module:
-    """The net of `config`, newly initialised, frozen as config.freeze says.
+def create_net(config: ModelConfig, *, classes: int, crop: int, crop_sizes: tuple[int, ...] = ()) -> nn.Module:
+    """The net of `config`, newly initialised, in training mode, frozen as config.freeze says.
 
+    crop_sizes: others that it must be able to take.
     forward: (N, 3, crop, crop) float → (N, classes) logits. Raises ConfigError for nets that cannot be.
     """
+    alexnet = ":" not in config.name
+    field = "augment.crop"
     try:
-        net = _others_net(config.name, classes) if ":" in config.name else AlexNet(config, classes=classes, crop=crop)
+        net = AlexNet(config, classes=classes, crop=crop) if alexnet else _others_net(config.name, classes)
+        for size in (crop, *crop_sizes):
+            if not alexnet:
+                _check_crop(net, config.name, size)
+            elif size != crop:
+                with torch.device("meta"):
+                    AlexNet(config, classes=1, crop=size)
+            field = "train.crop_sizes"
     except ValueError as err:
-        raise ConfigError(str(err)) from err
-    _check_crop(net, config.name, crop)
+        raise ConfigError(str(err).replace("augment.crop", field, 1)) from err
     if config.freeze == "features":
         _freeze(net)
     return net
@@ -49,7 +59,8 @@ def _others_net(name: str, classes: int) -> nn.Module:
 
         known = models.list_models(module=models)
         # By default these two return more than logits in training.
-        extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if which in _WITH_AUX else {}
+        with_aux = which in ("googlenet", "inception_v3")
+        extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if with_aux else {}
         make: Callable[..., Any] = partial(models.get_model, weights=None, **extra)
     elif library == "timm":
         try:
@@ -66,32 +77,14 @@ def _others_net(name: str, classes: int) -> nn.Module:
     return net
 
 
-_WITH_AUX = ("googlenet", "inception_v3")
-
-
 def _check_crop(net: nn.Module, name: str, crop: int) -> None:
-    """Raises ConfigError, before any data is read, if another library's net cannot take the crop."""
-    if isinstance(net, AlexNet):
-        return
+    """Raises ValueError, before any data is read, if another library's net cannot take the crop."""
     try:
         with torch.no_grad():
             net.eval()(torch.zeros(1, 3, crop, crop))
     except (RuntimeError, AssertionError, ValueError) as err:
-        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise ConfigError(f"augment.crop={crop} does not suit model.name={name}: {reason}") from err
+        raise ValueError(f"augment.crop={crop} does not suit model.name={name}: {first_line(err)}") from err
     net.train()
-
-
-def check_crop_sizes(net: nn.Module, name: str, sizes: tuple[int, ...]) -> None:
-    """Raises ConfigError for a crop of `sizes` that the net cannot take."""
-    for size in sizes:
-        try:
-            if isinstance(net, AlexNet):
-                with torch.device("meta"):
-                    AlexNet(net.config, classes=1, crop=size)
-            _check_crop(net, name, size)
-        except (ValueError, ConfigError) as err:
-            raise ConfigError(str(err).replace("augment.crop", "train.crop_sizes", 1)) from err
 
 
 # Weights
@@ -111,36 +104,33 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
     for name, w in wanted.items():
         if name not in weights:
             raise DataError(f"{path}: has no {name}; it holds another net's weights; choose its model.name")
-        _check_alike(path, name, weights[name], w)
+        theirs = weights[name]
+        if theirs.shape != w.shape:
+            both = f"{tuple(theirs.shape)} but this net has {tuple(w.shape)}"
+            raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
+        if theirs.is_floating_point() != w.is_floating_point():
+            kinds = f"{theirs.dtype} but this net has {w.dtype}"
+            raise DataError(f"{path}: {name} is of {kinds}; save the weights as floating-point numbers")
+        if theirs.is_floating_point() and not bool(theirs.isfinite().all()):
+            raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
     if unknown := [name for name in weights if name not in wanted]:
         raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; choose its model.name")
     net.load_state_dict(weights)
     return note
 
 
-def _other_classes(weights: dict[str, Tensor], wanted: dict[str, Tensor], head: str) -> int:
+def _other_classes(weights: Weights, wanted: Weights, head: str) -> int:
     """The number of classes of the output layer in the file if it differs by that alone; else 0."""
     weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
     ours = wanted[f"{head}.weight"]
-    if weight is None or weight.dim() != ours.dim() or weight.shape[1:] != ours.shape[1:]:
+    if weight is None or weight.shape[1:] != ours.shape[1:]:
         return 0
     classes = len(weight)
     fits = bias is None or bias.shape == (classes,)
     return classes if classes not in (0, len(ours)) and fits else 0
 
 
-def _check_alike(path: Path, name: str, theirs: Tensor, ours: Tensor) -> None:
-    if theirs.shape != ours.shape:
-        both = f"{tuple(theirs.shape)} where this net has {tuple(ours.shape)}"
-        raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
-    if theirs.is_floating_point() != ours.is_floating_point():
-        kinds = f"{theirs.dtype} where this net has {ours.dtype}"
-        raise DataError(f"{path}: {name} is of {kinds}; save the weights as floating-point numbers")
-    if theirs.is_floating_point() and not bool(theirs.isfinite().all()):
-        raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> Weights:
     """Names and tensors of a .safetensors file, a checkpoint folder, or what torch.save made of a state_dict.
 
     Nothing is unpickled but tensors. Raises DataError for anything else.
@@ -191,8 +181,7 @@ def _why_unreadable(err: Exception) -> str:
         return f"holds {found[1]}, which is no part of weights"
     if not isinstance(err, SafetensorError | RuntimeError):
         return "damaged, or more than weights"
-    first = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
-    return f"cannot be read as weights ({_plain(first)[:120]})"
+    return f"cannot be read as weights ({_plain(first_line(err))[:120]})"
 
 
 def _plain(text: str) -> str:
@@ -206,34 +195,22 @@ def heads(net: nn.Module) -> list[tuple[str, Any]]:
     get: Any = getattr(net, "get_classifier", tuple)
     named = get()
     named = named if isinstance(named, tuple | list) else (named,)
-    return [(n, m) for n, m in weighted if any(m is head for head in named)] or weighted[-1:]
-
-
-def _frozen_and_trained(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """With model.freeze=features: an AlexNet's layers before the fully connected ones; of others all but the last."""
-    if isinstance(net, AlexNet):
-        return net.feature_layers(), []
-    return [net], [head for _, head in heads(net)]
+    return [(n, m) for n, m in weighted if m in named] or weighted[-1:]
 
 
 def _freeze(net: nn.Module) -> None:
-    frozen, trained = _frozen_and_trained(net)
+    """Freezes an AlexNet's layers before the fully connected ones; of others all but the last. Their batch
+    normalisation keeps its statistics."""
+    frozen, trained = [net], [head for _, head in heads(net)]
+    if isinstance(net, AlexNet):
+        frozen, trained = net.feature_layers(), []
     for module in (*frozen, *trained):
-        module.requires_grad_(module in trained)
-
-
-def set_training(net: nn.Module, config: ModelConfig) -> None:
-    """Training mode; batch normalisation of frozen layers keeps its statistics."""
-    net.train()
-    if config.freeze == "features":
-        frozen, trained = _frozen_and_trained(net)
-        for module in (*frozen, *trained):
-            module.train(module in trained)
+        module.requires_grad_(module in trained).train(module in trained)
 
 
 def without_dropout(net: nn.Module) -> None:
     for module in net.modules():
-        if isinstance(module, Dropout | nn.Dropout | nn.Dropout2d | nn.Dropout3d):
+        if isinstance(module, Dropout | nn.modules.dropout._DropoutNd):
             module.p = 0.0
 
 
@@ -260,14 +237,10 @@ def compile_net(net: nn.Module, how: str, device: torch.device, *, world: int = 
     return "the model"
 
 
-def _add_one(x: Tensor) -> Tensor:
-    return x + 1
-
-
 def no_compiler(device: torch.device) -> str | None:
     """Why torch.compile cannot work, by trying it on the smallest of functions."""
     try:
-        torch.compile(_add_one)(torch.zeros(2, device=device))
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as err:  # of many kinds: a compiler that is missing, old, or not allowed to write its cache
-        return str(err).strip().splitlines()[0][:120] if str(err).strip() else type(err).__name__
+        return first_line(err)[:120]
     return None

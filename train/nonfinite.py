@@ -12,8 +12,6 @@ from torch import Tensor
 from pipeline.errors import NON_FINITE, ExpressError
 from pipeline.read.backend import HostCopy
 
-from .config import GuardConfig
-
 
 class Finite:
     """Checks each step's loss and gradients.
@@ -40,24 +38,24 @@ class Finite:
     def bad_step(self, step: int, loss: Tensor) -> int:
         """The number of `step`, counted from 1, if it was bad, otherwise 0; if late, of the step before."""
         now = torch.stack([self._is_bad(loss).float(), loss.detach().float()])
-        if not self.late:
-            return self._report(step, now.tolist())
         before, self._before = self._before, (step, self._copy(now))
-        return self._report(before[0], before[1].read().tolist()) if before else 0
+        return self._report(before) if self.late else self.rest()
 
     def rest(self) -> int:
         """The last step's number if it was bad and is not reported yet, otherwise 0."""
         before, self._before = self._before, None
-        return self._report(before[0], before[1].read().tolist()) if before else 0
+        return self._report(before)
 
     def mean_loss(self, accelerator: Accelerator) -> float:
         """Over all ranks, of the step that was reported last. Communicates."""
         loss = torch.tensor(self.loss, device=accelerator.device)  # NCCL takes no host tensors
         return float(accelerator.reduce(loss, "mean"))
 
-    def _report(self, step: int, values: list[float]) -> int:
-        bad, self.loss = values
-        return step if bad else 0
+    def _report(self, step: tuple[int, HostCopy] | None) -> int:
+        if step is None:
+            return 0
+        bad, self.loss = step[1].read().tolist()
+        return step[0] if bad else 0
 
     def _is_bad(self, loss: Tensor) -> Tensor:
         bad = ~torch.isfinite(loss.detach())
@@ -69,28 +67,10 @@ class Finite:
 
 
 class LossNotFinite(ExpressError):
-    """A loss or a gradient is NaN or infinite. step: the first such step; ids: its global batch, if it was trained."""
+    """A loss or a gradient is NaN or infinite. facts: the first such step, and its global batch, if it was trained."""
 
     code, together = NON_FINITE, True
-
-    def __init__(self, message: str, *, step: int, loss: float, ids: list[int] | None = None) -> None:
-        super().__init__(message)
-        self.facts = {"step": step, **({"loss": repr(loss), "ids": ids} if ids else {})}
-
-
-def why_stop(guard: GuardConfig, left_out: int) -> str | None:
-    """None if a step that is not finite may be left out after `left_out` others; otherwise why not, for the message."""
-    if guard.on_bad_numbers == "stop":
-        return ""
-    if left_out >= guard.max_bad_steps:
-        return f"guard.max_bad_steps={guard.max_bad_steps} batches were left out before; "
-    return None
 
 
 def describe(loss: float) -> str:
     return f"the loss is {loss:.6g}{', a gradient is not finite' if math.isfinite(loss) else ''}"
-
-
-def as_json(loss: float) -> float | str:
-    """JSON has no NaN."""
-    return loss if math.isfinite(loss) else str(loss)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,27 +13,43 @@ from model import AlexNet
 
 from .config import OptimConfig
 
+Group = dict[str, Any]  # of parameters that an update treats alike, as in torch
 
-class Velocity(torch.optim.Optimizer):
+
+class _InGroups(torch.optim.Optimizer):
+    """SGD with momentum that updates a group by a few calls over all its tensors: one by one, a GPU would wait for the
+    host to start some 60 small kernels."""
+
+    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+        """Updates weights and velocities by the gradients."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None and group["lr"] > 0]
+            for p in weights:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if weights:
+                velocities = [self.state[p]["momentum_buffer"] for p in weights]
+                self.move(group, weights, [p.grad for p in weights], velocities)
+
+
+class Velocity(_InGroups):
     """SGD whose velocity holds the rate: v ← m·v − λ·lr·w − lr·g, w ← w + v (Krizhevsky et al. 2012, section 5).
 
     torch's keeps the rate outside; the two differ for some steps after each change of it. If lr is 0 nothing moves.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group, w, g, v in _moving(self):
-            torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_add_(v, w, alpha=-group["weight_decay"] * group["lr"])
-            torch._foreach_add_(v, g, alpha=-group["lr"])
-            torch._foreach_add_(w, v)
+    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+        torch._foreach_mul_(v, group["momentum"])
+        torch._foreach_add_(v, w, alpha=-group["weight_decay"] * group["lr"])
+        torch._foreach_add_(v, g, alpha=-group["lr"])
+        torch._foreach_add_(w, v)
 
 
-class Lars(torch.optim.Optimizer):
+class Lars(_InGroups):
     """SGD with a rate for each layer: v ← m·v + r·(g + λ·w), w ← w − v, with t = η·|w| / (|g| + λ·|w|).
 
     r = lr·t (LARS: You, Gitman and Ginsburg 2017, arXiv 1708.03888), or with `clip` min(t, lr) ("LARC"): then lr is
@@ -42,21 +57,15 @@ class Lars(torch.optim.Optimizer):
     normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, eta: float, clip: bool) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "eta": eta, "clip": clip})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group, w, g, v in _moving(self):
-            update = torch._foreach_add(g, w, alpha=group["weight_decay"])
-            torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["adapt"] else group["lr"])
-            torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_add_(v, update)
-            torch._foreach_sub_(w, v)
+    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+        update = torch._foreach_add(g, w, alpha=group["weight_decay"])
+        torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["adapt"] else group["lr"])
+        torch._foreach_mul_(v, group["momentum"])
+        torch._foreach_add_(v, update)
+        torch._foreach_sub_(w, v)
 
 
-def _adapted(w: list[Tensor], g: list[Tensor], group: dict[str, Any]) -> Tensor:
+def _adapted(w: list[Tensor], g: list[Tensor], group: Group) -> Tensor:
     """(n,) lr·t of n layers, on the device: the host does not wait for it."""
     weight, gradient = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
     others = gradient + group["weight_decay"] * weight
@@ -64,21 +73,6 @@ def _adapted(w: list[Tensor], g: list[Tensor], group: dict[str, Any]) -> Tensor:
     trust = torch.where(has_scale, group["eta"] * weight / others, torch.full_like(weight, group["eta"]))
     rate: Tensor = trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
     return rate
-
-
-def _moving(
-    optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor]]]:
-    """(group, weights, gradients, velocities) of all that an update moves. A group is updated by a few calls over all
-    its tensors: one by one, a GPU would wait for the host to start some 60 small kernels."""
-    for group in optimizer.param_groups:
-        weights = [p for p in group["params"] if p.grad is not None and group["lr"] > 0]
-        if weights:
-            states = [optimizer.state[p] for p in weights]
-            for p, state in zip(weights, states, strict=True):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-            yield group, weights, [p.grad for p in weights], [state["momentum_buffer"] for state in states]
 
 
 def make_optimizer(
@@ -91,15 +85,15 @@ def make_optimizer(
     groups = param_groups(net, config, first_apart=first_apart)
     common: Any = {"lr": config.lr, "momentum": config.momentum}
     if config.name == "velocity":
-        return Velocity(groups, **common)
+        return Velocity(groups, common)
     if config.name == "lars":
-        return Lars(groups, **common, eta=config.lars_eta, clip=config.lars_clip)
+        return Lars(groups, common | {"eta": config.lars_eta, "clip": config.lars_clip})
     # torch's fused update skips overflows inside the optimiser, so that they cannot be counted.
     fused = not scaled and all(p.is_floating_point() for group in groups for p in group["params"])
     return torch.optim.SGD(groups, **common, nesterov=config.nesterov, fused=fused or None)
 
 
-def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = False) -> list[dict[str, Any]]:
+def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = False) -> list[Group]:
     """The trainable parameters by how they are treated: kind is "weight", "bias" or "norm" (normalisation's own).
 
     lr_scale multiplies the run's learning rate. first_apart: the first convolution's parameters are in groups of their
@@ -109,7 +103,7 @@ def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = Fal
     if config.biases == "variant" and isinstance(net, AlexNet):
         bias_lr, bias_decay = net.variant.bias_lr, net.variant.bias_decay
     scales = {"weight": (1.0, 1.0), "bias": (bias_lr, bias_decay), "norm": (bias_lr, float(config.norms == "weights"))}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {
+    groups: dict[tuple[str, bool], Group] = {
         (kind, first): {
             "params": [],
             "kind": kind,

@@ -22,12 +22,14 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import BAD_DATA, CHECK_FAILED, IO_FAILED, USAGE, ExpressError
+from pipeline.errors import BAD_DATA, USAGE, ExpressError, StorageError, first_line
+from pipeline.files import Json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.settings import PER_HOST, flatten, marked
 
 from . import environment
 from .config import Config
+from .environment import launched
 from .signals import heed_no_more
 
 START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
@@ -35,14 +37,6 @@ NOTICE_SECONDS = 20.0
 ACK_SECONDS = 10.0  # that rank 0, whose launcher may hold the store, waits until the others know why it ends
 FINGERPRINT = "the dataset's fingerprint"
 CURE = "start the same command, with the same versions and shards, on every host"
-
-
-class Unlike(ExpressError):
-    """Ranks that cannot make one run; the same at all of them."""
-
-    def __init__(self, reason: str, code: int) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 def open_alike(config: Config) -> Dataset:
@@ -54,10 +48,9 @@ def open_alike(config: Config) -> Dataset:
     try:
         dataset = open_dataset(config.data.shards)
         found["facts"] = facts(config, dataset)
-    except ExpressError as err:
-        found |= {"error": str(err), "code": err.code}
-    except OSError as err:
-        found |= {"error": f"{err.filename or config.data.shards}: {err.strerror or err}", "code": IO_FAILED}
+    except (ExpressError, OSError) as err:
+        known = StorageError.of(err, config.data.shards) if isinstance(err, OSError) else err
+        found |= {"error": str(known), "code": known.code}
     _meet(found)
     assert dataset is not None  # otherwise _meet has raised
     return dataset
@@ -65,13 +58,13 @@ def open_alike(config: Config) -> Dataset:
 
 def report_rejection(err: ExpressError) -> None:
     """Reports to the other hosts, whose command lines may be sound, that this rank was rejected and will not come."""
-    if _alone() or _world() == _local_world():
+    if _alone() or not _several_hosts():
         return  # the ranks of one host read the same line
     with contextlib.suppress(Exception):  # only spares the others a long wait; this rank's own line says all
         _meet(_who() | {"error": str(err), "code": err.code, "leaves": True})
 
 
-def facts(config: Config, dataset: Dataset) -> dict[str, Any]:
+def facts(config: Config, dataset: Dataset) -> Json:
     """What decides which numbers a rank computes, by the name that messages use."""
     return {
         FINGERPRINT: dataset.fingerprint,
@@ -94,7 +87,7 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def verdict(ranks: list[dict[str, Any]]) -> tuple[int, str]:
+def verdict(ranks: list[Json]) -> tuple[int, str]:
     """(0, "") if all ranks' facts are equal, otherwise an exit code and a line. ranks: what each has found, by rank."""
     failed = [rank for rank in ranks if "error" in rank]
     if failed:
@@ -114,7 +107,7 @@ def verdict(ranks: list[dict[str, Any]]) -> tuple[int, str]:
     return code, f"{_name(others[0], ranks)} differs from {_name(ranks[0], ranks)}{also}: {shown}{more}; {CURE}"
 
 
-def _name(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
+def _name(rank: Json, ranks: list[Json]) -> str:
     """The host; with the rank if ranks of this host, or hosts of this name, have found different things."""
     same_host = [r for r in ranks if r["host"] == rank["host"]]
     apart = any({**r, "rank": 0} != {**rank, "rank": 0} for r in same_host)
@@ -125,11 +118,7 @@ def _name(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
 
 
 def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _local_world() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", _world()))
+    return launched("WORLD_SIZE", 1)
 
 
 def _alone() -> bool:
@@ -137,12 +126,16 @@ def _alone() -> bool:
     return _world() == 1 or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ
 
 
-def _who() -> dict[str, Any]:
-    return {"rank": int(os.environ["RANK"]), "host": socket.gethostname()}
+def _who() -> Json:
+    return {"rank": launched("RANK"), "host": socket.gethostname()}
 
 
-def _meet(found: dict[str, Any]) -> None:
-    """Rank 0 reads what each rank has found, and publishes its verdict. Raises Unlike at all ranks if they differ."""
+def _several_hosts() -> bool:
+    return _world() > launched("LOCAL_WORLD_SIZE", _world())
+
+
+def _meet(found: Json) -> None:
+    """Rank 0 reads what each rank has found, and publishes its verdict. Raises ExpressError if they differ."""
     import torch.distributed
 
     dist: Any = torch.distributed
@@ -157,22 +150,21 @@ def _meet(found: dict[str, Any]) -> None:
         own.set(f"rank-{rank}", json.dumps(found))
         if rank == 0:
             code, reason = verdict([_awaited(own, f"rank-{r}", f"rank {r}") for r in range(world)])
-            if code:
-                heed_no_more()  # whoever reads the verdict ends, and launchers then end the other ranks
-            own.set("verdict", json.dumps([code, reason]))
-            if code:  # rank 0's process may hold the store
-                _until(lambda: own.add("read", 0) == world - 1, seconds=ACK_SECONDS)
         elif not found.get("leaves"):
             code, reason = _awaited(own, "verdict", "rank 0")
-            if code:
-                heed_no_more()
+        if code:
+            heed_no_more()  # whoever reads the verdict ends, and launchers then end the other ranks
         if rank:
             own.add("read", 1)
+        else:
+            own.set("verdict", json.dumps([code, reason]))
+        if code and not rank:  # rank 0's process may hold the store
+            _until(lambda: own.add("read", 0) == world - 1, seconds=ACK_SECONDS)
     except dist.DistError as err:
-        first = str(err).splitlines()[0]
-        raise Unlike(f"rank {rank} lost the others before the start; their own lines say why ({first})", 1) from err
+        why = "their own lines say why"
+        raise ExpressError(f"rank {rank} lost the others before the start; {why} ({first_line(err)})") from err
     if code:
-        raise Unlike(reason, code)
+        raise ExpressError(reason, code=code)
 
 
 _keep: list[Any] = []
@@ -180,24 +172,24 @@ _keep: list[Any] = []
 
 def _awaited(store: Any, key: str, who: str) -> Any:
     """A key's value, waited for in short sleeps, in which a signal is handled."""
-    started, notice = time.monotonic(), NOTICE_SECONDS
-    while not store.check([key]):
-        waited = time.monotonic() - started
-        if waited > START_SECONDS:
-            raise Unlike(f"{who} of {_world()} did not start within {START_SECONDS:.0f} seconds", CHECK_FAILED)
-        if waited > notice:
-            print(f"waiting for {who} of {_world()} to start", file=sys.stderr, flush=True)
-            notice = START_SECONDS
-        time.sleep(min(0.02 + waited / 20, 1.0))
+
+    def is_there() -> bool:
+        return bool(store.check([key]))
+
+    if not _until(is_there, seconds=NOTICE_SECONDS):
+        print(f"waiting for {who} of {_world()} to start", file=sys.stderr, flush=True)
+        if not _until(is_there, seconds=START_SECONDS - NOTICE_SECONDS):
+            raise ExpressError(f"{who} of {_world()} did not start within {START_SECONDS:.0f} seconds")
     return json.loads(store.get(key))
 
 
 def _until(condition: Callable[[], bool], *, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - started
+        if waited > seconds:
             return False
-        time.sleep(0.05)
+        time.sleep(min(0.02 + waited / 20, 1.0))
     return True
 
 
@@ -222,7 +214,7 @@ def name_interface() -> None:
     Only for several hosts. Gloo would take the interface of the host's own name, on many machines the loopback; NCCL
     the first one it finds, which another host may not reach. If only gloo's is set, NCCL gets the same interface.
     """
-    if _world() <= _local_world():
+    if not _several_hosts():
         return
     name = os.environ.get("GLOO_SOCKET_IFNAME")
     name = name or interface_to(os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "1")))

@@ -1,8 +1,10 @@
-"""Where the time of a few steps goes: torch's profiler, and waiting for data against everything else."""
+"""Where the time of a few steps goes: torch's profiler, and waiting for data against computing."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +16,63 @@ ROWS = 10
 
 
 class Profile:
-    """Profiles `steps` steps of this process within an epoch, after the first BEFORE ones.
+    """Profiles `steps` steps of this process within an epoch, after the first BEFORE ones. 0 steps: does nothing.
 
-    Call `asks` before waiting for a batch, `begins` when it has come, `ends` after its step. The time between `ends`
-    and `asks`, such as saving, counts as neither waiting nor computing.
+    Call `waits` before waiting for a batch, and use `step` around its step. The time between them, such as saving,
+    counts as neither waiting nor computing.
 
-    Leaves RUN/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and table.txt, the ten slowest operations.
-    Not by torch.profiler.schedule: its step marks would be the slowest rows of the table.
+    Leaves RUN/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and table.txt, the ten slowest operations,
+    which `log` receives too. Not by torch.profiler.schedule: its step marks would be the slowest rows of the table.
     """
 
-    def __init__(self, run: Path, steps: int, device: torch.device) -> None:
-        self.folder, self.steps, self.device = run / FOLDER, steps, device
-        self.seen, self.waited, self.computed = 0, 0.0, 0.0
-        self._asked = self._began = 0.0
+    def __init__(self, run: Path, steps: int, device: torch.device, log: Callable[[str], None]) -> None:
+        self.folder, self.steps, self.device, self.log = run / FOLDER, steps, device, log
+        self.seen, self.waited, self.computed, self._asked = 0, 0.0, 0.0, 0.0
         self._profiler: Any = None
 
-    def asks(self) -> None:
+    def waits(self) -> None:
+        if self.steps and self.seen == BEFORE and not self._profiler:
+            from torch.profiler import profile
+
+            self._wait_for_device()
+            self._profiler = profile()  # of the host, and of a GPU if there is one
+            self._profiler.start()
         self._asked = time.perf_counter()
 
-    def begins(self) -> None:
-        self._began = time.perf_counter()
-        if self._profiler is not None:
-            self.waited += self._began - self._asked
-
-    def ends(self) -> str | None:
-        """Counts a step. Returns the table after the last one."""
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
         self.seen += 1
-        if self._profiler is not None:
+        if self._profiler:
             self._wait_for_device()
-            self.computed += time.perf_counter() - self._began
-        if self.seen == BEFORE:
-            self._start()
-        return self._finish() if self.seen == BEFORE + self.steps else None
+            self.waited += began - self._asked
+            self.computed += time.perf_counter() - began
+            if self.seen == BEFORE + self.steps:
+                self.end_epoch()
 
-    def epoch_ends(self) -> str | None:
-        """Returns the table of the steps until here, if any: evaluation must not be in the trace."""
-        return self.cut_short() if self.seen > BEFORE else None
-
-    def cut_short(self) -> str:
-        """The table of a run that ended before all steps were profiled, or why there is none."""
-        if self.seen > BEFORE:
-            return self._finish()
-        return f"no profile: it begins after {BEFORE} steps, and the run had {self.seen}"
-
-    def _start(self) -> None:
-        from torch.profiler import ProfilerActivity, profile
-
-        self._wait_for_device()
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        self._profiler = profile(activities=activities)
-        self._profiler.start()
-
-    def _finish(self) -> str:
+    def end_epoch(self) -> None:
+        """Ends the profile, if it has begun: evaluation must not be in the trace."""
+        if not self._profiler or self.seen == BEFORE:
+            return
         self._profiler.stop()
         self.folder.mkdir(exist_ok=True)
         self._profiler.export_chrome_trace(str(self.folder / TRACE))
         by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table: str = self._profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=50)
+        table = self._profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=50)
         steps, whole = self.seen - BEFORE, max(self.waited + self.computed, 1e-9)
         summary = (
             f"profile of {steps} steps: waiting for data {self.waited / whole:.1%}, computing"
             f" {self.computed / whole:.1%}, {whole / steps * 1000:.1f} ms a step; {self.folder / TRACE}"
         )
         (self.folder / TABLE).write_text(f"{summary}\n{table}\n")
-        return f"{table}\n{summary}"
+        self.log(f"{table}\n{summary}")
+        self._profiler = None
+
+    def end_run(self) -> None:
+        """Logs why there is no profile, if there is none."""
+        if self.steps and self.seen <= BEFORE:
+            self.log(f"no profile: it begins after {BEFORE} steps, and the run had {self.seen}")
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError, ExpressError, StorageError
+from pipeline.files import Json
 from pipeline.manifest import Dataset
 from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marked
 
 from . import preflight
-from .checkpoint import Checkpoints, Saved, load
-from .config import RESUME_NEWEST, Config
+from .checkpoint import RESUME_ANOTHER, Checkpoints, Saved, load
+from .config import RESUME_NEWEST, Config, OptimConfig, TrainConfig
 from .distributed import Agreement
 from .optim import learning_rate, scaled_to_batch
 from .run_folder import LOCK, RunFolder
@@ -22,37 +22,40 @@ FREE = {*marked(Config, MAY_CHANGE), *REMOVED}  # fields whose values a checkpoi
 
 def choose(
     config: Config,
-    dataset: Dataset,
+    fixed: Json,
     *,
     folder: RunFolder,
     checkpoints: Checkpoints,
     agreement: Agreement,
     first: bool,
-    precision: str,
     steps_per_epoch: int,
 ) -> Saved | None:
     """The checkpoint to resume from, which rank 0, the `first`, chooses for all; None: from the start.
 
+    fixed: the run's `invariants`.
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
     path: Path | None = None
     saved: Saved | None = None
     error: ExpressError | None = None
+    claim = ""
     if first:
         try:
             folder.claim()
+            claim = folder.claimed_by()
             saved = _choose(config.resume, checkpoints)
             if saved:
                 path = saved.path
-                check_same_run(config, dataset, saved, precision=precision, steps_per_epoch=steps_per_epoch)
+                check_same_run(fixed, saved)
+                _check_same_rates(config.train, config.optim, saved, steps_per_epoch)
             here = saved is not None and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
         except ExpressError as err:
             error = err
         except OSError as err:
-            error = StorageError(f"{err.filename or folder.path}: {err.strerror or err}")
-    path, claim, error = agreement.from_first((path, folder.claimed_by() if folder.is_ours else "", error))
+            error = StorageError.of(err, folder.path)
+    path, claim, error = agreement.from_first((path, claim, error))
     if error:
         raise error
     if not folder.private:
@@ -74,7 +77,7 @@ def _check_shared_folder(folder: RunFolder, claim: str, agreement: Agreement) ->
 def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     saved, damaged = checkpoints.newest()
     for line in damaged:
-        print(f"passed over: {line.removesuffix('; resume from another one')}", flush=True)
+        print("passed over:", line.removesuffix("; " + RESUME_ANOTHER), flush=True)
     if asked and asked != RESUME_NEWEST:
         named = Path(asked)
         if named.resolve().parent != checkpoints.folder.resolve():
@@ -82,7 +85,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
         if saved and saved.path.name > named.name:
             # Going back would leave two runs' checkpoints in one folder, and the next start would take the other one's.
             raise ConfigError(
-                f"--resume {asked}: {checkpoints.run} goes on to {saved.path.name};"
+                f"--resume {asked}: {checkpoints.run} has {saved.path.name} already;"
                 " to branch off an earlier checkpoint, choose another --run.dir"
             )
         return load(named)
@@ -93,7 +96,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     return saved
 
 
-def resume_invariants(config: Config, dataset: Dataset, *, precision: str) -> dict[str, Any]:
+def invariants(config: Config, dataset: Dataset, *, precision: str) -> Json:
     """Settings that a checkpoint and the run that resumes from it have in common.
 
     precision: the value of train.precision after the launcher's is applied.
@@ -102,9 +105,9 @@ def resume_invariants(config: Config, dataset: Dataset, *, precision: str) -> di
     return fixed | {"train.precision": precision, "the dataset's fingerprint": dataset.fingerprint}
 
 
-def check_same_run(config: Config, dataset: Dataset, saved: Saved, *, precision: str, steps_per_epoch: int) -> None:
+def check_same_run(now: Json, saved: Saved) -> None:
     """Raises ConfigError that names every field whose value would make this another run, with both values."""
-    before, now = saved.state["config"], resume_invariants(config, dataset, precision=precision)
+    before = saved.state["config"]
     check_removed(before, str(saved.path))
     before = flatten(Config()) | before  # fields that are new had their default
     names = sorted((before.keys() | now.keys()) - FREE)
@@ -113,26 +116,25 @@ def check_same_run(config: Config, dataset: Dataset, saved: Saved, *, precision:
         raise ConfigError(
             f"{saved.path} is of another run: {both}. Give the value it was trained with, or choose another --run.dir"
         )
-    _check_same_rates(config, saved, steps_per_epoch)
 
 
-def _check_same_rates(config: Config, saved: Saved, steps_per_epoch: int) -> None:
+def _check_same_rates(train: TrainConfig, optim: OptimConfig, saved: Saved, steps_per_epoch: int) -> None:
     """Raises ConfigError if another number of epochs would have changed a rate up to now."""
-    epochs, done = saved.state.get("epochs", config.train.epochs), saved.state["step"]
-    if epochs == config.train.epochs:
+    epochs, done = saved.state.get("epochs", train.epochs), saved.state["step"]
+    if epochs == train.epochs:
         return
-    if config.train.epochs * steps_per_epoch < done:
+    if train.epochs * steps_per_epoch < done:
         behind = f"{done // steps_per_epoch} epochs and {done % steps_per_epoch} steps behind it"
-        raise ConfigError(f"train.epochs={config.train.epochs} but {saved.path} has {behind}")
-    optim = scaled_to_batch(config.optim, config.train.batch)
+        raise ConfigError(f"train.epochs={train.epochs} but {saved.path} has {behind}")
+    optim = scaled_to_batch(optim, train.batch)
     for step in range(done):
         then, now = (
             learning_rate(optim, step=step, steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * e)
-            for e in (epochs, config.train.epochs)
+            for e in (epochs, train.epochs)
         )
         if then != now:
             raise ConfigError(
-                f"train.epochs={config.train.epochs} but it was {epochs}: with optim.schedule={config.optim.schedule}"
+                f"train.epochs={train.epochs} but it was {epochs}: with optim.schedule={optim.schedule}"
                 f" the rate of step {step + 1} of {saved.path} would have been another; keep it,"
                 " or choose another --run.dir"
             )

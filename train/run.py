@@ -25,11 +25,11 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, leave
 from train.exit_report import ExitReport
+from train.run_folder import RunFolder
 from train.signals import Stop, heed_no_more
 
 if TYPE_CHECKING:
     from train.config import Config
-    from train.run_folder import RunFolder
 
 PARENT = os.getppid()  # the launcher, if there is one; it may have ended before the run is built
 
@@ -40,20 +40,15 @@ def main(argv: list[str]) -> int:
     stop.install()
     try:
         with report:
-            run(argv, stop, report)
+            # Imported here and below: a mistyped preset is reported before torch is loaded.
+            from train.cli import parse
+
+            config = parse(argv)
+            report.config, report.folder = config, RunFolder(Path(config.run.dir))
+            train_run(config, report.folder, stop, report)
         return report.code
     finally:
         heed_no_more()
-
-
-def run(argv: list[str], stop: Stop, report: ExitReport) -> None:
-    from train.cli import parse  # imports where they are needed: a mistyped preset is reported before torch is loaded
-
-    config = parse(argv)
-    from train.run_folder import RunFolder
-
-    report.config, report.folder = config, RunFolder(Path(config.run.dir))
-    train_run(config, report.folder, stop, report)
 
 
 def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.files import locked, write_json
+from pipeline.files import Json, locked, write_json
 
 from . import environment, watchdog
 
@@ -46,18 +46,16 @@ class RunFolder:
         if self.is_ours:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        deadline, first = time.monotonic() + wait_seconds, True
-        while not self.is_ours:
+        for waited, seconds in ((False, min(1.0, wait_seconds)), (True, wait_seconds)):
             try:
-                self._lock = locked(self.path / LOCK, wait_seconds=min(1.0, wait_seconds))
+                self._lock = locked(self.path / LOCK, wait_seconds=seconds)
+                break
             except StorageError:
-                if time.monotonic() >= deadline:
+                if waited or not wait_seconds:
                     raise ConfigError(
                         f"{self.path}: {self._holder()} trains there; wait for its end, or choose another --run.dir"
                     ) from None
-                if first:
-                    print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
-                first = False
+                print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps(holder).encode(), 0)
@@ -96,10 +94,6 @@ class RunFolder:
         """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""
         write_json(self.path / EXIT, {"code": code, "reason": reason, "step": step, **more})
 
-    @property
-    def has_exit(self) -> bool:
-        return (self.path / EXIT).exists()
-
 
 # What a run has recorded, read without claiming its folder
 
@@ -114,7 +108,7 @@ def read_json(path: Path, *, cure: str) -> Any:
         raise DataError(f"{path}: cannot be read as JSON ({err}); {cure}") from err
 
 
-def read_config(run: Path, *needed: str) -> dict[str, Any]:
+def read_config(run: Path, *needed: str) -> Json:
     """config.json: a run's configuration and how it was started. Raises DataError if a `needed` name is missing."""
     path = run / CONFIG
     described = read_json(path, cure="copy the run folder again")
@@ -125,10 +119,10 @@ def read_config(run: Path, *needed: str) -> dict[str, Any]:
     return described
 
 
-def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
+def read_metrics(run: Path) -> dict[str, list[Json]]:
     """metrics.jsonl: its lines by kind, such as "train" and "val". Raises DataError."""
     path, number = run / "metrics.jsonl", 0
-    lines: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    lines: dict[str, list[Json]] = collections.defaultdict(list)
     try:
         for text in path.read_text(encoding="utf-8").splitlines():
             number += 1

@@ -95,7 +95,7 @@ class Stop:
         """Removes the stop file: the next run must not stop because of it."""
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.unlink(missing_ok=True)
+                self._file.unlink()
 
 
 def heed_no_more() -> None:
@@ -116,8 +116,5 @@ def describe(encoded: int, *, world: int) -> str:
 
 def name(code: int) -> str:
     """A request in words."""
-    if code == FILE:
-        return f"the file {STOP_FILE!r} in the run folder"
-    if code == ORPHAN:
-        return "the end of its launcher"
-    return signal.Signals(code - FIRST_SIGNAL).name
+    others = {FILE: f"the file {STOP_FILE!r} in the run folder", ORPHAN: "the end of its launcher"}
+    return others.get(code) or signal.Signals(code - FIRST_SIGNAL).name

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +14,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from model import AlexNet
+from pipeline.errors import ConfigError
 from pipeline.read import rng
 from pipeline.read.backend import to_device
-from pipeline.read.loader import Batch
+from pipeline.read.loader import Batch, Loader
 
-from .config import Config
+from .config import Config, OptimConfig
 from .ema import Average
+from .networks import compile_net
+from .optim import make_optimizer
 
 
 def micro_batches(images: int, count: int) -> list[slice]:
@@ -33,53 +35,58 @@ def micro_batches(images: int, count: int) -> list[slice]:
 class Stepper:
     """The net, its optimiser and the average of its weights.
 
-    net: as Accelerate wraps it; bare: itself. ids are a batch's on the host: asking the device for them would wait
-    for all that it has to do.
+    net: as Accelerate wraps it; bare: itself; nets: that and its average, if there is one. compiled: what
+    train.compile resolved to.
     """
 
-    def __init__(
-        self, config: Config, accelerator: Accelerator, net: nn.Module, optimizer: Any, average: Average | None
-    ) -> None:
+    def __init__(self, net: nn.Module, config: Config, accelerator: Accelerator, optim: OptimConfig) -> None:
+        """optim: config.optim, its rates scaled to the batch."""
         self.config, self.accelerator = config, accelerator
-        self.net, self.optimizer, self.average = net, optimizer, average
-        self.bare: nn.Module = accelerator.unwrap_model(net)
-        self.takes_rows = isinstance(self.bare, AlexNet)
+        decay, device = config.regularize.ema, accelerator.device
+        self.average = Average(net.to(device), decay) if decay else None
+        self.nets = [net, *([self.average.net] if self.average else [])]
+        for one in self.nets:  # before it is wrapped, in place: names of weights stay
+            self.compiled = compile_net(one, config.train.compile, device, world=accelerator.num_processes)
+        first_apart, scaled = bool(config.train.conv1_epochs), accelerator.scaler is not None
+        optimizer = make_optimizer(net, optim, first_apart=first_apart, scaled=scaled)
+        try:
+            self.net, self.optimizer = accelerator.prepare(net, optimizer)
+        except TypeError as err:  # torch's word for links that cannot carry such numbers
+            raise ConfigError(f"train.compress={config.train.compress}: {err}") from err
+        self.bare: nn.Module = accelerator.unwrap_model(self.net)
 
-    def backward(
-        self, batch: Batch, ids: np.ndarray, *, step: int, between: Callable[[], None] = lambda: None
-    ) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of step `step`, from 0; returns this rank's mean loss () and each image's (n,).
+    def backward(self, batch: Batch, *, step: int, between: Callable[[], None] = lambda: None) -> Tensor:
+        """Adds the gradients of step `step`, from 0; returns the loss of each of this rank's images, (n,).
 
         between: called after the last forward pass, before the ranks wait for each other.
         """
-        count, smoothing = len(ids), self.config.regularize.label_smoothing
-        parts = micro_batches(count, self.config.train.accumulate)
+        ids = batch.ids.numpy()  # on the host: asking the device for them would wait for all that it has to do
+        smoothing = self.config.regularize.label_smoothing
+        parts = micro_batches(len(ids), self.config.train.accumulate)
         losses = []
         for number, part in enumerate(parts):
-            images, labels = batch.images[part], batch.labels[part]
             last = part is parts[-1]
-            # Ranks add up their gradients once, after the last part.
+            # Ranks add up their gradients once, after the last micro-batch.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
-                logits = self.logits(images, ids[part], step=step, part=number)
-                each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+                logits = self.logits(batch.images[part], ids[part], step=step, part=number)
+                each = F.cross_entropy(logits, batch.labels[part], reduction="none", label_smoothing=smoothing)
                 if last:
                     between()
-                self.accelerator.backward(each.sum() / count)
+                self.accelerator.backward(each.sum() / len(ids))
             losses.append(each.detach())
-        all_losses = torch.cat(losses)
-        return all_losses.mean(), all_losses
+        return torch.cat(losses)
 
     def logits(self, images: Tensor, ids: np.ndarray, *, step: int, part: int = 0) -> Tensor:
         """Of the training net, with the dropout of step `step`."""
         seed = self.config.run.seed
-        if self.takes_rows:  # masks from coordinates: the same at any world size
+        if isinstance(self.bare, AlexNet):  # masks from coordinates: the same at any world size
             rows = rng.bits(ids, seed=seed, epoch=step, stream=rng.DROPOUT)
             upper = (rows >> np.uint64(32)).astype(np.uint32).view(np.int32)
-            logits: Tensor = self.net(images, to_device(upper, images.device))
-            return logits
+            of_alexnet: Tensor = self.net(images, to_device(upper, images.device))
+            return of_alexnet
         # Other nets draw from torch's generator: seeded from coordinates, so that it has no state to save.
         torch.manual_seed(rng.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
-        logits = self.net(images)
+        logits: Tensor = self.net(images)
         return logits
 
     def update(self) -> bool:
@@ -92,21 +99,19 @@ class Stepper:
             self.average.update(self.bare)
         return moved
 
-    def clear(self) -> None:
-        self.optimizer.zero_grad()
-
-    def settle_buckets(self, ids: np.ndarray, *, crop: int, dtype: torch.dtype) -> None:
-        """A pass over nothing, before the first step; ids: of any step, crop and dtype: of its images.
+    def settle_buckets(self, loader: Loader) -> None:
+        """A pass over zeros, before the first step.
 
         After its first backward pass DDP reorders its buckets. A resumed run has another first step, and would add
         up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
         """
+        ids, crop, dtype = loader.ids(0, 0), loader.augment.crop, getattr(torch, loader.dtype)
         ids = ids[micro_batches(len(ids), self.config.train.accumulate)[0]]
-        images = torch.zeros(len(ids), 3, crop, crop, device=self.accelerator.device, dtype=dtype)
+        images = torch.zeros(len(ids), 3, crop, crop, device=loader.device, dtype=dtype)
         images = images.to(memory_format=torch.channels_last)
         buffers = self.buffers()
         self.accelerator.backward(self.logits(images, ids, step=0).sum() * 0)
-        self.clear()
+        self.optimizer.zero_grad()
         self.put_back(buffers)
 
     # What the forward pass itself changes: a batch that is left out must not stay in averages

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.manifest import Dataset
 from pipeline.progress import Progress
 from pipeline.read.loader import Batch, Loader
 
@@ -23,9 +24,8 @@ from .profiling import Profile
 from .run_folder import RunFolder
 from .signals import Stop
 from .step import Stepper
-from .watchdog import PHASES, Watchdog
+from .watchdog import BACKWARD, FORWARD, Watchdog
 
-DATA, FORWARD, BACKWARD, EVALUATING, SAVING = range(len(PHASES))
 MOST_OVERFLOWS = 60  # in a row: the scale has fallen from 2^16 to 2^-44, and gradients are infinite for another reason
 
 
@@ -48,20 +48,18 @@ class TrainState:
 class Trainer:
     """What a run consists of, made by `build_trainer`.
 
-    optim: config.optim, its rates scaled to the batch. precision, compiled: what train.precision and train.compile
-    resolved to. loader_at: makes the training loader of an epoch.
+    fixed: the settings that a run must have in common with its checkpoints. optim: config.optim, its rates scaled to
+    the batch. loader_at: makes the training loader of an epoch.
     """
 
     config: Config
+    fixed: dict[str, Any]
     accelerator: Accelerator
-    dataset: Dataset
     loader: Loader
     loader_at: Callable[[int], Loader]
     val_loader: Loader
     stepper: Stepper
     optim: OptimConfig
-    precision: str
-    compiled: str
     state: TrainState
     finite: Finite
     meter: Meter
@@ -71,7 +69,7 @@ class Trainer:
     folder: RunFolder
     stop: Stop
     watchdog: Watchdog
-    profile: Profile | None = None
+    profile: Profile
     progress: Progress | None = None
     _overflows_in_a_row: int = 0
 
@@ -94,21 +92,18 @@ class Trainer:
         """Whether an epoch was trained, and the run stopped before its evaluation was over."""
         return bool(self.loader.state_dict()["epoch"] > self.state.epoch)
 
-    def tick(self, phase: int) -> None:
+    def tick(self, phase: str) -> None:
         self.watchdog.tick(self.state.step, phase)
 
-    def coordinates(self, number: int) -> tuple[int, int]:
-        """(epoch, step), from 0, of the run's step `number`, counted from 1."""
-        return divmod(number - 1, self.steps_per_epoch)
-
     def ids_of(self, number: int) -> list[int]:
-        """The global batch of step `number`."""
-        return [int(i) for i in self.loader.ids(*self.coordinates(number), whole=True)]
+        """The global batch of the run's step `number`, counted from 1."""
+        ids: list[int] = self.loader.ids(*divmod(number - 1, self.steps_per_epoch), whole=True).tolist()
+        return ids
 
     def enter_epoch(self) -> None:
         """Replaces the loader if the epoch that it stands in has other crops or colours."""
         at = self.loader.state_dict()
-        if augment_at(self.config, at["epoch"]) != self.loader.augment:
+        if augment_at(self.config.train, self.config.augment, at["epoch"]) != self.loader.augment:
             self.loader.close()
             self.loader = self.loader_at(at["epoch"])
             self.loader.load_state_dict(at)
@@ -118,10 +113,9 @@ class Trainer:
         self.tick(FORWARD)
         self._set_rate()
         state, number, skips = self.state, self.state.step + 1, self.config.guard.on_bad_numbers == "skip"
-        ids = batch.ids.numpy()
         buffers = self.stepper.buffers() if skips else []
         # The backward pass is where ranks wait for each other.
-        loss, _ = self.stepper.backward(batch, ids, step=state.step, between=lambda: self.tick(BACKWARD))
+        loss = self.stepper.backward(batch, step=state.step, between=lambda: self.tick(BACKWARD)).mean()
         bad, broken = self.finite.bad_step(number, loss), self.saver.is_broken(self.record)
         stop, bad, broken = self.agreement.largest(self.stop_request(), bad, broken)
         if bad:
@@ -129,9 +123,9 @@ class Trainer:
         else:
             self._update()
             self.meter.add(loss)
-        self.stepper.clear()
+        self.stepper.optimizer.zero_grad()
         state.step = number
-        self.record.ids(number, ids)
+        self.record.ids(number, batch.ids)
         if broken:
             self.saver.raise_failure(number)
         return stop
@@ -160,13 +154,16 @@ class Trainer:
 
     def _leave_out(self, bad: int, buffers: list[Tensor]) -> None:
         """Skips the update of step `bad` if guard.on_bad_numbers allows it; otherwise raises LossNotFinite."""
-        left_out, why = self.state.left_out, nonfinite.why_stop(self.config.guard, len(self.state.left_out))
-        if why is not None:
-            self.raise_if_bad(bad, why)
+        guard, left_out = self.config.guard, self.state.left_out
+        if guard.on_bad_numbers == "stop":
+            self.raise_if_bad(bad)
+        if len(left_out) >= guard.max_bad_steps:
+            self.raise_if_bad(bad, f"guard.max_bad_steps={guard.max_bad_steps} batches were left out before; ")
         left_out.append(bad)
         self.stepper.put_back(buffers)
         loss = self.finite.mean_loss(self.accelerator)
-        self.record.write("left out", bad, {"bad_step": bad, "loss": nonfinite.as_json(loss), "ids": self.ids_of(bad)})
+        as_json = loss if math.isfinite(loss) else str(loss)  # JSON has no NaN
+        self.record.write("left out", bad, {"bad_step": bad, "loss": as_json, "ids": self.ids_of(bad)})
         self.record.log(f"step {bad}: {nonfinite.describe(loss)}; its update is left out")
 
     def raise_if_bad(self, bad: int, why: str = "") -> None:
@@ -178,9 +175,7 @@ class Trainer:
                 f"{nonfinite.describe(loss)} at step {bad}; {why}tools/replay.py {self.folder.path} {bad} shows it"
                 f" again; try a lower optim.lr than {self.config.optim.lr}, or leave such batches out by"
                 " --guard.on-bad-numbers skip",
-                step=bad,
-                loss=loss,
-                ids=self.ids_of(bad),
+                facts={"step": bad, "loss": repr(loss), "ids": self.ids_of(bad)},
             )
 
     def stop_request(self) -> int:

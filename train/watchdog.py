@@ -21,9 +21,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline import errors
+from pipeline.files import Json
 
 HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
 LOOK_SECONDS = 0.5
@@ -31,10 +31,9 @@ DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
 ORPHAN_SECONDS = 20.0  # that a rank without a launcher may take to save
 PAUSE_SECONDS = 1.0
 SAVING_FACTOR = 10  # a disk may be slow, and what is being written would be lost
-PHASES = ("waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving")
-
-
-SAVING = PHASES.index("saving")
+DATA, FORWARD, BACKWARD, EVALUATING, SAVING = PHASES = (
+    "waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Watchdog:
     on_hang: Callable[[str], None]
     parent: int = 0
     step: int = 0
-    phase: int = 0
+    phase: str = DATA
     _at: float = field(default_factory=time.monotonic)
     _beats: int = 0
     _beat_at: float = 0.0
@@ -69,7 +68,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def tick(self, step: int, phase: int) -> None:
+    def tick(self, step: int, phase: str) -> None:
         """A step was made, or the next part of one begins."""
         self.step, self.phase, self._at = step, phase, time.monotonic()
 
@@ -104,7 +103,7 @@ class Watchdog:
             if stalled > self.hang_seconds / 2:
                 self._listen(now)
             if stalled > min(LOOK_SECONDS * 4, self.hang_seconds / 2) and (reason := read_hang(self.folder)):
-                self._end(reason, first=False)
+                self._end(reason)
             if stalled > self.hang_seconds * (SAVING_FACTOR if self.phase == SAVING else 1):
                 self._declare(now)
 
@@ -114,14 +113,14 @@ class Watchdog:
                 self._orphan_at = now
                 self.on_orphan()
             elif now - self._orphan_at > ORPHAN_SECONDS and stalled > ORPHAN_SECONDS:
-                self._end(f"rank {self.rank} has lost its launcher and makes no step", first=True)
+                self._end(f"rank {self.rank} has lost its launcher and makes no step")
 
     def _beat(self) -> None:
         self._beats += 1
         beat = {
             "rank": self.rank,
             "step": self.step,
-            "phase": PHASES[self.phase],
+            "phase": self.phase,
             "beats": self._beats,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -136,7 +135,7 @@ class Watchdog:
 
     def _listen(self, now: float) -> None:
         for rank in range(self.world):
-            beats = _read_beat(self.folder, rank).get("beats", 0)
+            beats = _read_beat(self.folder, rank)["beats"]
             if rank not in self._seen or self._seen[rank][0] != beats:
                 self._seen[rank] = (beats, now)
 
@@ -152,54 +151,53 @@ class Watchdog:
         reason = describe(beats, silent, seconds=self.hang_seconds, step=self.step)
         with contextlib.suppress(OSError), open(self.folder / HANG, "x") as file:
             json.dump({"reason": reason, "silent": silent}, file)
-        self._end(read_hang(self.folder) or reason, first=True, silent=silent, beats=beats)
-
-    def _end(
-        self, reason: str, *, first: bool, silent: Any = (), beats: dict[int, dict[str, Any]] | None = None
-    ) -> None:
+        reason = read_hang(self.folder) or reason
         dump_stacks(self.folder, self.rank, reason)
-        if first and beats:
-            reachable = [r for r in beats if r not in silent]
-            deadline = time.monotonic() + DUMP_SECONDS
-            while time.monotonic() < deadline and not all(_stack_path(self.folder, r).exists() for r in reachable):
-                time.sleep(0.05)
-            for rank in silent:
-                _kill(beats[rank])
+        reachable = [r for r in beats if r not in silent]
+        deadline = time.monotonic() + DUMP_SECONDS
+        while time.monotonic() < deadline and not all(_stack_path(self.folder, r).exists() for r in reachable):
+            time.sleep(0.05)
+        for rank in silent:
+            _kill(beats[rank])
+        self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        dump_stacks(self.folder, self.rank, reason)
         with contextlib.suppress(Exception):
             self.on_hang(reason)
         os._exit(errors.HANG)
 
 
-def describe(beats: dict[int, dict[str, Any]], silent: list[int], *, seconds: float, step: int) -> str:
+def describe(beats: dict[int, Json], silent: list[int], *, seconds: float, step: int) -> str:
     """Names the ranks without a heartbeat, or else those that are behind the others."""
-    steps = {r: (b.get("step", 0), PHASES.index(b.get("phase", PHASES[0]))) for r, b in beats.items()}
     since = f"no step for {seconds:g} seconds after step {step}"
     if silent:
         return f"{since}: {', '.join(_who(r, beats[r]) for r in silent)} gives no sign of life"
-    behind = [r for r, s in steps.items() if s == min(steps.values())]
-    phase, step = beats[behind[0]].get("phase", PHASES[0]), steps[behind[0]][0]
-    place = f"{phase} of step {step + 1}" if PHASES.index(phase) < 3 else f"{phase} after step {step}"
+    steps = {rank: (beat["step"], PHASES.index(beat["phase"])) for rank, beat in beats.items()}
+    step, phase = slowest = min(steps.values())
+    behind = [rank for rank, at in steps.items() if at == slowest]
+    place = f"{PHASES[phase]} of step {step + 1}" if phase < 3 else f"{PHASES[phase]} after step {step}"
     if len(behind) == len(beats):
-        hosts = list(dict.fromkeys(beat.get("host", "an unknown host") for beat in beats.values()))
+        hosts = list(dict.fromkeys(beat["host"] for beat in beats.values()))
         network = f"; look at the network between {' and '.join(hosts[:2])}" if len(hosts) > 1 else ""
         return f"{since}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}{network}"
     return f"{since}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
 
 
-def _who(rank: int, beat: dict[str, Any]) -> str:
-    return f"rank {rank} (process {beat.get('pid', 'unknown')} on {beat.get('host', 'an unknown host')})"
+def _who(rank: int, beat: Json) -> str:
+    return f"rank {rank} (process {beat['pid']} on {beat['host']})"
 
 
 def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | None = None) -> None:
     """Writes the stacks of all threads to `stacks/rank-NNNNN.txt`, once, after the traceback of `error`."""
     with contextlib.suppress(OSError):
         (folder / STACKS).mkdir(exist_ok=True)
-    with contextlib.suppress(OSError), open(_stack_path(folder, rank), "x") as file:
-        print(reason, file=file, flush=True)
-        if error is not None:
-            traceback.print_exception(error, file=file)
-            file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
+        with open(_stack_path(folder, rank), "x") as file:
+            print(reason, file=file)
+            if error is not None:
+                traceback.print_exception(error, file=file)
+            file.flush()  # the next writes behind Python's back
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def read_hang(folder: Path) -> str:
@@ -230,12 +228,13 @@ def _stack_path(folder: Path, rank: int) -> Path:
     return folder / STACKS / f"rank-{rank:05d}.txt"
 
 
-def _read_beat(folder: Path, rank: int) -> dict[str, Any]:
+def _read_beat(folder: Path, rank: int) -> Json:
+    unknown = {"step": 0, "phase": DATA, "beats": 0, "host": "an unknown host", "pid": "unknown", "started": ""}
     try:
-        beat = json.loads(_beat_path(folder, rank).read_text())
-        return beat if isinstance(beat, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        beat: Json = unknown | json.loads(_beat_path(folder, rank).read_text())
+        return beat
+    except (OSError, ValueError, TypeError):
+        return unknown
 
 
 def _started(pid: int) -> str:
@@ -247,12 +246,10 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _kill(beat: dict[str, Any]) -> None:
+def _kill(beat: Json) -> None:
     """Ends the process of a heartbeat if it runs here: one that is stopped answers no other signal."""
-    pid, started = beat.get("pid"), beat.get("started")
-    if beat.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
-        return
-    if started and _started(pid) == started:
+    pid, ours = beat["pid"], beat["host"] == socket.gethostname() and beat["pid"] != os.getpid()
+    if ours and beat["started"] and _started(pid) == beat["started"]:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
             print(f"killed process {pid}, which had stopped answering", file=sys.stderr, flush=True)

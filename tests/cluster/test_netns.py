@@ -89,7 +89,7 @@ def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, 
     assert stacks == ["rank-00000.txt", "rank-00001.txt"]
     jobs = hosts.start(folder, *told, port=a_port())
     assert both_end(jobs) == [0, 0], jobs[0].said + jobs[1].said
-    assert "going on from" in jobs[0].said
+    assert "resuming from" in jobs[0].said
     assert traces(folder) == traces(one_host)
 
 

@@ -77,7 +77,7 @@ def test_a_run_passes_a_damaged_checkpoint_over_says_so_and_ends_as_before(clean
         said = [line for line in done.stdout.splitlines() if line.startswith("passed over: ")]
         assert len(said) == 1
         assert "step-00000029" in said[0]
-        assert "going on from" in done.stdout
+        assert "resuming from" in done.stdout
         assert traces(folder) == before
         assert not list(folder.glob("checkpoints/*.damaged"))  # a whole one has taken its place
 
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_in_mid_save_ends_with_74_and_the_last_good_checkpoint
         subprocess.run(["mount", "-o", "remount,size=400m", str(small)], check=True)
         done = again(small / "run", digits)
         assert done.returncode == 0, done.stderr
-        assert f"going on from {saved.path}" in done.stdout
+        assert f"resuming from {saved.path}" in done.stdout
         assert traces(small / "run") == traces(clean)
 
 
@@ -201,8 +201,8 @@ def test_a_branch_goes_on_by_the_same_command(clean, digits, tmp_path):
     branch = tmp_path / "branch"
     done = again(branch, digits, "--resume", begun)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {begun}" in done.stdout
+    assert f"resuming from {begun}" in done.stdout
     assert traces(branch)["weights"] == traces(clean)["weights"]
     done = again(branch, digits, "--resume", begun)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {branch / 'checkpoints' / 'step-00000029'}" in done.stdout
+    assert f"resuming from {branch / 'checkpoints' / 'step-00000029'}" in done.stdout

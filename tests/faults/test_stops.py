@@ -48,7 +48,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number
     assert max(global_ids(folder)) == saved
     assert 'train/run.py", line' not in job.said  # no traceback through our files
     again = run(folder, *two(digits), ranks=2)
-    assert f"going on from {folder}/checkpoints/step-{saved:08d}" in again.said
+    assert f"resuming from {folder}/checkpoints/step-{saved:08d}" in again.said
     assert traces(folder) == traces(clean)
 
 
@@ -109,7 +109,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_f
     job.process.kill()
     again = run(folder, *two(digits), ranks=2)  # at once: it waits for what is left of the first
     assert not any(r.is_running() for r in ranks)
-    assert "going on from" in again.said
+    assert "resuming from" in again.said
     assert traces(folder) == traces(clean)
 
 

@@ -158,7 +158,7 @@ def test_a_signal_saves_requeues_and_goes_on_exactly(how, cluster, job, clean):
     assert ended(it)["code"] == 75
     assert 6 <= ended(it)["step"] < 40, it.said
     assert it.wait() == 0, it.said
-    assert it.said.count("going on from") == 1
+    assert it.said.count("resuming from") == 1
     assert traces(it.run) == traces(clean)
 
 
@@ -169,7 +169,7 @@ def test_a_signal_by_which_srun_ends_the_ranks_costs_what_was_not_saved(cluster,
     cluster.call("scancel", "--signal=TERM", "--full", it.id)
     it.wait_for(lambda: it.facts["JobState"] == "PENDING" and it.restarts == 1)
     assert it.wait() == 0, it.said
-    assert f"going on from {it.run}/checkpoints/step-0000000" in it.said
+    assert f"resuming from {it.run}/checkpoints/step-0000000" in it.said
     assert traces(it.run) == traces(clean)
 
 
@@ -232,7 +232,7 @@ def test_a_lost_node_costs_what_was_not_saved_and_the_job_goes_on_when_it_is_bac
     assert it.facts["JobState"] == "PENDING"  # it asks for two nodes
     cluster.start_node("n2")
     assert it.wait() == 0, it.said
-    assert "going on from" in it.said
+    assert "resuming from" in it.said
     assert traces(it.run) == traces(clean)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -78,12 +77,11 @@ DTYPES = [
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4)), max_size=6))
-def test_safetensors_own_reader_reads_what_we_write(tmp_path_factory, tensors):
+def test_safetensors_are_written_whole_whatever_their_types_and_shapes(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("t") / "x.safetensors"
     torch.manual_seed(0)
     written = {f"layer.{i}": (torch.randn(shape) * 9).to(dtype) for i, (dtype, shape) in enumerate(tensors)}
-    sha256 = checkpoint.write_tensors(path, written)
-    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    checkpoint.write_tensors(path, written)
     read = load_file(path)
     assert read.keys() == written.keys()
     for name, value in written.items():

@@ -12,7 +12,7 @@ from pipeline.settings import IN_HELP, MAY_CHANGE, PER_HOST, flatten, marked, up
 from train.cli import _first_sentence, parse, summary
 from train.config import RESUME_NEWEST, Config, augment_at, behind_the_end
 from train.presets import DESCRIPTIONS, PRESETS
-from train.resume import check_same_run, resume_invariants
+from train.resume import check_same_run, invariants
 
 
 def parsed(*argv: str):
@@ -196,14 +196,15 @@ def test_a_file_may_say_what_flags_may(tmp_path):
 def test_epochs_that_a_run_does_not_reach_are_told_or_refused():
     with pytest.raises(ConfigError, match=r"train.crop_until=25 45 65, train.epochs=30: augment.crop=224 would never"):
         parsed("modern", "--data.shards", "x", "--train.epochs", "30")
-    assert not behind_the_end(PRESETS["original"])
-    notes = behind_the_end(parsed("original", "--data.shards", "x", "--train.epochs", "60"))
-    assert notes == [
+    assert not behind_the_end(PRESETS["original"].train, PRESETS["original"].optim)
+    config = parsed("original", "--data.shards", "x", "--train.epochs", "60")
+    assert behind_the_end(config.train, config.optim) == [
         "optim.milestones 79: the run has 60 epochs",
         "train.colour_epochs 67: the run has 60 epochs",
         "train.conv1_epochs 72: the run has 60 epochs",
     ]
-    assert "optim.lr is not reached" in behind_the_end(parsed("demo", "--data.shards", "x", "--train.epochs", "1"))[0]
+    config = parsed("demo", "--data.shards", "x", "--train.epochs", "1")
+    assert "optim.lr is not reached" in behind_the_end(config.train, config.optim)[0]
 
 
 def test_overfitting_takes_no_rates_of_layers_and_no_parts():
@@ -226,12 +227,12 @@ def test_no_file_is_named(tmp_path):
 
 def test_crops_grow_and_colours_and_resizing_follow():
     config = parsed("modern", "--data.shards", "x", "--train.epochs", "9", "--train.crop-until", "2", "4", "6")
-    seen = [augment_at(config, epoch) for epoch in range(9)]
+    seen = [augment_at(config.train, config.augment, epoch) for epoch in range(9)]
     assert [a.crop for a in seen] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
     assert [a.resize for a in seen] == [146, 146, 183, 183, 219, 219, 256, 256, 256]
     assert seen[-1] is config.augment
     original = parsed("original", "--data.shards", "x")
-    assert [augment_at(original, epoch).colour for epoch in (0, 66, 67, 92)] == [0.1, 0.1, 0, 0]
+    assert [augment_at(original.train, original.augment, epoch).colour for epoch in (0, 66, 67, 92)] == [0.1, 0.1, 0, 0]
 
 
 def test_a_preset_is_changed_to_another_schedule_by_one_flag():
@@ -256,15 +257,15 @@ def test_a_checkpoint_made_before_fields_were_removed_and_added_resumes():
         fingerprint = "f"
 
     config = Config()
-    fixed = resume_invariants(config, Data, precision="fp32")
+    fixed = invariants(config, Data, precision="fp32")
     before = {k: v for k, v in fixed.items() if k != "optim.nesterov"}  # as if that field were new
     before |= {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha": "variant"}
-    Saved.state = {"config": before, "step": 0}
-    check_same_run(config, Data, Saved, precision="fp32", steps_per_epoch=1)
+    Saved.state = {"config": before}
+    check_same_run(fixed, Saved)
     for other, message in (
         ({"regularize.mixup": 0.4}, "step-00000007: regularize.mixup=0.4 is no longer supported"),
         ({"optim.nesterov": True}, "optim.nesterov=False but it was True"),
     ):
-        Saved.state = {"config": before | other, "step": 0}
+        Saved.state = {"config": before | other}
         with pytest.raises(ConfigError, match=message):
-            check_same_run(config, Data, Saved, precision="fp32", steps_per_epoch=1)
+            check_same_run(fixed, Saved)

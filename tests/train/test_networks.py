@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from tests.conftest import the_error
 from tests.train.test_run import alone, metrics
 from train.config import OptimConfig
-from train.networks import compile_net, create_net, load_weights, read_weights, set_training
+from train.networks import compile_net, create_net, load_weights, read_weights
 from train.optim import make_optimizer, set_learning_rate
 
 SMALL = ModelConfig("small", width=0.1)
@@ -89,7 +89,7 @@ def test_a_file_that_would_run_something_runs_nothing(how, tmp_path):
         (b"hello", "damaged, or more than weights"),
         ([1, 2], "holds no state_dict"),
         ({"lr": 0.1}, "holds no state_dict"),
-        ("narrower", r"features.conv1.weight is \(\d+, 3, 5, 5\) where this net has"),
+        ("narrower", r"features.conv1.weight is \(\d+, 3, 5, 5\) but this net has"),
         ("missing", "has no features.conv2.weight"),
         ("more", "has extra, which this net has not"),
     ],
@@ -114,7 +114,6 @@ def test_what_does_not_fit_is_named(content, message, tmp_path):
 def test_frozen_features_keep_weights_and_statistics():
     config = ModelConfig("modern", width=0.1, norm="bn", init="weights.pth", freeze="features")
     net = create_net(config, classes=10, crop=64)
-    set_training(net, config)
     with torch.no_grad():
         nn.init.normal_(list(net.in_order())[-1].weight)
     optimizer = make_optimizer(net, OptimConfig(lr=0.1, weight_decay=0.1))
@@ -128,7 +127,6 @@ def test_frozen_features_keep_weights_and_statistics():
 def test_of_other_nets_all_but_the_last_layer_is_frozen():
     net = create_net(ModelConfig("torchvision:resnet18", init="x", freeze="features"), classes=3, crop=64)
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
-    set_training(net, ModelConfig("torchvision:resnet18", init="x", freeze="features"))
     assert not net.bn1.training
 
 
@@ -136,7 +134,6 @@ def test_of_other_nets_all_but_the_last_layer_is_frozen():
 def test_what_no_layer_holds_is_frozen_too_and_statistics_of_any_kind_stay(name):
     config = ModelConfig(name, init="x", freeze="features")
     net = create_net(config, classes=3, crop=224)
-    set_training(net, config)
     trained = [n for n, p in net.named_parameters() if p.requires_grad]
     assert len(trained) == 2
     before = {n: b.clone() for n, b in net.named_buffers()}
@@ -165,7 +162,7 @@ ODD = {
     "no dimension": (weights_with(**{f"{HEAD}weight": torch.tensor(1.0)}), "fc8.weight is"),
     "no class": (weights_with(**{f"{HEAD}weight": torch.zeros(0, 409)}), "fc8.weight is"),
     "bias of others": (weights_with(**{f"{HEAD}weight": torch.zeros(7, 409)}), "fc8.weight is"),
-    "whole numbers": ({n: w.to(torch.int8) for n, w in weights_with().items()}, "is of torch.int8 where"),
+    "whole numbers": ({n: w.to(torch.int8) for n, w in weights_with().items()}, "is of torch.int8 but"),
     "complex": ({n: w.to(torch.complex64) for n, w in weights_with().items()}, "is no plain tensor of numbers"),
     "meta": ({n: w.to("meta") for n, w in weights_with().items()}, "is no plain tensor of numbers"),
     "sparse": ({n: w.to_sparse() for n, w in weights_with().items()}, "is no plain tensor of numbers"),

@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, digits, tm
     process.wait()
     resumed = launch(*args)  # the same command
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from {run / 'checkpoints' / 'step-00000022'}: 1 of 2 epochs done" in resumed.stdout
+    assert f"resuming from {run / 'checkpoints' / 'step-00000022'}: 1 of 2 epochs done" in resumed.stdout
     assert global_ids(run) == global_ids(one)
     for field in ("step", "lr", "loss"):
         assert [m[field] for m in metrics(run, "train")] == [m[field] for m in metrics(one, "train")]
@@ -182,7 +182,7 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one
     process.wait()
     resumed = launch(*args, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"going on from .*: 1 of 2 epochs and \d+ of 22 steps done", resumed.stdout)
+    assert re.search(r"resuming from .*: 1 of 2 epochs and \d+ of 22 steps done", resumed.stdout)
     assert global_ids(run) == global_ids(one)
     ours, theirs = metrics(run, "train"), metrics(one, "train")
     assert [m["step"] for m in ours] == [m["step"] for m in theirs]
@@ -206,7 +206,7 @@ def test_going_back_in_a_run_folder_is_refused_and_its_end_is_told(one, digits, 
     args = ["demo", "--data.shards", digits, "--train.epochs", 2, *EXACT]
     done = alone(*args, "--run.dir", run, "--resume", run / "checkpoints" / "step-00000022")
     assert done.returncode == 2
-    assert "goes on to step-00000044; to branch off" in the_error(done)
+    assert "has step-00000044 already; to branch off" in the_error(done)
     # exit.json tells of this attempt and not of the finished one before it.
     assert json.loads((run / "exit.json").read_text())["code"] == 2
     branch = tmp_path / "branch"

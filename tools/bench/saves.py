@@ -44,6 +44,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     folder.mkdir()
     checkpoints = Checkpoints(folder, keep=2)
+    stalls: list[float] = []
     steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
 
     def block(steps: int, *, saves: bool) -> float:
@@ -51,7 +52,8 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
         if saves:
             state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
             nets = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save(len(checkpoints.stalls) + 1, state=state, **nets)
+            checkpoints.save(len(stalls) + 1, state=state, **nets)
+            stalls.append(time.perf_counter() - started)
         for _ in range(steps):
             step()
             synchronize(device)
@@ -61,7 +63,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
     block(0, saves=True)  # the first save also takes the memory
     pairs = [(block(steps, saves=False), block(steps, saves=True)) for _ in range(args.blocks)]
     cost = statistics.median(saving - plain for plain, saving in pairs)
-    first, *later = checkpoints.stalls
+    first, *later = stalls
     return {
         "net": name,
         "megabytes": round(sum(p.stat().st_size for p in checkpoints.all()[-1].iterdir()) / 1e6, 1),
