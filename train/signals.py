@@ -17,12 +17,13 @@ from typing import Any
 
 from pipeline.errors import PREEMPTED, ExpressError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 COPY_SECONDS = 2.0  # a launcher's copy of a signal arrives within milliseconds
 FILE_SECONDS = 1.0  # between two looks for the stop file
 STOP_FILE = "stop"
 FILE, ORPHAN = 1, 2  # reasons beside the signals' numbers
 FIRST_SIGNAL = 10  # codes of signals are their number and this
+HANG_UP = FIRST_SIGNAL + signal.SIGHUP
 RANKS = 1 << 20  # a code and the rank that has it travel as one number
 
 
@@ -48,7 +49,8 @@ class Stop:
         mine, theirs = socket.socketpair()
         theirs.setblocking(False)
         for number in SIGNALS:
-            signal.signal(number, self._interrupt)
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup ignores it
+                signal.signal(number, self._interrupt)
         # Handlers in Python wait for the end of a call into C, which may be a collective that never ends; the
         # number of the signal comes through this descriptor at once.
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
@@ -75,7 +77,9 @@ class Stop:
             return
         now = time.monotonic()
         self.at = self.at or now
-        if now - self.at > COPY_SECONDS:
+        # A terminal that closes sends SIGHUP more than once, and a launcher that gets it then sends SIGTERM.
+        hung_up = code == HANG_UP or (self.code == HANG_UP and code == FIRST_SIGNAL + signal.SIGTERM)
+        if now - self.at > COPY_SECONDS and not hung_up:
             with contextlib.suppress(Exception):
                 self.at_second(f"a second {name(code)}: ended at once, without saving")
             os._exit(128 + code - FIRST_SIGNAL)
