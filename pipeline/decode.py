@@ -25,10 +25,10 @@ class BadImage(ValueError):
     """Why this file cannot become a sample."""
 
 
-def decode(data: bytes | np.ndarray, *, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode(data: bytes | memoryview, *, size: tuple[int, int] | None = None) -> np.ndarray:
     """(height, width, 3) uint8, RGB: colours as stored, without transparency and EXIF's orientation; the first frame.
 
-    data: flat uint8 if it is an array. size: (width, height) that the image must have. Raises BadImage with the reason.
+    size: (width, height) that the image must have. Raises BadImage with the reason.
     """
     pixels: np.ndarray | None = None
     if header := plain_jpeg_size(data):
@@ -42,12 +42,12 @@ def decode(data: bytes | np.ndarray, *, size: tuple[int, int] | None = None) -> 
     return pixels
 
 
-def image_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
     """(width, height) from the header. Raises BadImage if that is enough to reject the image."""
     return plain_jpeg_size(data) or open_image(data).size
 
 
-def plain_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
+def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(width, height) of a JPEG that every decoder takes: RGB or grey, of a size that is allowed, and tidy."""
     try:
         height, width, colours, _ = decode_jpeg_header(data)
@@ -58,7 +58,7 @@ def plain_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
     return (width, height) if _size_fault(width, height) is None else None
 
 
-def open_image(data: bytes | np.ndarray) -> Image.Image:
+def open_image(data: bytes | memoryview) -> Image.Image:
     """The image with its header read. Raises BadImage if that is enough to reject it."""
     if not len(data):
         raise BadImage("empty file")
@@ -77,7 +77,7 @@ def open_image(data: bytes | np.ndarray) -> Image.Image:
 
 def pillows_pixels(image: Image.Image) -> np.ndarray:
     """(height, width, 3) uint8, RGB. 16 bits keep their upper byte; Pillow alone would clip grey ones to white."""
-    shift = 4 if "I;12" in str(image.tile) else 8
+    shift = 4 if "I;12" in str(getattr(image, "tile", "")) else 8
     try:
         image.load()
         if image.mode.startswith("I"):
@@ -95,7 +95,7 @@ def _size_fault(width: int, height: int) -> str | None:
     return None
 
 
-def untidy(data: bytes | np.ndarray) -> str | None:
+def untidy(data: bytes | memoryview) -> str | None:
     """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders reject the whole image."""
     if bytes(data[:2]) != b"\xff\xd8":
         return None
@@ -109,5 +109,5 @@ def untidy(data: bytes | np.ndarray) -> str | None:
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
             at += 2
         else:
-            at += 2 + int.from_bytes(bytes(data[at + 2 : at + 4]), "big")
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return "JPEG with stray bytes"

@@ -218,10 +218,9 @@ def _acceptable(image: memoryview, size: tuple[int, int]) -> memoryview:
     DALI rounds 16 bits where we cut them off, rejects some WebP with metadata, and reads TIFF, JPEG 2000 and CMYK in
     other ways or not at all.
     """
-    data = np.frombuffer(image, np.uint8)
-    opened = open_image(data)
+    opened = open_image(image)
     deep = opened.format == "PNG" and image[24] > 8  # bits a channel
-    plain = opened.format == "PNG" or (opened.format == "WEBP" and image[12:16] != b"VP8X")
+    plain = opened.format == "PNG" or (opened.format == "WEBP" and bytes(image[12:16]) != b"VP8X")
     if plain and not deep and opened.size == size:
         return image
-    return memoryview(b"P6 %d %d 255\n" % size + decode(data, size=size).tobytes())
+    return memoryview(b"P6 %d %d 255\n" % size + decode(image, size=size).tobytes())

@@ -163,13 +163,13 @@ class Portable:
         """
         if is_jpeg_of_size(image, 0, len(image), width, rows):  # a microsecond; decode() looks closer
             try:  # not strict if it was cut: the rest of the image is what it would complain of
-                pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
+                pixels: np.ndarray = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
                 if pixels.shape == (rows, width, 3):
                     return pixels.reshape(-1)
             except ValueError:
                 pass
             cut_short(image, 0, len(image), width, rows, height)  # as it was
-        return decode(image, size=(width, height)).reshape(-1)
+        return decode(image.data, size=(width, height)).reshape(-1)
 
     def _delivered(self, job: _Job) -> torch.Tensor:
         images = torch.from_numpy(job.crops)

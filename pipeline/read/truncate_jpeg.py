@@ -54,7 +54,7 @@ def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height:
     frame = _frame(data, start, size)
     if not frame or data[frame + 1] > 0xC2 or data[frame + 9] > 3:
         return False
-    same = _number(data, frame + 5) == height and _number(data, frame + 7) == width
+    same: bool = _number(data, frame + 5) == height and _number(data, frame + 7) == width
     return same and _scan(data, frame, start + size) > 0
 
 
