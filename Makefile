@@ -54,7 +54,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 faults: $(INSTALLED)
-	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py tests/faults $(ARGS)
+	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py tests/faults tests/pipeline/test_manifest.py $(ARGS)
 
 SLURM_PACKAGES := slurmctld slurmd munge slurm-client
 

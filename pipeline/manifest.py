@@ -14,13 +14,15 @@ import numpy as np
 
 from .errors import DataError
 from .files import canonical_json, json_bytes
-from .shards import Shard, file_sha256, read_index, sample_keys
+from .shards import Shard, file_sha256, read_array, read_index, sample_keys
 from .storage import Folder
+from .tar import BLOCK
 
 FORMAT = "imagenet-express"
 VERSION = 1
 NAME = "manifest.json"
 INFO = "_info.json"  # read by timm's reader_wds
+EXISTING = "existing webdataset tars"  # the kind of a source whose tars stay where they are: apart from the manifest
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,29 @@ class Split:
     shards: tuple[Shard, ...]
     index_name: str
     index_sha256: str
+    classes: int
 
     @cached_property
     def index(self) -> np.ndarray:
-        """(n,) INDEX_DTYPE, read-only."""
-        return read_index(self.root / self.index_name, sha256=self.index_sha256)
+        """(n,) INDEX_DTYPE, read-only, within the bounds of shards and classes. Raises DataError."""
+        path = self.root / self.index_name
+        index = read_index(path, sha256=self.index_sha256)
+        for name, valid in self._bounds(index):
+            if not valid.all():
+                sample = int(np.argmin(valid))
+                value = int(index[name][sample])
+                raise DataError(f"{path}: sample {sample} has {name} {value}, out of bounds; shard the data again")
+        return index
+
+    def _bounds(self, index: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """(field, whether each sample's is possible): compiled code reads where the index says."""
+        yield "shard", index["shard"] < len(self.shards)
+        yield "label", (index["label"] >= -1) & (index["label"] < self.classes)
+        yield "width", index["width"] > 0
+        yield "height", index["height"] > 0
+        room = np.array([shard.bytes for shard in self.shards], np.uint64)[index["shard"]]
+        yield "size", index["size"] <= room
+        yield "offset", (index["offset"] >= BLOCK) & (index["offset"] <= room - index["size"])
 
     @property
     def samples(self) -> int:
@@ -115,10 +135,12 @@ class Dataset:
         """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
         record = self._measured("mean_image")
         path = self.root / record["file"]
-        if not path.is_file() or file_sha256(path) != record["sha256"]:
+        if not path.is_file() or file_sha256(path) != record.get("sha256"):
             raise DataError(f"{path}: the mean image is missing or damaged; copy it again or shard the data again")
-        image: np.ndarray = np.load(path, allow_pickle=False)
-        return image
+        image = read_array(path)
+        if image.dtype != np.float32 or image.shape != (len(image), len(image), 3):
+            raise DataError(f"{path}: no mean image, but {image.dtype} of {image.shape}; shard the data again")
+        return np.array(image)
 
     def statistics(self, *, mean_image: bool = False) -> Statistics:
         return Statistics(self.mean, self.std, self.mean_image if mean_image else None)
@@ -166,16 +188,61 @@ def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
             )
         if fingerprint(manifest) != manifest["fingerprint"]:
             raise DataError(f"{path}: changed since it was written (its fingerprint differs); shard the data again")
+        _check_types(manifest)
+        classes = len(manifest["classes"])
         splits = {
-            name: Split(root, name, tuple(Shard(**s) for s in split["shards"]), split["index"], split["index_sha256"])
+            name: Split(root, name, _shards(manifest, split), split["index"], split["index_sha256"], classes)
             for name, split in manifest["splits"].items()
         }
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise DataError(f"{path}: not a manifest of {FORMAT} ({err}); shard the data again") from err
     for split in splits.values() if check_splits else ():
         for name, fault in split.faults():
             raise DataError(f"{root / name}: {fault}")
     return Dataset(root, manifest, splits)
+
+
+def _check_types(manifest: dict[str, Any]) -> None:
+    """Raises ValueError, or what Python raises, for values that no sharding writes: anybody may have made them."""
+    classes, statistics = manifest["classes"], manifest["statistics"]
+    numbers = [statistics[name] for name in ("mean", "std") if name in statistics] + statistics.get("covariance", [])
+    lists = {
+        "classes": (classes, str),
+        "class_names": (manifest.get("class_names", classes), str),
+        "class_ids": (manifest.get("class_ids", [0] * len(classes)), int),
+    }
+    for name, (values, kind) in lists.items():
+        if type(values) is not list or len(values) != len(classes) or {type(value) for value in values} != {kind}:
+            raise ValueError(f"{name} are not a list with one {kind.__name__} for each class")
+    for values in numbers:
+        if len(values) != 3 or not all(type(value) in (int, float) and abs(value) < 1e9 for value in values):
+            raise ValueError("statistics are not three numbers")
+    if len(statistics.get("covariance", [0] * 3)) != 3:
+        raise ValueError("the covariance is not three rows")
+    files = [split["index"] for split in manifest["splits"].values()]
+    files += [statistics["mean_image"]["file"]] if "mean_image" in statistics else []
+    for name in files:
+        _check_name(name)
+    manifest.get("options", {}).get("encoding", {}).get("kind")
+
+
+def _shards(manifest: dict[str, Any], split: dict[str, Any]) -> tuple[Shard, ...]:
+    shards = tuple(Shard(**shard) for shard in split["shards"])
+    for shard in shards:
+        _check_name(shard.name, elsewhere=manifest.get("source", {}).get("kind") == EXISTING)
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (shard.samples, shard.bytes)):
+            raise ValueError(f"{shard.name} has {shard.samples!r} samples in {shard.bytes!r} bytes")
+    if not shards or sum(shard.samples for shard in shards) != split["samples"]:
+        raise ValueError(f"{split['samples']!r} samples in {len(shards)} shards")
+    return shards
+
+
+def _check_name(name: str, *, elsewhere: bool = False) -> None:
+    """elsewhere: the name may be a relative path that leaves the folder."""
+    parts = name.split("/")
+    lengths = [len(part.encode()) for part in parts]
+    if not 0 < min(lengths) <= max(lengths) < 256 or "\0" in name or (len(parts) > 1 and not elsewhere):
+        raise ValueError(f"{name!r} names no file of the folder")
 
 
 def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dict[str, Any]:

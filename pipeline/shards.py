@@ -171,10 +171,19 @@ def read_index(path: Path, *, sha256: str) -> np.ndarray:
         raise DataError(f"{path}: the index is missing; copy it again or shard the data again")
     if file_sha256(path) != sha256:
         raise DataError(f"{path}: the index is damaged (its sha256 differs); shard the data again")
-    index: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    if index.dtype != INDEX_DTYPE:
+    index = read_array(path)
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise DataError(f"{path}: index of another format version; shard the data again")
     return index
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of an .npy file as a read-only memory map; nothing is unpickled. Raises DataError."""
+    try:
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as err:  # a header is parsed as Python, which raises many kinds
+        raise DataError(f"{path}: cannot be read as an array ({err}); shard the data again") from err
+    return array
 
 
 def sample_key(path: Path, offset: int) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 from collections import defaultdict
@@ -19,10 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from simplejpeg import decode_jpeg
 
 from . import manifest, pool
+from .decode import BadImage, decode
 from .errors import DataError
 from .manifest import Split
 from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
@@ -129,9 +127,6 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
     histogram = np.bincount(known, minlength=classes).tolist()
     total = sum(shard.bytes for shard in split.shards)
     report.splits[split.name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
-    if len(histogram) > classes:
-        what = f"a label of {len(histogram) - 1}, {classes} classes"
-        report.findings.append(Finding("index", split.index_name, what))
     for name, fault in split.faults():
         report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
     return True
@@ -198,14 +193,9 @@ def _undecodable(data: bytes, width: int, height: int, raw: bool) -> str | None:
     if raw:
         return None if len(data) == 3 * width * height else f"{len(data)} bytes for {width}×{height} pixels"
     try:
-        pixels = decode_jpeg(data)
-    except ValueError:
-        try:
-            pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        except Exception as err:  # Pillow's decoders raise many kinds
-            return f"cannot be decoded ({err})"
-    if pixels.shape[:2] != (height, width):
-        return f"{pixels.shape[1]}×{pixels.shape[0]} pixels, {width}×{height} in the index"
+        decode(data, size=(width, height))
+    except BadImage as err:
+        return f"cannot be decoded ({err})"
     return None
 
 

@@ -104,7 +104,7 @@ def read(name: str, viewer: Any, pictured: object) -> Input | None:
 
 def decoded(name: str) -> Any:
     """(height, width, 3) uint8. Raises DataError."""
-    from pipeline.write.images import BadImage, decode
+    from pipeline.decode import BadImage, decode
 
     try:
         return decode(sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes())

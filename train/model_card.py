@@ -46,7 +46,7 @@ class Inputs:
     def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
         """Raises DataError if the dataset has no statistics."""
         return cls(
-            str(dataset.manifest["dataset"]),
+            str(dataset.manifest.get("dataset")),
             dataset.fingerprint,
             tuple(dataset.classes),
             tuple(dataset.class_names),

@@ -23,7 +23,6 @@ def _any_jpeg() -> bytes:
 
 
 ANY_JPEG = _any_jpeg()
-FORMATS = {"PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"}  # that DALI decodes beside JPEG, by Pillow's names
 
 
 @dataclass(frozen=True)

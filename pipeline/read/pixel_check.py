@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..decode import decode
 from ..errors import BadSample, ExpressError
 from .backend import HostCopy, Output, Work
 from .fetch import HEIGHT, WIDTH
 from .kernels import Cropper, decoded_block
 from .plan import Planned
-from .portable import decode_whole
 from .reader import Reader
 
 TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the crop would hide it
@@ -99,7 +99,7 @@ class PixelCheck:
         """The largest mean difference of a tile, in grey levels."""
         (image, view, crop), side = entry, self.output.crop
         stored, (width, height) = self._reader.stored(sample), image.rows[0, [WIDTH, HEIGHT]].tolist()
-        pixels = stored if self.raw else decode_whole(stored, width, height)
+        pixels = stored if self.raw else decode(stored.data, size=(width, height)).reshape(-1)
         ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
         block = decoded_block(pixels, width, height)
         self._cropper(block, ours, 0, image.box[:, here], image.flip[:, here], unused, unused)

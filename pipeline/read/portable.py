@@ -1,12 +1,11 @@
 """The reference backend: threads over libjpeg-turbo, and one compiled kernel for the crop. Runs wherever torch does.
 
 A thread decodes an image into its own buffer, which the next image reuses, and writes the crop straight into the
-batch. What libjpeg-turbo rejects (PNG, CMYK, a slightly damaged JPEG) Pillow decodes.
+batch.
 """
 
 from __future__ import annotations
 
-import io
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from simplejpeg import decode_jpeg
 
+from ..decode import decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
 from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
@@ -26,7 +25,7 @@ from .buffers import Buffers
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images
 from .kernels import Cropper, decoded_block
 from .reader import Reader
-from .truncate_jpeg import ROWS_BELOW, cut_short
+from .truncate_jpeg import ROWS_BELOW, cut_short, is_jpeg_of_size
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
@@ -152,23 +151,25 @@ class Portable:
         for i, (start, end, is_cut, top, width, height) in enumerate(sizes, a):
             image = block.buffer[start:end]
             try:
-                pixels = self._top(image, width, height, top) if is_cut else self._decoded(image, width, height)
-            except Exception as err:  # Pillow's decoders raise whatever they like
+                pixels = self._decoded(image, width, height, top if is_cut else height)
+            except Exception as err:  # whatever it is, it needs the sample's name
                 raise undecodable(work, i, err, self._reader) from err
             self._crop(work, crops, decoded_block(pixels, width, height), i, i + 1)
 
-    def _top(self, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
-        """The first rows of an image that was cut short, or all of it if libjpeg-turbo rejects that, as _decoded()."""
-        try:  # not strict: the rest of the image is what it would complain of
-            pixels = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=False)
-        except ValueError:
-            cut_short(image, 0, len(image), width, rows, height)  # as it was, for Pillow
-            return self._decoded(image, width, height)
-        return _flat(pixels, width, rows)
+    def _decoded(self, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
+        """Flat pixels: all, or those of the first rows if the image was cut short; valid until this thread's next call.
 
-    def _decoded(self, image: np.ndarray, width: int, height: int) -> np.ndarray:
-        """(height · width · 3,) uint8, valid until this thread's next call."""
-        return decode_whole(image, width, height, self._scratch(3 * height * width))
+        rows: how many the image has now.
+        """
+        if is_jpeg_of_size(image, 0, len(image), width, rows):  # a microsecond; decode() looks closer
+            try:  # not strict if it was cut: the rest of the image is what it would complain of
+                pixels: np.ndarray = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
+                if pixels.shape == (rows, width, 3):
+                    return pixels.reshape(-1)
+            except ValueError:
+                pass
+            cut_short(image, 0, len(image), width, rows, height)  # as it was
+        return decode(image.data, size=(width, height)).reshape(-1)
 
     def _delivered(self, job: _Job) -> torch.Tensor:
         images = torch.from_numpy(job.crops)
@@ -191,22 +192,6 @@ def _rows_needed(box: np.ndarray, crop: int) -> np.ndarray:
     taps = np.maximum(size / crop, 1)
     rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).max(1) + ROWS_BELOW
     return rows
-
-
-def decode_whole(image: np.ndarray, width: int, height: int, buffer: np.ndarray | None = None) -> np.ndarray:
-    """(height · width · 3,) uint8, RGB, in `buffer` if there is one. Raises what decoders raise; ValueError for an
-    image of another size."""
-    try:
-        pixels = decode_jpeg(image, buffer=buffer)
-    except ValueError:
-        pixels = np.array(Image.open(io.BytesIO(image.data)).convert("RGB"))
-    return _flat(pixels, width, height)
-
-
-def _flat(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    if pixels.shape != (height, width, 3):
-        raise ValueError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels, but the index says {width}×{height}")
-    return pixels.reshape(-1)
 
 
 class Viewer:

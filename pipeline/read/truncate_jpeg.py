@@ -40,11 +40,22 @@ def _number(data: np.ndarray, at: int) -> int:
 
 
 @compiled
+def _scan(data: np.ndarray, frame: int, end: int) -> int:
+    """Where the first scan of the JPEG with this frame header is; 0 if other than segments come before it."""
+    at = frame
+    while at + 9 < end and data[at] == 0xFF and data[at + 1] != 0xDA:
+        at += 2 + _number(data, at + 2)
+    return at if at + 9 < end and data[at] == 0xFF else 0
+
+
+@compiled
 def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height: int) -> bool:
-    """Whether data[start : start + size] begins as a JPEG of width × height."""
+    """Whether data[start : start + size] begins as a tidy, Huffman-coded, grey or RGB JPEG of width × height."""
     frame = _frame(data, start, size)
-    same: bool = frame > 0 and _number(data, frame + 5) == height and _number(data, frame + 7) == width
-    return same
+    if not frame or data[frame + 1] > 0xC2 or data[frame + 9] > 3:
+        return False
+    same: bool = _number(data, frame + 5) == height and _number(data, frame + 7) == width
+    return same and _scan(data, frame, start + size) > 0
 
 
 @compiled
@@ -56,11 +67,8 @@ def cut_short(data: np.ndarray, start: int, size: int, width: int, height: int, 
     """
     if not is_jpeg_of_size(data, start, size, width, height):
         return False
-    frame, end = _frame(data, start, size), start + size
-    at = frame
-    while at + 9 < end and data[at] == 0xFF and data[at + 1] != 0xDA:
-        at += 2 + _number(data, at + 2)
-    one_scan = at + 9 < end and data[at] == 0xFF and data[at + 4] == data[frame + 9]  # it has all components
+    frame = _frame(data, start, size)
+    one_scan = data[_scan(data, frame, start + size) + 4] == data[frame + 9]  # it has all components
     if data[frame + 1] > 0xC1 or not one_scan:
         return False
     data[frame + 5], data[frame + 6] = rows >> 8, rows & 0xFF

@@ -1,29 +1,22 @@
-"""Decodes, checks, resizes and encodes one image file. Pure; only the content is trusted, never the name."""
+"""Decodes, checks, resizes and encodes one image file. Pure."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from simplejpeg import decode_jpeg, decode_jpeg_header, encode_jpeg
+from simplejpeg import decode_jpeg, encode_jpeg
 
+from ..decode import MAX_SIDE, open_image, pillows_pixels, plain_jpeg_size, untidy
+from ..decode import BadImage as BadImage
+from ..decode import decode as decode
 from ..errors import ConfigError
 from ..geometry import resized
 from .resize import SLACK, Resizer, Square, resize_short_side, resized_square
 
-MAX_PIXELS = 100_000_000  # rejected from the header: 300 MB decoded, 5 times ImageNet's largest
-MAX_SIDE = 65_500  # libjpeg's limit
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
-
-Image.MAX_IMAGE_PIXELS = None  # our own check names the file and the limit
-
-
-class BadImage(Exception):
-    """Why this file cannot become a sample."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Preparer:
 
     def __call__(self, data: bytes) -> Prepared:
         """Raises BadImage with the reason."""
-        header = _plain_jpeg(data)
+        header = plain_jpeg_size(data)
         if header and self.encoding.kind == "keep" and not self.measure:
             try:
                 if self.check == "full":
@@ -115,15 +108,9 @@ class Preparer:
                 return header, None
             except ValueError:
                 pass
-        image = _open(data)
-        converted = _foreign(image) or _untidy(data)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd EXIF, for example; only the pixels matter
-                image.load()
-            pixels = np.asarray(_to_8_bit(image).convert("RGB"))
-        except Exception as err:  # the decoders of thirty formats raise many kinds
-            raise BadImage(f"damaged or truncated image ({err})") from err
+        image = open_image(data)
+        converted = _foreign(image) or untidy(data)
+        pixels = pillows_pixels(image)
         self._make_room(*image.size)
         self._pixels[: pixels.size] = pixels.reshape(-1)
         return image.size, converted
@@ -146,46 +133,6 @@ class Preparer:
         return self._pixels[: 3 * width * height].reshape(height, width, 3)
 
 
-def decode(data: bytes) -> np.ndarray:
-    """(height, width, 3) uint8, RGB, of any image that can become a sample. Raises BadImage with the reason."""
-    preparer = Preparer(Encoding(), measure=False)
-    size, _ = preparer._decode(data, _plain_jpeg(data))
-    return preparer._image(size)
-
-
-def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG that every decoder takes: RGB or grey, of a size that is allowed, and tidy."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    try:
-        height, width, colours, _ = decode_jpeg_header(data)
-    except ValueError:
-        return None
-    if colours not in ("YCbCr", "RGB", "Gray") or _untidy(data):
-        return None
-    return (width, height) if _size_fault(width, height) is None else None
-
-
-def _open(data: bytes) -> Image.Image:
-    if not data:
-        raise BadImage("empty file")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Exception as err:  # as above
-        raise BadImage("not an image") from err
-    if fault := _size_fault(*image.size):
-        raise BadImage(fault)
-    return image
-
-
-def _size_fault(width: int, height: int) -> str | None:
-    if width * height > MAX_PIXELS:
-        return f"{width}×{height} pixels are over the limit of {MAX_PIXELS:,}"
-    if max(width, height) > MAX_SIDE:
-        return f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than JPEG holds"
-    return None
-
-
 def _reject_slivers(size: tuple[int, int], short: int) -> None:
     """A 3000×2 image would become 384,000×256: more than JPEG holds, and soon more than memory does."""
     width, height = map(int, resized(*size, short))
@@ -198,33 +145,6 @@ def _foreign(image: Image.Image) -> str | None:
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         return None
     return f"{image.format} {image.mode}"
-
-
-def _untidy(data: bytes) -> str | None:
-    """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders reject the whole image."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xDA:  # the scan begins: what follows has no segments
-            return None
-        if marker == 0xFF:  # padding
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
-            at += 2
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return "JPEG with stray bytes"
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """RGB or L. 16-bit grey keeps its upper byte; Pillow alone would clip it to white."""
-    if image.mode in ("RGB", "L"):
-        return image
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _jpeg(pixels: np.ndarray, quality: int) -> bytes:

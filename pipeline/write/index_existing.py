@@ -5,7 +5,6 @@ As in webdataset, a sample is the members of one key: an image and a label.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,20 +16,19 @@ from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image
 
 from .. import manifest, pool
+from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
 from ..shards import IMAGES, INDEX_DTYPE, Shard, crc32, file_sha256, split_name, stored_label
 from ..storage import Folder
 from ..tar import Member, members
 from . import resize
-from .images import BadImage, Encoding, Preparer
+from .images import Encoding, Preparer
 from .journal import ShardRecord
 from .manifest_content import Collected
 from .resize import Sums
 
-MAX_SIDE = 65_535  # what the index holds
 SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet has a thousandth
 
 
@@ -52,7 +50,7 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> ShardRecord:
     for image, label in _samples(path):
         data = _read(path, image)
         try:
-            rows[image] = (image.offset, image.size, 0, label, crc32(data), *_size(data))
+            rows[image] = (image.offset, image.size, 0, label, crc32(data), *image_size(data))
         except BadImage as err:
             bad[image] = err
     if not rows and not bad:
@@ -102,16 +100,6 @@ def _read(path: Path, member: Member) -> bytes:
     with open(path, "rb") as file:
         file.seek(member.offset)
         return file.read(member.size)
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    try:
-        width, height = Image.open(io.BytesIO(data)).size
-    except Exception as err:  # Pillow's parsers raise many kinds
-        raise BadImage("not an image") from err
-    if max(width, height) > MAX_SIDE:
-        raise BadImage(f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than the index holds")
-    return width, height
 
 
 def index(
@@ -169,7 +157,7 @@ def _publish(
         "classes": classes,
         "splits": splits,
         "statistics": totals.publish(folder, f"{name}-mean.npy") | {"images": totals.images},
-        "source": {"kind": "existing webdataset tars"},
+        "source": {"kind": manifest.EXISTING},
         "stored_order": {split: stored_order(found) for split, found in usable.items()},
         "options": options,
         "converted": [],

@@ -131,7 +131,8 @@ def test_what_the_fast_decoder_refuses_is_given_whole_to_pillow(thousand, monkey
     def refuse(*args, **kwargs):
         raise ValueError("on purpose")
 
-    monkeypatch.setattr("pipeline.read.portable.decode_jpeg", refuse)
+    for module in ("decode", "read.portable"):
+        monkeypatch.setattr(f"pipeline.{module}.decode_jpeg", refuse)
     with make() as loader:
         got = crops(loader)
     assert got.keys() == expected.keys()

@@ -1,0 +1,113 @@
+"""From an image file's bytes to its pixels: one decoder for the sharder, the loader, the checks and predictions.
+
+libjpeg-turbo decodes; Pillow decodes what libjpeg-turbo rejects: PNG, CMYK, a slightly damaged JPEG. Only the content
+is trusted, never the name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+from simplejpeg import decode_jpeg, decode_jpeg_header
+
+MAX_PIXELS = 100_000_000  # rejected from the header: 300 MB decoded, 5 times ImageNet's largest
+MAX_SIDE = 65_500  # libjpeg's limit
+
+Image.MAX_IMAGE_PIXELS = None  # our own check names the file and the limit
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of odd EXIF, for example
+
+
+class BadImage(ValueError):
+    """Why this file cannot become a sample."""
+
+
+def decode(data: bytes | memoryview, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """(height, width, 3) uint8, RGB: colours as stored, without transparency and EXIF's orientation; the first frame.
+
+    size: (width, height) that the image must have. Raises BadImage with the reason.
+    """
+    pixels: np.ndarray | None = None
+    if header := plain_jpeg_size(data):
+        width, height = size or header
+        with contextlib.suppress(ValueError):  # also if the buffer is too small: the memory is the index's size
+            pixels = decode_jpeg(data, buffer=np.empty(3 * width * height, np.uint8))
+    if pixels is None:
+        pixels = pillows_pixels(open_image(data))
+    if size and pixels.shape[1::-1] != size:
+        raise BadImage(f"{pixels.shape[1]}×{pixels.shape[0]} pixels, but the index says {size[0]}×{size[1]}")
+    return pixels
+
+
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
+    """(width, height) from the header. Raises BadImage if that is enough to reject the image."""
+    return plain_jpeg_size(data) or open_image(data).size
+
+
+def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
+    """(width, height) of a JPEG that every decoder takes: RGB or grey, of a size that is allowed, and tidy."""
+    try:
+        height, width, colours, _ = decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours not in ("YCbCr", "RGB", "Gray") or untidy(data):
+        return None
+    return (width, height) if _size_fault(width, height) is None else None
+
+
+def open_image(data: bytes | memoryview) -> Image.Image:
+    """The image with its header read. Raises BadImage if that is enough to reject it."""
+    if not len(data):
+        raise BadImage("empty file")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as err:  # the parsers of thirty formats raise many kinds
+        raise BadImage("not an image") from err
+    if fault := _size_fault(*image.size):
+        raise BadImage(fault)
+    # Only a PGM is opened as 32-bit integers though it has 16 bits.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        kind = "floats" if image.mode == "F" else "signed or 32-bit integers"
+        raise BadImage(f"{image.format} of {kind}, which have no fixed white; save it with 8 or 16 bits a channel")
+    return image
+
+
+def pillows_pixels(image: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8, RGB. 16 bits keep their upper byte; Pillow alone would clip grey ones to white."""
+    shift = 4 if "I;12" in str(getattr(image, "tile", "")) else 8
+    try:
+        image.load()
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> shift).astype(np.uint8))
+        return np.array(image.convert("RGB"))
+    except Exception as err:  # as above
+        raise BadImage(f"damaged or truncated image ({err})") from err
+
+
+def _size_fault(width: int, height: int) -> str | None:
+    if width * height > MAX_PIXELS:
+        return f"{width}×{height} pixels are over the limit of {MAX_PIXELS:,}"
+    if max(width, height) > MAX_SIDE:
+        return f"{width}×{height}: a side over {MAX_SIDE:,} pixels is more than JPEG holds"
+    return None
+
+
+def untidy(data: bytes | memoryview) -> str | None:
+    """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders reject the whole image."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # the scan begins: what follows has no segments
+            return None
+        if marker == 0xFF:  # padding
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return "JPEG with stray bytes"
