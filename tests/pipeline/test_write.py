@@ -418,10 +418,10 @@ def test_bad_images_are_all_listed_and_nothing_is_published(tmp_path):
     folder = tmp_path / "in" / "a"
     folder.mkdir(parents=True)
     (folder / "good.jpg").write_bytes(GOOD)
-    (folder / "notes.txt").write_text("hello")
+    (folder / "notes.doc").write_text("hello")
     (folder / "cut.jpg").write_bytes(GOOD[:500])
     plan = Plan(ImageFolder(tmp_path / "in"), Options())
-    with pytest.raises(DataError, match=r"2 of 3 images cannot be used.*a/cut.jpg.*a/notes.txt: not an image"):
+    with pytest.raises(DataError, match=r"2 of 3 images cannot be used.*a/cut.jpg.*a/notes.doc: not an image"):
         build(plan, tmp_path / "out", workers=1)
     with pytest.raises(DataError, match="its sharding never finished"):
         manifest.open_dataset(tmp_path / "out")

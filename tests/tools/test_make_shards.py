@@ -76,7 +76,7 @@ def bad_folder(image_folder, tmp_path, kind):
     if kind == "empty class":
         (root / "train" / "emu").mkdir()
     elif kind == "text":
-        (root / "train" / "cat" / "notes.txt").write_text("hello")
+        (root / "train" / "cat" / "notes.doc").write_text("hello")
     elif kind == "cut":
         path = root / "train" / "cat" / "0.jpg"
         path.write_bytes(path.read_bytes()[:2000])
@@ -93,7 +93,7 @@ def bad_folder(image_folder, tmp_path, kind):
     ("kind", "message"),
     [
         ("empty class", "in/train/emu: no image in this class folder; fill or remove it"),
-        ("text", "1 of 17 images cannot be used (train/cat/notes.txt: not an image)"),
+        ("text", "1 of 17 images cannot be used (train/cat/notes.doc: not an image)"),
         ("cut", "train/cat/0.jpg: damaged or truncated image"),
         ("foreign class", "in/val/gnu: this class is not among those of"),
         ("no classes", "in/train: no class folders"),
