@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ except ImportError:  # no wheel for this platform
     from zlib import crc32 as crc32  # the same polynomial at a thirteenth of the speed
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")  # extensions, by preference if a sample has several
+LABELS = ("cls", "json")
 
 # width and height stand here, so that a crop is planned in whole pixels before the image is decoded.
 INDEX_DTYPE = np.dtype(
@@ -139,14 +141,26 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def stored_label(fields: Mapping[str, bytes]) -> str | None:
-    """The label in a sample's members by extension: `cls`, or `label` in `json`. None if it has neither."""
-    if "cls" in fields:
-        return fields["cls"].decode(errors="replace").strip()
+def label_name(extensions: Iterable[str]) -> str:
+    """Which of a sample's extensions is its label: cls, or the only one like output.cls; else json alike. "": none."""
+    names = sorted(extensions, key=len)
+    found = next((ends for kind in LABELS if (ends := [n for n in names if n.rpartition(".")[2] == kind])), [""])
+    return found[0] if len(found) == 1 or found[0] in LABELS else ""
+
+
+def stored_label(fields: Mapping[str, bytes]) -> int:
+    """The class number in a sample's members by extension; -1: not known. Raises DataError with the reason."""
+    name = label_name(fields)
     try:
-        return str(json.loads(fields["json"])["label"]) if "json" in fields else None
-    except (ValueError, LookupError, TypeError):
-        return ""
+        label = json.loads(fields[name])["label"] if name.endswith("json") else fields[name].decode("utf-8-sig")
+    except KeyError as err:
+        raise DataError("has no label: neither .cls nor .json with a 'label'") from err
+    except (ValueError, TypeError, RecursionError) as err:
+        raise DataError(f"has a .{name} that cannot be read as a label") from err
+    text = str(label).strip()
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise DataError(f"has the label {text[:40]!r}; class numbers from 0 are read")
+    return int(text)
 
 
 def write_array(folder: Folder, name: str, array: np.ndarray) -> str:

@@ -17,12 +17,23 @@ BLOCK = 512  # a header's size, and what members are padded to
 RECORD = 20 * BLOCK  # what a tar's size is a multiple of
 _ZEROS = bytes(BLOCK)
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_NO_MEMBERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"V")
+_MAX_HEADER = 1 << 20  # bytes of a header that only names
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
     tarfile.CHRTYPE: "a device",
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+AFRESH = "write the tar with the files themselves, such as by tar --dereference --hard-dereference"
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b'\x04"M\x18': "lz4"}
+_NO_TARS = {  # what people have under the name of a tar, by its first bytes
+    **{magic: f"compressed by {name}; decompress it first ({name} -dc)" for magic, name in _COMPRESSED.items()},
+    b"PK": "a ZIP archive; write its files into a tar",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the tar itself (git lfs pull)",
+    b"<": "a web page or XML; download the tar itself",
 }
 
 
@@ -50,31 +61,43 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
         try:
             yield from _walk(file.fileno(), start, end)
         except _Damage as err:
-            at, what = err.args
-            raise DataError(f"{path}: at byte {at}: {what}; download or copy it again") from err
+            raise DataError(f"{path}: at byte {err}") from err
 
 
 class _Damage(Exception):
-    """Has the byte's position and what is wrong there."""
+    """The byte's position, what is wrong there, and the cure."""
+
+    def __init__(self, at: int, what: str, cure: str = "download or copy it again") -> None:
+        super().__init__(f"{at}: {what}; {cure}")
+
+
+def _header(fd: int, at: int, start: int, end: int) -> tarfile.TarInfo | None:
+    """None for the end mark."""
+    header = os.pread(fd, BLOCK, at)
+    if header == _ZEROS:
+        return None
+    what = "cut short: no end mark"
+    if len(header) == BLOCK and at + BLOCK <= end:
+        try:
+            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as err:
+            what = f"not a tar header ({err})" if at > start else f"not an uncompressed tar ({err})"
+    known = next((kind for magic, kind in _NO_TARS.items() if at == start and header.startswith(magic)), None)
+    raise _Damage(at, "not an uncompressed tar", f"it is {known}") if known else _Damage(at, what)
 
 
 def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
     seen: set[str] = set()
     start = at
     name, length = None, None  # from a header before the member's own
-    while (header := os.pread(fd, BLOCK, at)) != _ZEROS:
-        if len(header) < BLOCK or at + BLOCK > end:
-            raise _Damage(at, "cut short: no end mark")
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as err:
-            what = "not a tar header" if at > start else "not an uncompressed tar"
-            raise _Damage(at, f"{what} ({err})") from err
+    while info := _header(fd, at, start, end):
         offset = at + BLOCK
         taken = length if length is not None and info.type in _FILES else info.size
         if offset + taken > end:
             raise _Damage(at, f"cut short within {info.name!r}")
-        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE):
+        if taken < 0 or (info.type in _NO_MEMBERS and taken > _MAX_HEADER):
+            raise _Damage(at, f"{info.name!r} of {taken:,} bytes")
+        if info.type in _NO_MEMBERS:
             data = os.pread(fd, info.size, offset)
             if info.type == tarfile.XHDTYPE:
                 pax = _pax(at, data)
@@ -85,7 +108,7 @@ def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
             member = Member(name or info.name, offset, taken)
             _check_name(at, member.name)
             if member.name in seen:
-                raise _Damage(at, f"a second {member.name!r}")
+                raise _Damage(at, f"a second {member.name!r}", "write the tar with each file once")
             seen.add(member.name)
             yield member
             name = length = None
@@ -94,7 +117,7 @@ def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
             taken, name, length = 0, None, None
         else:
             what = _KINDS.get(info.type, f"of the unknown kind {info.type!r}")
-            raise _Damage(at, f"{name or info.name!r} is {what}")
+            raise _Damage(at, f"{name or info.name!r} is {what}", AFRESH)
         at = offset + padded(taken)
     _check_padding(fd, at, end)
 
@@ -116,7 +139,7 @@ def _pax(at: int, data: bytes) -> dict[str, str]:
 
 def _check_name(at: int, name: str) -> None:
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or not name.strip("/"):
-        raise _Damage(at, f"the unsafe name {name!r}")
+        raise _Damage(at, f"the unsafe name {name!r}", "write the tar with names that begin in its folder")
 
 
 def _check_padding(fd: int, at: int, end: int) -> None:
@@ -125,7 +148,8 @@ def _check_padding(fd: int, at: int, end: int) -> None:
     while at < end:
         part = os.pread(fd, min(1 << 20, end - at), at)
         if part.count(0) != len(part):
-            raise _Damage(mark, "an end mark, but more behind it")
+            cure = "download or copy it again, or, if several tars were joined, name each by itself"
+            raise _Damage(mark, "an end mark, but more behind it", cure)
         if not part:
             break
         at += len(part)

@@ -150,7 +150,7 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
     except DataError as err:
         add("tar", str(err).removeprefix(f"{path}: "))
     with open(path, "rb") as file:
-        _compare_samples(file.fileno(), rows, inside, add, deep=deep, raw=raw)
+        _compare_samples(file.fileno(), rows, inside, add, deep=deep, ours=ours, raw=raw)
     if ours:
         _compare_dali_index(path.with_name(dali_index_name(path.name)), inside, add)
     if deep and not found:
@@ -162,9 +162,11 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
     return [Finding(check, shard.name, what) for check in CHECKS for what in named.get(check, ())]
 
 
-def _compare_samples(fd: int, rows: np.ndarray, inside: dict[int, Member], add: Add, *, deep: bool, raw: bool) -> None:
+def _compare_samples(
+    fd: int, rows: np.ndarray, inside: dict[int, Member], add: Add, *, deep: bool, ours: bool, raw: bool
+) -> None:
     images = sum(split_name(member.name)[1] in STORED for member in inside.values())
-    if images > len(rows):
+    if ours and images > len(rows):  # tars of other people may hold images that were left out
         add("index", f"{images} images in the tar, {len(rows)} in the index")
     by_name, last = {member.name: member for member in inside.values()}, max(inside, default=-1)
     for offset, size, _, label, crc, width, height in rows.tolist():
@@ -185,8 +187,14 @@ def _compare_samples(fd: int, rows: np.ndarray, inside: dict[int, Member], add: 
         cls = by_name.get(split_name(member.name)[0] + ".cls") if member else None
         if cls:
             text = os.pread(fd, min(cls.size, 32), cls.offset)
-            if text.strip() != str(label).encode():
+            if _label({"cls": text}) != label:
                 add("label", f"{cls.name} has {text[:20]!r}, the index {label}")
+
+
+def _label(fields: dict[str, bytes]) -> int | None:
+    with contextlib.suppress(DataError):
+        return stored_label(fields)
+    return None
 
 
 def _undecodable(data: bytes, width: int, height: int, raw: bool) -> str | None:
@@ -218,25 +226,29 @@ class _Seen(NamedTuple):
     """A sample as it is compared."""
 
     key: str
-    label: str | None
+    label: int | None
     bytes: int
     crc32: int
 
 
 def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Member], add: Add) -> None:
-    """Reads a tar with webdataset, as other programs will; names the first sample that differs from the index."""
+    """Reads a tar with webdataset, as other programs will; names the first sample that differs from the index.
+
+    Samples that are not in the index are passed over.
+    """
     from webdataset import WebDataset
 
-    expected = [
-        _Seen(split_name(inside[offset].name)[0], str(label), size, crc)
-        for offset, label, size, crc in sorted(rows[["offset", "label", "size", "crc32"]].tolist())
-    ]
+    expected, extension_of = [], {}
+    for offset, label, size, crc in sorted(rows[["offset", "label", "size", "crc32"]].tolist()):
+        key, extension = split_name(inside[offset].name)
+        expected.append(_Seen(key, label, size, crc))
+        extension_of[key] = extension
     read = []
     try:
         for sample in WebDataset([str(path.resolve())], shardshuffle=False, empty_check=False):
-            image = next((sample[extension] for extension in STORED if extension in sample), None)
-            if image is not None:
-                read.append(_Seen(sample["__key__"], stored_label(sample), len(image), crc32(image)))
+            if (key := sample["__key__"]) in extension_of:
+                image = sample.get(extension_of[key], b"")
+                read.append(_Seen(key, _label(sample), len(image), crc32(image)))
     except Exception as err:  # it raises whatever tarfile or a handler meets
         add("webdataset", f"cannot be read by webdataset ({err}); shard the data again")
         return

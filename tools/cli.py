@@ -82,7 +82,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         finally:
             sys.stdout.flush()
     except ExpressError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         sys.exit(err.code)
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ import io
 import re
 import time
 from typing import Any
+from unicodedata import normalize
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import atomic_write, write_json
@@ -99,7 +100,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
     if known is None or not known.fingerprint:  # another project's weights
         return
     for number, (theirs, ours) in enumerate(zip(known.classes, dataset.classes, strict=True)):
-        if theirs != ours:
+        if normalize("NFC", theirs) != normalize("NFC", ours):
             both = f"its class {number} is {theirs}, but {dataset.root} has {ours}"
             raise DataError(f"{model.source}: {both}; use shards of its classes")
 

@@ -22,6 +22,7 @@ import pipeline  # noqa: F401 (first: it names a package that is missing)
 import argparse
 import re
 import shutil
+import unicodedata
 
 import PIL
 import simplejpeg
@@ -35,7 +36,7 @@ from pipeline.write.images import Encoding
 from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
 from pipeline.write.sources import SOURCES
-from pipeline.write.sources.base import check_fraction, check_name
+from pipeline.write.sources.base import PassedOver, check_fraction, check_name
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
@@ -129,7 +130,7 @@ def main() -> None:
         written = index(args) if args.source == "index" else make(args)
     except BadImages as err:
         for bad in err.listed:
-            print(f"bad: {bad['image']}: {bad['reason']}")
+            print(cli.printable(f"bad: {bad['image']}: {bad['reason']}"))
         raise
     if written:
         report(written, args.out, time.monotonic() - started)
@@ -143,7 +144,7 @@ def index(args: argparse.Namespace) -> dict:
         {"val": index_existing.expand(args.val)} if args.val else {}
     )
     with Progress("indexing", sum(map(len, splits.values())), unit="tar") as progress:
-        return index_existing.index(
+        written, passed_over = index_existing.index(
             check_name(args.name),
             splits,
             args.out,
@@ -154,15 +155,32 @@ def index(args: argparse.Namespace) -> dict:
             workers=args.workers,
             progress=progress.update,
         )
+    print_passed_over(passed_over)
+    return written
+
+
+def print_passed_over(passed_over: PassedOver) -> None:
+    if passed_over:
+        print(cli.printable(f"passed over: {passed_over}"))
 
 
 def class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except ValueError as err:
         raise DataError(f"{path}: not UTF-8; save it as UTF-8, a class name a line") from err
+    number_of: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        name = unicodedata.normalize("NFC", line.strip())
+        if not name:
+            raise DataError(f"{path}: line {number} is empty; write a class name a line")
+        if name in number_of:
+            both = f"lines {number_of[name]} and {number}"
+            raise DataError(f"{path}: {both} are both {name!r}; give each class a name of its own")
+        number_of[name] = number
+    return [line.strip() for line in lines]
 
 
 def make(args: argparse.Namespace) -> dict | None:
@@ -179,6 +197,7 @@ def make(args: argparse.Namespace) -> dict | None:
     )
     print_decoders(trusted=args.trust_images)
     plan = Plan(SOURCES[args.source].from_options(args), options)
+    print_passed_over(plan.source.passed_over)
     every = range(len(plan.tasks))
     only = numbers(args.shards, len(every)) if args.shards else every
     if not only:

@@ -24,7 +24,6 @@ from pipeline.files import atomic_write, write_json
 from tools import cli
 
 AT_ONCE = 32  # images
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
 SHOWN = 320  # pixels of a picture's longer side on the page
 
 
@@ -74,15 +73,22 @@ def image_files(names: list[str]) -> list[str]:
     """Replaces folders by the images in them. Raises DataError for a folder without any, ConfigError for - twice."""
     if names.count("-") > 1:
         raise ConfigError("IMAGE -: standard input holds one image")
+    from pipeline.write.sources.base import PassedOver
+    from pipeline.write.sources.folders import files_of_images
+
     files: list[str] = []
+    passed_over = PassedOver()
     for name in names:
         if name == "-" or not Path(name).is_dir():
             files.append(name)
             continue
-        inside = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        inside = sorted(files_of_images(Path(name), passed_over))
         if not inside:
             raise DataError(f"{name}: holds no image; name a folder of images, or the files themselves")
-        files += map(str, inside)
+        files += inside
+    if passed_over:
+        counts = ", ".join(f"{count:,} {kind}" for kind, (count, _) in passed_over.items())
+        print(f"passed over: {counts}", file=sys.stderr)
     return files
 
 

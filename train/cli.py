@@ -114,7 +114,7 @@ def _short_help(preset: str, config: Config) -> str:
 def _read_config(file: Path, base: Config) -> Config:
     """`base` with the values of a JSON file: of --print, or a run folder's config.json."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_bytes())  # UTF-8 or UTF-16, with a mark of it or without
     except FileNotFoundError as err:
         raise DataError(f"--config {file}: no such file") from err
     except (OSError, ValueError, RecursionError) as err:

@@ -1,14 +1,17 @@
 """WebDataset tars that exist already, indexed in place: no image is copied, every byte is read once.
 
-As in webdataset, a sample is the members of one key: an image and a label.
+As in webdataset, a sample is the adjacent members of one key, a name up to its first dot: an image and a label. Each
+member of a tar is in a sample, listed as a bad image, or counted as passed over.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from glob import glob
+from glob import escape, glob
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +23,7 @@ from braceexpand import braceexpand
 from .. import manifest, pool
 from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
-from ..shards import IMAGES, INDEX_DTYPE, Shard, crc32, file_sha256, split_name, stored_label
+from ..shards import IMAGES, INDEX_DTYPE, LABELS, Shard, crc32, file_sha256, label_name, split_name, stored_label
 from ..storage import Folder
 from ..tar import Member, members
 from . import resize
@@ -28,13 +31,28 @@ from .images import Encoding, Preparer
 from .journal import ShardRecord
 from .manifest_content import Collected
 from .resize import Sums
+from .sources.base import PassedOver
+from .sources.folders import is_image, litter, require_utf8
 
+KEY = "a name up to its first dot"
+NAMED = 10  # extensions of one key
+MAX_NUMBERS = 1_000_000  # in the braces of a pattern
+MAX_CLASSES = 1_000_000
 SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet has a thousandth
 
 
 def expand(pattern: str) -> list[Path]:
-    """The tars that a pattern with braces or stars names. Raises DataError if one of them is missing."""
-    paths = [Path(found) for part in braceexpand(pattern) for found in (sorted(glob(part)) if "*" in part else [part])]
+    """The tars that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. What exists under the very name goes first.
+
+    Raises ConfigError for what is no pattern, DataError if a tar is missing.
+    """
+    try:
+        if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
+            raise ValueError("over a million numbers")  # braceexpand would hold them all
+        parts = [pattern] if Path(pattern).is_file() else braceexpand(pattern)
+        paths = [path for part in parts for path in _matches(Path(part))]
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"{pattern}: {err}; write {{0000..1023}}, {{a,b}}, *, ? or [0-9]") from err
     if not paths:
         raise DataError(f"{pattern}: no such tar; quote the pattern, and mind its folder")
     for path in paths:
@@ -43,18 +61,35 @@ def expand(pattern: str) -> list[Path]:
     return paths
 
 
-def index_tar(path: Path, *, statistics_images: int, size: int) -> ShardRecord:
-    """Reads a tar from end to end. Raises DataError if it is damaged or holds no samples."""
+def _matches(path: Path) -> list[Path]:
+    """The sorted files that a pattern without braces names. A folder that exists under the very name goes first."""
+    folder = next((folder for folder in path.parents if folder.is_dir()), Path())
+    rest = str(path.relative_to(folder))
+    if path.is_file() or not re.search(r"[*?[]", rest):
+        return [path]
+    return sorted(map(Path, glob(os.path.join(escape(str(folder)), rest))))
+
+
+def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRecord, PassedOver]:
+    """Reads a tar from end to end. Raises DataError if it is damaged or holds no samples, but other members."""
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
-    for image, label in _samples(path):
-        data = _read(path, image)
+    unused: list[Member] = []
+    for image, label in _samples(path, bad, unused):
         try:
+            data = _read(path, image)
             rows[image] = (image.offset, image.size, 0, label, crc32(data), *image_size(data))
         except BadImage as err:
             bad[image] = err
+    passed_over = PassedOver()
+    for member in unused:
+        name = os.path.basename(member.name)
+        kind = litter(name) or os.path.splitext(name)[1].lower() or "without extension"
+        passed_over.add(kind, _printable(path, member))
     if not rows and not bad:
-        raise DataError(f"{path}: holds no samples: no image with a label; is it a WebDataset tar?")
+        if unused:
+            raise DataError(f"{path}: holds no samples, no image with a label, but {passed_over}")
+        passed_over.add("empty tar", path.name)
     sums, prepare = Sums(size), Preparer(Encoding(size=size))
     chosen = list(rows)[:: max(1, len(rows) // statistics_images)][:statistics_images] if statistics_images else []
     for image in chosen:
@@ -65,35 +100,68 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> ShardRecord:
         except BadImage as err:
             bad[image] = err
             del rows[image]
-    listed = [{"image": f"{path.name}/{image.name}", "reason": str(err)} for image, err in bad.items()]
+    listed = [{"image": _printable(path, member), "reason": str(err)} for member, err in bad.items()]
     shard = Shard(path.name, len(rows), path.stat().st_size, file_sha256(path))
-    return ShardRecord(shard, np.array(list(rows.values()), dtype=INDEX_DTYPE), sums, [], listed)
+    return ShardRecord(shard, np.array(list(rows.values()), dtype=INDEX_DTYPE), sums, [], listed), passed_over
 
 
-def _samples(path: Path) -> Iterator[tuple[Member, int]]:
-    """(image's member, label) of each sample, in stored order."""
-    seen: set[str] = set()
-    named = ((split_name(member.name), member) for member in members(path))
-    with_both = (
-        (key, extension, member) for (key, extension), member in named if extension and key[-1:] not in ("", "/")
-    )
-    for key, group in groupby(with_both, key=itemgetter(0)):
-        if key in seen:
-            raise DataError(f"{path}: two samples have the key {key!r}; their members must lie together")
-        seen.add(key)
-        found = {extension: member for _, extension, member in group}
-        image = next((found[extension] for extension in IMAGES if extension in found), None)
-        if image:
-            yield image, _label(path, key, found)
+def _printable(path: Path, member: Member) -> str:
+    """A member's name for the manifest, which holds nothing but UTF-8."""
+    return f"{path.name}/{member.name}".encode(errors="backslashreplace").decode()
 
 
-def _label(path: Path, key: str, found: dict[str, Member]) -> int:
-    text = stored_label({name: _read(path, member) for name, member in found.items() if name in ("cls", "json")})
-    if text is None:
-        raise DataError(f"{path}: sample {key!r} has no label: neither .cls nor .json with a 'label'")
-    if not text.isascii() or not text.isdigit():
-        raise DataError(f"{path}: sample {key!r} has the label {text!r}; class numbers from 0 are read")
-    return int(text)
+def _samples(path: Path, bad: dict[Member, BadImage], unused: list[Member]) -> Iterator[tuple[Member, int]]:
+    """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`."""
+    last: dict[str, str] = {}  # member of each key
+    for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
+        found: dict[str, Member] = {}
+        for _, extension, member in group:
+            if key in last:
+                raise DataError(
+                    f"{path}: {last[key]!r} and {member.name!r} are not adjacent, but both have the key {key!r}, {KEY};"
+                    " sort the tar by name (tar --sort=name), or rename members with more dots"
+                )
+            if found.setdefault(extension, member) != member:  # but for small and capital letters
+                unused.append(member)
+        last[key] = member.name
+        name, images, inside = label_name(found), _images(path, found), ", ".join(list(found)[:NAMED])
+        used: set[Member] = set()
+        if name and len(images) == 1:
+            used = {*images, found[name]}
+            yield images[0], _label(path, key, name, found[name])
+        elif name and (images or name.endswith("cls") or b'"label"' in _read(path, found[name])):
+            bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
+        elif images and not name and not any(map(litter, images[0].name.split("/"))):
+            raise DataError(f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside}")
+        unused += [member for member in found.values() if member not in used and member not in bad]
+
+
+def _keyed(path: Path, unused: list[Member]) -> Iterator[tuple[str, str, Member]]:
+    """(key, extension, member) of each member that webdataset reads."""
+    for member in members(path):
+        key, extension = split_name(member.name)
+        if extension and key[-1:] not in ("", "/"):
+            yield key, extension, member
+        else:
+            unused.append(member)
+
+
+def _images(path: Path, found: dict[str, Member]) -> list[Member]:
+    """A sample's image, by the usual extensions or else by content; several if that leaves a choice."""
+    if plain := [found[extension] for extension in IMAGES if extension in found]:
+        return plain[:1]
+    others = [member for extension, member in found.items() if extension.rpartition(".")[2] not in LABELS]
+    return [member for member in others if is_image(io.BytesIO(_read(path, member)))]
+
+
+def _label(path: Path, key: str, name: str, member: Member) -> int:
+    try:
+        label = stored_label({name: _read(path, member)})
+        if not 0 <= label < MAX_CLASSES:
+            raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
+        return label
+    except DataError as err:
+        raise DataError(f"{path}: sample {key!r} {err}") from err
 
 
 def _read(path: Path, member: Member) -> bytes:
@@ -113,7 +181,7 @@ def index(
     max_bad_fraction: float = 0.0,
     workers: int,
     progress: Callable[[int], None],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], PassedOver]:
     """Writes index, mean image and manifest into `out`, beside the tars or apart from them; returns the manifest.
 
     splits: name → tars in order. statistics_images: how many of the training images to decode. progress: called with 1
@@ -126,19 +194,25 @@ def index(
     tars = [(split, path) for split, paths in splits.items() for path in paths]
     measured = -(-statistics_images // len(splits["train"]))  # of each training tar
 
-    def read(tar: tuple[str, Path]) -> ShardRecord:
-        split, path = tar
-        record = index_tar(path, statistics_images=measured * (split == "train"), size=size)
-        return record._replace(shard=replace(record.shard, name=os.path.relpath(path.resolve(), out.resolve())))
+    passed_over = PassedOver()
 
-    def counted(results: Iterator[ShardRecord]) -> Iterator[tuple[str, ShardRecord]]:
-        for (split, _), record in zip(tars, results, strict=True):
+    def read(tar: tuple[str, Path]) -> tuple[ShardRecord, PassedOver]:
+        split, path = tar
+        name = require_utf8(os.path.relpath(path.resolve(), out.resolve()))
+        record, unused = index_tar(path, statistics_images=measured * (split == "train"), size=size)
+        return record._replace(shard=replace(record.shard, name=name)), unused
+
+    def counted(results: Iterator[tuple[ShardRecord, PassedOver]]) -> Iterator[tuple[str, ShardRecord]]:
+        for (split, _), (record, unused) in zip(tars, results, strict=True):
+            for kind, (count, example) in unused.items():
+                passed_over.add(kind, example, count)
             yield split, record
             progress(1)
 
     with pool.run(read, tars, workers=workers, place=out) as results:
         collected = Collected(counted(results), size=size, max_bad_fraction=max_bad_fraction)
-    return _publish(folder, name, collected, classes, {"statistics_images": statistics_images, "size": size})
+    options = {"statistics_images": statistics_images, "size": size}
+    return _publish(folder, name, collected, classes, options), passed_over
 
 
 def _publish(
@@ -146,7 +220,7 @@ def _publish(
 ) -> dict[str, Any]:
     usable = {split: [r for r in found if r.shard.samples] for split, found in collected.of_split.items()}
     collected.of_split = usable
-    labels = 1 + max(int(record.rows["label"].max()) for found in usable.values() for record in found)
+    labels = 1 + max((int(record.rows["label"].max()) for found in usable.values() for record in found), default=-1)
     classes = classes or [str(label) for label in range(labels)]
     if len(classes) < labels:
         raise ConfigError(f"--classes names {len(classes)} classes, but there are labels up to {labels - 1}")

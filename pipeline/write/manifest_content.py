@@ -45,6 +45,8 @@ class Totals:
 
     def publish(self, folder: Folder, name: str) -> dict[str, Any]:
         """Writes the mean image as `name`; returns all other statistics for the manifest, with the file's sha256."""
+        if not self.images:
+            raise DataError("no training image could be decoded for the statistics; repair them or measure more")
         mean = self.channels / self.pixels
         rr, rg, rb, gg, gb, bb = self.products / self.pixels
         covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import webdataset
 from PIL import Image
 
 from pipeline import AugmentConfig, DataError, Loader, open_dataset
+from pipeline.errors import ConfigError
+from pipeline.write import index_existing
 from pipeline.write.index_existing import looks_sorted
 from tests.conftest import picture, run_tool, the_error
 
@@ -100,6 +103,112 @@ def test_sets_that_are_stored_class_after_class_are_warned_of(tmp_path):
     assert looks_sorted(np.sort(mixed))
     assert not looks_sorted(mixed)
     assert not looks_sorted(np.zeros(1000, int))
+
+
+def tar_of(path, *members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def indexed(path, out, **options):
+    """(labels, what was passed over, bad images) of a tar."""
+    options = {"statistics_images": 2, "size": 16, "workers": 1} | options
+    written, passed_over = index_existing.index("x", {"train": [path]}, out, **options, progress=lambda tars: None)
+    counts = {kind: count for kind, (count, _) in passed_over.items()}
+    return open_dataset(out).split("train").index["label"].tolist(), counts, written["quarantine"]
+
+
+IMAGE = jpeg(np.random.default_rng(1))
+
+
+def test_images_are_known_by_content_and_other_members_are_counted(tmp_path):
+    kinds = {"JPG": "JPEG", "jfif": "JPEG", "tif": "TIFF", "gif": "GIF", "input.jpg": "JPEG", "05.png": "PNG"}
+    rng, members = np.random.default_rng(0), [("README", b"hello"), ("d/._s0.jpg", b"x"), ("@eaDir/s0.jpg", IMAGE)]
+    for label, (extension, kind) in enumerate(kinds.items()):
+        ending = "output.cls" if extension == "input.jpg" else "cls"
+        members += [(f"s{label}.{ending}", b"%d" % label), (f"s{label}.{extension}", jpeg(rng, kind))]
+    members += [("s5.txt", b"a note"), ("s5.json", b"{}")]
+    labels, counts, bad = indexed(tar_of(tmp_path / "a.tar", *members), tmp_path / "d")
+    assert labels == [0, 1, 2, 3, 4, 5]
+    assert counts == {"without extension": 1, "hidden": 1, ".jpg": 1, ".txt": 1, ".json": 1}
+    assert bad == []
+
+
+@pytest.mark.parametrize("extra", [("k.txt", b"hello"), ("k.npy", b"x"), ("k.tif", b"no image")])
+def test_a_label_without_an_image_is_a_bad_image(tmp_path, extra):
+    path = tar_of(tmp_path / "a.tar", ("k.cls", b"1"), extra, ("s.cls", b"0"), ("s.jpg", IMAGE))
+    with pytest.raises(DataError, match=r"1 of 2 images cannot be used \(a.tar/k.cls: 0 images for this label"):
+        indexed(path, tmp_path / "d")
+    labels, counts, bad = indexed(path, tmp_path / "d", max_bad_fraction=0.5)
+    assert (labels, sum(counts.values()), len(bad)) == ([0], 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [
+        (("cls", b"\xef\xbb\xbf1\r\n"), [1]),
+        (("json", b'\xef\xbb\xbf{"label": "2"}'), [2]),
+        (("cls", b""), "the label ''"),
+        (("cls", b"2000000000"), "the label 2000000000; class numbers from 0 to 999,999"),
+        (("cls", b"9" * 5000), "the label '999"),
+        (("cls", b"-1"), "the label -1"),
+        (("json", b"{}"), "has no label"),
+        (("json", b"[" * 10_000), "cannot be read as a label"),
+        (("json", b'{"label": null}'), "the label 'None'"),
+    ],
+)
+def test_labels_are_read_or_named_with_tar_and_sample(tmp_path, label, found):
+    path = tar_of(tmp_path / "a.tar", (f"s.{label[0]}", label[1]), ("s.jpg", IMAGE))
+    if isinstance(found, list):
+        assert indexed(path, tmp_path / "d")[0] == found
+    else:
+        with pytest.raises(DataError, match=f"a.tar: sample 's' .*{found}"):
+            indexed(path, tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["f.0.cls", "f.0.jpg", "f.1.cls", "f.1.jpg"], "a name up to its first dot, has 0.cls, 0.jpg, 1.cls, 1.jpg"),
+        (["a.cls", "b.cls", "a.jpg", "b.jpg"], r"'a.cls' and 'a.jpg' are not adjacent.*tar --sort=name"),
+    ],
+)
+def test_members_that_share_a_key_are_explained(tmp_path, names, message):
+    path = tar_of(tmp_path / "a.tar", *[(name, b"0" if name.endswith("cls") else IMAGE) for name in names])
+    with pytest.raises(DataError, match=message):
+        indexed(path, tmp_path / "d")
+
+
+def test_an_empty_tar_is_passed_over_but_not_all_of_a_split(tmp_path):
+    whole, empty = tar_of(tmp_path / "a.tar", ("s.cls", b"0"), ("s.jpg", IMAGE)), tar_of(tmp_path / "b.tar")
+    options = {"statistics_images": 2, "size": 16, "workers": 1, "progress": lambda tars: None}
+    _, passed_over = index_existing.index("x", {"train": [whole, empty]}, tmp_path / "d", **options)
+    assert passed_over == {"empty tar": (1, "b.tar")}
+    assert [shard.name for shard in open_dataset(tmp_path / "d").split("train").shards] == ["../a.tar"]
+    with pytest.raises(DataError, match="no usable image is left"):
+        index_existing.index("x", {"train": [empty]}, tmp_path / "e", **options)
+
+
+def test_patterns_name_what_the_shell_and_webdataset_would(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t-00.tar", "t-01.tar", "d[1]/t-0.tar", "odd{.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        tar_of(tmp_path / name)
+    both = [Path("t-00.tar"), Path("t-01.tar")]
+    for pattern in ("t-{00..01}.tar", "t-??.tar", "t-[0-9][01].tar", f"{tmp_path}/t-*.tar"):
+        assert [path.name for path in index_existing.expand(pattern)] == [path.name for path in both]
+    assert index_existing.expand("d[1]/t-*.tar") == index_existing.expand("d[1]/t-0.tar") == [Path("d[1]/t-0.tar")]
+    assert index_existing.expand("odd{.tar") == [Path("odd{.tar")]
+    for pattern in ("t-{00..01.tar", "t-00..01}.tar", "t-{0..999999999999}.tar"):
+        with pytest.raises(ConfigError, match=r"write \{0000..1023\}"):
+            index_existing.expand(pattern)
+    for pattern in ("", "x?", "t-{00..09}.tar", "t-*.tar.gz"):
+        with pytest.raises(DataError, match="no such tar"):
+            index_existing.expand(pattern)
 
 
 def broken_cut(path):

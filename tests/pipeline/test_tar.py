@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -47,6 +50,12 @@ def test_what_tarfile_wrote_is_read_in_every_format_and_inside_another_tar(tmp_p
     assert found(path, BLOCK, len(inner)) == files
 
 
+def with_size(size: int) -> bytes:
+    info = tarfile.TarInfo("0.jpg")
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
 FILES = {f"{i}.jpg": bytes([i + 1]) * 700 for i in range(5)}
 WHOLE = written(FILES)  # a header and two blocks each
 
@@ -61,6 +70,13 @@ WHOLE = written(FILES)  # a header and two blocks each
         ("zeroed hole", WHOLE[:3072] + bytes(BLOCK) + WHOLE[3584:], "byte 3072: an end mark, but more behind it"),
         ("no tar at all", b"hello" * 500, "byte 0: not an uncompressed tar"),
         ("empty", b"", "byte 0: cut short"),
+        ("gzip", gzip.compress(WHOLE), "byte 0: not an uncompressed tar; it is compressed by gzip; .*gzip -dc"),
+        ("xz", lzma.compress(WHOLE), "byte 0: not an uncompressed tar; it is compressed by xz"),
+        ("bzip2", bz2.compress(WHOLE), "byte 0: not an uncompressed tar; it is compressed by bzip2"),
+        ("zstd", b"\x28\xb5\x2f\xfd" + b"?" * 600, "byte 0: not an uncompressed tar; it is compressed by zstd"),
+        ("Git LFS", b"version https://git-lfs.github.com/spec/v1", "byte 0: .* a pointer of Git LFS"),
+        ("joined", WHOLE + WHOLE, "byte 7680: an end mark, but more behind it.*name each by itself"),
+        ("negative size", with_size(-512), "byte 0: '0.jpg' of -512 bytes"),
     ],
 )
 def test_damage_is_found_and_its_place_named(tmp_path, name, damaged, message):

@@ -418,10 +418,10 @@ def test_bad_images_are_all_listed_and_nothing_is_published(tmp_path):
     folder = tmp_path / "in" / "a"
     folder.mkdir(parents=True)
     (folder / "good.jpg").write_bytes(GOOD)
-    (folder / "notes.txt").write_text("hello")
+    (folder / "notes.doc").write_text("hello")
     (folder / "cut.jpg").write_bytes(GOOD[:500])
     plan = Plan(ImageFolder(tmp_path / "in"), Options())
-    with pytest.raises(DataError, match=r"2 of 3 images cannot be used.*a/cut.jpg.*a/notes.txt: not an image"):
+    with pytest.raises(DataError, match=r"2 of 3 images cannot be used.*a/cut.jpg.*a/notes.doc: not an image"):
         build(plan, tmp_path / "out", workers=1)
     with pytest.raises(DataError, match="its sharding never finished"):
         manifest.open_dataset(tmp_path / "out")
@@ -508,6 +508,41 @@ def test_links_are_followed_once_and_hidden_folders_are_not_images(tmp_path):
     (folder / "deep" / "circle").symlink_to(folder)
     where = [item.where for item in ImageFolder(tmp_path / "in").splits["train"]]
     assert where == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/a/more/3.jpg"]
+
+
+def test_litter_is_passed_over_and_counted_and_nothing_else(tmp_path):
+    for name in ("a/1.jpg", "a/note.jpg.txt", "a/real.txt", "b/x", "a/@eaDir/1.jpg", "a/@eaDir/2/3.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"a cat" if name.startswith("a/note") else GOOD)
+    for name in ("Thumbs.db", "a/thumbs.DB", "a/desktop.ini", "b/.DS_Store", "b/._x", "b/n.csv", "labels.csv"):
+        (tmp_path / "in" / name).write_text("litter")
+    (tmp_path / "in" / "__MACOSX").mkdir()
+    (tmp_path / "in" / "__MACOSX" / "._a").write_text("litter")
+    os.mkfifo(tmp_path / "in" / "b" / "pipe.txt")
+    source = ImageFolder(tmp_path / "in")
+    assert [item.where for item in source.splits["train"]] == ["train/a/1.jpg", "train/a/real.txt", "train/b/x"]
+    assert {kind: count for kind, (count, _) in source.passed_over.items()} == {
+        "Thumbs.db": 1, "thumbs.DB": 1, "desktop.ini": 1, "hidden": 2, "@eaDir": 2, "__MACOSX": 1,
+        ".txt": 2, ".csv": 1, "outside the class folders": 1,
+    }  # fmt: skip
+    (tmp_path / "in" / "c").mkdir()
+    (tmp_path / "in" / "c" / "note.md").write_text("no image")
+    with pytest.raises(DataError, match="in/c: no image in this class folder"):
+        ImageFolder(tmp_path / "in")
+
+
+def test_two_spellings_of_a_class_are_one_and_kept_as_found(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for name in (f"t/{decomposed}/1.jpg", "t/zoo/1.jpg", f"v/{composed}/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(GOOD)
+    source = ImageFolder(tmp_path / "t", tmp_path / "v")
+    assert source.classes == [decomposed, "zoo"]
+    assert source.splits["val"][0].label == 0
+    assert source.splits["val"][0].where == f"val/{composed}/1.jpg"
+    (tmp_path / "t" / composed).mkdir()
+    with pytest.raises(DataError, match=r"'cafe\\u0301' and 'caf\\xe9' are one name in two Unicode spellings"):
+        ImageFolder(tmp_path / "t")
 
 
 def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path):

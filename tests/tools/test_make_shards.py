@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import open_dataset
+from pipeline import DataError, open_dataset
 from tests.conftest import ROOT, run_tool, the_error
+from tools import make_shards
 
 MAKE = "tools/make_shards.py"
 
@@ -76,7 +77,7 @@ def bad_folder(image_folder, tmp_path, kind):
     if kind == "empty class":
         (root / "train" / "emu").mkdir()
     elif kind == "text":
-        (root / "train" / "cat" / "notes.txt").write_text("hello")
+        (root / "train" / "cat" / "notes.doc").write_text("hello")
     elif kind == "cut":
         path = root / "train" / "cat" / "0.jpg"
         path.write_bytes(path.read_bytes()[:2000])
@@ -93,7 +94,7 @@ def bad_folder(image_folder, tmp_path, kind):
     ("kind", "message"),
     [
         ("empty class", "in/train/emu: no image in this class folder; fill or remove it"),
-        ("text", "1 of 17 images cannot be used (train/cat/notes.txt: not an image)"),
+        ("text", "1 of 17 images cannot be used (train/cat/notes.doc: not an image)"),
         ("cut", "train/cat/0.jpg: damaged or truncated image"),
         ("foreign class", "in/val/gnu: this class is not among those of"),
         ("no classes", "in/train: no class folders"),
@@ -124,6 +125,26 @@ def test_wrong_usage_is_one_line_with_code_2(args, message):
     done = run_tool(MAKE, *args)
     assert done.returncode == 2
     assert message in the_error(done)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("\ufeffcat\r\ndog\r\n", ["cat", "dog"]),
+        ("great cat\ndog\n\n \n", ["great cat", "dog"]),
+        ("cat\n\ndog\n", "line 2 is empty"),
+        ("cat\ndog\ncat\n", "lines 1 and 3 are both 'cat'"),
+        ("caf\u00e9\ncafe\u0301\n", "lines 1 and 2 are both"),
+        ("", "line 1 is empty"),
+    ],
+)
+def test_a_file_of_class_names_is_read_as_editors_write_it(tmp_path, content, found):
+    (tmp_path / "names.txt").write_text(content, encoding="utf-8", newline="")
+    if isinstance(found, list):
+        assert make_shards.class_names(tmp_path / "names.txt") == found
+    else:
+        with pytest.raises(DataError, match=found):
+            make_shards.class_names(tmp_path / "names.txt")
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_code_74(tmp_path):

@@ -124,3 +124,15 @@ def test_what_holds_no_image_is_one_line(trained, tmp_path, images, code, said, 
     found, error = run_here(predict.main, monkeypatch, capsys, *told)
     assert said in error
     assert found == code
+
+
+def test_a_folder_is_searched_as_make_shards_does(tmp_path, capsys):
+    for name in ("p/0.jpg", "p/sub/1.JPEG", "p/.ipynb_checkpoints/0.jpg", "p/noext", "p/x.jfif", "p/._0.jpg", "real/5"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "p" / "readme.txt").write_text("no image")
+    (tmp_path / "p" / "link").symlink_to("../real")
+    found = predict.image_files([str(tmp_path / "p")])
+    names = ["0.jpg", "link/5", "noext", "sub/1.JPEG", "x.jfif"]
+    assert found == [f"{tmp_path}/p/{name}" for name in names]
+    assert set(capsys.readouterr().err.strip().removeprefix("passed over: ").split(", ")) == {"2 hidden", "1 .txt"}

@@ -76,6 +76,17 @@ class Items(Sequence[Item]):
         return digest.hexdigest()
 
 
+class PassedOver(dict[str, tuple[int, str]]):
+    """How many files or members of each kind are no samples, and the name of one."""
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        before, first = self.get(kind, (0, name))
+        self[kind] = before + count, first
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {kind} ({name})" for kind, (count, name) in self.items())
+
+
 class Source:
     """A set of labelled images. Forked workers inherit it as it is, so it holds no open file before the first read."""
 
@@ -84,6 +95,7 @@ class Source:
     splits: dict[str, Items]
     class_names: list[str] | None = None  # for people, if `classes` are ids
     class_ids: list[int] | None = None  # official numbers of the classes, if labels are others
+    passed_over = PassedOver()  # read-only
 
     help = ""  # of the command line
 

@@ -7,16 +7,21 @@ import contextlib
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from PIL import Image
 
 from ...errors import DataError
 from ..images import BadImage
-from .base import Item, Items, Source, UniqueKeys, advise, check_fraction, check_name
+from .base import Item, Items, PassedOver, Source, UniqueKeys, advise, check_fraction, check_name
 
+LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
+TEXTS = (".txt", ".json", ".xml", ".csv", ".md")
 NO_FILE = "neither a file nor a link to one"
 
 
@@ -24,7 +29,8 @@ NO_FILE = "neither a file nor a link to one"
 class ImageFolder(Source):
     """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
 
-    Every file that is not hidden counts as an image: the content of others shows that they are none.
+    Every file counts as an image, but for what files_of_images passes over: its content shows if it is none.
+    Class names are compared in Unicode's composed form (NFC), as macOS may decompose them, and kept as found.
     val_fraction: the fraction of each class that is held out as validation, instead of a folder; chosen by names alone.
     """
 
@@ -37,30 +43,33 @@ class ImageFolder(Source):
 
     def __post_init__(self) -> None:
         self._opened: dict[str, int] = {}  # this process's files that ahead() opened and read() has not read yet
-        folders = {"train": self.train} | ({"val": self.val} if self.val else {})
-        self.classes = _class_names(self.train)
-        self.splits = {split: self._items(split, folder) for split, folder in folders.items()}
+        self.passed_over, self.splits = PassedOver(), {}
+        label_of: dict[str, int] = {}
+        for split, folder in (("train", self.train), ("val", self.val)):
+            if folder is None:
+                continue
+            found = _class_folders(folder, self.passed_over)
+            if split == "train":
+                self.classes = [path.name for path in found.values()]
+                label_of = {name: label for label, name in enumerate(found)}
+            if foreign := [path for name, path in found.items() if name not in label_of]:
+                raise DataError(
+                    f"{foreign[0]}: this class is not among those of {self.train};"
+                    " validation needs the training classes"
+                )
+            labels = {path: label_of[name] for name, path in found.items()}
+            self.splits[split] = Items(self._found(split, folder, labels))
         if self.val_fraction:
             self.splits = _held_out(self.splits["train"], self.val_fraction)
 
-    def _items(self, split: str, folder: Path) -> Items:
-        names = _class_names(folder)
-        label_of = {name: label for label, name in enumerate(self.classes)}
-        if foreign := [name for name in names if name not in label_of]:
-            raise DataError(
-                f"{folder / foreign[0]}: this class is not among those of {self.train};"
-                " validation needs the training classes"
-            )
-        return Items(self._found(split, folder, {name: label_of[name] for name in names}))
-
-    def _found(self, split: str, folder: Path, labels: dict[str, int]) -> Iterator[Item]:
+    def _found(self, split: str, folder: Path, labels: dict[Path, int]) -> Iterator[Item]:
         unique = UniqueKeys()
-        for name, label in labels.items():
-            files = sorted(_files(folder / name))
+        for class_folder, label in labels.items():
+            files = sorted(files_of_images(class_folder, self.passed_over))
             if not files:
-                raise DataError(f"{folder / name}: no image in this class folder; fill or remove it")
+                raise DataError(f"{class_folder}: no image in this class folder; fill or remove it")
             for file in files:
-                path = _require_utf8(os.path.relpath(file, folder))
+                path = require_utf8(os.path.relpath(file, folder))
                 yield Item(unique(_readable_key(path)), label, f"{split}/{path}")
 
     def _path(self, item: Item) -> str:
@@ -125,28 +134,69 @@ def _held_out(items: Items, fraction: float) -> dict[str, Items]:
     }
 
 
-def _class_names(folder: Path) -> list[str]:
+def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
+    """The folders by their names in NFC, in the order of the names as they are."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one that holds a folder for each class")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(f"{folder}: no class folders; images belong into {folder}/<class>/")
-    return names
-
-
-def _files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """All files that are not hidden, at any depth. Links are followed as torchvision does, but no circle of them."""
-    above |= {os.path.realpath(folder)}
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
+    found: dict[str, Path] = {}
+    for entry in sorted(_entries(folder, passed_over), key=lambda entry: entry.name):
+        name = unicodedata.normalize("NFC", entry.name)
         if not entry.is_dir():
-            yield entry.path
-        elif os.path.realpath(entry.path) not in above:
-            yield from _files(Path(entry.path), above)
+            passed_over.add("outside the class folders", entry.path)
+        elif name in found:
+            both = f"{found[name].name!a} and {entry.name!a}"
+            raise DataError(f"{folder}: {both} are one name in two Unicode spellings; merge these folders")
+        else:
+            found[name] = Path(entry.path)
+    if not found:
+        raise DataError(f"{folder}: no class folders; images belong into {folder}/<class>/")
+    return found
 
 
-def _require_utf8(path: str) -> str:
+def files_of_images(folder: Path, passed_over: PassedOver) -> Iterator[str]:
+    """All files at any depth, but for litter and for texts, such as notes and annotations, that are no images.
+
+    Links are followed as torchvision does, but no circle of them.
+    """
+    todo = [(str(folder), frozenset([os.path.realpath(folder)]))]
+    while todo:
+        path, above = todo.pop()
+        for entry in _entries(path, passed_over):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                if (inside := os.path.realpath(entry.path)) not in above:
+                    todo.append((entry.path, above | {inside}))
+            elif suffix in TEXTS and not (entry.is_file() and is_image(entry.path)):  # a pipe would wait
+                passed_over.add(suffix, entry.path)
+            else:
+                yield entry.path
+
+
+def _entries(folder: Path | str, passed_over: PassedOver) -> Iterator[os.DirEntry[str]]:
+    """All but litter, whose files are counted."""
+    for entry in os.scandir(folder):
+        if kind := litter(entry.name):
+            within = [files for *_, files in os.walk(entry.path)]  # nothing for a file
+            passed_over.add(kind, entry.path, sum(map(len, within)) if within else 1)
+        else:
+            yield entry
+
+
+def litter(name: str) -> str:
+    """The kind of a file or folder that systems and tools leave beside images; "" for others."""
+    hidden = name.startswith(".") and name not in (".", "..")
+    return "hidden" if hidden else name if name.lower() in LITTER else ""
+
+
+def is_image(file: str | BinaryIO) -> bool:
+    """Whether the content looks like an image: it may still be damaged."""
+    with contextlib.suppress(Exception):  # Pillow's parsers raise many kinds
+        Image.open(file).close()
+        return True
+    return False
+
+
+def require_utf8(path: str) -> str:
     """JSON, and so the manifest, holds no name that is not UTF-8."""
     try:
         path.encode()
