@@ -83,7 +83,7 @@ class Cropper:
         """Compiles the function, or loads what an earlier process compiled."""
         ones = np.ones(3, np.float32)
         with straight_lines_vectorised():
-            block = decoded_block(np.zeros(3, np.uint8), 1, 1)
+            block = decoded_block(np.zeros(3, np.uint8), size_row(1, 1))
             self(
                 block, np.zeros(3 * self.side**2, self.dtype), 0, np.ones((1, 1, 4)), np.zeros((1, 1), bool), ones, ones
             )
@@ -112,8 +112,13 @@ class Cropper:
 _HERE, _FIRST = np.full(1, IN_MEMORY), np.zeros(1, np.int64)
 
 
-def decoded_block(pixels: np.ndarray, width: int, height: int) -> Block:
-    """One image whose pixels are at hand."""
+def decoded_block(pixels: np.ndarray, row: np.ndarray) -> Block:
+    """One image whose pixels are at hand. row: (1, 7), its row of the index."""
+    return Block(pixels, _FIRST, _HERE, row, False)
+
+
+def size_row(width: int, height: int) -> np.ndarray:
+    """A row of an image that is in no index."""
     row = np.zeros((1, 7), np.int64)
     row[0, WIDTH], row[0, HEIGHT] = width, height
-    return Block(pixels, _FIRST, _HERE, row, False)
+    return row

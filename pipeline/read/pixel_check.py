@@ -101,7 +101,7 @@ class PixelCheck:
         stored, (width, height) = self._reader.stored(sample), image.rows[0, [WIDTH, HEIGHT]].tolist()
         pixels = stored if self.raw else decode(stored.data, size=(width, height)).reshape(-1)
         ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
-        block = decoded_block(pixels, width, height)
+        block = decoded_block(pixels, image.rows)
         self._cropper(block, ours, 0, image.box[:, here], image.flip[:, here], unused, unused)
         theirs = crop.read().float().numpy()
         if self.output.dtype != "uint8":

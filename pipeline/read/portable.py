@@ -22,10 +22,10 @@ from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
 from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
 from .buffers import Buffers
-from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images
-from .kernels import Cropper, decoded_block
+from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
+from .kernels import Cropper, decoded_block, size_row
 from .reader import Reader
-from .truncate_jpeg import ROWS_BELOW, cut_short, is_jpeg_of_size
+from .truncate_jpeg import ROWS_BELOW, cut_short
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
 BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
@@ -146,22 +146,24 @@ class Portable:
             done = fetch_images(*block, needed, cut)
         if done < b - a:
             self._reader.raise_reason(int(work.ids[a + done]))
-        columns = (block.at, block.at + rows[:, SIZE], cut, needed, rows[:, WIDTH], rows[:, HEIGHT])
+        plain = cut | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
+        left = np.where(cut, needed, rows[:, HEIGHT])
+        columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
-        for i, (start, end, is_cut, top, width, height) in enumerate(sizes, a):
+        for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
             image = block.buffer[start:end]
             try:
-                pixels = self._decoded(image, width, height, top if is_cut else height)
+                pixels = self._decoded(image, width, height, left_rows, is_plain)
             except Exception as err:  # whatever it is, it needs the sample's name
-                raise undecodable(work, i, err, self._reader) from err
-            self._crop(work, crops, decoded_block(pixels, width, height), i, i + 1)
+                raise undecodable(work, a + i, err, self._reader) from err
+            self._crop(work, crops, decoded_block(pixels, rows[i : i + 1]), a + i, a + i + 1)
 
-    def _decoded(self, image: np.ndarray, width: int, height: int, rows: int) -> np.ndarray:
+    def _decoded(self, image: np.ndarray, width: int, height: int, rows: int, is_plain: bool) -> np.ndarray:
         """Flat pixels: all, or those of the first rows if the image was cut short; valid until this thread's next call.
 
-        rows: how many the image has now.
+        rows: how many the image has now. is_plain: a JPEG of this size, by its header.
         """
-        if is_jpeg_of_size(image, 0, len(image), width, rows):  # a microsecond; decode() looks closer
+        if is_plain:
             try:  # not strict if it was cut: the rest of the image is what it would complain of
                 pixels: np.ndarray = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
                 if pixels.shape == (rows, width, 3):
@@ -211,7 +213,10 @@ class Viewer:
         ids, size = np.zeros(1, np.int64), (np.array([width]), np.array([height]))
         placement = place(self.augment, ids, *size, seed=0, epoch=0, train=False)
         views, crop = self.augment.views, self.augment.crop
-        out, block = np.empty(views * 3 * crop * crop, np.float32), decoded_block(pixels.reshape(-1), width, height)
+        out, block = (
+            np.empty(views * 3 * crop * crop, np.float32),
+            decoded_block(pixels.reshape(-1), size_row(width, height)),
+        )
         box, flip = placement.box[None], placement.flip[None]
         self._cropper(block, out, 0, box, flip, self._mean, self._scale)
         crops = out.reshape(views, 3, crop, crop)

