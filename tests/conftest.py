@@ -15,10 +15,17 @@ from PIL import Image
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
+from tests import fork_server
 from tools import cli
 
+subprocess.Popen = fork_server.Popen
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("IMAGENET_EXPRESS_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # the workers inherit its address
+        fork_server.start()
 
 
 @pytest.fixture(scope="session")

@@ -92,6 +92,8 @@ class Job:
         if alive:
             self.end()
         assert not alive, f"{alive} outlived {seconds} s\n{self.said}"
+        while self.process.poll() is None:  # the fork server tells it a moment later
+            time.sleep(0.001)
         return int(self.process.returncode)
 
     def end(self) -> None:
