@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "FORK_SERVER"  # the environment variable with the server's socket
 MODULES = {"accelerate.commands.launch", "torch.distributed.run", "train.run"}
 PRELOADED = [
-    *("torch", "torch.distributed.run", "torch.utils.tensorboard", "accelerate.commands.launch", "numba", "simplejpeg"),
+    *(
+        "torch",
+        "torch.distributed.run",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.utils.tensorboard",
+        "accelerate.commands.launch",
+        "numba",
+        "simplejpeg",
+    ),
     *("train.build", "train.loop", "train.cli", "train.preflight", "train.classifier", "train.evaluation"),
     *("pipeline.read.loader", "pipeline.read.portable", "pipeline.verify", "pipeline.write.build", "nvidia.dali.fn"),
     *("tools.make_shards", "tools.check_shards", "tools.evaluate", "tools.predict", "tools.export", "tools.replay"),
@@ -91,7 +101,9 @@ class Popen(Real):
         ends = zip((given["p2cread"], given["c2pwrite"], given["errwrite"]), range(3))
         fds = [end if end != -1 else standard for end, standard in ends]
         if _Mode.forked:
-            self.pid = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # a launcher has threads, which wait
+                self.pid = os.fork()
             if not self.pid:
                 become(job, fds)
         else:

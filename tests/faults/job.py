@@ -19,7 +19,8 @@ import psutil
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "train" / "run.py"
-BATCH, STEPS = 48, 29  # of an epoch of 1,438 digits: a batch that 2, 3 and 4 ranks can divide
+PLANTED = ROOT / "tests" / "faults" / "planted.py"
+BATCH, STEPS = 12, 29  # of an epoch of 356 digits: a batch that 2, 3 and 4 ranks can divide
 SMALL = [
     "demo", "--model.width", "0.125", "--train.batch", BATCH, "--run.log-every", 1, "--run.save-every", 4,
     "--run.record-ids", "--loader.threads", 1,

