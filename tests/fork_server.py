@@ -47,6 +47,8 @@ PRELOADED = [
     *("tools.make_shards", "tools.check_shards", "tools.evaluate", "tools.predict", "tools.export", "tools.replay"),
 ]
 ROOM = 65536  # bytes for a process's command line and environment as /proc shows them
+AT_IMPORT = ("PYTHON", "TORCHINDUCTOR", "CXX", "NUMBA")  # what is read when Python or a package is loaded
+STARTED = dict(os.environ)
 Real = subprocess.Popen
 
 
@@ -71,7 +73,7 @@ def ours(argv: object, env: dict[str, str]) -> bool:
     words = [os.fspath(word) for word in argv]
     if len(words) < 2 or words[0] != sys.executable:
         return False
-    if any(env.get(name) != os.environ.get(name) for name in {*env, *os.environ} if name.startswith("PYTHON")):
+    if any(env.get(name) != STARTED.get(name) for name in {*env, *STARTED} if name.startswith(AT_IMPORT)):
         return False
     words = words[2:] if words[1] == "-u" else words[1:]
     if words[0] == "-m":

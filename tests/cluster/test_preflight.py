@@ -126,7 +126,6 @@ def the_line(job: Job) -> str:
     return line
 
 
-@pytest.mark.slow
 def test_what_differs_between_hosts_is_refused_by_both_before_anything_is_written(few_digits, other_digits, tmp_path):
     shown = tmp_path / "site" / "numpy-0.1.dist-info"
     shown.mkdir(parents=True)

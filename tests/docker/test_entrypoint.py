@@ -136,7 +136,6 @@ def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, few
     assert job.end() == 75, job.said
 
 
-@pytest.mark.slow
 def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(few_digits, tmp_path):
     folder = tmp_path / "home" / "run"
     folder.mkdir(parents=True)

@@ -93,9 +93,9 @@ class Job:
         if alive:
             self.end()
         assert not alive, f"{alive} outlived {seconds} s\n{self.said}"
-        while self.process.poll() is None:  # the fork server tells it a moment later
+        while (code := self.process.poll()) is None:  # the fork server reports it a moment later
             time.sleep(0.001)
-        return int(self.process.returncode)
+        return int(code)
 
     def end(self) -> None:
         """Whatever is left of it."""

@@ -274,6 +274,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(most, few_digi
             assert abs(ours[step] - theirs[step]) < 1e-4, (change, step)
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(few_digits, tmp_path):
     """Two agents on one machine stand for two nodes; one of them is killed with its rank."""
     folder = tmp_path / "run"

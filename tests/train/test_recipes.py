@@ -65,7 +65,7 @@ def test_all_that_a_recipe_keeps_survives_a_stop_to_the_last_bit(few_digits, tmp
     ]
     undisturbed, stopped = tmp_path / "a", tmp_path / "b"
     assert alone(*recipe, "--run.dir", undisturbed).returncode == 0
-    for limit in (10, 30, 44, 57):  # within epochs, and at the end of one
+    for limit in (10, 44, 57):  # within epochs, and at the end of one
         done = alone(*recipe, "--run.dir", stopped, "--limit-steps", limit)
         assert done.returncode == 0, done.stderr
         assert json.loads((stopped / "exit.json").read_text()) == {"code": 0, "reason": "done", "step": limit}
@@ -126,7 +126,7 @@ def test_the_better_of_weights_and_average_is_kept_and_both_are_told(few_digits,
 def test_overflows_of_scaled_gradients_are_skipped_counted_and_the_schedule_waits(ranks, few_digits, tmp_path):
     run = tmp_path / "run"
     args = ["demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 1, *FEW, *QUICK]
-    args += ["--limit-steps", 20, "--regularize.ema", 0.9, "--optim.clip-norm", 5]
+    args += ["--limit-steps", 20, "--regularize.ema", 0.9, "--optim.clip-norm", 5, "--model.width", 0.05]
     done = launch(SCRIPT, *args, ranks=ranks, script=HERE / "scaled.py", precision="fp16")
     assert done.returncode == 0, done.stderr
     lines = metrics(run, "train")
