@@ -31,7 +31,7 @@ class Container:
             argv = [str(ENTRYPOINT), *map(str, args)]
             self.process = psutil.Popen(argv, stdout=log, stderr=log, cwd=home, env=env, start_new_session=True)
 
-    def end(self, *, seconds: float = 120) -> int:
+    def end(self, *, seconds: float = 300) -> int:
         """Its exit code; none of its processes is left then."""
         try:
             return int(self.process.wait(timeout=seconds))
@@ -42,7 +42,7 @@ class Container:
             assert not left, self.said
 
     def reach(self, step: int, folder: Path) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while max((line["step"] for line in lines(folder, "train")), default=0) < step:
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
@@ -128,7 +128,7 @@ def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, few
         (tmp_path / "home" / "run" / "heartbeat").mkdir(parents=True)
         (tmp_path / "home" / "run" / "heartbeat" / "rank-00000.json").write_text("{}")
     job = Container(tmp_path / "home", *small(few_digits), "--run.dir", "run", launch="cpu2")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any(launches(child) for child in job.process.children()):
         assert time.monotonic() < deadline, job.said
         time.sleep(0.02)

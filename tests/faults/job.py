@@ -76,7 +76,7 @@ class Job:
                 pass
         return [found[rank] for rank in sorted(found)]
 
-    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 120, each: float = 0.002) -> bool:
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 300, each: float = 0.002) -> bool:
         """Whether the condition came true before the job ended."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -86,7 +86,7 @@ class Job:
             time.sleep(each)
         return True
 
-    def wait(self, *, seconds: float = 180) -> int:
+    def wait(self, *, seconds: float = 300) -> int:
         """The launcher's exit code, when every process of the job is gone."""
         self.ranks()
         _, alive = psutil.wait_procs(self.family.values(), timeout=seconds)

@@ -83,7 +83,7 @@ def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_a
             time.sleep(2.5)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=120)[1]
         assert process.returncode == code, said
         assert "Traceback" not in said
     assert json.loads((folder / "exit.json").read_text())["reason"].startswith("a second SIGTERM")
@@ -100,7 +100,7 @@ def test_a_signal_within_a_long_call_is_one_signal(few_digits, tmp_path):
         time.sleep(0.005)
     time.sleep(0.3)  # into the sixth
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert process.returncode == 75, said
     assert json.loads((folder / "exit.json").read_text())["step"] == 6
 
@@ -146,9 +146,9 @@ def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, w
     stopped = time.monotonic()
     others = [r for i, r in enumerate(ranks) if i != victim]
     while any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in others):
-        assert time.monotonic() - stopped < 4 + 5, job.said
+        assert time.monotonic() - stopped < 4 + 60, job.said
         time.sleep(0.02)
-    job.wait(seconds=20)
+    job.wait()
     assert not ranks[victim].is_running()
     assert job.exit["code"] == 77
     assert f"rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) gives no sign" in job.exit["reason"]
@@ -166,7 +166,7 @@ def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, w
 def test_a_rank_that_hangs_by_itself_is_named_with_what_it_was_doing(few_digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANT", "sleep:1:7")
     job = Job(tmp_path / "run", SCRIPT, *two(few_digits), "--guard.hang-seconds", 4, ranks=2, script=PLANTED)
-    job.wait(seconds=60)
+    job.wait()
     assert job.exit["code"] == 77
     assert re.search(r"the others wait for rank 1 \(process \d+ on .*\), in the forward pass of step 7", job.said)
     assert "faulty" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
@@ -295,7 +295,7 @@ def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(few_digi
     assert described["ranks"] == 2
     agents[1].ranks()
     agents[1].end()
-    assert agents[0].wait(seconds=150) == 0, agents[0].said
+    assert agents[0].wait() == 0, agents[0].said
     assert json.loads((folder / "config.json").read_text())["ranks"] == 1
     whole = run(tmp_path / "whole", *args, ranks=2).folder
     assert global_ids(folder) == global_ids(whole)
