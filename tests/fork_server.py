@@ -20,6 +20,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -31,21 +32,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "FORK_SERVER"  # the environment variable with the server's socket
 MODULES = {"accelerate.commands.launch", "torch.distributed.run", "train.run"}
-PRELOADED = [
-    *(
-        "torch",
-        "torch.distributed.run",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.utils.tensorboard",
-        "accelerate.commands.launch",
-        "numba",
-        "simplejpeg",
-    ),
-    *("train.build", "train.loop", "train.cli", "train.preflight", "train.classifier", "train.evaluation"),
-    *("pipeline.read.loader", "pipeline.read.portable", "pipeline.verify", "pipeline.write.build", "nvidia.dali.fn"),
-    *("tools.make_shards", "tools.check_shards", "tools.evaluate", "tools.predict", "tools.export", "tools.replay"),
-]
+PRELOADED = """
+torch torch.distributed.run torch._dynamo torch.distributed.fsdp torch.utils.tensorboard accelerate.commands.launch
+numba simplejpeg nvidia.dali.fn pipeline.read.loader pipeline.read.portable pipeline.verify pipeline.write.build
+train.build train.loop train.cli train.preflight train.classifier train.evaluation
+tools.make_shards tools.check_shards tools.evaluate tools.predict tools.export tools.replay
+""".split()
 ROOM = 65536  # bytes for a process's command line and environment as /proc shows them
 AT_IMPORT = ("PYTHON", "TORCHINDUCTOR", "CXX", "NUMBA")  # what is read when Python or a package is loaded
 STARTED = dict(os.environ)
@@ -179,7 +171,8 @@ def serve(listening: socket.socket) -> None:
         if sys.stdin in ready:
             return
         connection, _ = listening.accept()
-        if not os.fork():
+        user = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if user == os.getuid() and not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listening.close()
             attend(connection)
