@@ -37,7 +37,7 @@ torch torch.distributed.run torch._dynamo torch.distributed.fsdp torch.utils.ten
 numba simplejpeg nvidia.dali.fn pipeline.read.loader pipeline.read.portable pipeline.verify pipeline.write.build
 train.build train.loop train.cli train.preflight train.classifier train.evaluation
 tools.make_shards tools.check_shards tools.evaluate tools.predict tools.export tools.replay
-""".split()
+"""
 ROOM = 65536  # bytes for a process's command line and environment as /proc shows them
 AT_IMPORT = ("PYTHON", "TORCHINDUCTOR", "CXX", "NUMBA")  # what is read when Python or a package is loaded
 STARTED = dict(os.environ)
@@ -281,7 +281,7 @@ def main() -> None:
     subprocess.Popen = Popen  # before anything imports it by name
     sys.path[0] = str(ROOT)
     listening = socket.socket(fileno=int(sys.argv[1]))
-    for name in PRELOADED:
+    for name in PRELOADED.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
