@@ -250,10 +250,9 @@ def test_a_limit_leaves_the_schedule_of_evaluations_alone(few_digits, tmp_path):
     args = ["demo", "--data.shards", few_digits, *QUICK, *plateau, "--optim.warmup-epochs", 0, "--train.eval-every", 2]
     args += ["--train.batch", 64, "--train.epochs", 9, "--run.log-every", 1]
     assert alone(*args, "--run.dir", tmp_path / "a").returncode == 0
-    for limit in (5, 15):  # the ends of epochs that are not evaluated
-        done = alone(*args, "--run.dir", tmp_path / "b", "--limit-steps", limit)
-        assert done.returncode == 0, done.stderr
-        assert metrics(tmp_path / "b", "val")[-1]["step"] == limit
+    done = alone(*args, "--run.dir", tmp_path / "b", "--limit-steps", 15)  # the end of an epoch that is not evaluated
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "b", "val")[-1]["step"] == 15
     assert alone(*args, "--run.dir", tmp_path / "b").returncode == 0
     rates = [[line["lr"] for line in metrics(tmp_path / run, "train")] for run in "ab"]
     assert rates[0] == rates[1]
