@@ -39,7 +39,7 @@ train.build train.loop train.cli train.preflight train.classifier train.evaluati
 tools.make_shards tools.check_shards tools.evaluate tools.predict tools.export tools.replay
 """
 ROOM = 65536  # bytes for a process's command line and environment as /proc shows them
-AT_IMPORT = ("PYTHON", "CXX", "NUMBA")  # what is read when Python or a package is loaded
+AT_IMPORT = ("PYTHON", "LANG", "LC_", "CXX", "NUMBA")  # what is read when Python or a package is loaded
 STARTED = dict(os.environ)
 Real = subprocess.Popen
 
