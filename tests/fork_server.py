@@ -209,6 +209,7 @@ def become(job: dict, fds: list[int]) -> None:
             os.dup2(fd, standard)
         for fd in {*high, *(fd for fd in fds if fd > 2)}:
             os.close(fd)
+        open_streams()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -222,6 +223,14 @@ def become(job: dict, fds: list[int]) -> None:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def open_streams() -> None:
+    """The standard streams, as Python opens them: the server's were made for other files."""
+    options = {"encoding": sys.stdout.encoding, "closefd": False}
+    sys.stdin = sys.__stdin__ = os.fdopen(0, **options)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", **options)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", **options)
 
 
 def show(job: dict) -> None:
