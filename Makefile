@@ -1,5 +1,6 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
-# make test    format, lint and tests
+# make test    format, lint, types and the tests that prove each promise once, in five minutes on two cores
+# make test-all   and those that prove a promise a second time (tests/README.md)
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
 # make slurm-test   sharding and training on a real Slurm of two nodes on this machine: needs root and Debian
@@ -21,9 +22,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SCRIPTS := .ci/run $(shell find docker tests tools -name '*.sh' -o -name '*.sbatch')
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test format faults simd accuracy bench gpu-proof netns-test slurm-test image clean
+.PHONY: setup demo test types test-fast test-slow test-all format faults simd accuracy bench gpu-proof netns-test slurm-test image clean
 
 setup: $(INSTALLED)
 
@@ -41,13 +43,24 @@ demo: shards/digits/manifest.json
 	$(LAUNCH) --num_processes 1 train/run.py demo --data.shards shards/digits --run.dir runs/demo
 	$(BIN)/python tools/report.py runs/demo
 
+# The types beside the tests, which now and then wait
 test: $(INSTALLED)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
-	$(BIN)/mypy
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(MAKE) --no-print-directory -j 2 types test-fast
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+test-fast: $(INSTALLED)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
+from pipeline.write.sources.base import Items
+from tests import fork_server
 from tools import cli
 
+subprocess.Popen = fork_server.Popen
+# A test must pass on a slow processor and beside other work.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("IMAGENET_EXPRESS_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # the workers inherit its address
+        fork_server.start()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left alone with one at the end."""
+    first = ["train/test_run", "tools/test_gpu", "train", "faults", "tools", "cluster", "docker"]
+    items.sort(key=lambda item: next((i for i, name in enumerate(first) if f"tests/{name}" in item.nodeid), len(first)))
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for all tests of this run, by whichever worker needs it first; tests that change files copy it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / f"{name}.whole").exists():
+            make(root / name)
+            (root / f"{name}.whole").touch()
+    return root / name
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """The embedded digits, sharded as make demo does."""
-    out = tmp_path_factory.mktemp("digits")
-    build(Plan(Digits(side=36), Options()), out, workers=1)
-    return out
+    return once(tmp_path_factory, "digits", lambda out: build(Plan(Digits(side=36), Options()), out, workers=1))
+
+
+class FewDigits(Digits):
+    """A quarter of them: 356 for training, 90 for validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.splits = {name: Items(list(items)[: {"train": 356}.get(name, 90)]) for name, items in self.splits.items()}
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory) -> Path:
+    return once(tmp_path_factory, "few-digits", lambda out: build(Plan(FewDigits(side=36), Options()), out, workers=1))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, digits) -> Path:
     """A run on the digits that can tell most of them, with averaged weights beside its own."""
-    run = tmp_path_factory.mktemp("trained") / "demo"
-    told = ["--train.epochs", 3, "--regularize.ema", 0.9, "--run.dir", run]
-    done = run_tool("train/run.py", "demo", "--data.shards", digits, *told)
-    assert done.returncode == 0, done.stderr
-    return run
+
+    def train(run: Path) -> None:
+        args = ["demo", "--data.shards", digits, "--train.epochs", 3, "--regularize.ema", 0.9, "--run.dir", run]
+        done = run_tool("train/run.py", *args)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "demo", train)
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -30,8 +30,8 @@ def hosts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(digits) -> list[object]:
-    return [*SMALL, "--data.shards", digits, "--train.epochs", 3, "--guard.hang-seconds", HANG]
+def told(few_digits) -> list[object]:
+    return [*SMALL, "--data.shards", few_digits, "--train.epochs", 3, "--guard.hang-seconds", HANG]
 
 
 @pytest.fixture(scope="module")

@@ -126,12 +126,11 @@ def the_line(job: Job) -> str:
     return line
 
 
-@pytest.mark.slow
-def test_what_differs_between_hosts_is_refused_by_both_before_anything_is_written(digits, other_digits, tmp_path):
+def test_what_differs_between_hosts_is_refused_by_both_before_anything_is_written(few_digits, other_digits, tmp_path):
     shown = tmp_path / "site" / "numpy-0.1.dist-info"
     shown.mkdir(parents=True)
     (shown / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
-    own, other = ([*SMALL, "--data.shards", shards, "--train.epochs", 1] for shards in (digits, other_digits))
+    own, other = ([*SMALL, "--data.shards", shards, "--train.epochs", 1] for shards in (few_digits, other_digits))
     cases = [
         (other, {}, [f"{FINGERPRINT}=", " but "]),
         ([*own, "--optim.lr", 0.013], {}, ["optim.lr=0.013 but 0.0"]),
@@ -150,13 +149,13 @@ def test_what_differs_between_hosts_is_refused_by_both_before_anything_is_writte
 
 
 @pytest.mark.slow
-def test_own_affairs_of_a_host_are_left_to_it(digits, tmp_path):
+def test_own_affairs_of_a_host_are_left_to_it(few_digits, tmp_path):
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(digits, elsewhere)
+    shutil.copytree(few_digits, elsewhere)
     own = [*SMALL, "--train.epochs", 1]
     jobs = start(
         tmp_path / "run",
-        [*own, "--data.shards", digits],
+        [*own, "--data.shards", few_digits],
         [*own, "--data.shards", elsewhere, "--loader.threads", 2, "--loader.no-verify"],
     )
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].said + jobs[1].said

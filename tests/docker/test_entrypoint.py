@@ -31,7 +31,7 @@ class Container:
             argv = [str(ENTRYPOINT), *map(str, args)]
             self.process = psutil.Popen(argv, stdout=log, stderr=log, cwd=home, env=env, start_new_session=True)
 
-    def end(self, *, seconds: float = 120) -> int:
+    def end(self, *, seconds: float = 300) -> int:
         """Its exit code; none of its processes is left then."""
         try:
             return int(self.process.wait(timeout=seconds))
@@ -42,7 +42,7 @@ class Container:
             assert not left, self.said
 
     def reach(self, step: int, folder: Path) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while max((line["step"] for line in lines(folder, "train")), default=0) < step:
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
@@ -80,9 +80,9 @@ LAUNCHES = pytest.mark.parametrize("launch", ["", "cpu2"], ids=["one-process", "
 
 @pytest.mark.slow
 @LAUNCHES
-def test_a_run_ends_with_0_in_the_preset_s_folder_and_one_on_missing_shards_with_65(launch, digits, tmp_path):
+def test_a_run_ends_with_0_in_the_preset_s_folder_and_one_on_missing_shards_with_65(launch, few_digits, tmp_path):
     home = tmp_path / "home"
-    whole = Container(home, *small(digits), "--limit-steps", 3, launch=launch)
+    whole = Container(home, *small(few_digits), "--limit-steps", 3, launch=launch)
     assert whole.end() == 0, whole.said
     folder = home / "runs" / "demo"
     assert exit_json(folder)["code"] == 0
@@ -95,10 +95,10 @@ def test_a_run_ends_with_0_in_the_preset_s_folder_and_one_on_missing_shards_with
 
 @pytest.mark.slow
 @LAUNCHES
-def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(launch, digits, tmp_path):
+def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(launch, few_digits, tmp_path):
     folder, step = tmp_path / "home" / "run", 0
     for name in ("SIGTERM", "SIGINT"):
-        job = Container(tmp_path / "home", *small(digits), "--run.dir=run", "--train.epochs", 50, launch=launch)
+        job = Container(tmp_path / "home", *small(few_digits), "--run.dir=run", "--train.epochs", 50, launch=launch)
         job.reach(step + 3, folder)
         assert f"step-{step:08d}" in job.said or not step
         assert probe(job.home / "state")[0] == 0
@@ -111,9 +111,9 @@ def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(launch, di
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_killed_does_not_end_the_container_before_its_ranks_have_saved(digits, tmp_path):
+def test_a_launcher_that_is_killed_does_not_end_the_container_before_its_ranks_have_saved(few_digits, tmp_path):
     folder = tmp_path / "home" / "run"
-    job = Container(tmp_path / "home", *small(digits), "--run.dir", folder, "--train.epochs", 50, launch="cpu2")
+    job = Container(tmp_path / "home", *small(few_digits), "--run.dir", folder, "--train.epochs", 50, launch="cpu2")
     job.reach(4, folder)
     (launcher,) = job.process.children()
     launcher.kill()
@@ -123,12 +123,12 @@ def test_a_launcher_that_is_killed_does_not_end_the_container_before_its_ranks_h
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, digits, tmp_path):
+def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, few_digits, tmp_path):
     if begun:  # an earlier start's heartbeat is not this one's
         (tmp_path / "home" / "run" / "heartbeat").mkdir(parents=True)
         (tmp_path / "home" / "run" / "heartbeat" / "rank-00000.json").write_text("{}")
-    job = Container(tmp_path / "home", *small(digits), "--run.dir", "run", launch="cpu2")
-    deadline = time.monotonic() + 60
+    job = Container(tmp_path / "home", *small(few_digits), "--run.dir", "run", launch="cpu2")
+    deadline = time.monotonic() + 300
     while not any(launches(child) for child in job.process.children()):
         assert time.monotonic() < deadline, job.said
         time.sleep(0.02)
@@ -136,12 +136,11 @@ def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, dig
     assert job.end() == 75, job.said
 
 
-@pytest.mark.slow
-def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(digits, tmp_path):
+def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(few_digits, tmp_path):
     folder = tmp_path / "home" / "run"
     folder.mkdir(parents=True)
     (folder / "exit.json").write_text('{"code": 76, "reason": "an earlier start", "step": 5}')
-    odd = Container(tmp_path / "home", *small(digits), "--run.dir", folder, "--train.batch", 47, launch="cpu2")
+    odd = Container(tmp_path / "home", *small(few_digits), "--run.dir", folder, "--train.batch", 47, launch="cpu2")
     assert odd.end() == 2, odd.said
     assert "train.batch=47" in exit_json(folder)["reason"]
 

@@ -19,7 +19,8 @@ import psutil
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "train" / "run.py"
-BATCH, STEPS = 48, 29  # of an epoch of 1,438 digits: a batch that 2, 3 and 4 ranks can divide
+PLANTED = ROOT / "tests" / "faults" / "planted.py"
+BATCH, STEPS = 12, 29  # of an epoch of 356 digits: a batch that 2, 3 and 4 ranks can divide
 SMALL = [
     "demo", "--model.width", "0.125", "--train.batch", BATCH, "--run.log-every", 1, "--run.save-every", 4,
     "--run.record-ids", "--loader.threads", 1,
@@ -75,7 +76,7 @@ class Job:
                 pass
         return [found[rank] for rank in sorted(found)]
 
-    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 120, each: float = 0.002) -> bool:
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 300, each: float = 0.002) -> bool:
         """Whether the condition came true before the job ended."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -85,14 +86,16 @@ class Job:
             time.sleep(each)
         return True
 
-    def wait(self, *, seconds: float = 180) -> int:
+    def wait(self, *, seconds: float = 300) -> int:
         """The launcher's exit code, when every process of the job is gone."""
         self.ranks()
         _, alive = psutil.wait_procs(self.family.values(), timeout=seconds)
         if alive:
             self.end()
         assert not alive, f"{alive} outlived {seconds} s\n{self.said}"
-        return int(self.process.returncode)
+        while (code := self.process.poll()) is None:  # the fork server reports it a moment later
+            time.sleep(0.001)
+        return int(code)
 
     def end(self) -> None:
         """Whatever is left of it."""

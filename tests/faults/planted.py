@@ -1,6 +1,7 @@
 """Runs a script of ours with a fault at one step of one rank: PLANT=WHAT:RANK:STEP, steps from 1.
 
-WHAT: nan; sleep, for good; busy, some seconds within one call into C, as a long backward pass. A rank of -1 means all.
+WHAT: nan; sleep, for good; busy, some seconds within one call into C, as a long backward pass; sides, which prints the
+sides of every step's images. A rank of -1 means all.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ untouched = Stepper.logits
 
 def faulty(self, images, ids, *, step, part=0):
     logits = untouched(self, images, ids, step=step, part=part)
+    if what == "sides":
+        print(f"step {step + 1} sees {images.shape[2]} x {images.shape[3]}", flush=True)
     if step + 1 != int(planted) or int(rank) not in (-1, self.accelerator.process_index):
         return logits
     if what == "sleep":
         time.sleep(600)
     if what == "busy":
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 24_000_000)  # longer than what two signals are told apart by
+        begun = time.monotonic()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
+        seconds = time.monotonic() - begun
+        # Four seconds: longer than what two signals are told apart by
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(200_000 * 4 / seconds))
         return logits
     return logits * float("nan")
 

@@ -22,17 +22,17 @@ KEPT = ["--run.keep-checkpoints", 3, "--train.epochs", 1]
 
 
 @pytest.fixture(scope="module")
-def clean(digits, tmp_path_factory):
+def clean(few_digits, tmp_path_factory):
     """One epoch by one process: checkpoints of steps 24, 28 and 29."""
     folder = tmp_path_factory.mktemp("clean") / "run"
-    done = quiet(SCRIPT, *SMALL, *KEPT, "--data.shards", digits, "--run.dir", folder)
+    done = quiet(SCRIPT, *SMALL, *KEPT, "--data.shards", few_digits, "--run.dir", folder)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in Checkpoints(folder, keep=3).all()] == [f"step-{n:08d}" for n in (24, 28, 29)]
     return folder
 
 
-def again(folder: Path, digits: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    return quiet(SCRIPT, *SMALL, *KEPT, "--data.shards", digits, "--run.dir", folder, *args)
+def again(folder: Path, few_digits: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    return quiet(SCRIPT, *SMALL, *KEPT, "--data.shards", few_digits, "--run.dir", folder, *args)
 
 
 def damages(path: Path):
@@ -64,7 +64,7 @@ def test_any_damage_to_the_newest_checkpoint_leads_to_the_one_before(name, clean
     assert Checkpoints(folder, keep=3).newest()[0].path.name == "step-00000029"
 
 
-def test_a_run_passes_a_damaged_checkpoint_over_says_so_and_ends_as_before(clean, digits, tmp_path):
+def test_a_run_passes_a_damaged_checkpoint_over_says_so_and_ends_as_before(clean, few_digits, tmp_path):
     folder = shutil.copytree(clean, tmp_path / "run")
     before = traces(clean)
     for name in FILES:
@@ -72,7 +72,7 @@ def test_a_run_passes_a_damaged_checkpoint_over_says_so_and_ends_as_before(clean
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        done = again(folder, digits)
+        done = again(folder, few_digits)
         assert done.returncode == 0, done.stderr
         said = [line for line in done.stdout.splitlines() if line.startswith("passed over: ")]
         assert len(said) == 1
@@ -82,14 +82,16 @@ def test_a_run_passes_a_damaged_checkpoint_over_says_so_and_ends_as_before(clean
         assert not list(folder.glob("checkpoints/*.damaged"))  # a whole one has taken its place
 
 
-def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_keeps_them_aside_until_one_is(clean, digits, tmp_path):
+def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_keeps_them_aside_until_one_is(
+    clean, few_digits, tmp_path
+):
     folder = shutil.copytree(clean, tmp_path / "run")
     for path in (folder / "checkpoints").glob("step-*/record.json"):
         path.unlink()
-    must = again(folder, digits, "--resume")
+    must = again(folder, few_digits, "--resume")
     assert must.returncode == 2
     assert "no checkpoint to resume from" in must.stderr.splitlines()[-1]
-    done = again(folder, digits)
+    done = again(folder, few_digits)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("passed over: ") == 3
     assert "no checkpoint is whole; starting from scratch" in done.stdout
@@ -104,7 +106,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_malicious_checkpoint_executes_nothing_under_any_name(clean, digits, tmp_path):
+def test_a_malicious_checkpoint_executes_nothing_under_any_name(clean, few_digits, tmp_path):
     """Pickles in place of every file that we read, once with a record that vouches for them."""
     folder = shutil.copytree(clean, tmp_path / "run")
     fired = tmp_path / "fired"
@@ -122,12 +124,12 @@ def test_a_malicious_checkpoint_executes_nothing_under_any_name(clean, digits, t
     for name in FILES:
         (newest / name).write_bytes(bomb)
     (folder / "heartbeat" / "rank-00000.json").write_bytes(bomb)
-    done = again(folder, digits)
+    done = again(folder, few_digits)
     assert done.returncode == 0, done.stderr
     assert "step-00000028" in done.stdout
     for path in folder.glob("checkpoints/*/*"):
         path.write_bytes(bomb)
-    done = again(folder, digits)
+    done = again(folder, few_digits)
     assert done.returncode == 0, done.stderr
     assert not fired.exists()
     os.mkdir(fired)
@@ -150,9 +152,9 @@ def checkpoint_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in (folder / "checkpoints" / "step-00000029").iterdir())
 
 
-def test_a_disk_that_fills_in_mid_save_ends_with_74_and_the_last_good_checkpoint_stays(clean, digits, tmp_path):
+def test_a_disk_that_fills_in_mid_save_ends_with_74_and_the_last_good_checkpoint_stays(clean, few_digits, tmp_path):
     with tmpfs(tmp_path / "small", str(int(checkpoint_bytes(clean) * 2.5))) as small:
-        done = again(small / "run", digits)
+        done = again(small / "run", few_digits)
         assert done.returncode == 74
         assert "No space left on device" in done.stderr.splitlines()[-1]
         ended = json.loads((small / "run" / "exit.json").read_text())
@@ -164,15 +166,15 @@ def test_a_disk_that_fills_in_mid_save_ends_with_74_and_the_last_good_checkpoint
         assert saved.state["step"] in (4, 8)
         assert not list((small / "run").glob("checkpoints/*.partial"))
         subprocess.run(["mount", "-o", "remount,size=400m", str(small)], check=True)
-        done = again(small / "run", digits)
+        done = again(small / "run", few_digits)
         assert done.returncode == 0, done.stderr
         assert f"resuming from {saved.path}" in done.stdout
         assert traces(small / "run") == traces(clean)
 
 
-def test_a_run_that_may_goes_on_without_saving_and_says_so(clean, digits, tmp_path):
+def test_a_run_that_may_goes_on_without_saving_and_says_so(clean, few_digits, tmp_path):
     with tmpfs(tmp_path / "small", str(int(checkpoint_bytes(clean) * 2.5))) as small:
-        done = again(small / "run", digits, "--guard.on-save-error", "continue")
+        done = again(small / "run", few_digits, "--guard.on-save-error", "continue")
         assert losses(small / "run") == losses(clean)
         assert done.stderr.count("could not save: ") > 3
         assert "is the last good checkpoint" in done.stderr
@@ -183,26 +185,26 @@ def test_a_run_that_may_goes_on_without_saving_and_says_so(clean, digits, tmp_pa
         assert saved.state["step"] in (4, 8)
 
 
-def test_a_run_folder_that_cannot_be_written_is_one_line_with_74(digits, tmp_path):
+def test_a_run_folder_that_cannot_be_written_is_one_line_with_74(few_digits, tmp_path):
     with tmpfs(tmp_path / "small", "8m") as small:
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        done = again(small / "run", digits)
+        done = again(small / "run", few_digits)
         assert done.returncode == 74
         assert "Read-only file system" in the_error(done)
-        done = again(tmp_path / "file", digits)
+        done = again(tmp_path / "file", few_digits)
     (tmp_path / "blocked").write_text("")
-    done = again(tmp_path / "blocked" / "run", digits)
+    done = again(tmp_path / "blocked" / "run", few_digits)
     assert done.returncode == 74
     assert "blocked" in the_error(done)
 
 
-def test_a_branch_goes_on_by_the_same_command(clean, digits, tmp_path):
+def test_a_branch_goes_on_by_the_same_command(clean, few_digits, tmp_path):
     begun = clean / "checkpoints" / "step-00000024"
     branch = tmp_path / "branch"
-    done = again(branch, digits, "--resume", begun)
+    done = again(branch, few_digits, "--resume", begun)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {begun}" in done.stdout
     assert traces(branch)["weights"] == traces(clean)["weights"]
-    done = again(branch, digits, "--resume", begun)
+    done = again(branch, few_digits, "--resume", begun)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {branch / 'checkpoints' / 'step-00000029'}" in done.stdout

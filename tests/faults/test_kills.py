@@ -20,8 +20,8 @@ EPOCHS = ["--train.epochs", 3]
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", WORLDS)
-def test_kills_at_any_moment_end_in_the_bits_of_an_undisturbed_run(ranks, digits, tmp_path):
-    args = [*SMALL, *EPOCHS, "--data.shards", digits]
+def test_kills_at_any_moment_end_in_the_bits_of_an_undisturbed_run(ranks, few_digits, tmp_path):
+    args = [*SMALL, *EPOCHS, "--data.shards", few_digits]
     undisturbed = traces(run(tmp_path / "clean", *args, ranks=ranks).folder)
     rng = random.Random(ranks)
     quota = KILLS // len(WORLDS) + (WORLDS.index(ranks) < KILLS % len(WORLDS))

@@ -16,26 +16,30 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, the_error
-from tests.faults.job import SCRIPT, SMALL, Job, global_ids, lines, losses, quiet, run, traces
-
-PLANTED = ROOT / "tests" / "faults" / "planted.py"
+from tests.faults.job import PLANTED, SCRIPT, SMALL, Job, global_ids, lines, losses, quiet, run, traces
 
 
 @pytest.fixture(scope="module")
-def clean(digits, tmp_path_factory):
+def clean(few_digits, tmp_path_factory):
     """Two epochs of two ranks, never disturbed."""
     folder = tmp_path_factory.mktemp("clean") / "run"
-    return run(folder, *SMALL, "--train.epochs", 2, "--data.shards", digits, ranks=2).folder
+    return run(folder, *SMALL, "--train.epochs", 2, "--data.shards", few_digits, ranks=2).folder
 
 
-def two(digits) -> list[object]:
-    return [*SMALL, "--train.epochs", 2, "--data.shards", digits]
+def two(few_digits) -> list[object]:
+    return [*SMALL, "--train.epochs", 2, "--data.shards", few_digits]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number, clean, digits, tmp_path):
+SIGNALS = [
+    signal.SIGTERM,
+    *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGINT)),
+]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number, clean, few_digits, tmp_path):
     folder = tmp_path / "run"
-    job = Job(folder, *two(digits), ranks=2)
+    job = Job(folder, *two(few_digits), ranks=2)
     assert job.wait_for(lambda: job.step >= 6)
     job.ranks()[1].send_signal(number)
     seen = job.step
@@ -47,27 +51,27 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number
     saved = job.exit["step"]
     assert max(global_ids(folder)) == saved
     assert 'train/run.py", line' not in job.said  # no traceback through our files
-    again = run(folder, *two(digits), ranks=2)
+    again = run(folder, *two(few_digits), ranks=2)
     assert f"resuming from {folder}/checkpoints/step-{saved:08d}" in again.said
     assert traces(folder) == traces(clean)
 
 
-def test_a_stop_file_stops_the_run_once(clean, digits, tmp_path):
+def test_a_stop_file_stops_the_run_once(clean, few_digits, tmp_path):
     folder = tmp_path / "run"
-    job = Job(folder, *two(digits), ranks=2)
+    job = Job(folder, *two(few_digits), ranks=2)
     assert job.wait_for(lambda: job.step >= 3)
     (folder / "stop").touch()
     job.wait()
     assert job.exit["code"] == 75
     assert "stop" in job.exit["reason"]
     assert not (folder / "stop").exists()
-    run(folder, *two(digits), ranks=2)
+    run(folder, *two(few_digits), ranks=2)
     assert traces(folder) == traces(clean)
 
 
-def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_at_once(digits, tmp_path):
+def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_at_once(few_digits, tmp_path):
     folder = tmp_path / "run"
-    argv = [sys.executable, str(SCRIPT), *map(str, two(digits)), "--run.dir", str(folder)]
+    argv = [sys.executable, str(SCRIPT), *map(str, two(few_digits)), "--run.dir", str(folder)]
     env = os.environ | {"PLANT": "sleep:0:12"}
     for planted, code in (([], 75), ([str(PLANTED)], 128 + signal.SIGTERM)):
         process = psutil.Popen([argv[0], *planted, *argv[1:]], stderr=subprocess.PIPE, text=True, cwd="/", env=env)
@@ -79,16 +83,16 @@ def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_a
             time.sleep(2.5)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=120)[1]
         assert process.returncode == code, said
         assert "Traceback" not in said
     assert json.loads((folder / "exit.json").read_text())["reason"].startswith("a second SIGTERM")
 
 
-def test_a_signal_within_a_long_call_is_one_signal(digits, tmp_path):
+def test_a_signal_within_a_long_call_is_one_signal(few_digits, tmp_path):
     """Python's own handler runs only when the call is over, seconds after the signal was noted."""
     folder = tmp_path / "run"
-    argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(digits)), "--run.dir", str(folder)]
+    argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(few_digits)), "--run.dir", str(folder)]
     env = os.environ | {"PLANT": "busy:0:6"}
     process = psutil.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd="/", env=env)
     while max(losses(folder), default=0) < 5:
@@ -96,33 +100,33 @@ def test_a_signal_within_a_long_call_is_one_signal(digits, tmp_path):
         time.sleep(0.005)
     time.sleep(0.3)  # into the sixth
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=120)[1]
     assert process.returncode == 75, said
     assert json.loads((folder / "exit.json").read_text())["step"] == 6
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_free(clean, digits, tmp_path):
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_free(clean, few_digits, tmp_path):
     folder = tmp_path / "run"
-    job = Job(folder, *two(digits), ranks=2)
+    job = Job(folder, *two(few_digits), ranks=2)
     assert job.wait_for(lambda: job.step >= 5)
     ranks = job.ranks()
     job.process.kill()
-    again = run(folder, *two(digits), ranks=2)  # at once: it waits for what is left of the first
+    again = run(folder, *two(few_digits), ranks=2)  # at once: it waits for what is left of the first
     assert not any(r.is_running() for r in ranks)
     assert "resuming from" in again.said
     assert traces(folder) == traces(clean)
 
 
-def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on(digits, tmp_path):
+def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on(few_digits, tmp_path):
     folder = tmp_path / "run"
     env = os.environ | {"PLANT": "sleep:0:4"}
-    argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(digits)), "--run.dir", str(folder)]
+    argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(few_digits)), "--run.dir", str(folder)]
     first = psutil.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env)
     try:
         while not losses(folder):
             assert first.poll() is None
             time.sleep(0.02)
-        second = quiet(SCRIPT, *two(digits), "--run.dir", folder)
+        second = quiet(SCRIPT, *two(few_digits), "--run.dir", folder)
         assert second.returncode == 2
         assert f"{folder}: process {first.pid} of {socket.gethostname()} trains there" in the_error(second)
         assert first.is_running()
@@ -132,49 +136,51 @@ def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on(digits, tmp
         first.wait()
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, digits, tmp_path):
+@pytest.mark.parametrize(("victim", "world"), [(1, 2), pytest.param(0, 3, marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_named_and_killed_and_the_others_end_with_77(victim, world, few_digits, tmp_path):
     folder = tmp_path / "run"
-    job = Job(folder, *two(digits), "--guard.hang-seconds", 4, ranks=3)
+    job = Job(folder, *two(few_digits), "--guard.hang-seconds", 4, ranks=world)
     assert job.wait_for(lambda: job.step >= 5)
     ranks = job.ranks()
     ranks[victim].suspend()
     stopped = time.monotonic()
     others = [r for i, r in enumerate(ranks) if i != victim]
     while any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in others):
-        assert time.monotonic() - stopped < 4 + 5, job.said
+        assert time.monotonic() - stopped < 4 + 60, job.said
         time.sleep(0.02)
-    job.wait(seconds=20)
+    job.wait()
     assert not ranks[victim].is_running()
     assert job.exit["code"] == 77
     assert f"rank {victim} (process {ranks[victim].pid} on {socket.gethostname()}) gives no sign" in job.exit["reason"]
     stacks = sorted(p.name for p in (folder / "stacks").iterdir())
-    assert stacks == [f"rank-{i:05d}.txt" for i in range(3) if i != victim]
+    assert stacks == [f"rank-{i:05d}.txt" for i in range(world) if i != victim]
     for path in (folder / "stacks").iterdir():
         assert "in train" in path.read_text()
         assert "Thread" in path.read_text()
     codes = set(re.findall(r"exitcode\s*:\s*(-?\d+)", job.said))
     assert codes <= {"77", "-9"}
     assert "77" in codes
-    run(folder, *two(digits), ranks=3)
+    run(folder, *two(few_digits), ranks=world)
 
 
-def test_a_rank_that_hangs_by_itself_is_named_with_what_it_was_doing(digits, tmp_path, monkeypatch):
+def test_a_rank_that_hangs_by_itself_is_named_with_what_it_was_doing(few_digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANT", "sleep:1:7")
-    job = Job(tmp_path / "run", SCRIPT, *two(digits), "--guard.hang-seconds", 4, ranks=2, script=PLANTED)
-    job.wait(seconds=60)
+    job = Job(tmp_path / "run", SCRIPT, *two(few_digits), "--guard.hang-seconds", 4, ranks=2, script=PLANTED)
+    job.wait()
     assert job.exit["code"] == 77
     assert re.search(r"the others wait for rank 1 \(process \d+ on .*\), in the forward pass of step 7", job.said)
     assert "faulty" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
 
 
-@pytest.mark.parametrize("rank", [1, -1])
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_planted_bad_numbers_are_met_by_all_ranks_alike(policy, rank, clean, digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("policy", "rank"),
+    [("stop", 1), ("skip", -1), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("stop", -1), ("skip", 1)))],
+)
+def test_planted_bad_numbers_are_met_by_all_ranks_alike(policy, rank, clean, few_digits, tmp_path, monkeypatch):
     bad = 11  # three steps after a checkpoint
     monkeypatch.setenv("PLANT", f"nan:{rank}:{bad}")
     folder = tmp_path / "run"
-    job = Job(folder, SCRIPT, *two(digits), "--guard.on-bad-numbers", policy, ranks=2, script=PLANTED)
+    job = Job(folder, SCRIPT, *two(few_digits), "--guard.on-bad-numbers", policy, ranks=2, script=PLANTED)
     code = job.wait()
     undisturbed = losses(clean)
     before = {step: loss for step, loss in losses(folder).items() if step < bad}
@@ -198,12 +204,12 @@ def test_planted_bad_numbers_are_met_by_all_ranks_alike(policy, rank, clean, dig
         assert all(loss == loss for loss in after.values())
 
 
-def test_skip_leaves_the_same_weights_behind_after_a_kill(digits, tmp_path, monkeypatch):
+def test_skip_leaves_the_same_weights_behind_after_a_kill(few_digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANT", "nan:0:11")
     found = []
     for killed in (False, True):
         folder = tmp_path / f"killed-{killed}"
-        args = [SCRIPT, *two(digits), "--guard.on-bad-numbers", "skip"]
+        args = [SCRIPT, *two(few_digits), "--guard.on-bad-numbers", "skip"]
         if killed:
             job = Job(folder, *args, ranks=2, script=PLANTED)
             assert job.wait_for(lambda job=job: job.step >= 14)
@@ -214,7 +220,7 @@ def test_skip_leaves_the_same_weights_behind_after_a_kill(digits, tmp_path, monk
     assert found[0] == found[1]
 
 
-def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, digits, tmp_path, monkeypatch):
+def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits, tmp_path, monkeypatch):
     replay = ROOT / "tools" / "replay.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = [sys.executable, *launcher, str(replay), str(clean), "57"]
@@ -229,7 +235,7 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, digits, tmp
     assert told["loss"] == pytest.approx(losses(clean)[57], abs=1e-4)
     monkeypatch.setenv("PLANT", "nan:0:11")
     folder = tmp_path / "run"
-    stopped = quiet(PLANTED, SCRIPT, *two(digits), "--run.dir", folder)
+    stopped = quiet(PLANTED, SCRIPT, *two(few_digits), "--run.dir", folder)
     assert stopped.returncode == 76
     again = quiet(PLANTED, replay, folder, 11)
     assert "loss nan (recorded nan: equal)" in again.stdout, again.stderr
@@ -245,12 +251,13 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, digits, tmp
 CALM = ["--optim.lr", 0.003, "--model.dropout", 0.5]
 
 
-def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(digits, tmp_path):
-    args = [*two(digits), *CALM]
-    whole = run(tmp_path / "whole", *args, ranks=4).folder
+@pytest.mark.parametrize("most", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(most, few_digits, tmp_path):
+    args = [*two(few_digits), *CALM]
+    whole = run(tmp_path / "whole", *args, ranks=most).folder
     folder, begun = tmp_path / "run", 0
     changes = []
-    for ranks, until in ((4, 10), (2, 22), (1, 34), (4, None)):
+    for ranks, until in ((most, 10), (most // 2, 22), (1, 34), (most, None)):
         job = Job(folder, *args, ranks=ranks)
         if until is not None:
             assert job.wait_for(lambda job=job, until=until: job.step >= until)
@@ -267,10 +274,11 @@ def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(digits, tmp_pa
             assert abs(ours[step] - theirs[step]) < 1e-4, (change, step)
 
 
-def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(digits, tmp_path):
+@pytest.mark.slow
+def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(few_digits, tmp_path):
     """Two agents on one machine stand for two nodes; one of them is killed with its rank."""
     folder = tmp_path / "run"
-    args = [*two(digits), *CALM]
+    args = [*two(few_digits), *CALM]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -287,16 +295,16 @@ def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(digits, 
     assert described["ranks"] == 2
     agents[1].ranks()
     agents[1].end()
-    assert agents[0].wait(seconds=150) == 0, agents[0].said
+    assert agents[0].wait() == 0, agents[0].said
     assert json.loads((folder / "config.json").read_text())["ranks"] == 1
     whole = run(tmp_path / "whole", *args, ranks=2).folder
     assert global_ids(folder) == global_ids(whole)
     assert traces(folder)["rates"] == traces(whole)["rates"]
 
 
-def test_what_may_change_changes_and_what_may_not_is_refused_by_field(clean, digits, tmp_path):
+def test_what_may_change_changes_and_what_may_not_is_refused_by_field(clean, few_digits, tmp_path):
     folder = shutil.copytree(clean, tmp_path / "run")
-    same = [*two(digits), "--run.dir", folder]
+    same = [*two(few_digits), "--run.dir", folder]
     allowed = [
         "--loader.prefetch-batches",
         3,
@@ -316,13 +324,13 @@ def test_what_may_change_changes_and_what_may_not_is_refused_by_field(clean, dig
     assert "run.seed=5 but it was 0" in line
 
 
-def test_more_epochs_are_refused_where_they_would_have_changed_a_rate(digits, tmp_path):
-    cosine = [*SMALL, "--optim.warmup-epochs", 0, "--data.shards", digits, "--run.dir", tmp_path / "cosine"]
+def test_more_epochs_are_refused_where_they_would_have_changed_a_rate(few_digits, tmp_path):
+    cosine = [*SMALL, "--optim.warmup-epochs", 0, "--data.shards", few_digits, "--run.dir", tmp_path / "cosine"]
     assert quiet(SCRIPT, *cosine, "--train.epochs", 1).returncode == 0
     longer = quiet(SCRIPT, *cosine, "--train.epochs", 2)
     assert longer.returncode == 2
     assert "train.epochs=2 but it was 1: with optim.schedule=cosine the rate of step 2 " in the_error(longer)
-    args = [*SMALL, "--optim.schedule", "constant", "--data.shards", digits, "--run.dir", tmp_path / "run"]
+    args = [*SMALL, "--optim.schedule", "constant", "--data.shards", few_digits, "--run.dir", tmp_path / "run"]
     assert quiet(SCRIPT, *args, "--train.epochs", 1).returncode == 0
     more = quiet(SCRIPT, *args, "--train.epochs", 2)
     assert more.returncode == 0, more.stderr

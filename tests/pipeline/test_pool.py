@@ -32,7 +32,7 @@ def test_a_failed_task_ends_the_others_at_once_even_while_they_send_large_result
         if number == 2:
             try:
                 (tmp_path / "begun").touch()
-                time.sleep(60)
+                time.sleep(600)
             finally:
                 (tmp_path / "ended").touch()
         return np.zeros(1 << 22)
@@ -43,7 +43,7 @@ def test_a_failed_task_ends_the_others_at_once_even_while_they_send_large_result
         pool.run(work, range(40), workers=3, place=tmp_path) as results,
     ):
         list(results)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 200
     assert (tmp_path / "begun").exists() == (tmp_path / "ended").exists()
 
 
@@ -68,10 +68,10 @@ def test_a_caller_that_stops_early_does_not_wait_for_the_rest(tmp_path):
     started = time.monotonic()
     with (
         pytest.raises(KeyboardInterrupt),
-        pool.run(lambda number: time.sleep(20 * number), range(50), workers=2, place=tmp_path) as results,
+        pool.run(lambda number: time.sleep(600 * number), range(50), workers=2, place=tmp_path) as results,
     ):
         interrupted_after_one(results)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 200
 
 
 def test_workers_are_counted(monkeypatch):

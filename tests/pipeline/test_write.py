@@ -482,7 +482,7 @@ def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path
 def test_many_equal_names_take_no_time():
     started = time.process_time()
     assert len(set(map(UniqueKeys(), ["图片.jpg"] * 200_000))) == 200_000
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 60  # under a second; hours if each name met each other
 
 
 def stray(jpeg: bytes) -> bytes:

@@ -99,8 +99,9 @@ def plainly(models: list[Classifier], dataset, views: int) -> np.ndarray:
     return np.array(answers)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("views", "nets"), [(1, 1), (1, 3), (10, 2)])
+@pytest.mark.parametrize(
+    ("views", "nets"), [(1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 3), (10, 2)))]
+)
 def test_probabilities_are_those_of_a_plain_implementation(real, views, nets):
     dataset = open_dataset(real)
     seen = [AugmentConfig(normalize="mean-std", statistics="imagenet"), AugmentConfig(normalize="mean-image")]
@@ -131,10 +132,11 @@ def evaluated(*args: object, ranks: int = 1) -> dict:
     return done
 
 
-def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(trained, digits, tmp_path):
+@pytest.mark.parametrize("worlds", [(1, 2), pytest.param((1, 3), marks=pytest.mark.slow)])
+def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(worlds, trained, digits, tmp_path):
     """359 images: neither two ranks nor three share them evenly, nor do batches of 50."""
     results = []
-    for ranks in (1, 2, 3):
+    for ranks in worlds:
         told = ["--data.shards", digits, "--batch", 50, "--json", tmp_path / f"{ranks}.json", "--checkpoint", "latest"]
         evaluated(trained, *told, "--csv", tmp_path / f"{ranks}.csv", ranks=ranks)
         results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
@@ -154,7 +156,7 @@ def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(trained, digits, t
     assert json.loads((tmp_path / "raw.json").read_text())["correct"]["top1"] == round(own["top1"] * 359)
     assert "averaged" not in raw.stdout
     assert "359 images of 10 classes" in raw.stdout
-    rows = list(csv.DictReader((tmp_path / "3.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / f"{worlds[-1]}.csv").read_text().splitlines()))
     assert sum(row["label"] == row["answer1"] for row in rows) == results[0]["correct"]["top1"]
     assert len({row["key"] for row in rows}) == 359
 

@@ -106,14 +106,18 @@ def test_the_same_five_from_run_checkpoint_safetensors_and_onnx(trained, exporte
                 assert a["probability"] == pytest.approx(b["probability"], abs=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchvision", "seed"])
-def test_pth_loads_where_its_layers_come_from(name, image_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("seed", ("pth",)),
+        pytest.param("torchvision", ("pth", "safetensors", "onnx"), marks=pytest.mark.slow),
+    ],
+)
+def test_pth_loads_where_its_layers_come_from(name, kinds, image_folder, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=1000) if name == "torchvision" else Seed()
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     told = [tmp_path / "theirs.pth", "--preset", name, "--images", image_folder]
-    kinds = ("pth", "safetensors", "onnx") if name == "torchvision" else ("pth",)  # seconds for each
     for kind in kinds:
         done = run_tool(EXPORT, *told, tmp_path / f"ours.{kind}")
         assert done.returncode == 0, done.stderr
