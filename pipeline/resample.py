@@ -1,9 +1,9 @@
 """Antialiased bilinear resampling in whole numbers, row by row: for the sharder and the portable backend.
 
 Weights are those of Pillow's triangle filter, rounded to whole numbers of 1/ONE, and a line is rounded to grey levels
-between the two directions, as in Pillow. The result is Pillow's within one grey level, and the same on every processor:
-floating point differs if one processor joins a product and a sum and another does not. The whole numbers are kept
-in float32, which vectors multiply twice as fast as integers.
+between the two directions, as in Pillow. The result is Pillow's within one grey level (of noise, two at one value in a
+million), and the same on every processor: floating point differs if one processor joins a product and a sum and another
+does not. The whole numbers are kept in float32, which vectors multiply twice as fast as integers.
 
 Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a signed index a test for wrapping.
 """
