@@ -24,6 +24,7 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, leave
+from train.environment import check_launch
 from train.exit_report import ExitReport
 from train.run_folder import RunFolder
 from train.signals import Stop, heed_no_more
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     stop.install()
     try:
         with report:
+            check_launch()
             # Imported here and below: a mistyped preset is reported before torch is loaded.
             from train.cli import parse
 

@@ -333,6 +333,9 @@ def test_ranks_that_do_not_know_of_each_other_are_refused(few_digits, tmp_path):
     assert done.returncode == 2
     assert "WORLD_SIZE=2 but Accelerate runs 1 process" in the_error(done)
     assert not (tmp_path / "run").exists()
+    done = alone("demo", LOCAL_RANK="2")
+    assert done.returncode == 2
+    assert "LOCAL_RANK=2: no launcher sets that; unset LOCAL_RANK" in the_error(done)
 
 
 def test_it_also_starts_as_a_module_from_the_root():
