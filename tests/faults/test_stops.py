@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, the_error
-from tests.faults.job import PLANTED, SCRIPT, SMALL, Job, global_ids, lines, losses, quiet, run, traces
+from tests.faults.job import PLANTED, SCRIPT, SMALL, STEPS, Job, global_ids, lines, losses, quiet, run, traces
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +329,11 @@ def test_more_epochs_are_refused_where_they_would_have_changed_a_rate(few_digits
     assert quiet(SCRIPT, *cosine, "--train.epochs", 1).returncode == 0
     longer = quiet(SCRIPT, *cosine, "--train.epochs", 2)
     assert longer.returncode == 2
-    assert "train.epochs=2 but it was 1: with optim.schedule=cosine the rate of step 2 " in the_error(longer)
+    line = the_error(longer)
+    assert "train.epochs=2 but it was 1: with optim.schedule=cosine the rate of step 2 " in line
+    run = tmp_path / "cosine"
+    weights = f"--model.init {run / 'checkpoints' / f'step-{STEPS:08d}'} --run.dir {run}-2"
+    assert line.endswith(f"; keep it, or train on from its weights with {weights}")
     args = [*SMALL, "--optim.schedule", "constant", "--data.shards", few_digits, "--run.dir", tmp_path / "run"]
     assert quiet(SCRIPT, *args, "--train.epochs", 1).returncode == 0
     more = quiet(SCRIPT, *args, "--train.epochs", 2)

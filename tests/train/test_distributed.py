@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from train import signals
+from train import loop, signals
 from train.config import Config, RunConfig
 from train.distributed import make_accelerator, make_plain_accelerator
 from train.environment import LAUNCHERS, check_launch
@@ -78,3 +79,12 @@ def test_what_accelerate_cannot_do_is_an_error_that_names_who_asked(tmp_path, mo
     ):
         with pytest.raises(ConfigError, match=r"ACCELERATE_USE_DEEPSPEED=true.*: DeepSpeed is not installed"):
             make()
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_set_of_one_class_is_warned_of(classes):
+    trainer = MagicMock(config=Config())
+    trainer.loader.dataset.classes = ["cat", "dog"][:classes]
+    loop.begin(trainer)
+    logged = [call.args[0] for call in trainer.record.log.call_args_list]
+    assert ("warning: the set has one class, so top-1 is always 1" in logged) == (classes == 1)
