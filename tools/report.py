@@ -99,14 +99,13 @@ def main() -> None:
         write_json(args.json, result(run, lines))
     kept, evaluated = run / "checkpoints" / "best", [*lines["val"], *lines["val of average"]]
     name = kept.read_text().strip() if kept.is_file() else ""
-    best = max(
-        [line for line in evaluated if name == f"step-{line['step']:08d}"] or evaluated, key=lambda line: line["top1"]
-    )
+    saved = [line for line in evaluated if name == f"step-{line['step']:08d}"]
+    best = max(saved or evaluated, key=lambda line: line["top1"])
     whose = " (averaged weights)" if best["kind"] != "val" else ""
     print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")
     print(f"metrics:     {run / 'metrics.jsonl'} (TensorBoard: tensorboard --logdir {run})")
-    print(f"checkpoints: {run / 'checkpoints'}{f', the best is {name}' if name else ''}")
+    print(f"checkpoints: {run / 'checkpoints' / name}")
     print(f"settings:    {run / 'config.json'}")
 
 

@@ -42,7 +42,7 @@ def check_launch() -> None:
     Raises ConfigError for values that no launcher sets. They are removed too: what reports the error runs alone.
     """
     for name, value in list(os.environ.items()):
-        if not value.strip() and (name in LAUNCHERS or name.startswith(("MASTER_", "ACCELERATE_"))):
+        if not value.strip() and name.startswith((*LAUNCHERS, "MASTER_", "ACCELERATE_")):
             del os.environ[name]
     given = {name: os.environ[name] for name in LAUNCHERS if name in os.environ}
     number = {name: int(text) if text.isdecimal() else -1 for name, text in given.items()}
