@@ -178,10 +178,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        try:
-            self.dir.encode()
-        except UnicodeEncodeError as err:  # TensorBoard's writer would fail, later
-            raise ConfigError(f"run.dir={self.dir}: the name is not UTF-8; choose another --run.dir") from err
         for name in self.trackers:
             _check_tracker(name)
 

@@ -168,11 +168,11 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
         finished = manifest.open_dataset(folder.path).manifest
         if "plan" not in finished:
             raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
-        left_out, ours = len(finished["quarantine"]), plan.images(plan.numbers(None))
+        left_out, images = len(finished["quarantine"]), plan.images(plan.numbers(None))
         theirs = sum(split["samples"] for split in finished["splits"].values()) + left_out
-        before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": ours}
+        before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": images}
         journal.reject_other(folder, before, now, "a finished dataset")
-        if left_out > plan.options.max_bad_fraction * ours:
+        if left_out > plan.options.max_bad_fraction * images:
             raise ConfigError(
                 f"{folder.path}: holds a finished dataset that left out {left_out} images;"
                 " remove it, or choose another --out"
