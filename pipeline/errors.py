@@ -88,7 +88,7 @@ def leave(code: int) -> NoReturn:
     gloo's threads may still hold tensors, and freeing them after the interpreter has ended raises
     SIGABRT, once in some hundred times (pytorch/pytorch#179291).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

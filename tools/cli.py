@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", _Help)
-        super().__init__(**options)
+        super().__init__(allow_abbrev=False, **options)
 
     def format_help(self) -> str:
         usage, _, rest = super().format_help().partition("\n\n")

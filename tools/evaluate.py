@@ -140,7 +140,7 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
 
 
 def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, precision: str) -> None:
-    from train.evaluation import summary
+    from train.evaluation import BEST, summary
 
     found = summary(predictions, dataset.classes, resamples=args.resamples)
     for model in models:
@@ -149,7 +149,8 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
     classes = len(dataset.classes)
     print(f"data    {args.shards}, {args.split}: {found['images']:,} images of {classes:,} classes, {views}")
     for name, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss")):
-        print(f"{label:<7} {figure(found, name)}")
+        if name != "top5" or classes > BEST:
+            print(f"{label:<7} {figure(found, name)}")
     names = dict(zip(dataset.classes, dataset.class_names, strict=True))
     if found["confusions"]:
         print("confused most")

@@ -97,12 +97,15 @@ def main() -> None:
     draw_curves(lines, run / "curves.png")
     if args.json:
         write_json(args.json, result(run, lines))
-    best = max([*lines["val"], *lines["val of average"]], key=lambda line: line["top1"])
+    kept, evaluated = run / "checkpoints" / "best", [*lines["val"], *lines["val of average"]]
+    name = kept.read_text().strip() if kept.is_file() else ""
+    saved = [line for line in evaluated if name == f"step-{line['step']:08d}"]
+    best = max(saved or evaluated, key=lambda line: line["top1"])
     whose = " (averaged weights)" if best["kind"] != "val" else ""
     print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")
     print(f"metrics:     {run / 'metrics.jsonl'} (TensorBoard: tensorboard --logdir {run})")
-    print(f"checkpoints: {run / 'checkpoints'}")
+    print(f"checkpoints: {run / 'checkpoints' / name}")
     print(f"settings:    {run / 'config.json'}")
 
 

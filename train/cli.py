@@ -53,6 +53,10 @@ def parse(argv: list[str]) -> Config:
     config = _tyro(flags, base, prog=f"{PROG} {preset}")
     if not config.run.dir:
         config = updated(config, {"run.dir": f"runs/{preset}{'-overfit' if config.overfit else ''}"})
+    try:
+        config.run.dir.encode()
+    except UnicodeEncodeError as err:  # TensorBoard's writer would fail, later
+        raise ConfigError(f"run.dir={config.run.dir}: the name is not UTF-8; choose another --run.dir") from err
     if ours.print:
         _print_and_exit(json.dumps(dataclasses.asdict(config), indent=1))
     if not config.data.shards:

@@ -13,10 +13,10 @@ from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
 from torch import nn
 
 from pipeline import cores
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 
 from .config import Config
-from .environment import launched
+from .environment import check_launch, launched
 
 # Our names of precisions and hooks that have others in Accelerate
 NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
@@ -24,6 +24,7 @@ NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
 
 def make_accelerator(config: Config) -> Accelerator:
     """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
+    check_launch()
     train, run = config.train, config.run
     precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
@@ -41,16 +42,13 @@ def make_accelerator(config: Config) -> Accelerator:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            log_with=list(run.trackers),
-            project_config=ProjectConfiguration(run.dir, logging_dir=run.dir),
-            kwargs_handlers=handlers,
-        )
-    except ValueError as err:
-        chosen = f"train.precision={train.precision}, run.ddp_backend={run.ddp_backend}"
-        raise ConfigError(f"{chosen}: {err}") from err
+    accelerator = _accelerator(
+        f"train.precision={train.precision}, run.ddp_backend={run.ddp_backend}",
+        mixed_precision=precision,
+        log_with=list(run.trackers),
+        project_config=ProjectConfiguration(run.dir, logging_dir=run.dir),
+        kwargs_handlers=handlers,
+    )
     if world != accelerator.num_processes:
         raise ConfigError(
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
@@ -63,9 +61,19 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def _accelerator(chosen: str, **options: Any) -> Accelerator:
+    """Raises ConfigError for what Accelerate cannot do, which its launcher may have asked for by the environment."""
+    try:
+        return Accelerator(**options)
+    except (ValueError, ImportError) as err:
+        asked = [f", {name}={value}" for name, value in os.environ.items() if name.startswith("ACCELERATE_USE_")]
+        raise ConfigError(f"{chosen}{''.join(asked)}: {first_line(err)}") from err
+
+
 def make_plain_accelerator(precision: str) -> Accelerator:
     """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
-    accelerator = Accelerator(mixed_precision=NAMES.get(precision, precision))
+    check_launch()
+    accelerator = _accelerator(f"--precision {precision}", mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator
 

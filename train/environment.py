@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cores import usable_cores
+from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "accelerate", "webdataset", "pillow", "numpy",
     "simplejpeg", "numba",
 )  # fmt: skip
+LAUNCHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, set for each rank
 
 
 def describe() -> dict[str, Any]:
@@ -32,6 +34,25 @@ def describe() -> dict[str, Any]:
         "packages": {name: v for name in PACKAGES if (v := version(name))},
         "commit": git_commit(),
     }
+
+
+def check_launch() -> None:
+    """Removes empty variables of launchers, which torch and Accelerate would read as numbers.
+
+    Raises ConfigError for values that no launcher sets. They are removed too: what reports the error runs alone.
+    """
+    for name, value in list(os.environ.items()):
+        if not value.strip() and name.startswith((*LAUNCHERS, "MASTER_", "ACCELERATE_")):
+            del os.environ[name]
+    given = {name: os.environ[name] for name in LAUNCHERS if name in os.environ}
+    number = {name: int(text) if text.isdecimal() else -1 for name, text in given.items()}
+    world = number.get("WORLD_SIZE", 1)
+    sizes = {"RANK": world, "LOCAL_RANK": number.get("LOCAL_WORLD_SIZE", world), "MASTER_PORT": 1 << 16}
+    if not all(0 <= number.get(name, 0) < size for name, size in sizes.items()):
+        for name in given:
+            del os.environ[name]
+        shown = " ".join(f"{name}={text}" for name, text in given.items())
+        raise ConfigError(f"{shown}: no launcher sets that; unset {' '.join(given)}, or use accelerate launch")
 
 
 def launched(name: str, default: int = 0) -> int:

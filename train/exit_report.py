@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,7 @@ class ExitReport:
             self.trainer.watchdog.close()
             with contextlib.suppress(Exception):  # a save of an earlier step is worth waiting for
                 self.trainer.saver.checkpoints.wait()
-        if self.folder and self.folder.path.is_dir():
+        if self.folder and os.path.isdir(self.folder.path):  # unlike is_dir, raises nothing
             self._write_end(err, self.folder, only_rank0=before_training)
         if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")

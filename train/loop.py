@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator
 
 from pipeline.errors import ExpressError
@@ -13,7 +14,7 @@ from pipeline.read.loader import Batch
 from . import environment, signals
 from .config import behind_the_end
 from .distributed import broadcast_buffers
-from .evaluation import Evaluation, evaluate
+from .evaluation import BEST, Evaluation, evaluate
 from .metrics import Meter
 from .nonfinite import LossNotFinite
 from .signals import Preempted
@@ -55,7 +56,19 @@ def train(t: Trainer) -> Evaluation:
     result = result or last_figures(t)
     finish_saving(t)
     t.profile.end_run()
+    if state.best_step is not None and not c.overfit:
+        log_best(t, state.best_step)
     return result
+
+
+def log_best(t: Trainer, step: int) -> None:
+    """Logs the best epoch, its checkpoint and what to do with it."""
+    data = t.config.data
+    split = [] if data.val_split == "val" else ["--data.split", data.val_split]
+    options = shlex.join([str(t.folder.path), "--data.shards", data.shards, *split])
+    epoch, path = step // t.steps_per_epoch, t.saver.checkpoints.path(step)
+    t.record.log(f"best: top-1 {t.state.best_top1:.2%} in epoch {epoch}, {path}")
+    t.record.log(f"next: python tools/evaluate.py {options}")
 
 
 def begin(t: Trainer) -> None:
@@ -66,6 +79,7 @@ def begin(t: Trainer) -> None:
         f"decoder: {loader.decoder()}",
         f"compiled: {t.stepper.compiled}",
         *behind_the_end(c.train, c.optim),
+        *["warning: the set has one class, so top-1 is always 1"] * (len(loader.dataset.classes) == 1),
     ):
         t.record.log(line)
     if c.optim.scale_lr != "none":
@@ -183,6 +197,9 @@ def record_evaluation(t: Trainer, evaluation: Evaluation, *, epoch: int) -> None
     for kind, result in (("val", evaluation.weights), ("val of average", evaluation.average)):
         if result:
             t.record.write(kind, t.state.step, {"epoch": epoch, **vars(result)})
+            top5 = f", top-5 {result.top5:.2%}" if len(t.loader.dataset.classes) > BEST else ""
+            done = f"epoch {epoch}/{t.config.train.epochs}"
+            t.record.log(f"{done}: {kind} top-1 {result.top1:.2%}{top5}, loss {result.loss:.4f}")
 
 
 def last_figures(t: Trainer) -> Evaluation:

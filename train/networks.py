@@ -166,6 +166,8 @@ def _read(path: Path) -> Any:
         return deserialise(checkpoint.verified(path)[checkpoint.MODEL])
     if path.suffix.lower() == ".safetensors":
         return load_file(path)
+    if path.suffix.lower() == ".onnx":
+        raise DataError(f"{path}: ONNX holds no trainable net; give the checkpoint or .safetensors that it was made of")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             # torch.save never compresses; what inflates to more than the file may be more than the memory.

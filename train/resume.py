@@ -15,7 +15,7 @@ from .checkpoint import RESUME_ANOTHER, Checkpoints, Saved, load
 from .config import RESUME_NEWEST, Config, OptimConfig, TrainConfig
 from .distributed import Agreement
 from .optim import learning_rate, scaled_to_batch
-from .run_folder import LOCK, RunFolder
+from .run_folder import LOCK, RunFolder, another
 
 FREE = {*marked(Config, MAY_CHANGE), *REMOVED}  # fields whose values a checkpoint need not share
 
@@ -86,7 +86,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
             # Going back would leave two runs' checkpoints in one folder, and the next start would take the other one's.
             raise ConfigError(
                 f"--resume {asked}: {checkpoints.run} has {saved.path.name} already;"
-                " to branch off an earlier checkpoint, choose another --run.dir"
+                f" to branch off an earlier checkpoint, use {another(checkpoints.run)}"
             )
         return load(named)
     if damaged and not saved:
@@ -114,7 +114,8 @@ def check_same_run(now: Json, saved: Saved) -> None:
     if differing := [name for name in names if before.get(name) != now.get(name)]:
         both = "; ".join(f"{name}={now.get(name)} but it was {before.get(name)}" for name in differing)
         raise ConfigError(
-            f"{saved.path} is of another run: {both}. Give the value it was trained with, or choose another --run.dir"
+            f"{saved.path} is of another run: {both}. Give the value it was trained with, or start another"
+            f" run with {another(saved.path.parent.parent)}"
         )
 
 
@@ -136,5 +137,5 @@ def _check_same_rates(train: TrainConfig, optim: OptimConfig, saved: Saved, step
             raise ConfigError(
                 f"train.epochs={train.epochs} but it was {epochs}: with optim.schedule={optim.schedule}"
                 f" the rate of step {step + 1} of {saved.path} would have been another; keep it,"
-                " or choose another --run.dir"
+                f" or train on from its weights with --model.init {saved.path} {another(saved.path.parent.parent)}"
             )

@@ -3,8 +3,8 @@
     accelerate launch train/run.py demo --data.shards shards/digits
     accelerate launch train/run.py seed --data.shards /data/shards --train.batch 1024 --optim.lr 0.08
 
-The same command again resumes from the newest checkpoint that verifies. SIGTERM, SIGUSR1, SIGINT or a file named
-`stop` in the run folder: saves at the next step and exits with 75.
+The same command again resumes from the newest checkpoint that verifies. SIGTERM, SIGUSR1, SIGINT, SIGHUP (unless
+nohup ignores it) or a file named `stop` in the run folder: saves at the next step and exits with 75.
 
 The last line on success: val top1=… top5=… images=… (fractions, and how many images were counted).
 Exit codes of each process, and in exit.json: 0 done, 1 a check failed or a rank was lost, 2 usage, 65 bad data,
@@ -24,6 +24,7 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, leave
+from train.environment import check_launch
 from train.exit_report import ExitReport
 from train.run_folder import RunFolder
 from train.signals import Stop, heed_no_more
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
     stop.install()
     try:
         with report:
+            check_launch()
             # Imported here and below: a mistyped preset is reported before torch is loaded.
             from train.cli import parse
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 CONFIG, EXIT, LOCK = "config.json", "exit.json", "run.lock"
 WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
+
+
+def another(run: Path) -> str:
+    """The option that starts another run than that of the folder `run`."""
+    names = (f"{run}-{number}" for number in itertools.count(2))
+    return f"--run.dir {shlex.quote(next(name for name in names if not os.path.lexists(name)))}"
 
 
 class RunFolder:
@@ -53,7 +61,7 @@ class RunFolder:
             except StorageError:
                 if waited or not wait_seconds:
                     raise ConfigError(
-                        f"{self.path}: {self._holder()} trains there; wait for its end, or choose another --run.dir"
+                        f"{self.path}: {self._holder()} trains there; wait for its end, or use {another(self.path)}"
                     ) from None
                 print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}

@@ -50,7 +50,7 @@ class Loader(AbstractContextManager["Loader"]):
     shards: a folder made by tools/make_shards.py, or an opened Dataset.
     batch: the global batch size; each rank gets batch / world images a step. In evaluation it only bounds memory.
     train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
-        over all ranks, so that ranks may differ by one sample and by one batch.
+        over all ranks, so that ranks may differ by one sample and by one batch. Default: whether split is "train".
     partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
     first: use only this number of samples, the first in stored order; 0: all.
     statistics: to normalise with. Default: the dataset's own; pass those of another dataset that a net was trained on.
@@ -67,7 +67,7 @@ class Loader(AbstractContextManager["Loader"]):
         *,
         batch: int,
         split: str = "train",
-        train: bool = True,
+        train: bool | None = None,
         seed: int = 0,
         partitions: int = 1,
         window: int = 0,
@@ -84,6 +84,7 @@ class Loader(AbstractContextManager["Loader"]):
     ) -> None:
         if dtype not in get_args(PixelType):
             raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
+        train = split == "train" if train is None else train
         self.augment, self.config = augment or AugmentConfig(), config or LoaderConfig()
         if self.augment.colour and train and dtype == "uint8":
             raise ConfigError(

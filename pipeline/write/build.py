@@ -127,7 +127,7 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
     """
     bad, missing, suspects = 0, [], []
     for number, task in enumerate(plan.tasks):
-        record = journal.load(folder, task.name)
+        record = journal.load(folder, task.name, task.digest)
         if record is None:
             missing.append(number)
         elif record.bad:
@@ -147,7 +147,7 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
         task = plan.tasks[number]
         measure = plan.options.stats and task.split == "train"
         record = make_shard(plan, task.items, folder, task.name, number=task.number, measure=measure)
-        journal.save(folder, record)
+        journal.save(folder, record._replace(digest=task.digest))
         return record._replace(sums=None)
 
     written, bad, started = 0, 0, time.monotonic()
@@ -168,9 +168,11 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
         finished = manifest.open_dataset(folder.path).manifest
         if "plan" not in finished:
             raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
-        journal.reject_other(folder, finished["plan"], plan.identity, "a finished dataset")
-        left_out = len(finished["quarantine"])
-        if left_out > plan.options.max_bad_fraction * plan.images(plan.numbers(None)):
+        left_out, images = len(finished["quarantine"]), plan.images(plan.numbers(None))
+        theirs = sum(split["samples"] for split in finished["splits"].values()) + left_out
+        before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": images}
+        journal.reject_other(folder, before, now, "a finished dataset")
+        if left_out > plan.options.max_bad_fraction * images:
             raise ConfigError(
                 f"{folder.path}: holds a finished dataset that left out {left_out} images;"
                 " remove it, or choose another --out"
@@ -189,7 +191,7 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
 def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
     missing = []
     for number, task in enumerate(plan.tasks):
-        if record := journal.load(folder, task.name):
+        if record := journal.load(folder, task.name, task.digest):
             yield task.split, record
         else:
             missing.append(number)

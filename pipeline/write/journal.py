@@ -33,6 +33,7 @@ class ShardRecord(NamedTuple):
     sums: Sums | None
     converted: list[dict[str, str]]
     bad: list[dict[str, str]]
+    digest: str = ""  # of its task
 
 
 def _name(shard: str) -> str:
@@ -41,7 +42,7 @@ def _name(shard: str) -> str:
 
 def save(folder: Folder, record: ShardRecord) -> None:
     """Publishes the record: from now on the shard is whole."""
-    meta = {"shard": asdict(record.shard), "converted": record.converted, "bad": record.bad}
+    meta = {"shard": asdict(record.shard), "converted": record.converted, "bad": record.bad, "digest": record.digest}
     arrays = record.sums.arrays() if record.sums else {}
     data = io.BytesIO()
     # Not compressed: it is 0.8 MB and exists until the manifest does; zlib would cost more than writing it.
@@ -49,17 +50,19 @@ def save(folder: Folder, record: ShardRecord) -> None:
     folder.write(_name(record.shard.name), data.getbuffer())
 
 
-def load(folder: Folder, shard: str) -> ShardRecord | None:
-    """The record of a shard that has its full size; None if either is missing or damaged."""
+def load(folder: Folder, shard: str, digest: str) -> ShardRecord | None:
+    """The record of a shard that has its full size; None if either is missing, damaged or of another task."""
     try:
         with np.load(io.BytesIO(folder.read(_name(shard))), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             sums = Sums.restored(file) if "image" in file else None
-            record = ShardRecord(Shard(**meta["shard"]), file["rows"], sums, meta["converted"], meta["bad"])
+            record = ShardRecord(
+                Shard(**meta["shard"]), file["rows"], sums, meta["converted"], meta["bad"], meta["digest"]
+            )
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     whole = folder.size(shard) == record.shard.bytes and folder.size(dali_index_name(shard)) is not None
-    return record if whole else None
+    return record if whole and record.digest == digest else None
 
 
 def claim(folder: Folder, plan: dict[str, Any]) -> None:
@@ -71,9 +74,12 @@ def claim(folder: Folder, plan: dict[str, Any]) -> None:
 
 
 def check_plan(folder: Folder, plan: dict[str, Any]) -> None:
-    """Raises ConfigError if the folder holds an unfinished sharding of another plan."""
+    """Raises ConfigError if the folder holds an unfinished sharding with other options.
+
+    Images may be removed, repaired and added: each record has the digest of its images.
+    """
     if folder.size(PLAN) is not None:
-        reject_other(folder, json.loads(folder.read(PLAN)), plan, "an unfinished sharding")
+        reject_other(folder, json.loads(folder.read(PLAN)) | {"images": plan["images"]}, plan, "an unfinished sharding")
 
 
 def reject_other(folder: Folder, begun: dict[str, Any], plan: dict[str, Any], what: str) -> None:

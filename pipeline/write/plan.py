@@ -53,6 +53,11 @@ class Task:
     def items(self) -> list[Item]:
         return [self.source[row] for row in self.rows.tolist()]
 
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides the shard, except options and the images themselves."""
+        return hashlib.sha256(repr([item[:3] for item in self.items]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Plan:

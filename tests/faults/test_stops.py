@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -10,13 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 
 import psutil
 import pytest
 
 from tests.conftest import ROOT, the_error
-from tests.faults.job import PLANTED, SCRIPT, SMALL, Job, global_ids, lines, losses, quiet, run, traces
+from tests.faults.job import PLANTED, SCRIPT, SMALL, STEPS, Job, global_ids, lines, losses, quiet, run, traces
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,50 @@ def test_a_signal_within_a_long_call_is_one_signal(few_digits, tmp_path):
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 75, said
     assert json.loads((folder / "exit.json").read_text())["step"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nohup", [False, True], ids=["torchrun", "nohup"])
+def test_a_terminal_that_closes_stops_the_run_unless_nohup_ignores_it(nohup, few_digits, tmp_path):
+    """Within a long step, so that what comes after the first SIGHUP could pass for a second signal."""
+    folder, planted = tmp_path / "run", 6
+    one = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = f"accelerate.commands.launch {one}" if nohup else "torch.distributed.run --standalone --nproc_per_node 1"
+    args = [PLANTED, SCRIPT, *SMALL, "--train.epochs", 1, "--data.shards", few_digits, "--run.dir", folder]
+    terminal, inside = os.openpty()
+    os.set_blocking(terminal, False)
+    process = psutil.Popen(
+        [*["nohup"] * nohup, sys.executable, "-m", *launcher.split(), *map(str, args)],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        cwd=tmp_path,
+        env=os.environ | {"PLANT": f"busy:0:{planted}", "ACCELERATE_USE_CPU": "true"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inside)
+    said = b""
+    while max(losses(folder), default=0) < planted - 1:
+        assert process.poll() is None, said
+        with contextlib.suppress(OSError):  # nothing to read, or nohup has left the terminal
+            said += os.read(terminal, 1 << 16)
+        time.sleep(0.01)
+    rank = next(child for child in process.children(recursive=True) if SCRIPT.name in " ".join(child.cmdline()))
+    time.sleep(0.3)
+    os.close(terminal)
+    time.sleep(2.5)  # later than a copy of a signal
+    for number in [signal.SIGHUP, signal.SIGHUP, *[signal.SIGTERM] * (not nohup)]:
+        rank.send_signal(number)
+        time.sleep(0.05)
+    process.wait(timeout=90)
+    ended = json.loads((folder / "exit.json").read_text())
+    if nohup:
+        assert ended == {"code": 0, "reason": "done", "step": STEPS}
+        assert process.returncode == 0
+    else:
+        assert ended == {"code": 75, "reason": "stopped by SIGHUP", "step": planted}
+        assert (folder / "checkpoints" / f"step-{planted:08d}" / "record.json").exists()
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_free(clean, few_digits, tmp_path):
@@ -329,7 +376,11 @@ def test_more_epochs_are_refused_where_they_would_have_changed_a_rate(few_digits
     assert quiet(SCRIPT, *cosine, "--train.epochs", 1).returncode == 0
     longer = quiet(SCRIPT, *cosine, "--train.epochs", 2)
     assert longer.returncode == 2
-    assert "train.epochs=2 but it was 1: with optim.schedule=cosine the rate of step 2 " in the_error(longer)
+    line = the_error(longer)
+    assert "train.epochs=2 but it was 1: with optim.schedule=cosine the rate of step 2 " in line
+    run = tmp_path / "cosine"
+    weights = f"--model.init {run / 'checkpoints' / f'step-{STEPS:08d}'} --run.dir {run}-2"
+    assert line.endswith(f"; keep it, or train on from its weights with {weights}")
     args = [*SMALL, "--optim.schedule", "constant", "--data.shards", few_digits, "--run.dir", tmp_path / "run"]
     assert quiet(SCRIPT, *args, "--train.epochs", 1).returncode == 0
     more = quiet(SCRIPT, *args, "--train.epochs", 2)

@@ -155,6 +155,21 @@ def test_ranks_together_see_what_one_rank_sees(shards, world, backend):
         loader.close()
 
 
+@pytest.mark.parametrize(
+    ("split", "asked", "train"),
+    [("train", {}, True), ("val", {}, False), ("val", {"train": True}, True), ("train", {"train": False}, False)],
+)
+def test_only_the_training_split_is_shuffled_unless_asked_otherwise(shards, split, asked, train):
+    with Loader(shards["jpeg"], split=split, batch=3, augment=VIEW, **asked) as loader:
+        ids = [i for batch in loader for i in batch.ids.tolist()]
+    stored = list(range(12 if split == "train" else 4))
+    if train:
+        assert ids != stored[: len(ids)]
+        assert len(set(ids)) == len(ids) == len(stored) // 3 * 3
+    else:
+        assert ids == stored
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 4, 100])
 def test_evaluation_counts_each_sample_once(shards, world, batch, backend):

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
 from pipeline.storage import Folder
+from pipeline.write import build as build_module
 from pipeline.write import images, resize
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import BadImage, Encoding, Preparer
@@ -432,6 +433,36 @@ def test_bad_images_are_all_listed_and_nothing_is_published(tmp_path):
     written = build(allowed, tmp_path / "out", workers=1)
     assert len(written["quarantine"]) == 2
     assert written["splits"]["train"]["samples"] == 1
+
+
+def test_removing_a_bad_image_continues_the_sharding(tmp_path, monkeypatch):
+    """Shards whose images stay the same are kept; the rest and the bytes are those of a fresh sharding."""
+    source, options = tmp_path / "in", Options(samples_per_shard=3)
+    for name in ("cat", "dog"):
+        (source / name).mkdir(parents=True)
+        for i in range(7):
+            (source / name / f"{i}.jpg").write_bytes(encoded(picture(np.random.default_rng(i), 40, 40), "JPEG"))
+    plan = Plan(ImageFolder(source), options)
+    bad = source / plan.tasks[2].items[1].where.removeprefix("train/")
+    whole = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    with pytest.raises(DataError, match="1 of 14 images cannot be used"):
+        build(plan, tmp_path / "out", workers=1)
+    bad.unlink()
+    made, plan = [], Plan(ImageFolder(source), options)
+    monkeypatch.setattr(
+        build_module,
+        "write_shard",
+        lambda folder, name, *a, **k: made.append(name) or write_shard(folder, name, *a, **k),
+    )
+    build(plan, tmp_path / "out", workers=1)
+    assert made == [task.name for task in plan.tasks[2:]]
+    build(plan, tmp_path / "fresh", workers=1)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "fresh")
+    assert manifest.open_dataset(tmp_path / "out").split("train").samples == 13
+    bad.write_bytes(whole)
+    with pytest.raises(ConfigError, match="holds a finished dataset with image count=13, but this one has 14;"):
+        build(Plan(ImageFolder(source), options), tmp_path / "out", workers=1)
 
 
 def test_a_finished_dataset_and_foreign_files_are_never_overwritten(tmp_path):

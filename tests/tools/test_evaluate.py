@@ -257,6 +257,7 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
         (["{pth}"], ["--preset", "demo"], 65, "answers 7 classes, but"),
         (["{trained}", "nowhere"], [], 65, "nowhere: no such file"),
         (["{broken}"], [], 65, "broken.safetensors: not a whole safetensors file"),
+        (["{trained}"], ["--view", "10"], 2, "unrecognized arguments: --view 10"),  # no abbreviations
         (["{trained}"], ["--json", "."], 2, "argument --json: . is a folder"),
         (["{trained}"], ["--csv", "nowhere/x.csv"], 2, "argument --csv: there is no folder nowhere"),
         (["{trained}"], ["--submission", "out.txt"], 65, "no official class numbers"),
@@ -287,3 +288,13 @@ def test_other_classes_of_the_same_number_are_refused(trained, tmp_path):
     done = run_tool(EVALUATE, trained, "--data.shards", tmp_path / "shards")
     assert "its class 0 is 0, but" in the_error(done)
     assert done.returncode == 65
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_top5_is_shown_if_it_says_anything(classes, shown, monkeypatch, capsys):
+    names = [str(number) for number in range(classes)]
+    found = {"images": 9, "top1": 0.5, "top5": 1.0, "loss": 1.0, "interval_95": {}, "correct": {}, "confusions": []}
+    monkeypatch.setattr("train.evaluation.summary", lambda *_, **__: found)
+    args = Namespace(views=1, shards="s", split="val", resamples=0, json=None)
+    evaluate.report(None, [], Namespace(classes=names, class_names=names), args, "fp32")
+    assert ("top-5   100.00%" in capsys.readouterr().out) is shown

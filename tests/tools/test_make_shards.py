@@ -172,6 +172,11 @@ def test_report_draws_the_curves_and_says_where_everything_is(tmp_path):
     done = run_tool("tools/report.py", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "best: top-1 75.00% on 7 validation images in epoch 3" in done.stdout
+    (tmp_path / "checkpoints").mkdir()  # the best that was saved, which evaluate.py takes, although another was better
+    (tmp_path / "checkpoints" / "best").write_text("step-00000020\n")
+    done = run_tool("tools/report.py", tmp_path)
+    assert "best: top-1 50.00% on 7 validation images in epoch 2" in done.stdout
+    assert f"checkpoints: {tmp_path / 'checkpoints' / 'step-00000020'}\n" in done.stdout
     from PIL import Image
 
     with Image.open(tmp_path / "curves.png") as picture:

@@ -83,6 +83,10 @@ def test_a_bare_resume_means_the_newest():
         (["demo", "--data.shards", "x", "--run.trackers", "tensorbord"], r"unknown \(did you mean tensorboard\?\)"),
         (["demo", "--data.shards", "x", "--run.trackers", "aim"], "run.trackers=aim: is not installed"),
         (["demo", "--data.shards", "x", "--limit-steps", "-1"], "limit_steps=-1"),
+        (
+            ["demo", "--data.shards", "x", "--run.dir", "caf\udce9"],
+            "run.dir=caf.: the name is not UTF-8; choose another",
+        ),
         (["demo", "--data.shards", "x", "--profile", "5000"], "profile=5000: .*at most 1000; choose steps"),
     ],
 )

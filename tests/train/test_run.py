@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from pipeline import open_dataset
 from pipeline.read import order
-from tests.conftest import ROOT, the_error
+from tests.conftest import ROOT, run_tool, the_error
 from tests.faults.job import global_ids
 
 # Exact agreement needs what does not depend on the number of ranks: no dropout, and a small learning rate.
@@ -34,6 +35,7 @@ EXACT = [
     "--run.record-ids",
 ]
 TWO = {"ACCELERATE_USE_CPU": "true"}
+TWICE = ["--train.epochs", 2, *EXACT]
 STEPS = 22  # of an epoch of 356 digits in batches of 16
 
 
@@ -69,6 +71,9 @@ def one(few_digits, tmp_path_factory) -> Path:
     done = launch("demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 2, *EXACT)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
+    for line in metrics(run, "val"):
+        figures = f"top-1 {line['top1']:.2%}, top-5 {line['top5']:.2%}, loss {line['loss']:.4f}"
+        assert f"epoch {line['epoch']}/2: val {figures}" in done.stdout.splitlines()
     val = metrics(run, "val")[-1]
     assert last == f"val top1={val['top1']:.4f} top5={val['top5']:.4f} images=90"
     return run
@@ -290,6 +295,7 @@ def test_gloo_asked_for_by_one_process_is_no_error(few_digits, tmp_path):
             "train.batch=5000 is more than the 356",
         ),
         (["demo", "--data.shards", "{few_digits}", "--augment.crop", "8"], 2, "augment.crop=8 is too small"),
+        (["demo", "--data.shards", "{few_digits}", "--model.init", "a.onnx"], 65, "a.onnx: ONNX holds no trainable"),
         (["demo", "--data.shards", "{few_digits}", "--resume", "/nowhere"], 65, "/nowhere: no such checkpoint"),
         (["demo", "--data.shards", "{few_digits}", "--resume"], 2, "no checkpoint to resume from"),
         (
@@ -304,6 +310,38 @@ def test_bad_input_is_one_line_and_its_exit_code(few_digits, tmp_path, args, cod
     done = alone(*args, "--run.dir", tmp_path / "run")
     assert done.returncode == code
     assert message in the_error(done)
+
+
+def test_a_run_folder_that_cannot_be_looked_at_is_one_line(few_digits, tmp_path):
+    done = alone("demo", "--data.shards", few_digits, "--run.dir", tmp_path / ("x" * 300))
+    assert done.returncode == 74
+    assert the_error(done) == f"error: {tmp_path / ('x' * 300)}: File name too long"
+
+
+def test_each_epoch_tells_its_accuracy_and_the_end_the_best_which_evaluate_and_report_take(one, few_digits, tmp_path):
+    """Of the run of two epochs; it is over, so that only its last figures are counted again."""
+    run = shutil.copytree(one, tmp_path / "my run")
+    val = metrics(run, "val")
+    best = max(val, key=lambda line: line["top1"])
+    checkpoint = run / "checkpoints" / f"step-{best['step']:08d}"
+    *_, told, then, last = alone("demo", "--data.shards", few_digits, "--run.dir", run, *TWICE).stdout.splitlines()
+    assert last.startswith(f"val top1={val[-1]['top1']:.4f} ")
+    assert told == f"best: top-1 {best['top1']:.2%} in epoch {best['epoch']}, {checkpoint}"
+    assert then == f"next: python tools/evaluate.py '{run}' --data.shards {few_digits}"
+    done = run_tool(*shlex.split(then.removeprefix("next: python ")))
+    assert f"model   {checkpoint} (" in done.stdout
+    assert f"top-1   {best['top1']:.2%} " in done.stdout
+    told = f"best: top-1 {best['top1']:.2%} on 90 validation images in epoch {best['epoch']}\n"
+    assert told in run_tool("tools/report.py", run).stdout
+
+
+def test_a_second_experiment_is_offered_a_free_folder(one, few_digits, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
+    (tmp_path / "run-2").mkdir()
+    done = alone("demo", "--data.shards", few_digits, "--run.dir", run, *TWICE, "--run.seed", 5)
+    assert the_error(done).endswith(
+        f"run.seed=5 but it was 0. Give the value it was trained with, or start another run with --run.dir {run}-3"
+    )
 
 
 def test_a_diverged_run_ends_with_its_own_code(few_digits, tmp_path):
@@ -333,6 +371,9 @@ def test_ranks_that_do_not_know_of_each_other_are_refused(few_digits, tmp_path):
     assert done.returncode == 2
     assert "WORLD_SIZE=2 but Accelerate runs 1 process" in the_error(done)
     assert not (tmp_path / "run").exists()
+    done = alone("demo", LOCAL_RANK="2")
+    assert done.returncode == 2
+    assert "LOCAL_RANK=2: no launcher sets that; unset LOCAL_RANK" in the_error(done)
 
 
 def test_it_also_starts_as_a_module_from_the_root():
