@@ -1,4 +1,4 @@
-"""tools/export.py: what is written answers as its source, wherever it is loaded."""
+"""tools/export.py: exported files give the predictions of their source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPORT = "tools/export.py"
 
 
 class Seed(nn.Module):
-    """The net of the document that this project comes from, written down again from its table."""
+    """The seed's AlexNet, written from its table of layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Seed(nn.Module):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """The run as safetensors and as ONNX, under one name and so with one card."""
+    """The run as safetensors and as ONNX with one name, and so with one card."""
     root = tmp_path_factory.mktemp("exported")
     for kind in ("safetensors", "onnx"):
         done = run_tool(EXPORT, trained, root / f"net.{kind}")

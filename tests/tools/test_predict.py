@@ -1,4 +1,4 @@
-"""tools/predict.py: the same answers as an evaluation, from any image, and none lost to a broken one."""
+"""tools/predict.py: the predictions of an evaluation, for any image; a broken image does not affect the others."""
 
 from __future__ import annotations
 

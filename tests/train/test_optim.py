@@ -46,7 +46,7 @@ def trained(config: OptimConfig, net: nn.Module) -> list[np.ndarray]:
 
 
 def reference(net: nn.Module, move) -> list[np.ndarray]:
-    """move(w, g, v, rate, is_weight) → (w, v), for each parameter by itself."""
+    """Each parameter after a step of move(w, g, v, rate, is_weight) → (w, v) for each of RATES."""
     norms = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     out = []
     for i, (name, p) in enumerate(net.named_parameters()):
