@@ -81,7 +81,7 @@ def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, 
         hosts.link("up")
     assert jobs[0].exit["code"] == 77
     assert f"no step for {HANG} seconds" in jobs[0].exit["reason"]
-    assert "look at the network between ie-a and ie-b" in jobs[0].exit["reason"]
+    assert "check the network between ie-a and ie-b" in jobs[0].exit["reason"]
     for job in jobs:
         assert "exitcode: 77" in job.said.replace(" ", "").replace("exitcode:", "exitcode: "), job.said
         assert jobs[0].exit["reason"] in job.said

@@ -1,4 +1,4 @@
-"""All ranks compare data, settings and versions before they join (train/preflight.py): two launchers on the loopback."""
+"""All ranks compare data, settings and versions before they join (train/preflight.py): two local launchers."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def probe(state: Path, *args: object) -> tuple[int, str]:
 
 @pytest.fixture
 def training(tmp_path):
-    """Writes the state of a training that began `began` seconds ago. beats: rank → (host, age of its heartbeat in seconds)."""
+    """Writes the state of a training of age `began`, in seconds. beats: rank → (host, seconds since its heartbeat)."""
 
     def start(began: float, **beats: tuple[str, float]) -> Path:
         folder = tmp_path / "a run"

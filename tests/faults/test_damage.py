@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full disks, unwritable folders: the newest intact checkpoint is used, and one line reports it."""
+"""Damaged checkpoints, full disks, unwritable folders: the newest intact checkpoint is used and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals, stop files, hangs, non-finite losses, other numbers of ranks, two runs in one folder: with real processes."""
+"""Signals, stop files, hangs, non-finite losses, other numbers of ranks, two runs in one folder: real processes."""
 
 from __future__ import annotations
 

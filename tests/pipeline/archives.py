@@ -1,4 +1,4 @@
-"""Miniature ImageNet archives in the original format: tars of tars, development kits written by SciPy, shuffled orders."""
+"""Miniature ImageNet archives in the original format: tars of tars, SciPy's development kits, shuffled orders."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def corrupt(loader: Loader, share: float, seed: int = 0) -> list[int]:
 
 
 def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(digits_jpeg, caplog):
-    """On a GPU one crop in 250 is checked by default: 1,024 here, which miss the damage with a chance of 0.99^1024 = 3e-5."""
+    """A GPU's default checks one crop in 250: 1,024 here, which miss the damage with a chance of 0.99^1024 = 3e-5."""
     view = AugmentConfig(resize=36, crop=32)
     config = LoaderConfig("dali-cpu", verify_pixels=250)
     with Loader(digits_jpeg, batch=BATCH, dtype="uint8", augment=view, config=config) as loader:

@@ -254,7 +254,7 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
         (["{pth}"], ["--preset", "sead"], 2, "choose one of demo, seed"),
         (["{pth}"], ["--preset", "torchvision"], 65, "holds no output layer of --preset torchvision"),
         (["{pth}"], ["--preset", "fig1"], 65, "it is not of --preset fig1"),
-        (["{pth}"], ["--preset", "demo"], 65, "answers 7 classes, but"),
+        (["{pth}"], ["--preset", "demo"], 65, "predicts 7 classes, but"),
         (["{trained}", "nowhere"], [], 65, "nowhere: no such file"),
         (["{broken}"], [], 65, "broken.safetensors: not a whole safetensors file"),
         (["{trained}"], ["--json", "."], 2, "argument --json: . is a folder"),

@@ -52,7 +52,7 @@ def exported(trained, tmp_path_factory):
     for kind in ("safetensors", "onnx"):
         done = run_tool(EXPORT, trained, root / f"net.{kind}")
         assert done.returncode == 0, done.stderr
-        assert "answers as" in done.stdout
+        assert "predicts as" in done.stdout
     return root
 
 
@@ -166,11 +166,11 @@ def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_
 
 def test_what_stands_is_not_written_over_unasked(trained, exported, tmp_path):
     done = run_tool(EXPORT, trained, exported / "net.onnx")
-    assert "is there already" in the_error(done)
+    assert "exists already" in the_error(done)
     assert done.returncode == 2
     (tmp_path / "net.json").write_text('{"something": "else"}')
     done = run_tool(EXPORT, trained, tmp_path / "net.safetensors")
-    assert "net.json: is there already, of something else" in the_error(done)
+    assert "net.json: exists already, of something else" in the_error(done)
     done = run_tool(EXPORT, trained, "--raw", exported / "net.pth")
     assert done.returncode == 2
     done = run_tool(EXPORT, trained, tmp_path / "net.safetensors", "--force")

@@ -304,7 +304,7 @@ def test_a_plateau_lowers_the_rate_three_times_at_most():
         ({"scale_lr": "square"}, "optim.scale_lr=square: choose one of none, linear"),
         ({"base_batch": 0}, "optim.base_batch=0"),
         ({"warmup_from": 0.1}, "optim.warmup_from=0.1: set optim.warmup_epochs too"),
-        ({"nesterov": True, "name": "lars"}, "optim.nesterov=True: goes with optim.name=sgd"),
+        ({"nesterov": True, "name": "lars"}, "optim.nesterov=True: needs optim.name=sgd"),
         ({"nesterov": True, "momentum": 0.0}, "optim.nesterov=True"),
         ({"biases": "all"}, "optim.biases=all"),
         ({"norms": "variant"}, "optim.norms=variant"),
