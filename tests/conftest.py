@@ -1,4 +1,4 @@
-"""Real files for the tests: the embedded digits as shards, photograph-like JPEGs, and, where present, shared data."""
+"""Real files for the tests: the embedded digits as shards, photograph-like JPEGs, and shared data if present."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that no worker is left alone with one at the end."""
+    """Runs the slowest files first, so that no worker starts one at the end."""
     first = ["train/test_run", "tools/test_gpu", "train", "faults", "tools", "cluster", "docker"]
     items.sort(key=lambda item: next((i for i, name in enumerate(first) if f"tests/{name}" in item.nodeid), len(first)))
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder for all tests of this run, by whichever worker needs it first; tests that change files copy it."""
+    """A folder for all tests of this run, made by the worker that needs it first; tests that change files copy it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     with open(root / f"{name}.lock", "w") as lock:
@@ -60,7 +60,7 @@ def digits(tmp_path_factory) -> Path:
 
 
 class FewDigits(Digits):
-    """A quarter of them: 356 for training, 90 for validation."""
+    """A quarter of the digits: 356 for training, 90 for validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +74,7 @@ def few_digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, digits) -> Path:
-    """A run on the digits that can tell most of them, with averaged weights beside its own."""
+    """A run that classifies most digits correctly, with averaged weights beside its own."""
 
     def train(run: Path) -> None:
         args = ["demo", "--data.shards", digits, "--train.epochs", 3, "--regularize.ema", 0.9, "--run.dir", run]
@@ -85,7 +85,7 @@ def trained(tmp_path_factory, digits) -> Path:
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Smooth colours with some noise: compresses and resizes like a photograph."""
+    """An image of smooth colours with some noise: it compresses and resizes like a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     noisy = smooth + rng.integers(-12, 13, smooth.shape)
@@ -132,7 +132,7 @@ def shards(tmp_path_factory, image_folder) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def imagenet_sample(tmp_path_factory) -> Path:
-    """64 real ImageNet images as an ImageFolder; skips where the shared data is not at hand."""
+    """64 real ImageNet images as an ImageFolder; skips if the shared data is missing."""
     return real_images(tmp_path_factory.mktemp("imagenet"), 64)
 
 
@@ -148,7 +148,7 @@ def real_images(root: Path, count: int) -> Path:
 
 @pytest.fixture(scope="session")
 def compiler() -> None:
-    """Skips where torch.compile does not work: it needs a C++ compiler."""
+    """Skips if torch.compile does not work: it needs a C++ compiler."""
     import torch
 
     from train.networks import no_compiler
@@ -164,7 +164,7 @@ def run_tool(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
 
 
 def run_here(main, monkeypatch, capsys, *args: object) -> tuple[int, str]:
-    """Runs a tool's `main` in this process, without the seconds of imports: its exit code and its one error."""
+    """Runs a tool's `main` in this process, without importing torch again; returns its exit code and its error line."""
     monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

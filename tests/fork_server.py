@@ -59,7 +59,7 @@ def real_processes() -> Iterator[None]:
 
 
 def ours(argv: object, env: dict[str, str]) -> bool:
-    """Whether the command is a script of this repository, started by this Python as it was started itself."""
+    """Whether the command is a script of this repository, started by this Python in the same way as this process."""
     if isinstance(argv, (str, bytes)) or _Mode.real:
         return False
     words = [os.fspath(word) for word in argv]
@@ -75,7 +75,7 @@ def ours(argv: object, env: dict[str, str]) -> bool:
 
 
 class Popen(Real):
-    """subprocess.Popen that forks what is ours."""
+    """subprocess.Popen that forks scripts of this repository."""
 
     _status: socket.socket | None = None
 
@@ -118,7 +118,7 @@ class Popen(Real):
 
     def _number(self) -> int:
         data = receive(self._status, 4)
-        return int.from_bytes(data, "big") if len(data) == 4 else signal.SIGKILL  # the server is no more
+        return int.from_bytes(data, "big") if len(data) == 4 else signal.SIGKILL  # the server has ended
 
     def _try_wait(self, flags: int) -> tuple[int, int]:
         if self._status is None:
@@ -151,7 +151,7 @@ def receive(connection: socket.socket, size: int) -> bytes:
 
 
 def start() -> None:
-    """Starts a server for this process and those that inherit its environment; it ends with this process."""
+    """Starts a server for this process and for those that inherit its environment; it ends with this process."""
     listening = socket.socket(socket.AF_UNIX)
     address = f"imagenet-express-{os.getpid()}"
     listening.bind("\0" + address)
@@ -190,7 +190,7 @@ def attend(connection: socket.socket) -> None:
         become(job, list(fds))
     for fd in (*fds, 0, 1, 2):
         os.close(fd)
-    with contextlib.suppress(OSError):  # whoever asked may be gone
+    with contextlib.suppress(OSError):  # the process that asked may have ended
         connection.sendall(pid.to_bytes(4, "big"))
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):
@@ -199,7 +199,7 @@ def attend(connection: socket.socket) -> None:
 
 
 def become(job: dict, fds: list[int]) -> None:
-    """Turns this fork into the process that was asked for, and ends it."""
+    """Turns this fork into the requested process, runs it and exits."""
     _Mode.forked, code = True, 1
     try:
         if job["session"]:
@@ -234,7 +234,7 @@ def open_streams() -> None:
 
 
 def show(job: dict) -> None:
-    """Writes the command line and the environment to where /proc/PID shows them from."""
+    """Overwrites the memory that /proc/PID shows as command line and environment."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begins = [int(fields[45]), int(fields[47])]  # arg_start and env_start
     ends = [int(fields[46]), int(fields[48])]

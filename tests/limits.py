@@ -113,7 +113,7 @@ def circles(graph: dict[str, set[str]]) -> Iterator[str]:
 
 
 def check(files: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What is to be reported, and which limits are exceeded."""
+    """(the report, the limits that are exceeded)."""
     trees = {path: ast.parse(text) for path, text in files.items()}
     tokens: collections.Counter[str] = collections.Counter()
     for path, text in files.items():

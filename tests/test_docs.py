@@ -23,7 +23,7 @@ REMOVED = {"regularize.mixup"}  # of an earlier commit's command
 
 
 def anchors(text: str) -> set[str]:
-    """As GitHub makes them from headings."""
+    """The anchors that GitHub makes from headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -72,7 +72,7 @@ def examples() -> list[str]:
 def module(code: str, package: str) -> types.ModuleType:
     made = types.ModuleType(f"{package}.example")
     made.__package__ = package
-    sys.modules[made.__name__] = made  # dataclasses look themselves up there
+    sys.modules[made.__name__] = made  # dataclass looks modules up there
     exec(code, vars(made))
     return made
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the same graph with another argument, and training on it. Marked gpu."""
+"""Loading and training on a CUDA device. Marked gpu."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_batches_arrive_on_the_device_in_the_format_asked_for(shards, dtype):
         assert images.dtype is getattr(torch, dtype)
         assert images.shape == (4, 3, 224, 224)
         assert images.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(images, copy)  # DALI does not reuse what it gave away
+        assert torch.equal(images, copy)  # DALI does not reuse memory that it has handed over
 
 
 def test_restoring_in_mid_epoch_gives_the_same_rest(shards):
@@ -132,7 +132,7 @@ def ended_well(process: subprocess.Popen[bytes], run: Path) -> None:
 
 
 def losses(run: Path) -> list[float]:
-    """By step, without a line that a kill has cut."""
+    """The losses by step, without a line that a kill has cut."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -174,7 +174,7 @@ def test_a_killed_run_and_the_same_command_give_the_bits_of_an_undisturbed_run(d
 
 
 def test_two_ranks_on_one_device_see_the_ids_and_nearly_the_losses_of_one(digits, undisturbed, tmp_path):
-    """Each rank as if it had a machine of its own: Accelerate and DDP choose the device by the local rank."""
+    """Each rank has local rank 0, as on a machine of its own: Accelerate and DDP choose the device by it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What is imported from where: inside the repository, and from a wheel in a foreign directory."""
+"""Imports: their directions inside the repository, and from a wheel in a foreign directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import limits
 from tests.conftest import ROOT
 
 PACKAGES = ("pipeline", "model", "train", "tools")
-# Who may import whom beside the standard library; "heavy" libraries are named where only some rooms may have them.
+# Which packages of ours each package may import.
 ALLOWED = {
     "pipeline": {"pipeline"},
     "model": {"model"},
@@ -24,7 +24,7 @@ ALLOWED = {
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of all that a file imports, relative ones resolved against its place."""
+    """The absolute names of all imports of a file."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -138,7 +138,7 @@ assert len(Digits().splits["val"]) == 359
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """Runs Python in a foreign directory, where a wheel of ours is installed and the repository is not in sight."""
+    """Runs Python in a foreign directory with our wheel installed, without the repository on its path."""
     tmp_path = tmp_path_factory.mktemp("wheel")
     tree = tmp_path / "tree"
     for name in ("pipeline", "model"):

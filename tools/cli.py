@@ -60,7 +60,7 @@ def printable(name: str) -> str:
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """How a MODEL is meant, of every tool that takes one."""
     p.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="of a run (%(default)s)")
-    p.add_argument("--raw", action="store_true", help="the weights themselves, also where their average was kept")
+    p.add_argument("--raw", action="store_true", help="the weights themselves, even if their average was kept")
     p.add_argument("--preset", default="", metavar="NAME", help="what weights without a model card are of")
 
 

@@ -94,7 +94,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
     """Raises DataError if the classes of the net are not those of the data."""
     if model.classes != len(dataset.classes):
         raise DataError(
-            f"{model.source}: answers {model.classes:,} classes, but {dataset.root} has {len(dataset.classes):,}"
+            f"{model.source}: predicts {model.classes:,} classes, but {dataset.root} has {len(dataset.classes):,}"
         )
     known = model.card.inputs
     if known is None or not known.fingerprint:  # another project's weights
@@ -206,9 +206,7 @@ def submission_order(dataset: Dataset, split: str) -> list[int]:
     for position, key in enumerate(dataset.split(split).keys()):
         match = SUBMITTED.fullmatch(key)
         if match is None:
-            raise DataError(
-                f"{dataset.root}: {key} is no test image of ImageNet; --submission goes with its test split"
-            )
+            raise DataError(f"{dataset.root}: {key} is no test image of ImageNet; --submission needs its test split")
         found[int(match[1])] = position
     missing = min(set(range(1, len(found) + 1)) - found.keys(), default=None)
     if missing is not None:

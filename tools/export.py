@@ -52,7 +52,7 @@ def parser() -> cli.Parser:
         metavar="FILE",
         help="evaluate.py's --json, for the card",
     )
-    p.add_argument("--force", action="store_true", help="write over what is there")
+    p.add_argument("--force", action="store_true", help="overwrite existing files")
     return p
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     if kind not in WRITERS:
         raise ConfigError(f"{out}: choose a name that ends with {', '.join(WRITERS)}")
     if out.exists() and not args.force:
-        raise ConfigError(f"{out}: is there already; choose another name, or --force")
+        raise ConfigError(f"{out}: exists already; choose another name, or --force")
 
     import torch
 
@@ -86,7 +86,7 @@ def main() -> None:
         partial.unlink(missing_ok=True)
     for path in (out, *model.card.write_beside(out)):
         print(f"{path}: {path.stat().st_size:,} bytes")
-    print(f"answers as {model} does on {len(images)} images: logits differ by {differs:.2g} at most")
+    print(f"predicts as {model} does on {len(images)} images: logits differ by {differs:.2g} at most")
 
 
 def check_exportable(model: Any, kind: str) -> None:
@@ -122,7 +122,7 @@ def check_cards(model: Any, out: Path) -> None:
     existing = next((path for path in (out.with_suffix(".json"), out.with_suffix(".md")) if path.exists()), None)
     card = read_beside(out)
     if existing and (card is None or card.as_json() != model.card.as_json()):
-        raise ConfigError(f"{existing}: is there already, of something else; choose another name, or --force")
+        raise ConfigError(f"{existing}: exists already, of something else; choose another name, or --force")
 
 
 def evaluated(path: Path) -> dict[str, Any]:

@@ -106,14 +106,14 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "--check",
         choices=("full", "header"),
         default="full",
-        help="keep, with --stats off: decode every image, or look at headers alone (%(default)s)",
+        help="keep, with --stats off: decode every image, or read only headers (%(default)s)",
     )
     p.add_argument(
         "--shards",
         metavar="A:B|I/N",
         help="make only these, counted over all splits, or slice I, from 0, of N: for job arrays",
     )
-    p.add_argument("--merge", action="store_true", help="make none; check that all are there and write the manifest")
+    p.add_argument("--merge", action="store_true", help="make none; check that all exist and write the manifest")
     p.add_argument("--dry-run", action="store_true", help="print the plan, its size and its time, and write nothing")
     p.add_argument(
         "--trust-images",
@@ -186,7 +186,7 @@ def class_names(path: Path | None) -> list[str] | None:
 def make(args: argparse.Namespace) -> dict | None:
     """The manifest; None if it was not to be written."""
     if args.shards and args.merge:
-        raise ConfigError("--merge goes without --shards: it makes no shard")
+        raise ConfigError("--merge: leave out --shards; merging makes no shard")
     options = Options(
         Encoding(args.encode, args.size, args.square, args.quality),
         args.samples_per_shard,

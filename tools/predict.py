@@ -65,7 +65,7 @@ def main() -> None:
         write_page(args.html, str(model), answers, pictures)
         print(f"page: {args.html}")
     if failed := len(files) - len(answers):
-        print(f"error: {failed} of {len(files)} images cannot be read; the others are answered", file=sys.stderr)
+        print(f"error: {failed} of {len(files)} images cannot be read; the others are classified", file=sys.stderr)
         sys.exit(BAD_DATA)
 
 

@@ -133,7 +133,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         validate(self)
         if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ConfigError(f"optim.nesterov=True: goes with optim.name=sgd and a momentum, not {self.name}")
+            raise ConfigError(f"optim.nesterov=True: needs optim.name=sgd and a momentum, not {self.name}")
         if self.schedule == "step" and not self.milestones:
             raise ConfigError("optim.milestones is empty: optim.schedule=step needs epochs, such as 30 60")
         if not _rise((0, *self.milestones, float("inf"))):
@@ -284,7 +284,7 @@ def _check_tracker(name: str) -> None:
 
     known = [logger.value for logger in LoggerType if logger.value != "all"]
     if name not in known:
-        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose of {', '.join(known)}")
+        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
     if name not in map(str, get_available_trackers()):
         raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
 

@@ -179,7 +179,7 @@ def describe(beats: dict[int, Json], silent: list[int], *, seconds: float, step:
     place = f"{PHASES[phase]} of step {step + 1}" if phase < 3 else f"{PHASES[phase]} after step {step}"
     if len(behind) == len(beats):
         hosts = list(dict.fromkeys(beat["host"] for beat in beats.values()))
-        network = f"; look at the network between {' and '.join(hosts[:2])}" if len(hosts) > 1 else ""
+        network = f"; check the network between {' and '.join(hosts[:2])}" if len(hosts) > 1 else ""
         return f"{since}: {'all ranks are' if len(beats) > 1 else 'it is'} {place}{network}"
     return f"{since}: the others wait for {', '.join(_who(r, beats[r]) for r in behind)}, {place}"
 
@@ -247,9 +247,9 @@ def _started(pid: int) -> str:
 
 
 def _kill(beat: Json) -> None:
-    """Ends the process of a heartbeat if it runs here: one that is stopped answers no other signal."""
+    """Ends the process of a heartbeat if it runs here: one that is stopped handles no other signal."""
     pid, ours = beat["pid"], beat["host"] == socket.gethostname() and beat["pid"] != os.getpid()
     if ours and beat["started"] and _started(pid) == beat["started"]:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-            print(f"killed process {pid}, which had stopped answering", file=sys.stderr, flush=True)
+            print(f"killed process {pid}, which had stopped responding", file=sys.stderr, flush=True)

@@ -58,7 +58,7 @@ def test_a_short_cut_costs_nothing_but_time(hosts, told, one_host, tmp_path):
     assert jobs[0].wait_for(lambda: jobs[0].step >= 10)
     hosts.link("down")
     try:
-        time.sleep(1)  # packets on their way
+        time.sleep(1)  # packets are being sent
         stood = jobs[0].step
         time.sleep(HANG / 3)
         assert jobs[0].step == stood
@@ -71,7 +71,7 @@ def test_a_short_cut_costs_nothing_but_time(hosts, told, one_host, tmp_path):
 def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, told, one_host, tmp_path):
     folder = tmp_path / "run"
     jobs = hosts.start(folder, *told, port=a_port())
-    assert jobs[0].wait_for(lambda: jobs[0].step >= 37)  # in the second epoch, with a checkpoint of its own behind it
+    assert jobs[0].wait_for(lambda: jobs[0].step >= 37)  # in the second epoch, after a checkpoint of its own
     hosts.link("down")
     try:
         cut = time.monotonic()
@@ -81,7 +81,7 @@ def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, 
         hosts.link("up")
     assert jobs[0].exit["code"] == 77
     assert f"no step for {HANG} seconds" in jobs[0].exit["reason"]
-    assert "look at the network between ie-a and ie-b" in jobs[0].exit["reason"]
+    assert "check the network between ie-a and ie-b" in jobs[0].exit["reason"]
     for job in jobs:
         assert "exitcode: 77" in job.said.replace(" ", "").replace("exitcode:", "exitcode: "), job.said
         assert jobs[0].exit["reason"] in job.said

@@ -1,4 +1,4 @@
-"""All ranks compare their facts before they join (train/preflight.py): two launchers on the loopback."""
+"""All ranks compare data, settings and versions before they join (train/preflight.py): two local launchers."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def other_digits(tmp_path_factory) -> Path:
 
 
 def start(folder: Path, of_first: list, of_second: list, **env: str) -> list[Job]:
-    """The two hosts' jobs, of which the second has the environment."""
+    """The jobs of two hosts; the environment is set for the second only."""
     port = a_port()
     launchers = [machines(host, address="127.0.0.1", port=port) for host in range(2)]
     first = Job(folder, *of_first, ranks=2, launcher=launchers[0])
@@ -121,7 +121,7 @@ def start(folder: Path, of_first: list, of_second: list, **env: str) -> list[Job
 
 
 def the_line(job: Job) -> str:
-    """The one line of ours, once; launchers add their own."""
+    """Our one error line, without the lines that launchers add."""
     (line,) = [line for line in job.said.splitlines() if line.startswith("error: ")]
     return line
 
@@ -163,7 +163,7 @@ def test_own_affairs_of_a_host_are_left_to_it(few_digits, tmp_path):
 
 @pytest.mark.slow
 def test_a_refusal_is_told_although_launchers_end_the_ranks_that_wait(tmp_path):
-    """Two ranks a host: as soon as one has ended, its launcher sends SIGTERM to the other, which may be rank 0."""
+    """Two ranks a host: when one has ended, its launcher sends SIGTERM to the other, which may be rank 0."""
     folder, port = tmp_path / "run", a_port()
     folder.mkdir()
     args = [*SMALL, "--data.shards", tmp_path / "nowhere"]

@@ -21,7 +21,7 @@ def a_port() -> int:
 
 
 def machines(rank: int, *, address: str, port: int, per_host: int = 1) -> tuple[str, ...]:
-    """`accelerate launch` as docs/cluster.md tells: the same on each host but for its rank."""
+    """`accelerate launch` as in docs/cluster.md: the same on each host except for its rank."""
     return (
         "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(2 * per_host),
         "--machine_rank", str(rank), "--main_process_ip", address, "--main_process_port", str(port),
@@ -32,7 +32,7 @@ def machines(rank: int, *, address: str, port: int, per_host: int = 1) -> tuple[
 class Hosts:
     """Namespaces a and b with 10.213.77.1 and .2, each with a hostname and an /etc/hosts of its own; needs root.
 
-    What a host runs sees the machine's files: they stand for storage that both mount.
+    Both hosts see the machine's files, which serve as shared storage.
     """
 
     names = ("ie-a", "ie-b")
@@ -71,7 +71,7 @@ class Hosts:
         return f"10.213.77.{host + 1}"
 
     def prefix(self, host: int) -> tuple[str, ...]:
-        """What a command is given to, to run on a host."""
+        """The command prefix that runs a command on a host."""
         own = " && ".join(
             [
                 f"hostname {self.names[host]}",
@@ -81,13 +81,13 @@ class Hosts:
             ]
         )
         enter = ("nsenter", f"--net=/run/netns/{self.spaces[host]}")
-        # A core each, as two machines have them: with as many threads a rank as on one host, sums are the same.
+        # One core for each host, as on two machines: sums are equal if each rank has as many threads as on one host.
         cores = sorted(os.sched_getaffinity(0))
         enter = (*enter, "taskset", "--cpu-list", str(cores[host % len(cores)]))
         return (*enter, "unshare", "--uts", "--mount", "sh", "-c", own, "sh")
 
     def link(self, state: str) -> None:
-        """up, or down: packets are lost, and nobody is told."""
+        """up, or down: packets are lost without an error."""
         ip("-n", self.spaces[1], "link", "set", self.links[1], state)
 
     def start(

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 PIP = {"index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "proxy", "timeout", "default-timeout"}
 APT = re.compile(r'^Acquire::(https?::\S*(Proxy|CaInfo)\S*|Check-Valid-Until|Check-Date) "[^"]+";$', re.IGNORECASE)
-SUITE = "bookworm"  # of the base; another release's sources are of no use to it
+SUITE = "bookworm"  # the base image's release; sources of another release do not fit it
 CA = "/run/secrets/ca"
 OFFICIAL = ".debian.org"
 
@@ -32,7 +32,7 @@ class Lent:
         self.ca = ""
 
     def place(self, value: str) -> str:
-        """A pip option's value as it reads in the build: local folders lie elsewhere there."""
+        """A pip option's value for the build, which sees local folders under other paths."""
         return " ".join(self._place(word) for word in value.split())
 
     def _place(self, word: str) -> str:
@@ -76,7 +76,9 @@ def pip_conf(lent: Lent) -> list[str]:
     options: dict[str, str] = {}
     for line in lines_of("python3", "-m", "pip", "config", "list"):
         section, _, value = line.partition("=")
-        options.setdefault(section.rpartition(".")[2], ast.literal_eval(value))  # ":env:" sorts first and counts most
+        options.setdefault(
+            section.rpartition(".")[2], ast.literal_eval(value)
+        )  # ":env:" sorts first: it has the highest priority
     for host in options.get("trusted-host", "").split():
         lent.note(f"//{host}")
     lent.ca = options.get("cert") or os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE") or ""
@@ -106,7 +108,7 @@ def lines_of(*command: str) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return []  # a host without it has nothing of it to lend
+        return []  # not installed on this host
     return done.stdout.splitlines()
 
 

@@ -1,4 +1,4 @@
-"""The image's entrypoint, run from a checkout: real trainings, real signals, and the codes that come out."""
+"""The image's entrypoint, run from a checkout: real trainings, real signals and exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 
 
 class Container:
-    """One start of the entrypoint, as a container's: its own working directory and its own state."""
+    """One start of the entrypoint as in a container: with a working directory and a state of its own."""
 
     def __init__(self, home: Path, *args: object, launch: str = "") -> None:
         home.mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ class Container:
             self.process = psutil.Popen(argv, stdout=log, stderr=log, cwd=home, env=env, start_new_session=True)
 
     def end(self, *, seconds: float = 300) -> int:
-        """Its exit code; none of its processes is left then."""
+        """Waits for its end and returns the exit code; asserts that none of its processes is left."""
         try:
             return int(self.process.wait(timeout=seconds))
         finally:
@@ -87,7 +87,7 @@ def test_a_run_ends_with_0_in_the_preset_s_folder_and_one_on_missing_shards_with
     folder = home / "runs" / "demo"
     assert exit_json(folder)["code"] == 0
     assert [line["ranks"] for line in lines(folder, "start")] == [2 if launch else 1]
-    # The run above has left exit.json with 0: it must not be taken for the next one's.
+    # The run above left an exit.json with 0: it must not be taken for that of the next run.
     bad = Container(home, *small(tmp_path / "nowhere"), "--limit-steps", 3, launch=launch)
     assert bad.end() == 65, bad.said
     assert str(tmp_path / "nowhere") in bad.said

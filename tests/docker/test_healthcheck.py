@@ -1,4 +1,4 @@
-"""The health probe: what it makes of heartbeats that are young, old, somebody else's or not there."""
+"""The health probe's result for heartbeats that are recent, old, of another run, or missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def probe(state: Path, *args: object) -> tuple[int, str]:
 
 @pytest.fixture
 def training(tmp_path):
-    """Starts a training `began` seconds ago, whose ranks have beaten last before so many seconds: its state."""
+    """Writes the state of a training of age `began`, in seconds. beats: rank → (host, seconds since its heartbeat)."""
 
     def start(began: float, **beats: tuple[str, float]) -> Path:
         folder = tmp_path / "a run"

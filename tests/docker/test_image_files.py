@@ -38,7 +38,7 @@ def locked(*names: str) -> dict[str, str]:
 
 
 def pinned() -> dict[str, str]:
-    """constraints.txt, as it counts on Python 3.11."""
+    """The lines of constraints.txt that apply on Python 3.11."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
     wanted = [r for r in wanted if r.marker is None or r.marker.evaluate(LINUX)]
@@ -62,12 +62,12 @@ def test_the_lock_covers_the_project_s_dependencies_and_theirs(dali):
     have = locked("", "-torch", *([] if dali == "none" else [f"-dali-{dali}"]))
     for wanted in map(Requirement, project["dependencies"] + extra):
         assert have[canonicalize_name(wanted.name)] in wanted.specifier, wanted
-    # They are installed without looking for what they depend on, so that it must be there in full.
+    # Installed with --no-deps: the list must contain all dependencies.
     for name, version in have.items():
         try:
             installed = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            continue  # another DALI than the one here
+            continue  # not the DALI that is installed here
         for wanted in map(Requirement, installed.requires or []) if installed.version == version else ():
             if wanted.marker is None or wanted.marker.evaluate(LINUX):
                 assert have[canonicalize_name(wanted.name)] in wanted.specifier, f"{name} needs {wanted}"
@@ -206,7 +206,7 @@ def test_accelerate_reads_its_configurations(name, machines, processes, cpu, pre
     got = (config.num_machines, config.num_processes, config.use_cpu, config.mixed_precision)
     assert got == (machines, processes, cpu, precision)
     assert config.distributed_type.value == ("NO" if processes == 1 else "MULTI_GPU")
-    # The first machine is told that it is: c10d would look whether a name of its own has the address.
+    # c10d would find the first machine by comparing its host names with the address; static uses the rank.
     assert config.rdzv_backend == "static"
 
 
@@ -218,7 +218,7 @@ def test_there_is_a_test_of_each_configuration():
 
 
 def lend(out: Path, **env: str) -> dict[str, str]:
-    """What tests/docker/lend.py finds on a host that has no more than `env`."""
+    """What tests/docker/lend.py finds on a host that has only `env`."""
     out.mkdir()
     plain = {"PATH": str(Path(sys.executable).parent), "HOME": str(out), "XDG_CONFIG_DIRS": str(out)}
     done = subprocess.run(

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 SCRIPT = ROOT / "train" / "run.py"
 PLANTED = ROOT / "tests" / "faults" / "planted.py"
-BATCH, STEPS = 12, 29  # of an epoch of 356 digits: a batch that 2, 3 and 4 ranks can divide
+BATCH, STEPS = 12, 29  # in an epoch of 356 digits, with a batch that 2, 3 and 4 ranks can divide
 SMALL = [
     "demo", "--model.width", "0.125", "--train.batch", BATCH, "--run.log-every", 1, "--run.save-every", 4,
     "--run.record-ids", "--loader.threads", 1,
@@ -28,7 +28,7 @@ SMALL = [
 
 
 class Job:
-    """One start of a run by `accelerate launch`, or by torchrun's options."""
+    """One start of a run by `accelerate launch`, or by torchrun with the given options."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Job:
         prefix: tuple = (),
         **env: str,
     ) -> None:
-        """prefix: what the command is given to, such as `nice`."""
+        """prefix: a command that starts this one, such as `nice`."""
         self.folder = folder
         fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         many = ["--multi_gpu"] if ranks > 1 else []
@@ -65,7 +65,7 @@ class Job:
         return self.log.read_text()
 
     def ranks(self) -> list[psutil.Process]:
-        """The rank processes, in order of their rank, as far as they are there."""
+        """The rank processes that exist, in order of rank."""
         found = {}
         for child in self.process.children(recursive=True) if self.process.is_running() else []:
             try:
@@ -87,7 +87,7 @@ class Job:
         return True
 
     def wait(self, *, seconds: float = 300) -> int:
-        """The launcher's exit code, when every process of the job is gone."""
+        """The launcher's exit code, after every process of the job has ended."""
         self.ranks()
         _, alive = psutil.wait_procs(self.family.values(), timeout=seconds)
         if alive:
@@ -98,7 +98,7 @@ class Job:
         return int(code)
 
     def end(self) -> None:
-        """Whatever is left of it."""
+        """Kills what is left of the job."""
         self.ranks()
         for process in self.family.values():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -117,14 +117,14 @@ class Job:
 
 
 def run(folder: Path, *args: object, ranks: int, **options) -> Job:
-    """From start to end, undisturbed."""
+    """A run from start to end, undisturbed."""
     job = Job(folder, *args, ranks=ranks, **options)
     assert job.wait() == 0, job.said
     return job
 
 
 def lines(folder: Path, kind: str) -> list[dict]:
-    """Of metrics.jsonl; the last line may be half written."""
+    """The lines of metrics.jsonl; the last one may be incomplete."""
     try:
         text = (folder / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -150,7 +150,7 @@ def global_ids(folder: Path) -> dict[int, list[int]]:
 
 
 def traces(folder: Path) -> dict[str, object]:
-    """All that two runs must have in common, to the last bit, to be the same."""
+    """All that must be equal to the last bit in two equal runs."""
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
     weights = {
         name: hashlib.sha256((newest / f"{name}.safetensors").read_bytes()).hexdigest()
@@ -169,7 +169,7 @@ def traces(folder: Path) -> dict[str, object]:
 
 
 def disturb(job: Job, rng: random.Random) -> str:
-    """Waits for a moment and sends a signal; returns what was done, or "" where the job was done first."""
+    """Waits for a moment and sends a signal; returns what was done, or "" if the job had ended before."""
     moment = rng.choice(["step", "step", "save", "evaluation"])
     if moment == "step":
         begun = job.step

@@ -1,4 +1,4 @@
-"""Runs a script of ours with a fault at one step of one rank: PLANT=WHAT:RANK:STEP, steps from 1.
+"""Runs a script of this repository with a fault at one step of one rank: PLANT=WHAT:RANK:STEP, steps from 1.
 
 WHAT: nan; sleep, for good; busy, some seconds within one call into C, as a long backward pass; sides, which prints the
 sides of every step's images. A rank of -1 means all.
@@ -34,7 +34,7 @@ def faulty(self, images, ids, *, step, part=0):
         begun = time.monotonic()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
         seconds = time.monotonic() - begun
-        # Four seconds: longer than what two signals are told apart by
+        # Four seconds: longer than the time within which signals count as one
         hashlib.pbkdf2_hmac("sha256", b"", b"", int(200_000 * 4 / seconds))
         return logits
     return logits * float("nan")

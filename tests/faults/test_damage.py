@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full disks, unwritable folders: the newest whole checkpoint is used, one line says so."""
+"""Damaged checkpoints, full disks, unwritable folders: the newest intact checkpoint is used and reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def again(folder: Path, few_digits: Path, *args: object) -> subprocess.Completed
 
 
 def damages(path: Path):
-    """Every way to hurt a file that the issue of a lost run may lie in: (what, do it)."""
+    """Kinds of damage to a file, as (name, function that does it)."""
     data = path.read_bytes()
     for eighth in range(8):
         yield f"cut at {eighth}/8", lambda n=eighth: path.write_bytes(data[: len(data) * n // 8])
@@ -79,7 +79,7 @@ def test_a_run_passes_a_damaged_checkpoint_over_says_so_and_ends_as_before(clean
         assert "step-00000029" in said[0]
         assert "resuming from" in done.stdout
         assert traces(folder) == before
-        assert not list(folder.glob("checkpoints/*.damaged"))  # a whole one has taken its place
+        assert not list(folder.glob("checkpoints/*.damaged"))  # an intact one has replaced it
 
 
 def test_where_no_checkpoint_is_whole_the_run_starts_anew_and_keeps_them_aside_until_one_is(
@@ -107,7 +107,7 @@ class Bomb:
 
 
 def test_a_malicious_checkpoint_executes_nothing_under_any_name(clean, few_digits, tmp_path):
-    """Pickles in place of every file that we read, once with a record that vouches for them."""
+    """Pickles in place of every file that we read, once with a record that holds their checksums."""
     folder = shutil.copytree(clean, tmp_path / "run")
     fired = tmp_path / "fired"
     bomb = pickle.dumps(Bomb(fired))
@@ -134,7 +134,7 @@ def test_a_malicious_checkpoint_executes_nothing_under_any_name(clean, few_digit
     assert not fired.exists()
     os.mkdir(fired)
     with pytest.raises(FileExistsError):
-        pickle.loads(bomb)  # it would have
+        pickle.loads(bomb)  # the pickle does what it should when it is loaded
 
 
 @contextlib.contextmanager
@@ -179,7 +179,7 @@ def test_a_run_that_may_goes_on_without_saving_and_says_so(clean, few_digits, tm
         assert done.stderr.count("could not save: ") > 3
         assert "is the last good checkpoint" in done.stderr
         assert lines(small / "run", "val")
-        assert done.returncode == 74  # it is done, and its end is not saved
+        assert done.returncode == 74  # all steps are done, but the last save failed
         saved, _ = Checkpoints(small / "run", keep=3).newest()
         assert saved is not None
         assert saved.state["step"] in (4, 8)

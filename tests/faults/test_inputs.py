@@ -1,4 +1,4 @@
-"""Tars and class folders as people have them: no traceback, and no member or file that is neither used nor counted.
+"""Tars and class folders as people have them: no traceback, and each member or file is used or counted.
 
 FAULTS set tries 2,000 changed inputs of each kind (`make faults`); 50 otherwise.
 """
@@ -72,7 +72,7 @@ contents = st.sampled_from(IMAGES + JUNK + LABELS + OBJECTS)
 
 @st.composite
 def samples(draw) -> list[tuple[str, bytes]]:
-    """Whole samples, some of which share a key or have a label that is none."""
+    """Complete samples; some share a key, or have an invalid label."""
     members = []
     labels = LABELS[:6] if draw(st.booleans()) else LABELS
     for i in range(draw(st.integers(0, 5))):

@@ -1,4 +1,4 @@
-"""Runs are killed at seeded moments; the same command again ends in the bits of a run that nobody disturbed.
+"""Runs are killed at seeded moments; the same command then ends in the bits of an undisturbed run.
 
 FAULTS=50 kills fifty times (`make faults`); five times otherwise.
 """
@@ -33,7 +33,7 @@ def test_kills_at_any_moment_end_in_the_bits_of_an_undisturbed_run(ranks, few_di
         code = job.wait()
         if what:
             done.append(what)
-        if (folder / "exit.json").exists() and job.exit["code"] == 0:  # it was done before the signal came
+        if (folder / "exit.json").exists() and job.exit["code"] == 0:  # the run ended before the signal came
             assert code in (0, 1, -15, -9), (what, job.said)
             assert traces(folder) == undisturbed, done
             folder = tmp_path / f"run-{len(done)}-{rng.random()}"

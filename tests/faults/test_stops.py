@@ -1,4 +1,4 @@
-"""Signals, stop files, hangs, bad numbers, other numbers of ranks, two runs in one folder: real processes all."""
+"""Signals, stop files, hangs, non-finite losses, other numbers of ranks, two runs in one folder: real processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.faults.job import PLANTED, SCRIPT, SMALL, STEPS, Job, global_ids, lin
 
 @pytest.fixture(scope="module")
 def clean(few_digits, tmp_path_factory):
-    """Two epochs of two ranks, never disturbed."""
+    """An undisturbed run of two epochs by two ranks."""
     folder = tmp_path_factory.mktemp("clean") / "run"
     return run(folder, *SMALL, "--train.epochs", 2, "--data.shards", few_digits, ranks=2).folder
 
@@ -49,7 +49,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number
     job.wait()
     assert job.exit["code"] == 75
     assert job.exit["reason"] == f"stopped by {number.name} at rank 1"
-    assert seen <= job.exit["step"] <= seen + 2  # the one under way, and one that was recorded while we looked
+    assert seen <= job.exit["step"] <= seen + 2  # the step in progress, and one that was recorded meanwhile
     assert (folder / "checkpoints" / f"step-{job.exit['step']:08d}").is_dir()
     saved = job.exit["step"]
     assert max(global_ids(folder)) == saved
@@ -82,7 +82,7 @@ def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_a
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        if planted:  # it sleeps within a step and would never come to its end
+        if planted:  # it sleeps within a step that would never end
             time.sleep(2.5)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
@@ -93,7 +93,7 @@ def test_one_process_without_launcher_ends_with_75_and_a_second_signal_ends_it_a
 
 
 def test_a_signal_within_a_long_call_is_one_signal(few_digits, tmp_path):
-    """Python's own handler runs only when the call is over, seconds after the signal was noted."""
+    """Python's own handler runs only after the call, seconds after the signal was recorded."""
     folder = tmp_path / "run"
     argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(few_digits)), "--run.dir", str(folder)]
     env = os.environ | {"PLANT": "busy:0:6"}
@@ -158,7 +158,9 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_f
     assert job.wait_for(lambda: job.step >= 5)
     ranks = job.ranks()
     job.process.kill()
-    again = run(folder, *two(few_digits), ranks=2)  # at once: it waits for what is left of the first
+    again = run(
+        folder, *two(few_digits), ranks=2
+    )  # started at once: it waits until the processes of the first have ended
     assert not any(r.is_running() for r in ranks)
     assert "resuming from" in again.said
     assert traces(folder) == traces(clean)
@@ -294,7 +296,7 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits,
     assert "no run folder" in the_error(quiet(replay, tmp_path / "nowhere", 3))
 
 
-# Where rounding is not amplified: see tests/train/test_run.py
+# An initialisation that does not amplify rounding: see tests/train/test_run.py
 CALM = ["--optim.lr", 0.003, "--model.dropout", 0.5]
 
 

@@ -1,4 +1,4 @@
-"""The nets: their sizes and switches, and other people's own code beside ours."""
+"""The nets: sizes, options, and comparison with the code of their sources."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_variant_has_its_sources_parameters(name):
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_weights_go_both_ways_strictly_and_outputs_and_gradients_are_equal(name, theirs, ours_first, tmp_path):
     torch.manual_seed(0)
-    # In float64, where no maximum of a pool is decided by rounding.
+    # In float64: rounding decides no maximum of a pool.
     theirs, ours = theirs().double().eval(), AlexNet(ModelConfig(name), classes=1000, crop=224).double().eval()
     giver, taker = (ours, theirs) if ours_first else (theirs, ours)
     torch.save(giver.state_dict(), tmp_path / "alexnet_model_1.pth")
@@ -67,7 +67,7 @@ def test_weights_go_both_ways_strictly_and_outputs_and_gradients_are_equal(name,
 
 
 class Towers(nn.Module):
-    """The two GPUs of 2012: two nets that see each other's channels at conv3 and in the fully connected layers."""
+    """The two GPUs of 2012: two nets that read each other's channels at conv3 and in the fully connected layers."""
 
     def __init__(self, original: bool) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_towers_as_groups_equal_two_separate_towers(name):
 
 
 def test_conv1_of_the_paper_is_that_of_224_pixels_with_55_places():
-    """Each of the 55 windows starts 4 pixels after the last; the last one looks 3 pixels beyond the image."""
+    """Each of the 55 windows starts 4 pixels after the one before; the last one extends 3 pixels beyond the image."""
     net = AlexNet(ModelConfig("paper", weight_init="torch"), classes=1000, crop=224)
     image = torch.randn(1, 3, 224, 224)
     out = net.features.conv1(image)

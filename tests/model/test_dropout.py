@@ -25,7 +25,7 @@ def rows_of(count, seed=0):
 
 
 def test_golden_masks():
-    """For good: a run must drop the same units in ten years."""
+    """These values must never change: a run must drop the same units in ten years."""
     mask = keep_mask(torch.tensor([0, 1, -1, 123456789], dtype=torch.int32), 32, layer=6, p=0.5)
     assert ["".join(map(str, row)) for row in mask.int().tolist()] == GOLDEN
 

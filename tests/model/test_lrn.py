@@ -254,7 +254,7 @@ def test_a_compiled_model_that_recomputes_saves_the_input_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("save_scale", [True, False])
 def test_no_cast_to_the_same_dtype_is_traced(dtype, save_scale):
-    """It would return its input, and torch 2.11 then differentiates the wrong one of the two: gradients are zero."""
+    """Such a cast returns its input, and torch 2.11 then differentiates the wrong one: gradients are zero."""
     graph, _ = graph_of(torch.randn(2, 16, 5, 6, dtype=dtype, requires_grad=True), save_scale)
     casts = [
         node

@@ -1,4 +1,4 @@
-"""Miniature ImageNet archives, true in form: tars of tars, development kits as SciPy writes them, orders shuffled."""
+"""Miniature ImageNet archives in the original format: tars of tars, SciPy's development kits, shuffled orders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.io import savemat
 from tests.conftest import picture
 
 WNIDS = ["n01440764", "n01443537", "n02084071", "n03770679", "n04254680"]
-# Not the order of the WordNet ids, and inner nodes of the hierarchy behind them.
+# Not in the order of the WordNet ids; the inner nodes of the hierarchy have the numbers after these.
 ID_OF = {"n01440764": 4, "n01443537": 1, "n02084071": 5, "n03770679": 2, "n04254680": 3}
 
 
@@ -35,7 +35,7 @@ def tar_of(files: dict[str, bytes], *, order: np.random.Generator, format: int =
 
 
 def kit(year: int, counts: dict[str, int], val_ids: list[int]) -> bytes:
-    """A development kit: meta.mat and validation's ids."""
+    """A development kit: meta.mat and the ids of the validation images."""
     rows = [(ID_OF[w], w, f"{w}, a thing", "gloss", 0, [], 0, counts[w]) for w in sorted(WNIDS, key=ID_OF.__getitem__)]
     rows.append((len(WNIDS) + 1, "n00001740", "entity", "gloss", 2, [1, 2], 3, 0))
     fields = [f"ILSVRC{year}_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
@@ -61,7 +61,7 @@ def kit(year: int, counts: dict[str, int], val_ids: list[int]) -> bytes:
 
 
 class Mini:
-    """What was written: `labels` says of each file name what its class must be, found without any of our code."""
+    """Written archives. labels: file name → expected class, computed without the code under test."""
 
     def __init__(self, root: Path, year: int, *, seed: int = 0, missing: str | None = None, test: bool = True) -> None:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Cores within limits, shared by ranks."""
+"""Usable cores, and how ranks divide them."""
 
 from __future__ import annotations
 

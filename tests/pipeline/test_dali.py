@@ -1,4 +1,4 @@
-"""The DALI backend's graph and failures, as far as they can be seen without a GPU."""
+"""The DALI backend's graph and failures, as far as a CPU can show them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_nvjpegs_version_is_read_from_the_library_that_is_mapped(shards):
         next(iter(loader))
         assert loader.decoder() == "libjpeg-turbo, by DALI"
         found = dali_decoder.decoder_facts()
-    # A copy that torchvision brought, under a name of its own, if a test before this one has imported torchvision.
+    # torchvision's own copy, under another name, if an earlier test has imported torchvision.
     assert re.fullmatch(r"libnvjpeg\.(\w+\.)?so\.\d+.*", found["libnvjpeg"])
     assert int(found["nvjpeg"].split(".")[0]) >= 12
     assert found["libnvcuvid"] is dali_decoder._loads("libnvcuvid.so.1")
@@ -103,7 +103,7 @@ def test_torchvisions_copy_of_nvjpeg_is_seen_when_it_is_the_one_that_dali_uses(s
     assert int(seen.stdout.split(".")[0]) >= 12
 
 
-# Which image a failed batch fails by
+# Which image makes a batch fail
 
 
 def jpeg(side: int = 32) -> bytes:
@@ -151,7 +151,7 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
             next(iter(loader))
         assert caught.value.sample == at
     assert len(built) <= 14
-    assert sum(built) <= 3 * 1024  # images decoded once more
+    assert sum(built) <= 3 * 1024  # images that were decoded again
 
 
 @pytest.mark.parametrize("at", [0, 1, 500, 1022, 1023])
@@ -173,7 +173,7 @@ def test_an_image_that_dali_does_not_name_is_found_by_halving_the_batch(monkeypa
 
 
 def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):
-    """As on a GPU whose driver has failed: DALI then rejects every image."""
+    """Behaves as a GPU whose driver has failed: DALI then rejects every image."""
     with Loader(shards["jpeg"], batch=4, augment=AugmentConfig(), config=LoaderConfig("dali-cpu")) as loader:
         next(iter(loader))
         monkeypatch.setattr(Decoder, "why_not_decoded", lambda *_, **__: "CUDA error")

@@ -1,4 +1,4 @@
-"""One decoder: whatever Pillow can write is seen alike by sharder, statistics, backends, check and predict."""
+"""One decoder: sharder, statistics, backends, check and predict get equal pixels of whatever Pillow can write."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def of_mode(mode: str) -> Image.Image:
 
 
 def expected(image: Image.Image, kind: str) -> np.ndarray | None:
-    """None: no pixels of this image have a meaning. Otherwise what a lossless format must give back."""
+    """The pixels that a lossless format must return; None if it is not defined which they are."""
     if image.mode == "F" or (image.mode == "I" and kind != "PPM"):
         return None
     if image.mode[0] == "I":
@@ -77,7 +77,7 @@ def expected(image: Image.Image, kind: str) -> np.ndarray | None:
 
 
 def png(pixels: np.ndarray, colour: int, bits: int, *chunks: tuple[bytes, bytes], interlaced: bool = False) -> bytes:
-    """What Pillow does not write."""
+    """A PNG of a kind that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -105,7 +105,7 @@ def tiff12(values: np.ndarray) -> bytes:
 
 
 def by_hand() -> dict[str, tuple[bytes, np.ndarray | None]]:
-    """Name → (file, its pixels; None: only alike everywhere)."""
+    """Name → (file, its pixels; None: they need only be the same for all decoders)."""
     rng, turned, orientation = np.random.default_rng(3), base().rotate(180), Image.Exif()
     orientation[0x0112] = 6
     colours, wide = np.asarray(base()), rng.integers(0, 65536, (HEIGHT, WIDTH, 4))
@@ -148,7 +148,7 @@ def by_hand() -> dict[str, tuple[bytes, np.ndarray | None]]:
 
 
 def of_format(kind: str) -> tuple[dict[str, tuple[bytes, np.ndarray | None]], dict[str, bytes]]:
-    """All that Pillow can write in a format: what has a meaning, and what has none."""
+    """All that Pillow can write in a format, with defined pixels and without."""
     good, bad = {}, {}
     for mode in MODES:
         image = of_mode(mode)

@@ -1,4 +1,4 @@
-"""How the loader ends, and what it does when something goes wrong in one of its threads or under its files."""
+"""How the loader ends, and how it handles failures in its threads and of its files."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_ctrl_c_ends_everything_at_once(thousand, backend, close):
     assert process.returncode in (1, 130, -signal.SIGINT)
     assert "KeyboardInterrupt" in said
     with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # nobody of its session is left
+        os.killpg(process.pid, 0)  # no process of its session is left
     assert set(os.listdir("/dev/shm")) <= before
 
 
@@ -113,7 +113,7 @@ def test_an_exception_while_planning_reaches_the_caller(thousand, backend, monke
 
 def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkeypatch):
     with Loader(thousand, batch=32, augment=VIEW, config=backend) as loader:
-        monkeypatch.setattr(reader, "fetch_images", fail)  # of the threads that read ahead
+        monkeypatch.setattr(reader, "fetch_images", fail)  # in the threads that read ahead
         monkeypatch.setattr(portable, "fetch_images", fail)
         with pytest.raises(ZeroDivisionError, match="on purpose"):
             next(iter(loader))
@@ -166,7 +166,7 @@ def test_memory_stays_as_it_is_over_20_epochs(thousand, backend):
 
 
 class Waits(threading.local):
-    """How often the system has made this thread wait, as the reader asks for it."""
+    """Replaces `resource` in the reader: `count` is how often this thread had to wait."""
 
     count = 0
     RUSAGE_THREAD = resource.RUSAGE_THREAD
@@ -195,7 +195,7 @@ def test_slow_storage_is_read_ahead_by_many_threads_and_fast_storage_by_none(tho
     monkeypatch.setattr(portable, "fetch_images", slow_block)
     monkeypatch.setattr(reader, "fetch_images", slow_block)
     with Loader(thousand, batch=128, augment=VIEW, config=LoaderConfig("portable")) as loader:
-        for epoch in range(2):  # by the second at the latest, storage is known to be slow when a batch is planned
+        for epoch in range(2):  # from the second epoch on at the latest, the reader knows that storage is slow
             expected = loader.ids(epoch, 2).tolist()
             assert [b.ids.tolist() for b in loader][2] == expected
         assert readers() == 32

@@ -1,4 +1,4 @@
-"""ImageNet's own archives, in miniature: every label against what the archives were made of."""
+"""ImageNet's own archives, in miniature: every label equals that which the archives were made with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WebDataset tars of other people: indexed where they lie, read like our own, refused where they are damaged."""
+"""WebDataset tars of other people: indexed in place, read like our own, rejected if they are damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machine code that is kept between processes: of the right module, and of the right version."""
+"""Machine code that is kept between processes belongs to the right module and version."""
 
 from __future__ import annotations
 

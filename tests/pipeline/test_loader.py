@@ -37,7 +37,7 @@ def backend(request) -> LoaderConfig:
 
 
 def reference(root, split: str, sample: int, view: AugmentConfig, *, seed: int, epoch: int, train: bool) -> np.ndarray:
-    """(crop, crop, 3) by Pillow, one image at a time: deliberately plain."""
+    """(crop, crop, 3), by Pillow, one image at a time: simple code as a reference."""
     s = open_dataset(root).split(split)
     row = s.index[sample]
     data = (s.root / s.shards[row["shard"]].name).read_bytes()[row["offset"] : row["offset"] + row["size"]]
@@ -52,7 +52,7 @@ def reference(root, split: str, sample: int, view: AugmentConfig, *, seed: int, 
 
 
 def differences(root, split, view, *, config, train, epoch=0):
-    """Grey levels between the loader's crops and the reference's, an image a row."""
+    """Differences in grey levels between the loader's crops and the reference's, one row per image."""
     out = []
     with Loader(root, split=split, batch=4, train=train, seed=9, dtype="uint8", augment=view, config=config) as loader:
         if epoch:
@@ -251,7 +251,7 @@ def test_closing_leaves_no_thread_and_no_file_open(shards, backend):
         with pytest.raises(ConfigError, match="closed"):
             next(iter(loader))
 
-    once()  # what libraries start once stays
+    once()  # files and threads that libraries open once remain
     before = threads_and_files()
     for _ in range(3):
         once()
@@ -319,7 +319,7 @@ def batches_of(loader, *, epochs):
 
 
 def test_ids_over_changing_world_sizes_are_those_of_one_rank(shards, backend):
-    """4 → 2 → 1 → 4 ranks, each leaving off within an epoch and handing on its state as JSON."""
+    """4 → 2 → 1 → 4 ranks: each loader stops within an epoch, and the next one gets its state as JSON."""
     make = lambda rank, world: Loader(  # noqa: E731
         shards["jpeg"], batch=4, seed=3, partitions=4, rank=rank, world=world, augment=VIEW, config=backend
     )

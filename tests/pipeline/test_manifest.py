@@ -1,4 +1,4 @@
-"""Nothing exists until its manifest says so; what differs from it is named.
+"""A dataset exists only with its manifest; files that differ from it are named.
 
 FAULTS=50 makes 2,000 changes of manifests and as many of indices (`make faults`); 50 otherwise.
 """
@@ -78,7 +78,7 @@ def test_a_split_that_is_not_there_is_named(shards):
         manifest.open_dataset(shards["keep"]).split("test")
 
 
-# Manifests and indices that agree with their checksums, but come from somebody else
+# Manifests and indices with right checksums and values that no sharding writes
 
 
 def tampered(root, change=lambda content: None, index=None, split="train"):
@@ -230,7 +230,7 @@ EXAMPLES = 40 * int(os.environ.get("FAULTS", 0)) or 50
 
 
 def paths(value, path=()):
-    """Of every value inside a JSON value."""
+    """The path of keys to every value inside a JSON value."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in inside:
         yield (*path, key)

@@ -1,4 +1,4 @@
-"""Which samples a rank reads at a step."""
+"""Which samples each rank reads at a step."""
 
 from __future__ import annotations
 

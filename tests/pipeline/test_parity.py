@@ -1,4 +1,4 @@
-"""One plan, several decoders: the backends give the same pixels, on images of every kind that people have."""
+"""One plan, several backends: they give the same pixels for images of every kind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ KINDS = {
 
 
 def dataset_of(images: list[bytes], root, **statistics):
-    """A dataset that holds exactly these bytes, whatever they are."""
+    """A dataset that holds exactly these bytes, valid or not."""
     sizes = [Image.open(io.BytesIO(image)).size for image in images]
     samples = (Sample(f"s{i}", image, i, *size) for i, (image, size) in enumerate(zip(images, sizes)))
     shard, rows = write_shard(Folder(root), "x.tar", samples, number=0)
@@ -68,7 +68,7 @@ def dataset_of(images: list[bytes], root, **statistics):
 
 
 def crops(root, view, backend, *, train, epoch=0, dtype="uint8", seed=3) -> dict[int, np.ndarray]:
-    """Sample → (…, 3, crop, crop) as int or float, by the real loader."""
+    """Sample id → (…, 3, crop, crop) as int or float, from the real loader."""
     config = LoaderConfig(backend=backend)
     with Loader(root, batch=4, train=train, seed=seed, dtype=dtype, augment=view, config=config) as loader:
         if epoch:
@@ -109,7 +109,7 @@ def test_presized_images_of_every_kind_are_pillows_to_the_last_bit(kind, backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", [AugmentConfig(resize=144, crop=128), AugmentConfig(crop=96, scale_jitter=(0.1, 1.0))])
 def test_resized_images_of_every_kind_agree_within_a_grey_level(kind, backend, view):
-    """Downscaled and, by small random rectangles, upscaled; against Pillow's own resize of the same box."""
+    """Compares with Pillow's resize of the same box, downscaled and (small random rectangles) upscaled."""
     from pipeline.read.augment import place
 
     images, root = kind
@@ -152,7 +152,7 @@ def test_any_size_of_image_and_crop_is_cropped_as_pillow_would(
 
 
 def test_the_loader_resizes_to_the_bytes_that_the_sharder_would_store(tmp_path):
-    """One resampler in whole numbers: Pillow's pixels within a grey level, and the same on every processor."""
+    """The integer resampler gives Pillow's pixels within a grey level, and the same ones on every processor."""
     stored = encode(picture(np.random.default_rng(5), 217, 181), "JPEG", quality=95)
     root = dataset_of([stored] * 4, tmp_path)
     view = AugmentConfig(resize=96, crop=80)
@@ -220,7 +220,7 @@ def test_colours_are_shifted_by_the_plan_on_every_backend(shards, backend, by):
 
 
 def test_the_colour_shift_has_the_papers_distribution():
-    """Along the eigenvectors of the covariance, with the deviation 0.1 λ, or 0.1 √λ, of pixels in [0, 1]."""
+    """Shifts are along the covariance's eigenvectors, with standard deviation 0.1 λ or 0.1 √λ of pixels in [0, 1]."""
     rng = np.random.default_rng(0)
     factor = rng.normal(size=(3, 3)) * 40
     covariance = factor @ factor.T
@@ -340,7 +340,7 @@ def test_what_goes_to_a_gpu_goes_through_pinned_memory_without_waiting(monkeypat
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("view", [AugmentConfig(), AugmentConfig(normalize="mean-std"), AugmentConfig(colour=0.1)])
 def test_float16_pixels_are_within_one_ulp_of_float32_pixels_in_bf16_and_fp16(shards, backend, view):
-    """A half-precision net rounds its input anyway: what it then sees from float16 pixels, and from float32 ones."""
+    """A half-precision net rounds its input anyway: float16 and float32 pixels must give it equal values."""
     make = lambda dtype: Loader(  # noqa: E731
         shards["jpeg"], batch=4, dtype=dtype, augment=view, config=LoaderConfig(backend)
     )

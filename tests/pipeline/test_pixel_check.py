@@ -29,7 +29,7 @@ def digits_jpeg(tmp_path_factory):
 
 
 def run(loader: Loader, steps: int) -> None:
-    """`steps` batches, over as many epochs as that takes; a network's work would leave the checks time, as here."""
+    """Loads `steps` batches over several epochs, with pauses in which the checks run, as a network's steps would be."""
     done = 0
     while done < steps:
         for _ in loader:
@@ -41,7 +41,7 @@ def run(loader: Loader, steps: int) -> None:
 
 
 def corrupt(loader: Loader, share: float, seed: int = 0) -> list[int]:
-    """Overwrites a block of 16 × 16 pixels in a fraction of the crops, as a decoder would that reuses freed memory.
+    """Overwrites a block of 16 × 16 pixels in a fraction of the crops, like a decoder that reuses freed memory.
     Returns the list that the samples' ids are added to."""
     rng, next_batch, damaged = np.random.default_rng(seed), loader._engine.next, []
 
@@ -58,7 +58,7 @@ def corrupt(loader: Loader, share: float, seed: int = 0) -> list[int]:
 
 
 def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(digits_jpeg, caplog):
-    """By default a GPU's crops are checked one in 250: 1,024 of these, so that 0.99^1024 = 3e-5 is missed."""
+    """A GPU's default checks one crop in 250: 1,024 here, which miss the damage with a chance of 0.99^1024 = 3e-5."""
     view = AugmentConfig(resize=36, crop=32)
     config = LoaderConfig("dali-cpu", verify_pixels=250)
     with Loader(digits_jpeg, batch=BATCH, dtype="uint8", augment=view, config=config) as loader:
@@ -69,7 +69,7 @@ def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(digits
         stats, decoder = loader.stats(), loader.decoder()
     assert stats["pixels_different"] >= 1
     assert 0.99 ** stats["pixels_checked"] < 1e-4
-    # Of those that were checked, no damaged one passed for right: a share of 0.01, within chance.
+    # No damaged crop passed the check: about 1 % of the checked ones were found.
     assert 1 <= stats["pixels_different"] <= 30
     line = caplog.records[0].getMessage()
     assert int(line.split("sample ")[1].split()[0]) in damaged
@@ -78,7 +78,7 @@ def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(digits
 
 
 def test_no_false_alarm_in_the_checks_of_a_million_clean_crops(digits_jpeg):
-    """A GPU checks one crop in 250, 4,000 of a million; here one in 25 of fewer crops, for as many checks."""
+    """On a GPU, 4,000 crops of a million are checked; here one in 25 of 100,352, for as many checks."""
     view = AugmentConfig(resize=36, crop=32)
     config = LoaderConfig("dali-cpu", verify_pixels=25)
     with Loader(digits_jpeg, batch=1024, dtype="uint8", augment=view, config=config) as loader:

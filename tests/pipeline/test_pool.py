@@ -1,4 +1,4 @@
-"""Workers: results in order, and an end at once if a task fails, a worker is killed or the caller has enough."""
+"""Workers return results in order, and end at once if a task fails, a worker is killed or the caller stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes by offset, each one checked."""
+"""The reader: bytes by offset, with verified checksums."""
 
 from __future__ import annotations
 

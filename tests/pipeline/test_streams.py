@@ -1,4 +1,4 @@
-"""Programs whose standard streams are closed, narrow or read by nobody: each in a process of its own."""
+"""Programs whose standard streams are closed, cannot encode a character, or have lost their reader."""
 
 from __future__ import annotations
 

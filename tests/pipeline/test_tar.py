@@ -1,4 +1,4 @@
-"""Tars of strangers: read as tarfile reads them, and refused where they are damaged or unsafe."""
+"""Tars of other people: read as tarfile reads them, and rejected if they are damaged or unsafe."""
 
 from __future__ import annotations
 

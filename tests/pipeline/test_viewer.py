@@ -1,4 +1,4 @@
-"""A single image is shown to a net as the loader would show it, and what normalises it survives a file."""
+"""The viewer prepares a single image as the loader does; its normalisation survives saving to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sharder: what it writes, that it writes the same again, and what it refuses."""
+"""The sharder: what it writes, that it writes the same bytes each time, and what it rejects."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_shard_is_byte_for_byte_what_webdataset_writes(tmp_path_factory, sampl
 
 
 def blended(image: np.ndarray, length: int, resampled: int) -> np.ndarray:
-    """Axis 0 resampled with the sharder's weights, in NumPy's whole numbers."""
+    """Resamples axis 0 with the sharder's weights, in NumPy's integers."""
     x = resample.triangle(0.0, length / resampled, length, resampled, False)
     weights = (x.weights.reshape(resampled, x.taps) * resample.ONE).astype(np.int64)
     rows = image[np.minimum(x.first[:, None] + np.arange(x.taps), length - 1)].astype(np.int64)
@@ -516,7 +516,7 @@ def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path
 def test_many_equal_names_take_no_time():
     started = time.process_time()
     assert len(set(map(UniqueKeys(), ["图片.jpg"] * 200_000))) == 200_000
-    assert time.process_time() - started < 60  # under a second; hours if each name met each other
+    assert time.process_time() - started < 60  # under a second; hours if each name were compared with each other
 
 
 def stray(jpeg: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, in a folder of its own: nothing of it stays, nothing in /etc changes."""
+"""A real Slurm of two nodes on this machine, in a temporary folder; nothing in /etc changes."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> list[str]:
-    """What stands in the way: an empty list where a cluster can be started."""
+    """What is missing to start a cluster; empty if nothing is."""
     found = [] if os.geteuid() == 0 else ["root"]
     return found + [name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
 
 
 class Cluster:
-    """Two nodes, each on a core of its own where there are two; `folder` holds all that belongs to it."""
+    """Two nodes, each on its own core if there are two; `folder` holds all files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,7 +95,7 @@ class Cluster:
         wait_until(lambda: (munge / "socket").exists(), seconds=20, what=self.tell)
 
     def start_node(self, node: str) -> None:
-        """The node's cores are what its daemon may use, and all that it starts."""
+        """Starts a node; its daemon and all processes that it starts share one core."""
         cores = sorted(os.sched_getaffinity(0))
         mine = [cores[NODES.index(node) % len(cores)]]
         self._daemon(node, "-D", "-N", node, program="slurmd", cores=mine)
@@ -109,7 +109,7 @@ class Cluster:
             psutil.Process(self._daemons[name].pid).cpu_affinity(cores)
 
     def end(self) -> None:
-        """Every process, by its number, jobs first."""
+        """Kills every process by its pid, jobs first."""
         family = self._steps()
         for process in [*family, *(psutil.Process(d.pid) for d in self._daemons.values() if d.poll() is None)]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -118,7 +118,7 @@ class Cluster:
             daemon.wait()
 
     def _steps(self, node: str = "") -> list[psutil.Process]:
-        """slurmstepd and its descendants, of one node or all: those that were given our configuration."""
+        """slurmstepd and its descendants, of one node or all: the processes that have our configuration."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -131,7 +131,7 @@ class Cluster:
         return found
 
     def lose(self, node: str) -> None:
-        """As a power cut does: the daemon and all that it started, before any of it can tell."""
+        """Kills the daemon and all that it started before they can report it, as a power cut would."""
         daemon = psutil.Process(self._daemons.pop(node).pid)
         family = [daemon, *self._stepds(node), *daemon.children(recursive=True), *self._steps(node)]
         for act in (psutil.Process.suspend, psutil.Process.kill):
@@ -148,7 +148,7 @@ class Cluster:
                 parents |= {p for p in process.parents() if p.name() == "slurmstepd"}
         return list(parents)
 
-    # What is asked of it
+    # Commands
 
     def call(self, *args: object) -> str:
         done = subprocess.run(list(map(str, args)), capture_output=True, text=True, env=self.env, cwd=self.folder)
@@ -160,7 +160,7 @@ class Cluster:
         return done.stdout.split()
 
     def tell(self) -> str:
-        """What its daemons said last."""
+        """The last lines of the daemons' logs."""
         logs = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
         return "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in logs)
 
@@ -207,7 +207,7 @@ class BatchJob:
         wait_until(condition, seconds=seconds, what=lambda: f"{self.facts}\n{self.said}", each=each)
 
     def wait(self, *, seconds: float = 180) -> int:
-        """Its exit code, once it is over for good."""
+        """Waits for the job's final state and returns its exit code."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait_for(lambda: self.facts["JobState"] in over, seconds=seconds, each=0.5)
         return int(self.facts["ExitCode"].split(":")[0])
@@ -217,7 +217,7 @@ class BatchJob:
         return int(self.facts["Restarts"])
 
     def ranks(self) -> list[psutil.Process]:
-        """Those that a launcher has started, which gives them a rank."""
+        """The processes that a launcher has started, and so given a rank."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -233,7 +233,7 @@ def facts(cluster: Cluster, job: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster for as long as the block lasts, also where a signal ends it."""
+    """A cluster that ends with the block, even if a signal ends the process."""
     cluster = Cluster(folder)
     before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:

@@ -1,6 +1,6 @@
 """Sharding, training, stopping and staging on a real Slurm of two nodes: `make slurm-test`, about eight minutes.
 
-The undisturbed run beside which all others are held is one of two processes on this machine, without Slurm.
+All runs are compared with an undisturbed one of two processes on this machine, without Slurm.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """The digits in several shards, since a damaged one must not be the first that is read."""
+    """The digits in several shards, because a damaged one must not be the first that is read."""
     out = tmp_path_factory.mktemp("digits")
     done = run_tool("tools/make_shards.py", "digits", "--samples-per-shard", 200, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -61,7 +61,7 @@ def clean(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def job(cluster, shards, tmp_path):
-    """Starts a training job; whatever it is at, it does not outlive its test."""
+    """Starts training jobs, which end with their test."""
     started = []
 
     def start(*args: object, **options) -> BatchJob:
@@ -163,7 +163,7 @@ def test_a_signal_saves_requeues_and_goes_on_exactly(how, cluster, job, clean):
 
 
 def test_a_signal_by_which_srun_ends_the_ranks_costs_what_was_not_saved(cluster, job, clean):
-    """With --full it reaches srun, too, which takes it as an order to end all at once."""
+    """With --full the signal reaches srun too, which then ends all ranks at once."""
     it = job()
     it.wait_for(lambda: max(losses(it.run), default=0) >= 6)
     cluster.call("scancel", "--signal=TERM", "--full", it.id)
@@ -174,7 +174,7 @@ def test_a_signal_by_which_srun_ends_the_ranks_costs_what_was_not_saved(cluster,
 
 
 def test_the_signal_before_the_time_limit_does_the_same(job, clean):
-    """The ranks are held up until it comes, so that it finds them at work."""
+    """The ranks are suspended until the signal comes, so that they are still training."""
     it = job(time="3")  # minutes; the signal comes two before the end, or up to half a minute earlier
     it.wait_for(lambda: max(losses(it.run), default=0) >= 6)
     ranks = it.ranks()
@@ -204,7 +204,7 @@ def test_what_the_user_has_cancelled_does_not_come_back(cluster, job):
 @pytest.mark.parametrize(("code", "early"), [(2, False), (65, False), (65, True), (76, False)])
 def test_what_would_fail_again_is_not_requeued_and_its_code_is_the_jobs(code, early, job, shards, tmp_path):
     args = told(shards)
-    if early:  # refused before there is a run folder
+    if early:  # rejected before there is a run folder
         args += ["--data.shards", tmp_path / "nowhere"]
     elif code == 2:
         args += ["--optim.lrr", 1]
@@ -219,7 +219,7 @@ def test_what_would_fail_again_is_not_requeued_and_its_code_is_the_jobs(code, ea
     assert it.wait() == code, it.said
     assert it.restarts == 0
     assert it.facts["JobState"] == "FAILED"
-    if code != 2:  # refused before there is a run
+    if code != 2:  # rejected before there is a run
         assert ended(it)["code"] == code
 
 

@@ -1,4 +1,4 @@
-"""What the scripts of docker/slurm do that needs no Slurm: slices, decisions, staging."""
+"""The scripts of docker/slurm without Slurm: slices, decisions, staging."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_shard_sh_refuses_what_it_cannot_submit(told, says):
     assert says in one_error(done)
 
 
-# What becomes of a job
+# Whether a job is requeued
 
 
 def call(function: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -139,7 +139,7 @@ def test_starts_that_save_nothing_new_are_counted_and_others_are_not(tmp_path):
     (folder / "checkpoints" / "step-00000008.partial").mkdir()
     assert stalled(7, "") == "0"
     assert [stalled(7, "step-00000004"), stalled(7, "step-00000004")] == ["1", "2"]
-    assert stalled(8, "step-00000004") == "1"  # another job begins anew
+    assert stalled(8, "step-00000004") == "1"  # another job starts from scratch
 
 
 # Staging
@@ -253,7 +253,7 @@ def test_too_little_room_is_told_before_anything_is_copied(source, tmp_path):
 
 
 def test_a_disk_that_fills_in_the_middle_is_one_line(source, tmp_path):
-    """Somebody else takes the room between the check and the copy: `df` is asked for another disk."""
+    """Another program fills the disk between the check and the copy: a fake `df` reports free space."""
     fake = tmp_path / "bin"
     fake.mkdir()
     (fake / "df").write_text("#!/bin/sh\necho 99999999999\n")

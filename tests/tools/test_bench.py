@@ -1,4 +1,4 @@
-"""Benchmarks that train: what they keep, what they do not do twice, and how they choose."""
+"""Benchmarks: which results they keep, what they skip on a second start, what an interruption leaves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_accuracy_trains_each_recipe_once_and_draws_them(tiny_cifar, tmp_path):
     assert first.returncode == 0, first.stderr
     assert list(json.loads((tmp_path / "accuracy.json").read_text())["results"]) == ["seed"]
     before = (tmp_path / "runs" / "seed" / "metrics.jsonl").read_bytes()
-    for only in (["--only", "modern"], []):  # what the file holds of the others stays
+    for only in (["--only", "modern"], []):  # the file keeps the other recipes' results
         done = run_tool(*args, *only, "--json", tmp_path / "accuracy.json")
         assert done.returncode == 0, done.stderr
         held = json.loads((tmp_path / "accuracy.json").read_text())["results"].keys()
@@ -154,7 +154,7 @@ def test_an_interrupted_benchmark_removes_its_scratch_and_its_processes(number):
 
 
 def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_else(image_folder, tmp_path):
-    """By Ctrl-C, which a terminal sends to the whole group, and by SIGTERM, which a job's end sends to one process."""
+    """Ctrl-C, which a terminal sends to the whole process group, and SIGTERM, which schedulers send to one process."""
     argv = [sys.executable, "tools/bench", "loader", "--images", image_folder / "train", "--only", "decode"]
     argv = [*map(str, argv), "--rounds", "1000", "--seconds", "0.1", "--json"]
     started = {}

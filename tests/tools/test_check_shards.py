@@ -47,7 +47,7 @@ def test_a_whole_dataset_passes_and_its_histogram_is_written(whole, tmp_path):
 
 
 def damaged(whole, tmp_path, kind):
-    """A copy with one kind of damage, and what the check must say of it."""
+    """(a copy with one kind of damage, the damaged shard, the message that the check must print)."""
     root = shutil.copytree(whole, tmp_path / "copy")
     path = sorted(root.glob("digits-train-*.tar"))[1]
     with tarfile.open(path) as tar:
@@ -93,7 +93,7 @@ def test_training_refuses_damage_of_size_at_opening_and_changed_bytes_at_their_f
             open_dataset(root)
         return
     with Loader(root, batch=64, config=LoaderConfig("portable")) as loader:
-        if kind == "flipped header bit":  # the index says where samples are: no header is read
+        if kind == "flipped header bit":  # offsets come from the index: no header is read
             assert len(list(loader)) == 22
         else:
             with pytest.raises(DataError, match=rf"{shard}: sample \d+ .*checksum"):
@@ -127,7 +127,7 @@ def test_other_damage_is_found_too(whole, tmp_path):
 
 
 def test_an_undecodable_image_is_found_when_asked_for(image_folder, tmp_path):
-    """A dataset whose checksums are right and whose image is not: only decoding tells."""
+    """A dataset with right checksums and a broken image, which only decoding finds."""
     root = shutil.copytree(image_folder, tmp_path / "in")
     path = root / "train" / "cat" / "0.jpg"
     data = path.read_bytes()
@@ -142,18 +142,18 @@ def test_an_undecodable_image_is_found_when_asked_for(image_folder, tmp_path):
 
 
 def in_another_order(names: list[str]) -> list[str]:
-    """Both labels before both images: webdataset takes them for four samples."""
+    """Both labels before both images: webdataset reads them as four samples."""
     return [names[0], names[2], names[1], names[3], *names[4:]]
 
 
 def under_another_key(names: list[str]) -> list[str]:
-    """A label's member that belongs to no image."""
+    """A label that belongs to no image."""
     return ["other.cls", *names[1:]]
 
 
 @pytest.mark.parametrize("change", [in_another_order, under_another_key])
 def test_a_set_that_webdataset_reads_differently_is_found(whole, tmp_path, change):
-    """Index, sizes and checksums agree with the tar: only reading it as others will shows the difference."""
+    """Index, sizes and checksums agree with the tar: only reading it with webdataset shows the difference."""
     with tarfile.open(sorted(whole.glob("*-val-*.tar"))[0]) as tar:
         stored = {m.name: tar.extractfile(m).read() for m in tar.getmembers()[:6]}
     images = [data for name, data in stored.items() if name.endswith("jpg")]
@@ -248,7 +248,7 @@ def test_timm_reads_every_sample_with_its_label(whole):
 
 
 def alone(script: str, *args: str) -> str:
-    """What a script prints that knows nothing of ours."""
+    """The output of a script that imports nothing of this repository."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, cwd="/", env=env)
     assert done.returncode == 0, done.stderr

@@ -44,7 +44,7 @@ MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Path:
-    """200 real images as JPEGs of short side 256; by name, so that labels mean nothing."""
+    """200 real images as JPEGs of short side 256; their labels are arbitrary."""
     found = sorted(real_images(tmp_path_factory.mktemp("images"), 200).rglob("*.JPEG"))
     assert len(found) == 200
     root, out = tmp_path_factory.mktemp("folder"), tmp_path_factory.mktemp("real")
@@ -59,7 +59,7 @@ def real(tmp_path_factory) -> Path:
 
 
 def a_net(seed: int, augment: AugmentConfig, dataset, name: str = "torchvision") -> Classifier:
-    """Narrow, and as sure of itself as trained nets are: its logits lie some 17 apart, its probabilities far."""
+    """A narrow net with probabilities as distinct as a trained net's: its logits differ by about 17."""
     torch.manual_seed(seed)
     net = AlexNet(ModelConfig(name, width=0.125, weight_init="torch"), classes=10, crop=224).eval()
     last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
@@ -109,7 +109,7 @@ def test_probabilities_are_those_of_a_plain_implementation(real, views, nets):
     models = [a_net(i, seen[i % 2], dataset, names[i]) for i in range(nets)]
     found = evaluate.predicted(models, dataset, Namespace(views=views, split="val", batch=64), Accelerator(cpu=True))
     expected = plainly(models, dataset, views)
-    assert np.ptp(expected, 1).mean() > 0.05  # it could have been wrong
+    assert np.ptp(expected, 1).mean() > 0.05  # probabilities differ enough to show an error
     labels = dataset.split("val").index["label"].astype(int)
     assert (found.labels == labels).all()
     np.testing.assert_allclose(found.probabilities, -np.sort(-expected, 1)[:, :5], rtol=0, atol=1e-5)
@@ -134,7 +134,7 @@ def evaluated(*args: object, ranks: int = 1) -> dict:
 
 @pytest.mark.parametrize("worlds", [(1, 2), pytest.param((1, 3), marks=pytest.mark.slow)])
 def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(worlds, trained, digits, tmp_path):
-    """359 images: neither two ranks nor three share them evenly, nor do batches of 50."""
+    """Neither two ranks, three ranks nor batches of 50 divide 359 images evenly."""
     results = []
     for ranks in worlds:
         told = ["--data.shards", digits, "--batch", 50, "--json", tmp_path / f"{ranks}.json", "--checkpoint", "latest"]
@@ -175,7 +175,7 @@ def test_a_submission_has_the_official_order_and_numbers(tmp_path):
     told = [weights, "--data.shards", dataset.root, "--data.split", "test"]
     done = run_tool(EVALUATE, *told, "--submission", tmp_path / "sub.txt", "--csv", tmp_path / "all.csv")
     assert done.returncode == 0, done.stderr
-    # The numbers by the kit itself, the answers by the table: neither by what wrote the submission.
+    # Numbers from the kit and predictions from the CSV: neither from the code that wrote the submission.
     with tarfile.open(tmp_path / "archives" / "ILSVRC2012_devkit_t12.tar.gz") as kit:
         member = next(m for m in kit.getmembers() if m.name.endswith("meta.mat"))
         synsets = loadmat(io.BytesIO(kit.extractfile(member).read()), squeeze_me=True)["synsets"]
@@ -213,7 +213,7 @@ def test_a_summary_counts_each_image_once(ranks, seed):
 
 
 def test_intervals_are_the_binomial_ones_where_those_are_known():
-    """Of a share p of n images the deviation is sqrt(p (1 - p) / n); 95 % lie within 1.96 of it."""
+    """A fraction p of n images has the standard deviation sqrt(p (1 - p) / n); 95 % lie within 1.96 of these."""
     hits = np.arange(4000) < 3000
     low, high = bootstrap({"top1": hits}, resamples=2000)["top1"]
     half = 1.96 * math.sqrt(0.75 * 0.25 / 4000)
@@ -254,7 +254,7 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
         (["{pth}"], ["--preset", "sead"], 2, "choose one of demo, seed"),
         (["{pth}"], ["--preset", "torchvision"], 65, "holds no output layer of --preset torchvision"),
         (["{pth}"], ["--preset", "fig1"], 65, "it is not of --preset fig1"),
-        (["{pth}"], ["--preset", "demo"], 65, "answers 7 classes, but"),
+        (["{pth}"], ["--preset", "demo"], 65, "predicts 7 classes, but"),
         (["{trained}", "nowhere"], [], 65, "nowhere: no such file"),
         (["{broken}"], [], 65, "broken.safetensors: not a whole safetensors file"),
         (["{trained}"], ["--view", "10"], 2, "unrecognized arguments: --view 10"),  # no abbreviations

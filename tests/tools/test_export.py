@@ -1,4 +1,4 @@
-"""tools/export.py: what is written answers as its source, wherever it is loaded."""
+"""tools/export.py: exported files give the predictions of their source."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPORT = "tools/export.py"
 
 
 class Seed(nn.Module):
-    """The net of the document that this project comes from, written down again from its table."""
+    """The seed's AlexNet, written from its table of layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Seed(nn.Module):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """The run as safetensors and as ONNX, under one name and so with one card."""
+    """The run as safetensors and as ONNX with one name, and so with one card."""
     root = tmp_path_factory.mktemp("exported")
     for kind in ("safetensors", "onnx"):
         done = run_tool(EXPORT, trained, root / f"net.{kind}")
         assert done.returncode == 0, done.stderr
-        assert "answers as" in done.stdout
+        assert "predicts as" in done.stdout
     return root
 
 
@@ -166,11 +166,11 @@ def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_
 
 def test_what_stands_is_not_written_over_unasked(trained, exported, tmp_path):
     done = run_tool(EXPORT, trained, exported / "net.onnx")
-    assert "is there already" in the_error(done)
+    assert "exists already" in the_error(done)
     assert done.returncode == 2
     (tmp_path / "net.json").write_text('{"something": "else"}')
     done = run_tool(EXPORT, trained, tmp_path / "net.safetensors")
-    assert "net.json: is there already, of something else" in the_error(done)
+    assert "net.json: exists already, of something else" in the_error(done)
     done = run_tool(EXPORT, trained, "--raw", exported / "net.pth")
     assert done.returncode == 2
     done = run_tool(EXPORT, trained, tmp_path / "net.safetensors", "--force")

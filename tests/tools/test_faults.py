@@ -1,4 +1,4 @@
-"""The sharder is killed, starved of disk and run in pieces; what it leaves is one clean run's, to the last byte.
+"""The sharder is killed, run on a full disk and in slices; its files equal those of one clean run byte for byte.
 
 FAULTS=50 kills it fifty times (`make faults`); five times otherwise.
 """
@@ -31,7 +31,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A sharding of a few seconds: command line without --out, and what a clean run writes."""
+    """(the command line of a short sharding without --out, the bytes that a clean run writes)."""
     root = tmp_path_factory.mktemp("job")
     args = ("digits", "--side", 260, "--encode", "jpeg", "--size", 256, "--samples-per-shard", 60)
     done = run_tool(MAKE, *args, "--out", root / "clean", "--workers", 1)
@@ -55,7 +55,7 @@ def test_kills_at_random_moments_end_in_the_bytes_of_one_clean_run(job, tmp_path
             process.kill()
             process.wait()
             kills += 1
-        else:  # it was done: begin anew, so that kills fall everywhere
+        else:  # it finished: start from scratch, so that kills occur at all stages
             assert process.returncode == 0
             assert folder_bytes(out) == clean
             shutil.rmtree(out)
@@ -135,7 +135,7 @@ def test_two_at_once_in_one_folder_do_not_harm_each_other(job, tmp_path):
 
 @contextlib.contextmanager
 def tmpfs(folder: Path, options: str):
-    """A filesystem of its own, for as long as the block lasts."""
+    """A temporary filesystem, which ends with the block."""
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a tmpfs needs root")

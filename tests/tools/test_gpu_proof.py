@@ -1,4 +1,4 @@
-"""The GPU proof's frame: what hangs, dies or has no time left costs its own answer; and what is made of the answers."""
+"""The GPU proof: a step that hangs, dies or runs out of time costs only its own result; and the results' tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tools.bench.proof.data import enlarged, extract, pictures
 from tools.bench.proof.preflight import differences
 from tools.bench.proof.steps import STEPS
 
-# The script with other steps in its registry. `left` is what a step has started and not ended.
+# The script with other steps in its registry. `left`: a process that a step started and did not end.
 PLANTED = f"""
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -63,7 +63,7 @@ cli.run(gpu_proof.main)
 
 @pytest.fixture
 def planted(tmp_path) -> list[str]:
-    """The command of the script with planted steps."""
+    """The command line of the script with planted steps."""
     (tmp_path / "planted.py").write_text(PLANTED)
     return [sys.executable, str(tmp_path / "planted.py"), "--device", "cpu", "--out", str(tmp_path / "out")]
 
@@ -207,7 +207,7 @@ def test_limits_of_each_command_leave_room_for_its_first_steps():
         assert max(step.limit_seconds for step in STEPS.values() if step.command == command) < seconds
 
 
-# What steps are made of
+# Functions that steps use
 
 
 def test_an_enlarged_index_repeats_the_images_and_evaluates_few(tmp_path):

@@ -12,8 +12,7 @@ import pytest
 from tests.conftest import ROOT
 
 LINES = 40
-# In this order: an export is refused where there is one already. bench and gpu_proof take minutes, and have tests of
-# their own.
+# In this order: export rejects a file that exists already. bench and gpu_proof take minutes; other tests run them.
 TOOLS = ["make_shards", "check_shards", "report", "replay", "evaluate", "predict", "export"]
 
 
@@ -31,7 +30,7 @@ def test_no_tool_is_left_out():
 
 @pytest.mark.slow
 def test_help_begins_with_what_works_and_stands_in_the_readme(trained, digits, tmp_path):
-    """Pasted where `make demo` has been run."""
+    """Pastes the commands into a folder with the results of `make demo`."""
     for name, target in (("tools", ROOT / "tools"), ("docs", ROOT / "docs")):
         (tmp_path / name).symlink_to(target)
     for folder, name, target in (("runs", "demo", trained), ("shards", "digits", digits)):

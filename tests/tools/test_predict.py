@@ -1,4 +1,4 @@
-"""tools/predict.py: the same answers as an evaluation, from any image, and none lost to a broken one."""
+"""tools/predict.py: the predictions of an evaluation, for any image; a broken image does not affect the others."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_broken_image_costs_no_other_its_answer(trained, pictures, tmp_path):
     assert done.returncode == 65
     lines = done.stderr.splitlines()
     assert [line.split(": ")[1] for line in lines[:3]] == [f"{tmp_path}/cut.jpg", f"{tmp_path}/text.png", "gone.jpg"]
-    assert lines[3] == "error: 3 of 4 images cannot be read; the others are answered"
+    assert lines[3] == "error: 3 of 4 images cannot be read; the others are classified"
     assert len(lines) == 4
     assert done.stdout.splitlines()[0] == str(whole)
     assert len([line for line in done.stdout.splitlines() if line.startswith("  ")]) == 5

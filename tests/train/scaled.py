@@ -1,7 +1,7 @@
 """Runs a script of ours with gradients scaled as Accelerate scales them for fp16 on a GPU: scaled.py SCRIPT ...
 
-The scale is too large at first, and grows again every six steps. INFINITE=1 makes each gradient infinite, and lets
-seven of them end the run.
+The scale is too large at first, and grows every six steps. INFINITE=1 makes each gradient infinite, and ends the run
+after seven of them.
 """
 
 from __future__ import annotations

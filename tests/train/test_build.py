@@ -1,4 +1,4 @@
-"""What a run is put together from."""
+"""The objects that a run is built from."""
 
 from __future__ import annotations
 

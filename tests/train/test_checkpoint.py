@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, or are refused."""
+"""Checkpoints are restored bit for bit, or rejected."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_when_asked_and_leaves_no_checkpoint(tmp_path, monke
             save(checkpoints, 5)
     assert not checkpoints.failed
     assert checkpoints.newest() == (None, [])
-    assert not list((tmp_path / "checkpoints").iterdir())  # what was half written does not keep the disk full
+    assert not list((tmp_path / "checkpoints").iterdir())  # incomplete files were deleted
     assert checkpoint.load(save(checkpoints, 6)).state["step"] == 6
 
 

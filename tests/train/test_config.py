@@ -1,4 +1,4 @@
-"""The command line: what it sets, and how it refuses."""
+"""The command line: which settings it makes, and which errors it reports."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
     wanted = parsed(preset, *flags)
     assert parsed(preset, "--config", str(file)) == wanted
     assert parsed("--config", str(file)) == wanted
-    assert parsed("demo", f"--config={file}") == wanted  # a file that says all leaves nothing of the preset
-    assert parsed(preset, "--config", str(file), "--optim.lr", "0.5").optim.lr == 0.5  # flags come last
+    assert parsed("demo", f"--config={file}") == wanted  # a file with all fields replaces the whole preset
+    assert parsed(preset, "--config", str(file), "--optim.lr", "0.5").optim.lr == 0.5  # flags override files
     file.write_text(json.dumps({"config": {"optim": {"lr": 0.7}}, "ranks": 2}))  # as in a run folder
     assert parsed(preset, "--data.shards", "x", "--config", str(file)).optim.lr == 0.7
 

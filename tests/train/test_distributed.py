@@ -1,4 +1,4 @@
-"""How a process of a run begins."""
+"""The start of a run's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting right answers, and the learning rate."""
+"""Counts of correct predictions, and the learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose nets train, from which weights, frozen and compiled how."""
+"""Which nets train, from which weights, frozen and compiled."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from train.nonfinite import Finite
 
 
 class Stream:
-    """A fake device: what is queued is done when somebody synchronises with it, in order."""
+    """A fake device: queued work runs in order, when something synchronises with it."""
 
     def __init__(self) -> None:
         self.queued: list = []
@@ -31,7 +31,7 @@ class Stream:
 
 
 class FakeCopy:
-    """HostCopy on the fake device: the values arrive once the stream has come to the event."""
+    """HostCopy on the fake device: the values arrive when the stream reaches the event."""
 
     stream: Stream
 
@@ -47,7 +47,7 @@ class FakeCopy:
 
 @pytest.fixture
 def stream(monkeypatch):
-    """A stream, on which no tensor may be read but through an event."""
+    """A stream on which tensors may be read only through an event."""
     FakeCopy.stream = Stream()
 
     def waits(*_):
@@ -67,7 +67,7 @@ def test_a_late_check_never_waits_for_the_step_that_was_just_queued(stream):
     check = Finite([weight], late=True, copy=FakeCopy)
     for step, loss in enumerate(losses(1.0, 2.0, 3.0, 4.0), 1):
         weight.grad = torch.ones(3)
-        backward = stream.put(lambda: None)  # this step's work, queued and not done
+        backward = stream.put(lambda: None)  # this step's work is queued and has not run
         assert check.bad_step(step, loss) == 0
         assert stream.done < backward
 

@@ -46,7 +46,7 @@ def trained(config: OptimConfig, net: nn.Module) -> list[np.ndarray]:
 
 
 def reference(net: nn.Module, move) -> list[np.ndarray]:
-    """move(w, g, v, rate, is_weight) → (w, v), for each parameter by itself."""
+    """Each parameter after a step of move(w, g, v, rate, is_weight) → (w, v) for each of RATES."""
     norms = {id(p) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     out = []
     for i, (name, p) in enumerate(net.named_parameters()):
@@ -304,7 +304,7 @@ def test_a_plateau_lowers_the_rate_three_times_at_most():
         ({"scale_lr": "square"}, "optim.scale_lr=square: choose one of none, linear"),
         ({"base_batch": 0}, "optim.base_batch=0"),
         ({"warmup_from": 0.1}, "optim.warmup_from=0.1: set optim.warmup_epochs too"),
-        ({"nesterov": True, "name": "lars"}, "optim.nesterov=True: goes with optim.name=sgd"),
+        ({"nesterov": True, "name": "lars"}, "optim.nesterov=True: needs optim.name=sgd"),
         ({"nesterov": True, "momentum": 0.0}, "optim.nesterov=True"),
         ({"biases": "all"}, "optim.biases=all"),
         ({"norms": "variant"}, "optim.norms=variant"),

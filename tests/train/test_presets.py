@@ -1,4 +1,4 @@
-"""Every preset, as it is, on real ImageNet images at full size."""
+"""Every preset, unchanged, on real ImageNet images at full size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What recipes are made of, in real runs: cut batches, ranks, averages, overflows, growing crops, limits."""
+"""The parts of recipes in real runs: micro-batches, ranks, averaged weights, overflows, growing crops, limits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_all_that_a_recipe_keeps_survives_a_stop_to_the_last_bit(few_digits, tmp
     ]
     assert averages[0] == averages[1]
     assert len(averages[0]) == 4
-    # The first convolution rests from the third epoch on, everything else goes on.
+    # The first convolution is frozen from the third epoch on, everything else still trains.
     second, last = (
         load_file(undisturbed / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for step in (44, 88)
     )
@@ -134,7 +134,7 @@ def test_overflows_of_scaled_gradients_are_skipped_counted_and_the_schedule_wait
     count = sum(skipped)
     assert 1 < count < 12
     assert set(skipped) == {0, 1}
-    # Each update has the next rate, however many steps were skipped before it.
+    # Each update uses the next learning rate, however many steps were skipped before it.
     peak, warmup = 0.02, 3 * STEPS
     updates = 0
     for line, skip in zip(lines, skipped):

@@ -1,4 +1,4 @@
-"""The command as people start it: real processes, one rank and two, killed, resumed and refused."""
+"""The command as people start it: real processes, with one rank and two, killed, resumed and rejected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.read import order
 from tests.conftest import ROOT, run_tool, the_error
 from tests.faults.job import global_ids
 
-# Exact agreement needs what does not depend on the number of ranks: no dropout, and a small learning rate.
+# Losses agree exactly without dropout and at a small learning rate.
 EXACT = [
     "--train.batch",
     "16",
@@ -54,7 +54,7 @@ def launch(*args: object, ranks: int = 1, **options: object) -> subprocess.Compl
 
 
 def alone(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Without a launcher, whose own words would surround ours."""
+    """Runs the script without a launcher, which would add output of its own."""
     argv = [sys.executable, str(ROOT / "train" / "run.py"), *map(str, args)]
     return subprocess.run(argv, capture_output=True, text=True, cwd="/", env=os.environ | env)
 
@@ -66,7 +66,7 @@ def metrics(run: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one(few_digits, tmp_path_factory) -> Path:
-    """Two epochs by one rank, never disturbed."""
+    """An undisturbed run of two epochs by one rank."""
     run = tmp_path_factory.mktemp("one") / "run"
     done = launch("demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 2, *EXACT)
     assert done.returncode == 0, done.stderr
@@ -123,8 +123,8 @@ def test_two_ranks_see_the_same_ids_and_losses_as_one(one, few_digits, tmp_path)
 
 
 FEW = ["--train.epochs", 3, "--run.log-every", 1, "--run.record-ids"]
-# Where rounding is not amplified: He's initialisation at 0.01 makes 1e-2 of 1e-7 in 50 steps. Torch's does not: see
-# test_recipes.py.
+# At this rate rounding is not amplified. At 0.01, He's initialisation turns 1e-7 into 1e-2 in 50 steps; torch's does
+# not (test_recipes.py).
 CALM = [*FEW, "--optim.lr", 0.003]
 
 
@@ -140,7 +140,7 @@ def calm(digits, tmp_path_factory) -> Path:
 
 
 def assert_losses_agree(a: Path, b: Path) -> None:
-    """To what was asked of them: 1e-4 over 20 steps, 1e-3 over 50."""
+    """Within the required 1e-4 over 20 steps and 1e-3 over 50."""
     losses = [[line["loss"] for line in metrics(r, "train")] for r in (a, b)]
     differences = [abs(x - y) for x, y in zip(*losses, strict=True)]
     assert len(differences) == 3 * STEPS
@@ -228,7 +228,7 @@ def test_going_back_in_a_run_folder_is_refused_and_its_end_is_told(one, few_digi
     done = alone(*args, "--run.dir", run, "--resume", run / "checkpoints" / "step-00000022")
     assert done.returncode == 2
     assert "has step-00000044 already; to branch off" in the_error(done)
-    # exit.json tells of this attempt and not of the finished one before it.
+    # exit.json records this attempt, not the finished one before it.
     assert json.loads((run / "exit.json").read_text())["code"] == 2
     branch = tmp_path / "branch"
     done = alone(*args, "--run.dir", branch, "--resume", run / "checkpoints" / "step-00000022")
