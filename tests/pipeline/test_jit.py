@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 LOOKS = """
@@ -25,6 +27,7 @@ print(sum(fetch.not_plain_jpegs.stats.cache_hits.values()))
 """
 
 
+@pytest.mark.slow
 def test_tools_and_own_scripts_share_a_checkout_and_a_changed_function_is_compiled(tmp_path):
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "pipeline", root / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,7 +45,7 @@ def test_tools_and_own_scripts_share_a_checkout_and_a_changed_function_is_compil
     assert looks("pipeline") == ["[True]", "1"]
     module = root / "pipeline/read/truncate_jpeg.py"
     text = module.read_text()
-    changed = text.replace("same: bool = frame > 0 and", "same: bool = frame > -9 or")
+    changed = text.replace("        return False\n    same: bool", "        return True\n    same: bool")
     assert changed != text
     module.write_text(changed)
     assert looks("pipeline") == ["[False]", "0"]
