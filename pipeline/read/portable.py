@@ -6,7 +6,6 @@ batch.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from simplejpeg import decode_jpeg
 
-from ..decode import decode
+from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
 from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
@@ -35,18 +34,6 @@ class _Job(NamedTuple):
     work: Work
     crops: np.ndarray
     tasks: list[Future[None]]
-
-
-class _Scratch(threading.local):
-    """Each thread's buffer, which its images reuse."""
-
-    pixels = np.empty(0, np.uint8)
-
-    def __call__(self, size: int) -> np.ndarray:
-        """At least `size` bytes."""
-        if len(self.pixels) < size:
-            self.pixels = np.empty(size + size // 4, np.uint8)
-        return self.pixels
 
 
 def kernel_type(dtype: str, *, on_cpu: bool) -> str:
@@ -73,7 +60,7 @@ class Portable:
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
         self._jobs: deque[_Job] = deque()
         self._source: Callable[[], Work] | None = None
 

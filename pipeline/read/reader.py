@@ -10,7 +10,6 @@ by counting how often a thread had to wait. Both ways read and verify by one com
 from __future__ import annotations
 
 import resource
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from ..decode import Scratch
 from ..errors import BadSample
 from ..manifest import Split
 from ..shards import crc32, sample_key
@@ -86,7 +86,7 @@ class Reader:
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self._buffers = Buffers(pinned=pinned)
-        self._local = threading.local()
+        self._scratch = Scratch()
         self._slow_share = 0.0  # moving mean over blocks: those that were waited for
         self._slow_for = 0  # batches
 
@@ -139,16 +139,9 @@ class Reader:
             return
         size = rows[:, SIZE]
         at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
-        buffer = self._own_buffer(int((at + size).max()))
+        buffer = self._scratch(int((at + size).max()))
         with self._opened(rows) as fds:
             yield Block(buffer, at, fds, rows, self.verify)
-
-    def _own_buffer(self, size: int) -> np.ndarray:
-        """This thread's, of at least `size` bytes."""
-        buffer: np.ndarray | None = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = np.empty(2 * size, np.uint8)
-        return buffer
 
     @contextmanager
     def _opened(self, rows: np.ndarray) -> Iterator[np.ndarray]:

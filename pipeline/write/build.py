@@ -23,7 +23,7 @@ from ..storage import Folder
 from . import journal, resize
 from .images import BadImage, Preparer
 from .journal import ShardRecord
-from .manifest_content import Collected
+from .manifest_content import Collected, write_statistics
 from .plan import Options, Plan
 from .resize import Sums
 from .sources import Item
@@ -60,7 +60,7 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, numb
 
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
     shard, rows = write_shard(folder, name, samples(), number=number, extension=extension)
-    return ShardRecord(shard, rows, sums, converted, bad)
+    return ShardRecord(shard, rows, sums.totals() if sums else None, converted, bad)
 
 
 class _Nowhere(Folder):
@@ -148,7 +148,7 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
         measure = plan.options.stats and task.split == "train"
         record = make_shard(plan, task.items, folder, task.name, number=task.number, measure=measure)
         journal.save(folder, record)
-        return record._replace(sums=None)
+        return record._replace(totals=None)
 
     written, bad, started = 0, 0, time.monotonic()
     with pool.run(make, todo, workers=workers, place=folder.path) as records:
@@ -206,6 +206,7 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
     size, fraction = options.encoding.size, options.max_bad_fraction
     collected = Collected(_records(plan, folder), size=size, max_bad_fraction=fraction)
     splits = collected.write_splits(folder, source.name)
+    measured = write_statistics(collected.totals, folder, f"{source.name}-mean.npy") if options.stats else {}
     folder.write(manifest.INFO, json_bytes(manifest.timm_info(splits)))
     content = {
         "dataset": source.name,
@@ -214,7 +215,7 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
         "class_names": source.class_names or source.classes,
         **({"class_ids": source.class_ids} if source.class_ids else {}),
         "splits": splits,
-        "statistics": collected.totals.publish(folder, f"{source.name}-mean.npy") if options.stats else {},
+        "statistics": measured,
         "source": source.describe(),
         "options": asdict(options),
         "converted": collected.converted,
