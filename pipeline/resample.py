@@ -108,19 +108,7 @@ def _blend_columns(
         q += u(3)
 
 
-def store(
-    values: Any,
-    at: Any,
-    out: Any,
-    start: Any,
-    columns: Any,
-    rows: Any,
-    y: Any,
-    packed: Any,
-    mean: Any,
-    m: Any,
-    scale: Any,
-) -> Any:
+def store(*arguments: Any) -> Any:
     """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32.
 
     Compiled from one of the two below.

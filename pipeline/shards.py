@@ -180,29 +180,27 @@ def file_sha256(path: Path) -> str:
 
 
 def read_index(path: Path, *, sha256: str) -> np.ndarray:
-    """The array index as a read-only memory map, (n,) INDEX_DTYPE; raises DataError if it is not what was written."""
-    if not path.is_file():
-        raise DataError(f"{path}: the index is missing; copy it again or shard the data again")
-    if file_sha256(path) != sha256:
-        raise DataError(f"{path}: the index is damaged (its sha256 differs); shard the data again")
-    index = read_array(path)
+    """The array index, (n,) INDEX_DTYPE; see read_array."""
+    index = read_array(path, "index", sha256=sha256)
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise DataError(f"{path}: index of another format version; shard the data again")
     return index
 
 
-def read_array(path: Path) -> np.ndarray:
-    """The array of an .npy file as a read-only memory map; nothing is unpickled. Raises DataError."""
+def read_array(path: Path, what: str, *, sha256: str) -> np.ndarray:
+    """The array of an .npy file as a read-only memory map; nothing is unpickled.
+
+    Raises DataError, which calls it `what`, if it is not what was written.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: the {what} is missing; copy it again or shard the data again")
+    if file_sha256(path) != sha256:
+        raise DataError(f"{path}: the {what} is damaged (its sha256 differs); copy it again or shard the data again")
     try:
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except Exception as err:  # a header is parsed as Python, which raises many kinds
         raise DataError(f"{path}: cannot be read as an array ({err}); shard the data again") from err
     return array
-
-
-def sample_key(path: Path, offset: int) -> str:
-    """The key of the sample whose image starts at `offset`: for messages."""
-    return sample_keys(path, [offset])[0]
 
 
 def sample_keys(path: Path, offsets: Iterable[int]) -> list[str]:

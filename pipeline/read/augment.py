@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -87,13 +88,14 @@ def place(
     width, height = width.astype(np.int64), height.astype(np.int64)
     if not train:
         return _views(config, width, height)
-    flip = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.FLIP, count=1)[:, 0] < 0.5
+    draw = partial(rng.uniform, ids, seed=seed, epoch=epoch)
+    flip = config.flip & (draw(stream=rng.FLIP, count=1)[:, 0] < 0.5)
+    u = draw(stream=rng.CROP, count=2)
     if config.scale_jitter is not None:
-        return Placement(_jittered(config, ids, width, height, seed=seed, epoch=epoch), flip & config.flip)
-    u = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.CROP, count=2)
+        return Placement(_jittered(config, width, height, draw(stream=rng.JITTER, count=2 * TRIES), u), flip)
     w, h = resized(width, height, config.resize)
     left, top = (_random_offset(config, length, u[:, axis]) for axis, length in enumerate((w, h)))
-    return Placement(_box(config, left, top, w, h, width, height), flip & config.flip)
+    return Placement(_box(config, left, top, width / w, height / h), flip)
 
 
 def _random_offset(config: AugmentConfig, length: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -104,40 +106,35 @@ def _random_offset(config: AugmentConfig, length: np.ndarray, u: np.ndarray) -> 
     return centre_offset(length, config.resize) + inside
 
 
-def _box(
-    config: AugmentConfig,
-    left: np.ndarray,
-    top: np.ndarray,
-    w: np.ndarray,
-    h: np.ndarray,
-    width: np.ndarray,
-    height: np.ndarray,
-) -> np.ndarray:
-    """Whole pixels of the resized image, w × h, as a rectangle of the stored one."""
-    x, y = width / w, height / h
+def _box(config: AugmentConfig, left: np.ndarray, top: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whole pixels of the resized image as a rectangle of the stored one, which is x and y times as large."""
     return np.stack([left * x, top * y, config.crop * x, config.crop * y], axis=1)
 
 
 def _views(config: AugmentConfig, width: np.ndarray, height: np.ndarray) -> Placement:
     w, h = resized(width, height, config.resize)
+    scale = width / w, height / h
     across, down = centre_offset(w, config.crop), centre_offset(h, config.crop)
     if config.views == 1:
-        return Placement(_box(config, across, down, w, h, width, height), np.zeros(len(w), bool))
+        return Placement(_box(config, across, down, *scale), np.zeros(len(w), bool))
     first = (centre_offset(w, config.resize), centre_offset(h, config.resize)) if config.square else (0 * w, 0 * h)
     room = (config.resize - config.crop,) * 2 if config.square else (w - config.crop, h - config.crop)
     x, y = (first[0], first[0] + room[0]), (first[1], first[1] + room[1])
     corners = [(x[0], y[0]), (x[1], y[0]), (x[0], y[1]), (x[1], y[1]), (across, down)]
-    boxes = np.stack([_box(config, left, top, w, h, width, height) for left, top in corners], axis=1)
+    boxes = np.stack([_box(config, left, top, *scale) for left, top in corners], axis=1)
     return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(w)))
 
 
 def _jittered(
-    config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, seed: int, epoch: int
+    config: AugmentConfig, width: np.ndarray, height: np.ndarray, u: np.ndarray, where: np.ndarray
 ) -> np.ndarray:
     """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
-    rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels."""
+    rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels.
+
+    u: (n, 2 · TRIES), where: (n, 2) random numbers.
+    """
     assert config.scale_jitter is not None
-    u = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.JITTER, count=2 * TRIES).reshape(len(ids), TRIES, 2)
+    u = u.reshape(-1, TRIES, 2)
     least, most = config.scale_jitter
     flattest, narrowest = np.log(config.aspect_jitter[0]), np.log(config.aspect_jitter[1])
     area = (width * height)[:, None] * (least + (most - least) * u[..., 0])
@@ -145,11 +142,10 @@ def _jittered(
     w, h = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     first = np.argmax(fits, axis=1)
-    rows = np.arange(len(ids))
+    rows = np.arange(len(u))
     w, h, found = w[rows, first], h[rows, first], fits[rows, first]
     w = np.where(found, w, np.minimum(width, np.rint(height * config.aspect_jitter[1]).astype(np.int64)))
     h = np.where(found, h, np.minimum(height, np.rint(width / config.aspect_jitter[0]).astype(np.int64)))
-    where = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.CROP, count=2)
     left = np.where(found, (where[:, 0] * (width - w + 1)).astype(np.int64), centre_offset(width, w))
     top = np.where(found, (where[:, 1] * (height - h + 1)).astype(np.int64), centre_offset(height, h))
     return np.stack([left, top, w, h], axis=1).astype(np.float64)

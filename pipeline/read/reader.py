@@ -21,7 +21,7 @@ import numpy as np
 from ..decode import Scratch
 from ..errors import BadSample
 from ..manifest import Split
-from ..shards import crc32, sample_key
+from ..shards import crc32, sample_keys
 from .buffers import Buffers
 from .byte_source import LocalShards
 from .fetch import CRC32, IN_MEMORY, NO_CUTS, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
@@ -185,7 +185,8 @@ class Reader:
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""
         path, offset = self.source.paths[self.rows[sample, SHARD]], int(self.rows[sample, OFFSET])
-        return f"{path}: sample {sample} ({sample_key(path, offset)!r}) at byte {offset}"
+        (key,) = sample_keys(path, [offset])
+        return f"{path}: sample {sample} ({key!r}) at byte {offset}"
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
