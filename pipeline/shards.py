@@ -99,12 +99,12 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def write_shard(
-    folder: Folder, name: str, samples: Iterable[Sample], *, number: int, extension: str = "jpg"
+    folder: Folder, name: str, samples: Iterable[Sample], *, extension: str = "jpg"
 ) -> tuple[Shard, np.ndarray]:
     """Writes the tar `name` and its DALI index; both appear whole or not at all.
 
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
-    the array index, (n,) INDEX_DTYPE with `number` as shard.
+    the array index, (n,) INDEX_DTYPE with 0 as shard.
     """
     rows, stored = [], []
     with folder.publish(name) as file:
@@ -115,7 +115,7 @@ def write_shard(
             image = Member(f"{s.key}.{extension}", label.offset + padded(label.size) + BLOCK, size)
             head = tar_header(label.name, label.size) + text.ljust(padded(label.size), b"\0")
             tar.write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
-            rows.append((image.offset, size, number, s.label, crc32(s.image), s.width, s.height))
+            rows.append((image.offset, size, 0, s.label, crc32(s.image), s.width, s.height))
             stored.append((label, image))
         end = -(-(tar.bytes + 2 * BLOCK) // RECORD) * RECORD
         tar.write(bytes(end - tar.bytes))

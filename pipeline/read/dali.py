@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..decode import BadImage, decode, open_image
-from .backend import Held, Output, Work, check_raw_sizes, undecodable
+from .backend import Engine, Held, Output, Work, check_raw_sizes, undecodable
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH
 from .reader import Reader
@@ -133,7 +133,7 @@ class Graph:
         )
 
 
-class Dali:
+class Dali(Engine):
     """See backend.Engine. rows: crops of the largest batch."""
 
     def __init__(self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int) -> None:
@@ -191,9 +191,6 @@ class Dali:
         self._pipeline = None  # its threads end before the buffers they decode from may go
         self._decoding.clear()
         self._spent.clear()
-
-    def close(self) -> None:
-        pass
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.graph.stored == "raw" else self.graph.decoder.describe()

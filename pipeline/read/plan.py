@@ -62,8 +62,8 @@ class Plan:
         self.batch_per_rank = max(1, self.batch // self.world)
         self.views = 1 if self.train else self.augment.views
         ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
-        settings = {"batch": self.batch, "partitions": self.partitions, "window": self.window}
-        ordered = partial(order.epoch_order, np.diff(ends, prepend=0), seed=self.seed, **settings)
+        settings = {name: getattr(self, name) for name in ("seed", "batch", "partitions", "window")}
+        ordered = partial(order.epoch_order, np.diff(ends, prepend=0), **settings)
         # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
         self._order = lru_cache(2)(ordered)
         self._evaluated = order.evaluation_range(self.samples, rank=self.rank, world=self.world)

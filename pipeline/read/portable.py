@@ -7,7 +7,6 @@ batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from simplejpeg import decode_jpeg
 from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
-from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
+from .backend import Engine, Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
 from .buffers import Buffers
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import Cropper, decoded_block, size_row
@@ -47,7 +46,7 @@ def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
     Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile()
 
 
-class Portable:
+class Portable(Engine):
     """See backend.Engine. raw: images are stored as pixels."""
 
     def __init__(self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int) -> None:
@@ -62,10 +61,6 @@ class Portable:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
         self._jobs: deque[_Job] = deque()
-        self._source: Callable[[], Work] | None = None
-
-    def start(self, source: Callable[[], Work]) -> None:
-        self._source = source
 
     def next(self) -> tuple[Work, torch.Tensor]:
         self._fill(1)
@@ -92,9 +87,8 @@ class Portable:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"
 
     def _fill(self, depth: int) -> None:
-        assert self._source is not None
         while len(self._jobs) < depth:
-            self._jobs.append(self._begin(self._source()))
+            self._jobs.append(self._begin(self.source()))
 
     def _begin(self, work: Work) -> _Job:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
@@ -116,10 +110,7 @@ class Portable:
 
     def _crop_raw(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         check_raw_sizes(work, a, b, self._reader)  # the compiled code checks no bounds
-        with self._reader.block(work.read, a, b, in_turn=True) as block:
-            done = self._crop(work, crops, block, a, b)
-        if done < b - a:
-            self._reader.raise_reason(int(work.ids[a + done]))
+        self._reader.fetch(work.read, a, b, lambda block: self._crop(work, crops, block, a, b), in_turn=True)
 
     def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
@@ -129,10 +120,7 @@ class Portable:
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
         rows, needed, cut = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
-        with self._reader.block(work.read, a, b) as block:
-            done = fetch_images(*block, needed, cut)
-        if done < b - a:
-            self._reader.raise_reason(int(work.ids[a + done]))
+        block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, cut))
         plain = cut | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
         left = np.where(cut, needed, rows[:, HEIGHT])
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])

@@ -10,11 +10,10 @@ by counting how often a thread had to wait. Both ways read and verify by one com
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import numpy as np
 
@@ -124,24 +123,33 @@ class Reader:
                 batch.buffer[at : at + int(batch.rows[a, SIZE])] = self.stored(int(batch.ids[a]))
                 a += 1
 
-    @contextmanager
-    def block(self, batch: ReadBatch, a: int, b: int, *, in_turn: bool = False) -> Iterator[Block]:
-        """Images [a, b), for one of the compiled functions to fetch in the `with` statement.
+    def fetch(
+        self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], *, in_turn: bool = False
+    ) -> Block:
+        """Images [a, b), fetched by a compiled function, which returns the number of the first that fails, or n.
 
-        in_turn: each may overwrite the one before it, so that all meet in the processor's cache.
-        The bytes are the caller's until this thread's next call, and no longer than `batch` lives.
+        Raises DataError or StorageError for that one. in_turn: each may overwrite the one before it, so that all meet
+        in the processor's cache. The bytes are the caller's until this thread's next call, and no longer than `batch`
+        lives.
         """
         rows = batch.rows[a:b]
         if batch.tasks:
             for task in batch.tasks[a // batch.images_a_task : (b - 1) // batch.images_a_task + 1]:
                 task.result()
-            yield Block(batch.buffer, batch.at[a:b], np.full(b - a, IN_MEMORY), rows, False)
-            return
+            block = Block(batch.buffer, batch.at[a:b], np.full(b - a, IN_MEMORY), rows, False)
+            function(block)
+            return block
         size = rows[:, SIZE]
         at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
         buffer = self._scratch(int((at + size).max()))
         with self._opened(rows) as fds:
-            yield Block(buffer, at, fds, rows, self.verify)
+            block = Block(buffer, at, fds, rows, self.verify)
+            done = function(block)
+        if done < b - a:
+            sample = int(batch.ids[a + done])
+            self.stored(sample)  # once more, slowly, for the reason
+            raise self._bad(sample, "its bytes changed while they were read")
+        return block
 
     @contextmanager
     def _opened(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -161,11 +169,6 @@ class Reader:
         self._slow_share += (slow - self._slow_share) / 3
         if self._slow_share > SLOW_SHARE:
             self._slow_for, self._slow_share = RETRY_AFTER, 0.0
-
-    def raise_reason(self, sample: int) -> NoReturn:
-        """Raises DataError or StorageError for a sample that could not be fetched."""
-        self.stored(sample)  # once more, slowly, for the reason
-        raise self._bad(sample, "its bytes changed while they were read")
 
     def stored(self, sample: int) -> np.ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""

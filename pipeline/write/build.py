@@ -33,7 +33,7 @@ __all__ = ["Options", "Plan", "build", "forecast"]
 AHEAD = 16  # images that the system is asked to fetch before they are read
 
 
-def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, number: int, measure: bool) -> ShardRecord:
+def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, measure: bool) -> ShardRecord:
     """Writes a shard of these items. Images that cannot be used are listed in the record's `bad`, not stored."""
     options, source = plan.options, plan.source
     prepare = Preparer(options.encoding, measure=measure, check=options.check)
@@ -59,7 +59,7 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, numb
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
-    shard, rows = write_shard(folder, name, samples(), number=number, extension=extension)
+    shard, rows = write_shard(folder, name, samples(), extension=extension)
     return ShardRecord(shard, rows, sums.totals() if sums else None, converted, bad)
 
 
@@ -76,7 +76,7 @@ def forecast(plan: Plan, only: range | None = None, *, images: int = 64) -> tupl
     items = [item for n in plan.numbers(only) for item in plan.tasks[n].items[:images]]
     items = items[:: max(1, len(items) // images)][:images]
     started = time.perf_counter()
-    record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", number=0, measure=plan.options.stats)
+    record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", measure=plan.options.stats)
     return record, time.perf_counter() - started
 
 
@@ -133,7 +133,7 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
         elif record.bad:
             bad += len(record.bad)
             suspects.append(number)
-    if bad > plan.options.max_bad_fraction * plan.images(plan.numbers(None)):
+    if bad > plan.bad_allowed:
         missing = sorted(missing + suspects)
     return missing
 
@@ -146,7 +146,7 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
     def make(number: int) -> ShardRecord:
         task = plan.tasks[number]
         measure = plan.options.stats and task.split == "train"
-        record = make_shard(plan, task.items, folder, task.name, number=task.number, measure=measure)
+        record = make_shard(plan, task.items, folder, task.name, measure=measure)
         journal.save(folder, record)
         return record._replace(totals=None)
 
@@ -170,7 +170,7 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
             raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
         journal.reject_other(folder, finished["plan"], plan.identity, "a finished dataset")
         left_out = len(finished["quarantine"])
-        if left_out > plan.options.max_bad_fraction * plan.images(plan.numbers(None)):
+        if left_out > plan.bad_allowed:
             raise ConfigError(
                 f"{folder.path}: holds a finished dataset that left out {left_out} images;"
                 " remove it, or choose another --out"

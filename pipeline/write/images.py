@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from simplejpeg import decode_jpeg, encode_jpeg
@@ -13,6 +13,7 @@ from ..decode import BadImage as BadImage
 from ..decode import decode as decode
 from ..errors import ConfigError
 from ..geometry import resized
+from ..settings import Bounds, validate
 from .resize import Square, resize
 
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
@@ -22,18 +23,13 @@ CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 class Encoding:
     """How images are stored: `keep` the original bytes, `jpeg` or `raw` pixels at a fixed short side."""
 
-    kind: str = "keep"
-    size: int = 256
+    kind: Literal["keep", "jpeg", "raw"] = "keep"
+    size: Annotated[int, Bounds(ge=8, le=8192)] = 256
     square: bool = False
-    quality: int = 90
+    quality: Annotated[int, Bounds(ge=1, le=100)] = 90
 
     def __post_init__(self) -> None:
-        if self.kind not in ("keep", "jpeg", "raw"):
-            raise ConfigError(f"encode={self.kind}: choose keep, jpeg or raw")
-        if not 8 <= self.size <= 8192:
-            raise ConfigError(f"size={self.size}: choose 8 to 8192 pixels")
-        if not 1 <= self.quality <= 100:
-            raise ConfigError(f"quality={self.quality}: choose 1 to 100")
+        validate(self)
         if self.square and self.kind == "keep":
             raise ConfigError("square goes with encode=jpeg or raw: keep stores the original bytes")
 

@@ -60,7 +60,7 @@ def dataset_of(images: list[bytes], root, **statistics):
     """A dataset that holds exactly these bytes, whatever they are."""
     sizes = [Image.open(io.BytesIO(image)).size for image in images]
     samples = (Sample(f"s{i}", image, i, *size) for i, (image, size) in enumerate(zip(images, sizes)))
-    shard, rows = write_shard(Folder(root), "x.tar", samples, number=0)
+    shard, rows = write_shard(Folder(root), "x.tar", samples)
     split = manifest.split_record([shard], "x.npy", write_array(Folder(root), "x.npy", rows))
     measured = {"mean": [120.0, 110.0, 100.0], "std": [60.0, 59.0, 58.0]} | statistics
     content = {"classes": [str(i) for i in range(len(images))], "splits": {"train": split}, "statistics": measured}

@@ -97,7 +97,7 @@ samples = st.builds(
 @given(st.lists(samples, max_size=25, unique_by=lambda sample: sample.key), st.sampled_from(["jpg", "raw"]))
 def test_a_shard_is_byte_for_byte_what_webdataset_writes(tmp_path_factory, samples, extension):
     path = tmp_path_factory.mktemp("shard") / "x.tar"
-    write_shard(Folder(path.parent), path.name, samples, number=0, extension=extension)
+    write_shard(Folder(path.parent), path.name, samples, extension=extension)
     expected = io.BytesIO()
     with webdataset.TarWriter(expected, mtime=0, encoder=False) as tar:
         for sample in samples:
