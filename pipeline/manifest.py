@@ -255,15 +255,17 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
 
 def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
     """The content of INFO. splits: of the manifest."""
-    info = {}
-    for name, split in splits.items():
-        info[name] = {
-            "name": name,
-            "num_samples": split["samples"],
-            "filenames": [shard["name"] for shard in split["shards"]],
-            "shard_lengths": [shard["samples"] for shard in split["shards"]],
+    return {
+        "splits": {
+            name: {
+                "name": name,
+                "num_samples": split["samples"],
+                "filenames": [shard["name"] for shard in split["shards"]],
+                "shard_lengths": [shard["samples"] for shard in split["shards"]],
+            }
+            for name, split in splits.items()
         }
-    return {"splits": info}
+    }
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:

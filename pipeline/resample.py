@@ -116,20 +116,8 @@ def store(*arguments: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(store, jit_options={"fastmath": True})
-def store_for(
-    values: Any,
-    at: Any,
-    out: Any,
-    start: Any,
-    columns: Any,
-    rows: Any,
-    y: Any,
-    packed: Any,
-    mean: Any,
-    m: Any,
-    scale: Any,
-) -> Any:
+@overload(store, jit_options={"fastmath": True}, strict=False)
+def store_for(values: Any, at: Any, out: Any, *rest: Any) -> Any:
     return store_uint8 if out.dtype == numba.uint8 else store_float32
 
 

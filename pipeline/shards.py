@@ -12,11 +12,11 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -172,11 +172,16 @@ def write_array(folder: Folder, name: str, array: np.ndarray) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    return file_digest(path, hashlib.sha256())
+
+
+def file_digest(path: Path, digest: Any, progress: Callable[[int], None] = lambda count: None) -> str:
+    """progress: called with numbers of bytes."""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+            progress(len(chunk))
+    return str(digest.hexdigest())
 
 
 def read_index(path: Path, *, sha256: str) -> np.ndarray:

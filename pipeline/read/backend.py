@@ -130,8 +130,3 @@ class Held:
 
     def clear(self) -> None:
         self._held.clear()
-
-
-def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(x - mean) / std in float32, then in `dtype`; keeps the memory format. Broadcasts over (rows, 3, crop, crop)."""
-    return images.float().sub_(mean).div_(std).to(dtype)

@@ -18,7 +18,7 @@ from simplejpeg import decode_jpeg
 from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
-from .backend import Engine, Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
+from .backend import Engine, Held, Output, Work, check_raw_sizes, to_device, undecodable
 from .buffers import Buffers
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import Cropper, decoded_block, size_row
@@ -101,16 +101,14 @@ class Portable(Engine):
     def _decode(self, work: Work, crops: np.ndarray, start: int, end: int) -> None:
         """A thread's task: images [start, end) of the batch."""
         if self.raw:
-            return self._crop_raw(work, crops, start, end)
+            check_raw_sizes(work, start, end, self._reader)  # the compiled code checks no bounds
+            self._reader.fetch(work.read, start, end, lambda b: self._crop(work, crops, b, start, end), in_turn=True)
+            return
         # A block ends with the image that takes it to BYTES_A_BLOCK.
         number = (np.cumsum(work.rows[start:end, SIZE]) - 1) // BYTES_A_BLOCK
         bounds = [start, *(np.flatnonzero(np.diff(number)) + start + 1).tolist(), end]
         for a, b in pairwise(bounds):
             self._decode_block(work, crops, a, b)
-
-    def _crop_raw(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
-        check_raw_sizes(work, a, b, self._reader)  # the compiled code checks no bounds
-        self._reader.fetch(work.read, a, b, lambda block: self._crop(work, crops, block, a, b), in_turn=True)
 
     def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
@@ -160,7 +158,7 @@ class Portable(Engine):
         if self.output.dtype == "uint8":
             return images
         mean = to_device(job.work.mean.reshape(-1, 3), images.device)[:, :, None, None]
-        return normalised(images, mean, self._std, dtype)
+        return images.float().sub_(mean).div_(self._std).to(dtype)  # the memory format stays
 
 
 def _rows_needed(box: np.ndarray, crop: int) -> np.ndarray:

@@ -24,13 +24,13 @@ import numpy as np
 from ...errors import DataError
 from ...files import json_bytes
 from ...progress import Progress
+from ...shards import file_digest
 from ...storage import Folder
 from ...tar import members
 from ..images import BadImage
 from .base import Item, Items, Source, UniqueKeys, advise
 
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
-HASH_CHUNK = 8 << 20
 
 
 @dataclass
@@ -149,14 +149,10 @@ class ImageNet(Source):
                 if known.get(name) == state:
                     progress.update(size)
                     continue
-                digest = hashlib.md5(usedforsecurity=False)
-                with open(path, "rb") as file:
-                    while chunk := file.read(HASH_CHUNK):
-                        digest.update(chunk)
-                        progress.update(len(chunk))
-                if digest.hexdigest() != expected:
+                found = file_digest(path, hashlib.md5(usedforsecurity=False), progress.update)
+                if found != expected:
                     raise DataError(
-                        f"{path}: md5 {digest.hexdigest()}, but the official archive has {expected};"
+                        f"{path}: md5 {found}, but the official archive has {expected};"
                         " download it again, or pass --no-md5"
                     )
                 known[name] = state
