@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 def _name_missing_package(kind: type[BaseException], err: BaseException, trace: Any) -> None:
     if isinstance(err, ModuleNotFoundError):
-        cure = "start it with .venv/bin/python, which `make setup` makes, or after `. .venv/bin/activate`"
-        print(f"error: {sys.executable} has no package {err.name!r}; {cure}", file=sys.stderr)
+        print(
+            f"error: {sys.executable} has no package {err.name!r};"
+            " start it with .venv/bin/python, which `make setup` makes, or after `. .venv/bin/activate`",
+            file=sys.stderr,
+        )
     else:
         sys.__excepthook__(kind, err, trace)
 

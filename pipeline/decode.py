@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import warnings
 
 import numpy as np
@@ -25,16 +26,30 @@ class BadImage(ValueError):
     """Why this file cannot become a sample."""
 
 
-def decode(data: bytes | memoryview, *, size: tuple[int, int] | None = None) -> np.ndarray:
+class Scratch(threading.local):
+    """Memory that one image after another reuses, for each thread: fresh pages cost more than filling them."""
+
+    _memory = np.empty(0, np.uint8)
+
+    def __call__(self, size: int) -> np.ndarray:
+        """(size,) uint8, not initialised; valid until this thread's next call."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size + size // 4, np.uint8)
+        return self._memory[:size]
+
+
+def decode(
+    data: bytes | memoryview, *, size: tuple[int, int] | None = None, memory: Scratch | None = None
+) -> np.ndarray:
     """(height, width, 3) uint8, RGB: colours as stored, without transparency and EXIF's orientation; the first frame.
 
-    size: (width, height) that the image must have. Raises BadImage with the reason.
+    size: (width, height) that the image must have. memory: where it may go. Raises BadImage with the reason.
     """
     pixels: np.ndarray | None = None
     if header := plain_jpeg_size(data):
         width, height = size or header
         with contextlib.suppress(ValueError):  # also if the buffer is too small: the memory is the index's size
-            pixels = decode_jpeg(data, buffer=np.empty(3 * width * height, np.uint8))
+            pixels = decode_jpeg(data, buffer=(memory or Scratch())(3 * width * height))
     if pixels is None:
         pixels = pillows_pixels(open_image(data))
     if size and pixels.shape[1::-1] != size:

@@ -43,12 +43,12 @@ def _cache_folder() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         if b"jit import" in (source := path.read_bytes()):
             digest.update(source)
-    writable = os.access(PACKAGE, os.W_OK)
+    own = PACKAGE / "__pycache__"
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imagenet-express"
-    base = Path(NUMBA.CACHE_DIR or (PACKAGE / "__pycache__" if writable else home))
+    base = Path(NUMBA.CACHE_DIR or (own if os.access(PACKAGE, os.W_OK) else home))
     folder = base / f"{__package__}-{digest.hexdigest()[:16]}"
     if not folder.exists():
-        for older in base.glob(f"{__package__}-*"):
+        for older in own.glob(f"{__package__}-*"):
             shutil.rmtree(older, ignore_errors=True)
     return str(folder)
 

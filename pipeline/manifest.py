@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import canonical_json, json_bytes
-from .shards import Shard, file_sha256, read_array, read_index, sample_keys
+from .shards import Shard, read_array, read_index, sample_keys
 from .storage import Folder
 from .tar import BLOCK
 
@@ -135,9 +135,7 @@ class Dataset:
         """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
         record = self._measured("mean_image")
         path = self.root / record["file"]
-        if not path.is_file() or file_sha256(path) != record.get("sha256"):
-            raise DataError(f"{path}: the mean image is missing or damaged; copy it again or shard the data again")
-        image = read_array(path)
+        image = read_array(path, "mean image", sha256=record.get("sha256"))
         if image.dtype != np.float32 or image.shape != (len(image), len(image), 3):
             raise DataError(f"{path}: no mean image, but {image.dtype} of {image.shape}; shard the data again")
         return np.array(image)
@@ -257,15 +255,17 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
 
 def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
     """The content of INFO. splits: of the manifest."""
-    info = {}
-    for name, split in splits.items():
-        info[name] = {
-            "name": name,
-            "num_samples": split["samples"],
-            "filenames": [shard["name"] for shard in split["shards"]],
-            "shard_lengths": [shard["samples"] for shard in split["shards"]],
+    return {
+        "splits": {
+            name: {
+                "name": name,
+                "num_samples": split["samples"],
+                "filenames": [shard["name"] for shard in split["shards"]],
+                "shard_lengths": [shard["samples"] for shard in split["shards"]],
+            }
+            for name, split in splits.items()
         }
-    return {"splits": info}
+    }
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:

@@ -62,6 +62,4 @@ class Progress:
 
 def clock(seconds: float) -> str:
     """3725 → "1:02:05"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    return str(tqdm.format_interval(round(seconds)))

@@ -108,19 +108,7 @@ def _blend_columns(
         q += u(3)
 
 
-def store(
-    values: Any,
-    at: Any,
-    out: Any,
-    start: Any,
-    columns: Any,
-    rows: Any,
-    y: Any,
-    packed: Any,
-    mean: Any,
-    m: Any,
-    scale: Any,
-) -> Any:
+def store(*arguments: Any) -> Any:
     """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32.
 
     Compiled from one of the two below.
@@ -128,20 +116,8 @@ def store(
     raise NotImplementedError
 
 
-@overload(store, jit_options={"fastmath": True})
-def store_for(
-    values: Any,
-    at: Any,
-    out: Any,
-    start: Any,
-    columns: Any,
-    rows: Any,
-    y: Any,
-    packed: Any,
-    mean: Any,
-    m: Any,
-    scale: Any,
-) -> Any:
+@overload(store, jit_options={"fastmath": True}, strict=False)
+def store_for(values: Any, at: Any, out: Any, *rest: Any) -> Any:
     return store_uint8 if out.dtype == numba.uint8 else store_float32
 
 

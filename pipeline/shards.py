@@ -12,11 +12,11 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -99,12 +99,12 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def write_shard(
-    folder: Folder, name: str, samples: Iterable[Sample], *, number: int, extension: str = "jpg"
+    folder: Folder, name: str, samples: Iterable[Sample], *, extension: str = "jpg"
 ) -> tuple[Shard, np.ndarray]:
     """Writes the tar `name` and its DALI index; both appear whole or not at all.
 
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
-    the array index, (n,) INDEX_DTYPE with `number` as shard.
+    the array index, (n,) INDEX_DTYPE with 0 as shard.
     """
     rows, stored = [], []
     with folder.publish(name) as file:
@@ -115,7 +115,7 @@ def write_shard(
             image = Member(f"{s.key}.{extension}", label.offset + padded(label.size) + BLOCK, size)
             head = tar_header(label.name, label.size) + text.ljust(padded(label.size), b"\0")
             tar.write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
-            rows.append((image.offset, size, number, s.label, crc32(s.image), s.width, s.height))
+            rows.append((image.offset, size, 0, s.label, crc32(s.image), s.width, s.height))
             stored.append((label, image))
         end = -(-(tar.bytes + 2 * BLOCK) // RECORD) * RECORD
         tar.write(bytes(end - tar.bytes))
@@ -172,37 +172,40 @@ def write_array(folder: Folder, name: str, array: np.ndarray) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+    return file_digest(path, hashlib.sha256())
+
+
+def file_digest(path: Path, digest: Any, progress: Callable[[int], None] = lambda count: None) -> str:
+    """progress: called with numbers of bytes."""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+            progress(len(chunk))
+    return str(digest.hexdigest())
 
 
 def read_index(path: Path, *, sha256: str) -> np.ndarray:
-    """The array index as a read-only memory map, (n,) INDEX_DTYPE; raises DataError if it is not what was written."""
-    if not path.is_file():
-        raise DataError(f"{path}: the index is missing; copy it again or shard the data again")
-    if file_sha256(path) != sha256:
-        raise DataError(f"{path}: the index is damaged (its sha256 differs); shard the data again")
-    index = read_array(path)
+    """The array index, (n,) INDEX_DTYPE; see read_array."""
+    index = read_array(path, "index", sha256=sha256)
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise DataError(f"{path}: index of another format version; shard the data again")
     return index
 
 
-def read_array(path: Path) -> np.ndarray:
-    """The array of an .npy file as a read-only memory map; nothing is unpickled. Raises DataError."""
+def read_array(path: Path, what: str, *, sha256: str) -> np.ndarray:
+    """The array of an .npy file as a read-only memory map; nothing is unpickled.
+
+    Raises DataError, which calls it `what`, if it is not what was written.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: the {what} is missing; copy it again or shard the data again")
+    if file_sha256(path) != sha256:
+        raise DataError(f"{path}: the {what} is damaged (its sha256 differs); copy it again or shard the data again")
     try:
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except Exception as err:  # a header is parsed as Python, which raises many kinds
         raise DataError(f"{path}: cannot be read as an array ({err}); shard the data again") from err
     return array
-
-
-def sample_key(path: Path, offset: int) -> str:
-    """The key of the sample whose image starts at `offset`: for messages."""
-    return sample_keys(path, [offset])[0]
 
 
 def sample_keys(path: Path, offsets: Iterable[int]) -> list[str]:

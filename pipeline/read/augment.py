@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -78,66 +79,62 @@ class Placement(NamedTuple):
 
 
 def place(
-    config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, seed: int, epoch: int, train: bool
+    config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, train: bool, **at: int
 ) -> Placement:
-    """The crops of images `ids` of stored size width × height; a function of its arguments alone.
+    """The crops of images `ids` of stored size width × height, at seed and epoch; a function of its arguments alone.
 
     In evaluation `config.views` consecutive crops for each image, otherwise one.
     """
     width, height = width.astype(np.int64), height.astype(np.int64)
     if not train:
         return _views(config, width, height)
-    flip = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.FLIP, count=1)[:, 0] < 0.5
+    draw = partial(rng.uniform, ids, **at)
+    flip = config.flip & (draw(stream=rng.FLIP, count=1)[:, 0] < 0.5)
+    u = draw(stream=rng.CROP, count=2)
     if config.scale_jitter is not None:
-        return Placement(_jittered(config, ids, width, height, seed=seed, epoch=epoch), flip & config.flip)
-    u = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.CROP, count=2)
+        return Placement(_jittered(config, width, height, draw(stream=rng.JITTER, count=2 * TRIES), u), flip)
     w, h = resized(width, height, config.resize)
-    left, top = (_random_offset(config, length, u[:, axis]) for axis, length in enumerate((w, h)))
-    return Placement(_box(config, left, top, w, h, width, height), flip & config.flip)
+    rooms = _room(config, w), _room(config, h)
+    left, top = (first + (u[:, axis] * (room + 1)).astype(np.int64) for axis, (first, room) in enumerate(rooms))
+    return Placement(_box(config, left, top, width / w, height / h), flip)
 
 
-def _random_offset(config: AugmentConfig, length: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Uniform over all places of the crop, ends included: 0..32 for 224 in 256, as the original code."""
-    if not config.square:
-        return np.asarray(u * (length - config.crop + 1)).astype(np.int64)
-    inside = (u * (config.resize - config.crop + 1)).astype(np.int64)
-    return centre_offset(length, config.resize) + inside
+def _room(config: AugmentConfig, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first place of a crop on an axis of the resized image, and the pixels from there to the last place.
+
+    In the centre square these are 0..32 for 224 in 256, ends included, as in the original code.
+    """
+    side = np.full_like(length, config.resize) if config.square else length
+    return centre_offset(length, side), side - config.crop
 
 
-def _box(
-    config: AugmentConfig,
-    left: np.ndarray,
-    top: np.ndarray,
-    w: np.ndarray,
-    h: np.ndarray,
-    width: np.ndarray,
-    height: np.ndarray,
-) -> np.ndarray:
-    """Whole pixels of the resized image, w × h, as a rectangle of the stored one."""
-    x, y = width / w, height / h
+def _box(config: AugmentConfig, left: np.ndarray, top: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whole pixels of the resized image as a rectangle of the stored one, which is x and y times as large."""
     return np.stack([left * x, top * y, config.crop * x, config.crop * y], axis=1)
 
 
 def _views(config: AugmentConfig, width: np.ndarray, height: np.ndarray) -> Placement:
     w, h = resized(width, height, config.resize)
+    scale = width / w, height / h
     across, down = centre_offset(w, config.crop), centre_offset(h, config.crop)
     if config.views == 1:
-        return Placement(_box(config, across, down, w, h, width, height), np.zeros(len(w), bool))
-    first = (centre_offset(w, config.resize), centre_offset(h, config.resize)) if config.square else (0 * w, 0 * h)
-    room = (config.resize - config.crop,) * 2 if config.square else (w - config.crop, h - config.crop)
-    x, y = (first[0], first[0] + room[0]), (first[1], first[1] + room[1])
-    corners = [(x[0], y[0]), (x[1], y[0]), (x[0], y[1]), (x[1], y[1]), (across, down)]
-    boxes = np.stack([_box(config, left, top, w, h, width, height) for left, top in corners], axis=1)
+        return Placement(_box(config, across, down, *scale), np.zeros(len(w), bool))
+    (left, wide), (top, high) = _room(config, w), _room(config, h)
+    corners = [(left, top), (left + wide, top), (left, top + high), (left + wide, top + high), (across, down)]
+    boxes = np.stack([_box(config, *corner, *scale) for corner in corners], axis=1)
     return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(w)))
 
 
 def _jittered(
-    config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, seed: int, epoch: int
+    config: AugmentConfig, width: np.ndarray, height: np.ndarray, u: np.ndarray, where: np.ndarray
 ) -> np.ndarray:
     """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
-    rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels."""
+    rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels.
+
+    u: (n, 2 · TRIES), where: (n, 2) random numbers.
+    """
     assert config.scale_jitter is not None
-    u = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.JITTER, count=2 * TRIES).reshape(len(ids), TRIES, 2)
+    u = u.reshape(-1, TRIES, 2)
     least, most = config.scale_jitter
     flattest, narrowest = np.log(config.aspect_jitter[0]), np.log(config.aspect_jitter[1])
     area = (width * height)[:, None] * (least + (most - least) * u[..., 0])
@@ -145,19 +142,16 @@ def _jittered(
     w, h = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     first = np.argmax(fits, axis=1)
-    rows = np.arange(len(ids))
+    rows = np.arange(len(u))
     w, h, found = w[rows, first], h[rows, first], fits[rows, first]
     w = np.where(found, w, np.minimum(width, np.rint(height * config.aspect_jitter[1]).astype(np.int64)))
     h = np.where(found, h, np.minimum(height, np.rint(width / config.aspect_jitter[0]).astype(np.int64)))
-    where = rng.uniform(ids, seed=seed, epoch=epoch, stream=rng.CROP, count=2)
     left = np.where(found, (where[:, 0] * (width - w + 1)).astype(np.int64), centre_offset(width, w))
     top = np.where(found, (where[:, 1] * (height - h + 1)).astype(np.int64), centre_offset(height, h))
     return np.stack([left, top, w, h], axis=1).astype(np.float64)
 
 
-def colour_shift(
-    config: AugmentConfig, ids: np.ndarray, covariance: np.ndarray, *, seed: int, epoch: int
-) -> np.ndarray:
+def colour_shift(config: AugmentConfig, ids: np.ndarray, covariance: np.ndarray, **at: int) -> np.ndarray:
     """(n, 3) float32, grey levels to add to each channel (Krizhevsky et al. 2012, section 4.1).
 
     covariance: (3, 3), of the training images' R, G, B in grey levels. The shift is P · (α ⊙ λ), or √λ in place of λ,
@@ -167,7 +161,7 @@ def colour_shift(
     # The sign of an eigenvector is arbitrary, and libraries differ in it: here the largest component is positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
     size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
-    alpha = config.colour * rng.normal(ids, seed=seed, epoch=epoch, stream=rng.COLOUR, count=3)
+    alpha = config.colour * rng.normal(ids, stream=rng.COLOUR, count=3, **at)
     return np.asarray(255 * (alpha * size) @ axes.T, np.float32)
 
 

@@ -44,17 +44,22 @@ class Output:
 class Engine(Protocol):
     """A backend: decodes the images and crops that the plan names. It draws no random numbers."""
 
+    source: Callable[[], Work]
+
     def start(self, source: Callable[[], Work]) -> None:
         """`source` returns the next batch; the engine calls it when it can begin to decode that batch."""
+        self.source = source
 
     def next(self) -> tuple[Work, torch.Tensor]:
         """The next batch and its (n · views, 3, crop, crop) crops. Raises DataError for an image it cannot decode."""
 
     def stop(self) -> None:
         """Discards the batches in flight. When this returns, none of their memory is read or written any more."""
+        return
 
     def close(self) -> None:
         """Ends the threads; after stop()."""
+        return
 
     def decoder(self) -> str:
         """Which decoder turns stored bytes into pixels, for a log line."""
@@ -125,8 +130,3 @@ class Held:
 
     def clear(self) -> None:
         self._held.clear()
-
-
-def normalised(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(x - mean) / std in float32, then in `dtype`; keeps the memory format. Broadcasts over (rows, 3, crop, crop)."""
-    return images.float().sub_(mean).div_(std).to(dtype)

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..decode import BadImage, decode, open_image
-from .backend import Held, Output, Work, check_raw_sizes, undecodable
+from .backend import Engine, Held, Output, Work, check_raw_sizes, undecodable
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH
 from .reader import Reader
-
-Stored = Literal["image", "raw"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Graph:
     """All that the graph's shape depends on."""
 
     output: Output
-    stored: Stored  # encoded images, or raw pixels
+    raw: bool  # images are stored as pixels
     resized: bool  # otherwise every crop is a plain copy of pixels
     whole: bool  # decode whole images and crop them then, instead of decoding the crop's region alone
     hw_decoder_load: float = 0.65  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
@@ -59,8 +57,8 @@ class Graph:
         from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
         pinned = self.decoder.device is not None  # as the reader's buffers
-        layout = "HWC" if self.stored == "raw" else ""
-        if self.stored == "raw":
+        layout = "HWC" if self.raw else ""
+        if self.raw:
             shapes = work.rows[:, [HEIGHT, WIDTH]].tolist()
             images = [image.cast("B", (h, w, 3)) for image, (h, w) in zip(images, shapes, strict=True)]
         tensors = [TensorCPU(image, layout, pinned) for image in images]
@@ -84,7 +82,7 @@ class Graph:
                 batch=True,
                 no_copy=True,  # the loader keeps the bytes until the batch comes out
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT][:inputs],
-                ndim=[3 if self.stored == "raw" else 1, crops_ndim, crops_ndim, 0, 1][:inputs],
+                ndim=[3 if self.raw else 1, crops_ndim, crops_ndim, 0, 1][:inputs],
             )
             images = self._resampled(stored, a, b) if self.resized else self._cropped(stored, a, b)
             return self._normalised(images, mirror, mean[0] if mean else [0.0])
@@ -96,7 +94,7 @@ class Graph:
     def _cropped(self, stored: Any, x: Any, y: Any) -> Any:
         fn, _, _ = load_dali()
         where = {"crop": (self.output.crop, self.output.crop), "crop_pos_x": x, "crop_pos_y": y}
-        if self.stored == "raw":  # cut on the CPU: what is not needed does not travel
+        if self.raw:  # cut on the CPU: what is not needed does not travel
             return self._on_device(fn.crop(stored, **where))
         if self.whole:
             return fn.crop(fn.decoders.image(stored, **self.decoder.options()), **where)
@@ -104,11 +102,10 @@ class Graph:
 
     def _resampled(self, stored: Any, start: Any, end: Any) -> Any:
         fn, types, _ = load_dali()
-        raw = self.stored == "raw"
         # Only the crop's source region is resampled. It equals cropping the whole resized image to rounding (one grey
         # level at one pixel in 2,000) and takes a fifth to a quarter less time, with decoding.
         return fn.resize(
-            self._on_device(stored) if raw else fn.decoders.image(stored, **self.decoder.options()),
+            self._on_device(stored) if self.raw else fn.decoders.image(stored, **self.decoder.options()),
             size=(self.output.crop, self.output.crop),
             roi_start=start,
             roi_end=end,
@@ -133,7 +130,7 @@ class Graph:
         )
 
 
-class Dali:
+class Dali(Engine):
     """See backend.Engine. rows: crops of the largest batch."""
 
     def __init__(self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int) -> None:
@@ -159,7 +156,7 @@ class Dali:
         bad: seen at 1,024 images. The search for other than plain JPEGs runs without the GIL.
         """
         images = work.read.wait()
-        if self.graph.stored == "raw":
+        if self.graph.raw:
             check_raw_sizes(work, 0, len(work.ids), self._reader)
             return images
         for i in work.read.not_plain_jpegs():
@@ -192,11 +189,8 @@ class Dali:
         self._decoding.clear()
         self._spent.clear()
 
-    def close(self) -> None:
-        pass
-
     def decoder(self) -> str:
-        return "none: pixels are stored" if self.graph.stored == "raw" else self.graph.decoder.describe()
+        return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()
 
     def _explain(self, err: RuntimeError) -> Exception:
         """A decoder's failure with the sample's name, which DALI does not give.
@@ -205,7 +199,7 @@ class Dali:
         fault: DALI then rejects any.
         """
         decoder = self.graph.decoder
-        if not self._decoding or self.graph.stored == "raw" or decoder.why_not_decoded([memoryview(ANY_JPEG)]):
+        if not self._decoding or self.graph.raw or decoder.why_not_decoded([memoryview(ANY_JPEG)]):
             return err
         work, images = self._decoding[0]
         found = decoder.first_rejected(images, threads=self.threads)

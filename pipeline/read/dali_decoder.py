@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import re
 from dataclasses import dataclass
@@ -11,18 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from simplejpeg import encode_jpeg
 
 from ..errors import ConfigError
 
-
-def _any_jpeg() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(out, "JPEG")
-    return out.getvalue()
-
-
-ANY_JPEG = _any_jpeg()
+ANY_JPEG = encode_jpeg(np.zeros((16, 16, 3), np.uint8), colorsubsampling="420")
 
 
 @dataclass(frozen=True)

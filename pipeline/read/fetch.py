@@ -39,10 +39,7 @@ class Block(NamedTuple):
 
 def index_rows(index: np.ndarray) -> np.ndarray:
     """(samples, 7) int64: a split's index. Taking rows from the mapped record array costs three times as much."""
-    rows = np.empty((len(index), len(COLUMNS)), np.int64)
-    for column, name in enumerate(COLUMNS):
-        rows[:, column] = index[name]
-    return rows
+    return np.stack([index[name] for name in COLUMNS], axis=1, dtype=np.int64, casting="unsafe")
 
 
 @compiled

@@ -7,6 +7,8 @@ resize(box=) takes 0.9 ms and torch's antialiased interpolate, which knows no bo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..jit import compiled, exactly_compiled, straight_lines_vectorised
@@ -69,15 +71,13 @@ def crop_images(
     return len(at)
 
 
+@dataclass
 class Cropper:
-    """Cuts, resamples, flips and normalises: one compiled function for one kind of output.
+    """Cuts, resamples, flips and normalises: one compiled function for one kind of output."""
 
-    side: of the crops, in pixels. dtype: uint8 (mean and scale are not used) or float32.
-    packed: crops are (side, side, 3) in memory, otherwise (3, side, side).
-    """
-
-    def __init__(self, side: int, *, dtype: str, packed: bool) -> None:
-        self.side, self.dtype, self.packed = side, dtype, packed
+    side: int  # of the crops, in pixels
+    dtype: str  # uint8 (mean and scale are not used) or float32
+    packed: bool  # crops are (side, side, 3) in memory, otherwise (3, side, side)
 
     def compile(self) -> None:
         """Compiles the function, or loads what an earlier process compiled."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -97,13 +97,14 @@ class Loader(AbstractContextManager["Loader"]):
         # The mean image is subtracted at the end, on the device, with every backend.
         decoded: PixelType = "uint8" if self.augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
-        importing = _in_background(partial(make_backend.prepare, self.backend, self.augment.crop, decoded, self.device))
+        prepare = partial(make_backend.prepare, self.backend, self.augment.crop, decoded, self.device)
+        importing = ThreadPoolExecutor(1).submit(prepare)  # its thread ends with the task
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         normal = normalisation(self.augment, statistics or self.dataset)
         self.plan = Plan(
-            self.split,
-            self.augment,
+            split=self.split,
+            augment=self.augment,
             batch=batch,
             train=train,
             seed=seed,
@@ -281,10 +282,3 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.stop()
             self._works.close()
             self._works = None
-
-
-def _in_background(work: Callable[[], None]) -> Future[None]:
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(work)
-    pool.shutdown(wait=False)
-    return future

@@ -39,5 +39,5 @@ def make(
     jittered = plan.train and plan.augment.scale_jitter is not None
     resized = jittered or bool((short_sides != plan.augment.resize).any())
     whole = backend == "dali-gpu" if config.decode == "auto" else config.decode == "whole"
-    graph = Graph(output, "raw" if raw else "image", resized, whole, config.hw_decoder_load)
+    graph = Graph(output, raw, resized, whole, config.hw_decoder_load)
     return Dali(graph, reader, rows=rows, threads=threads, depth=depth)

@@ -15,12 +15,10 @@ from ..errors import ConfigError
 from . import rng
 
 
-def epoch_order(
-    shard_sizes: np.ndarray, *, seed: int, epoch: int, batch: int, partitions: int = 1, window: int = 0
-) -> np.ndarray:
+def epoch_order(shard_sizes: np.ndarray, *, batch: int, partitions: int = 1, window: int = 0, **at: int) -> np.ndarray:
     """(steps · batch,) int64: the ids of all global batches of an epoch.
 
-    shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
+    at: seed and epoch. shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
     partitions: the number of partitions of consecutive ids. Each is shuffled by itself, and a global batch consists of
         a slice of each. If world divides partitions, a rank reads only the shards of its own partitions.
     window: shuffle within groups of this number of shards, the groups in random order: at most two groups of a
@@ -32,26 +30,26 @@ def epoch_order(
     pieces = []
     for part in range(partitions):
         start, end = part * samples // partitions, (part + 1) * samples // partitions
-        ids = _shuffled_part(ends, start, end, seed=seed, epoch=epoch, window=window)
+        ids = _shuffled_part(ends, start, end, window, **at)
         pieces.append(ids[: steps * piece].reshape(steps, piece))
     return pieces[0].ravel() if partitions == 1 else np.concatenate(pieces, axis=1).ravel()
 
 
-def _shuffled_part(ends: np.ndarray, start: int, end: int, *, seed: int, epoch: int, window: int) -> np.ndarray:
+def _shuffled_part(ends: np.ndarray, start: int, end: int, window: int, **at: int) -> np.ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
-        return _shuffled(np.arange(start, end), seed=seed, epoch=epoch)
+        return _shuffled(np.arange(start, end), **at)
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
     ranges = [np.arange(a, b) for a, b in pairwise(bounds)]
-    shards = np.argsort(rng.bits(np.arange(first, last + 1), seed=seed, epoch=epoch, stream=rng.SHARDS))
+    shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
     groups = [shards[i : i + window] for i in range(0, len(shards), window)]
-    return np.concatenate([_shuffled(np.concatenate([ranges[s] for s in g]), seed=seed, epoch=epoch) for g in groups])
+    return np.concatenate([_shuffled(np.concatenate([ranges[s] for s in g]), **at) for g in groups])
 
 
-def _shuffled(ids: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+def _shuffled(ids: np.ndarray, **at: int) -> np.ndarray:
     """Sorted by their hashes, which are distinct: any correct sort gives the same order."""
-    return ids[np.argsort(rng.bits(ids, seed=seed, epoch=epoch, stream=rng.ORDER))]
+    return ids[np.argsort(rng.bits(ids, stream=rng.ORDER, **at))]
 
 
 def steps_per_epoch(samples: int, *, batch: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +32,6 @@ LOGGED = 10  # differences; the rest are counted
 log = logging.getLogger("imagenet_express")
 
 
-class _Entry(NamedTuple):
-    image: Planned  # one
-    view: int
-    crop: HostCopy
-
-
 class PixelCheck:
     """Compares chosen crops of a loader's backend with the reference.
 
@@ -52,7 +45,7 @@ class PixelCheck:
         self._cropper = Cropper(output.crop, dtype="uint8", packed=False)
         self.checked = self.different = self.left_out = 0
         self.error: BadSample | None = None
-        self._entries: queue.Queue[_Entry | None] = queue.Queue()
+        self._entries: queue.Queue[tuple[Planned, int, HostCopy] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._reported = (0, 0)
 
@@ -67,7 +60,7 @@ class PixelCheck:
                 self.left_out += 1
                 continue
             image, view = Planned(*[column[i : i + 1] for column in work[:-1]]), int(work.ids[i]) % views
-            self._entries.put(_Entry(image, view, HostCopy(images[i * views + view])))
+            self._entries.put((image, view, HostCopy(images[i * views + view])))
 
     def counts(self) -> dict[str, float]:
         """Since the last call: crops that were checked, and crops that differed."""
@@ -84,9 +77,9 @@ class PixelCheck:
     def _run(self) -> None:
         self._cropper.compile()
         while (entry := self._entries.get()) is not None:
-            sample = int(entry.image.ids[0])
+            sample = int(entry[0].ids[0])
             try:
-                difference = self._difference(sample, entry)
+                difference = self._difference(*entry)
             except (ExpressError, ValueError) as err:  # the loader reports what it cannot read or decode itself
                 log.info("%s: not checked (%s)", self._reader.describe(sample), err)
                 self.left_out += 1
@@ -95,10 +88,10 @@ class PixelCheck:
             if difference > TOLERANCE:
                 self._report(sample, difference)
 
-    def _difference(self, sample: int, entry: _Entry) -> float:
+    def _difference(self, image: Planned, view: int, crop: HostCopy) -> float:
         """The largest mean difference of a tile, in grey levels."""
-        (image, view, crop), side = entry, self.output.crop
-        stored, (width, height) = self._reader.stored(sample), image.rows[0, [WIDTH, HEIGHT]].tolist()
+        side = self.output.crop
+        stored, (width, height) = self._reader.stored(int(image.ids[0])), image.rows[0, [WIDTH, HEIGHT]].tolist()
         pixels = stored if self.raw else decode(stored.data, size=(width, height)).reshape(-1)
         ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
         block = decoded_block(pixels, image.rows)

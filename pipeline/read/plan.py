@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,52 +29,44 @@ class Planned(NamedTuple):
     checked: np.ndarray
 
 
+@dataclass(kw_only=True, eq=False)
 class Plan:
-    """The steps of one rank; most arguments are Loader's.
+    """The steps of one rank; most fields are Loader's arguments."""
 
-    mean: (3,) what is subtracted from each pixel. covariance: of the colours, if they are shifted.
-    check_every: N: one image in N is chosen for PixelCheck; 0: none.
-    """
+    split: Split
+    augment: AugmentConfig
+    batch: int
+    train: bool
+    seed: int
+    partitions: int
+    window: int
+    first: int
+    rank: int
+    world: int
+    mean: np.ndarray  # (3,) what is subtracted from each pixel
+    covariance: np.ndarray | None  # of the colours, if they are shifted
+    check_every: int  # N: one image in N is chosen for PixelCheck; 0: none
 
-    def __init__(
-        self,
-        split: Split,
-        augment: AugmentConfig,
-        *,
-        batch: int,
-        train: bool,
-        seed: int,
-        partitions: int,
-        window: int,
-        first: int,
-        rank: int,
-        world: int,
-        mean: np.ndarray,
-        covariance: np.ndarray | None,
-        check_every: int,
-    ) -> None:
-        if partitions < 1 or window < 0:
-            raise ConfigError(f"partitions={partitions}, window={window}: at least 1 and 0")
-        if not 0 <= rank < world:
-            raise ConfigError(f"rank={rank} of world={world}: ranks count from 0")
-        if not 0 <= first <= split.samples:
-            raise ConfigError(f"first={first}: the split {split.name} has {split.samples} samples")
-        self.samples = first or split.samples
-        if train:
-            order.check_batch(batch, samples=self.samples, world=world, partitions=partitions)
-        elif batch < 1:
-            raise ConfigError(f"batch={batch}: must be at least 1")
-        self.augment, self.batch, self.train, self.seed = augment, batch, train, seed
-        self.partitions, self.window, self.first, self.rank, self.world = partitions, window, first, rank, world
-        self.batch_per_rank = max(1, batch // world)
-        self.views = 1 if train else augment.views
-        self.check_every = check_every
-        self._mean, self._covariance = mean, covariance
-        ends = np.minimum(np.cumsum([shard.samples for shard in split.shards]), self.samples)
-        self._shard_sizes = np.diff(ends, prepend=0)
-        self._evaluated = order.evaluation_range(self.samples, rank=rank, world=world)
+    def __post_init__(self) -> None:
+        if self.partitions < 1 or self.window < 0:
+            raise ConfigError(f"partitions={self.partitions}, window={self.window}: at least 1 and 0")
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank={self.rank} of world={self.world}: ranks count from 0")
+        if not 0 <= self.first <= self.split.samples:
+            raise ConfigError(f"first={self.first}: the split {self.split.name} has {self.split.samples} samples")
+        self.samples = self.first or self.split.samples
+        if self.train:
+            order.check_batch(self.batch, samples=self.samples, world=self.world, partitions=self.partitions)
+        elif self.batch < 1:
+            raise ConfigError(f"batch={self.batch}: must be at least 1")
+        self.batch_per_rank = max(1, self.batch // self.world)
+        self.views = 1 if self.train else self.augment.views
+        ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
+        settings = {name: getattr(self, name) for name in ("seed", "batch", "partitions", "window")}
+        ordered = partial(order.epoch_order, np.diff(ends, prepend=0), **settings)
         # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
-        self._order = lru_cache(2)(self._epoch_order)
+        self._order = lru_cache(2)(ordered)
+        self._evaluated = order.evaluation_range(self.samples, rank=self.rank, world=self.world)
         self._chunk: tuple[int, int, Planned] | None = None
 
     def __len__(self) -> int:
@@ -82,17 +75,13 @@ class Plan:
             return order.steps_per_epoch(self.samples, batch=self.batch)
         return -(-len(self._evaluated) // self.batch_per_rank)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        settings = {"batch": self.batch, "partitions": self.partitions, "window": self.window}
-        return order.epoch_order(self._shard_sizes, seed=self.seed, epoch=epoch, **settings)
-
     def ids(self, epoch: int, step: int, *, whole: bool = False) -> np.ndarray:
         """See Loader.ids."""
         if not self.train:
             mine = self._evaluated[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
             return np.array(mine, dtype=np.int64)
         rank, world = (0, 1) if whole else (self.rank, self.world)
-        return order.train_ids(self._order(epoch), step=step, batch=self.batch, rank=rank, world=world)
+        return order.train_ids(self._order(epoch=epoch), step=step, batch=self.batch, rank=rank, world=world)
 
     def coordinates(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """All steps from here on. Without an end: the next epoch's first batches are ready when this one ends."""
@@ -115,9 +104,9 @@ class Plan:
         rows = rows[ids]
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}
         placement = place(self.augment, ids, rows[:, WIDTH], rows[:, HEIGHT], train=self.train, **at)
-        mean = np.tile(self._mean, (n * views, 1))
-        if self._covariance is not None:
-            mean -= colour_shift(self.augment, ids, self._covariance, **at)
+        mean = np.tile(self.mean, (n * views, 1))
+        if self.covariance is not None:
+            mean -= colour_shift(self.augment, ids, self.covariance, **at)
         checked = np.zeros(n, np.bool_)
         if self.check_every:
             checked = rng.bits(ids, stream=rng.CHECK, **at) % np.uint64(self.check_every) == 0

@@ -6,9 +6,7 @@ batch.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,10 +15,10 @@ import numpy as np
 import torch
 from simplejpeg import decode_jpeg
 
-from ..decode import decode
+from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
-from .backend import Held, Output, Work, check_raw_sizes, normalised, to_device, undecodable
+from .backend import Engine, Held, Output, Work, check_raw_sizes, to_device, undecodable
 from .buffers import Buffers
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import Cropper, decoded_block, size_row
@@ -37,18 +35,6 @@ class _Job(NamedTuple):
     tasks: list[Future[None]]
 
 
-class _Scratch(threading.local):
-    """Each thread's buffer, which its images reuse."""
-
-    pixels = np.empty(0, np.uint8)
-
-    def __call__(self, size: int) -> np.ndarray:
-        """At least `size` bytes."""
-        if len(self.pixels) < size:
-            self.pixels = np.empty(size + size // 4, np.uint8)
-        return self.pixels
-
-
 def kernel_type(dtype: str, *, on_cpu: bool) -> str:
     """A CPU normalises in the kernel's one pass; elsewhere a quarter of the bytes goes to the device."""
     return "float32" if on_cpu and dtype != "uint8" else "uint8"
@@ -60,7 +46,7 @@ def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
     Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile()
 
 
-class Portable:
+class Portable(Engine):
     """See backend.Engine. raw: images are stored as pixels."""
 
     def __init__(self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int) -> None:
@@ -73,12 +59,8 @@ class Portable:
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
         self._jobs: deque[_Job] = deque()
-        self._source: Callable[[], Work] | None = None
-
-    def start(self, source: Callable[[], Work]) -> None:
-        self._source = source
 
     def next(self) -> tuple[Work, torch.Tensor]:
         self._fill(1)
@@ -105,9 +87,8 @@ class Portable:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"
 
     def _fill(self, depth: int) -> None:
-        assert self._source is not None
         while len(self._jobs) < depth:
-            self._jobs.append(self._begin(self._source()))
+            self._jobs.append(self._begin(self.source()))
 
     def _begin(self, work: Work) -> _Job:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
@@ -120,19 +101,14 @@ class Portable:
     def _decode(self, work: Work, crops: np.ndarray, start: int, end: int) -> None:
         """A thread's task: images [start, end) of the batch."""
         if self.raw:
-            return self._crop_raw(work, crops, start, end)
+            check_raw_sizes(work, start, end, self._reader)  # the compiled code checks no bounds
+            self._reader.fetch(work.read, start, end, lambda b: self._crop(work, crops, b, start, end), in_turn=True)
+            return
         # A block ends with the image that takes it to BYTES_A_BLOCK.
         number = (np.cumsum(work.rows[start:end, SIZE]) - 1) // BYTES_A_BLOCK
         bounds = [start, *(np.flatnonzero(np.diff(number)) + start + 1).tolist(), end]
         for a, b in pairwise(bounds):
             self._decode_block(work, crops, a, b)
-
-    def _crop_raw(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
-        check_raw_sizes(work, a, b, self._reader)  # the compiled code checks no bounds
-        with self._reader.block(work.read, a, b, in_turn=True) as block:
-            done = self._crop(work, crops, block, a, b)
-        if done < b - a:
-            self._reader.raise_reason(int(work.ids[a + done]))
 
     def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
@@ -142,10 +118,7 @@ class Portable:
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
         rows, needed, cut = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
-        with self._reader.block(work.read, a, b) as block:
-            done = fetch_images(*block, needed, cut)
-        if done < b - a:
-            self._reader.raise_reason(int(work.ids[a + done]))
+        block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, cut))
         plain = cut | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
         left = np.where(cut, needed, rows[:, HEIGHT])
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
@@ -185,7 +158,7 @@ class Portable:
         if self.output.dtype == "uint8":
             return images
         mean = to_device(job.work.mean.reshape(-1, 3), images.device)[:, :, None, None]
-        return normalised(images, mean, self._std, dtype)
+        return images.float().sub_(mean).div_(self._std).to(dtype)  # the memory format stays
 
 
 def _rows_needed(box: np.ndarray, crop: int) -> np.ndarray:

@@ -10,18 +10,17 @@ by counting how often a thread had to wait. Both ways read and verify by one com
 from __future__ import annotations
 
 import resource
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import numpy as np
 
+from ..decode import Scratch
 from ..errors import BadSample
 from ..manifest import Split
-from ..shards import crc32, sample_key
+from ..shards import crc32, sample_keys
 from .buffers import Buffers
 from .byte_source import LocalShards
 from .fetch import CRC32, IN_MEMORY, NO_CUTS, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
@@ -86,7 +85,7 @@ class Reader:
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self._buffers = Buffers(pinned=pinned)
-        self._local = threading.local()
+        self._scratch = Scratch()
         self._slow_share = 0.0  # moving mean over blocks: those that were waited for
         self._slow_for = 0  # batches
 
@@ -124,31 +123,33 @@ class Reader:
                 batch.buffer[at : at + int(batch.rows[a, SIZE])] = self.stored(int(batch.ids[a]))
                 a += 1
 
-    @contextmanager
-    def block(self, batch: ReadBatch, a: int, b: int, *, in_turn: bool = False) -> Iterator[Block]:
-        """Images [a, b), for one of the compiled functions to fetch in the `with` statement.
+    def fetch(
+        self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], *, in_turn: bool = False
+    ) -> Block:
+        """Images [a, b), fetched by a compiled function, which returns the number of the first that fails, or n.
 
-        in_turn: each may overwrite the one before it, so that all meet in the processor's cache.
-        The bytes are the caller's until this thread's next call, and no longer than `batch` lives.
+        Raises DataError or StorageError for that one. in_turn: each may overwrite the one before it, so that all meet
+        in the processor's cache. The bytes are the caller's until this thread's next call, and no longer than `batch`
+        lives.
         """
         rows = batch.rows[a:b]
         if batch.tasks:
             for task in batch.tasks[a // batch.images_a_task : (b - 1) // batch.images_a_task + 1]:
                 task.result()
-            yield Block(batch.buffer, batch.at[a:b], np.full(b - a, IN_MEMORY), rows, False)
-            return
+            block = Block(batch.buffer, batch.at[a:b], np.full(b - a, IN_MEMORY), rows, False)
+            function(block)
+            return block
         size = rows[:, SIZE]
         at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
-        buffer = self._own_buffer(int((at + size).max()))
+        buffer = self._scratch(int((at + size).max()))
         with self._opened(rows) as fds:
-            yield Block(buffer, at, fds, rows, self.verify)
-
-    def _own_buffer(self, size: int) -> np.ndarray:
-        """This thread's, of at least `size` bytes."""
-        buffer: np.ndarray | None = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = np.empty(2 * size, np.uint8)
-        return buffer
+            block = Block(buffer, at, fds, rows, self.verify)
+            done = function(block)
+        if done < b - a:
+            sample = int(batch.ids[a + done])
+            self.stored(sample)  # once more, slowly, for the reason
+            raise self._bad(sample, "its bytes changed while they were read")
+        return block
 
     @contextmanager
     def _opened(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -169,11 +170,6 @@ class Reader:
         if self._slow_share > SLOW_SHARE:
             self._slow_for, self._slow_share = RETRY_AFTER, 0.0
 
-    def raise_reason(self, sample: int) -> NoReturn:
-        """Raises DataError or StorageError for a sample that could not be fetched."""
-        self.stored(sample)  # once more, slowly, for the reason
-        raise self._bad(sample, "its bytes changed while they were read")
-
     def stored(self, sample: int) -> np.ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""
         row = self.rows[sample].tolist()
@@ -192,7 +188,8 @@ class Reader:
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""
         path, offset = self.source.paths[self.rows[sample, SHARD]], int(self.rows[sample, OFFSET])
-        return f"{path}: sample {sample} ({sample_key(path, offset)!r}) at byte {offset}"
+        (key,) = sample_keys(path, [offset])
+        return f"{path}: sample {sample} ({key!r}) at byte {offset}"
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

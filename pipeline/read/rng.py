@@ -51,18 +51,18 @@ def bits(ids: np.ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) 
     return _mix(x)
 
 
-def uniform(ids: np.ndarray, *, seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
-    """(n, count) float64 in [0, 1), multiples of 2^-53."""
-    draws = [bits(ids, seed=seed, epoch=epoch, stream=stream, draw=d) for d in range(count)]
+def uniform(ids: np.ndarray, *, count: int, **at: int) -> np.ndarray:
+    """(n, count) float64 in [0, 1), multiples of 2^-53. at: seed, epoch and stream."""
+    draws = [bits(ids, draw=d, **at) for d in range(count)]
     return np.stack([(x >> np.uint64(11)) * 2.0**-53 for x in draws], axis=1)
 
 
-def normal(ids: np.ndarray, *, seed: int, epoch: int, stream: int, count: int) -> np.ndarray:
+def normal(ids: np.ndarray, *, count: int, **at: int) -> np.ndarray:
     """(n, count) float64 of the standard normal distribution, by Box and Muller: two uniform draws make two.
 
     log and cos may differ in the last bit between platforms, unlike the whole-number draws.
     """
     pairs = -(-count // 2)
-    u = uniform(ids, seed=seed, epoch=epoch, stream=stream, count=2 * pairs)
+    u = uniform(ids, count=2 * pairs, **at)
     radius, angle = np.sqrt(-2 * np.log1p(-u[:, :pairs])), 2 * np.pi * u[:, pairs:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]

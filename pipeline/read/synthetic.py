@@ -5,38 +5,28 @@ Steps, labels and ids are those of the plan. Nothing is read from storage, decod
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from .backend import Output, Work
+from .backend import Engine, Output, Work
 
 BATCHES = 4  # different ones, used in turn; more only cost memory: 1,024 float32 crops of 224 pixels are 617 MB
 
 
-class Synthetic:
+class Synthetic(Engine):
     """See backend.Engine. rows: crops of the largest batch."""
 
     def __init__(self, output: Output, *, rows: int) -> None:
         self.output, self.rows = output, rows
         self._batches: list[torch.Tensor] = []
         self._delivered = 0
-        self._source: Callable[[], Work] | None = None
-
-    def start(self, source: Callable[[], Work]) -> None:
-        self._source = source
 
     def next(self) -> tuple[Work, torch.Tensor]:
-        assert self._source is not None
         if not self._batches:  # not in __init__: the loader of the other split may never be used
             self._batches = [self._noise(seed) for seed in range(BATCHES)]
-        work = self._source()
+        work = self.source()
         images = self._batches[self._delivered % BATCHES]
         self._delivered += 1
         return work, images[: work.flip.size]
-
-    def stop(self) -> None:
-        self._source = None
 
     def close(self) -> None:
         self._batches = []

@@ -23,7 +23,7 @@ from ..storage import Folder
 from . import journal, resize
 from .images import BadImage, Preparer
 from .journal import ShardRecord
-from .manifest_content import Collected
+from .manifest_content import Collected, write_statistics
 from .plan import Options, Plan
 from .resize import Sums
 from .sources import Item
@@ -33,7 +33,7 @@ __all__ = ["Options", "Plan", "build", "forecast"]
 AHEAD = 16  # images that the system is asked to fetch before they are read
 
 
-def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, number: int, measure: bool) -> ShardRecord:
+def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, measure: bool) -> ShardRecord:
     """Writes a shard of these items. Images that cannot be used are listed in the record's `bad`, not stored."""
     options, source = plan.options, plan.source
     prepare = Preparer(options.encoding, measure=measure, check=options.check)
@@ -59,8 +59,8 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, numb
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
-    shard, rows = write_shard(folder, name, samples(), number=number, extension=extension)
-    return ShardRecord(shard, rows, sums, converted, bad)
+    shard, rows = write_shard(folder, name, samples(), extension=extension)
+    return ShardRecord(shard, rows, sums.totals() if sums else None, converted, bad)
 
 
 class _Nowhere(Folder):
@@ -76,7 +76,7 @@ def forecast(plan: Plan, only: range | None = None, *, images: int = 64) -> tupl
     items = [item for n in plan.numbers(only) for item in plan.tasks[n].items[:images]]
     items = items[:: max(1, len(items) // images)][:images]
     started = time.perf_counter()
-    record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", number=0, measure=plan.options.stats)
+    record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", measure=plan.options.stats)
     return record, time.perf_counter() - started
 
 
@@ -117,7 +117,7 @@ def build(
         folder.remove(journal.FOLDER)  # a run that was killed at its very end leaves it
         return finished
     except OSError as err:
-        raise StorageError(f"{err.filename or out}: {err.strerror or err}; run it again to resume") from err
+        raise StorageError(f"{StorageError.of(err, out)}; run it again to resume") from err
 
 
 def _missing(plan: Plan, folder: Folder) -> list[int]:
@@ -133,7 +133,7 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
         elif record.bad:
             bad += len(record.bad)
             suspects.append(number)
-    if bad > plan.options.max_bad_fraction * plan.images(plan.numbers(None)):
+    if bad > plan.bad_allowed:
         missing = sorted(missing + suspects)
     return missing
 
@@ -146,9 +146,9 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
     def make(number: int) -> ShardRecord:
         task = plan.tasks[number]
         measure = plan.options.stats and task.split == "train"
-        record = make_shard(plan, task.items, folder, task.name, number=task.number, measure=measure)
+        record = make_shard(plan, task.items, folder, task.name, measure=measure)
         journal.save(folder, record._replace(digest=task.digest))
-        return record._replace(sums=None)
+        return record._replace(totals=None)
 
     written, bad, started = 0, 0, time.monotonic()
     with pool.run(make, todo, workers=workers, place=folder.path) as records:
@@ -172,7 +172,7 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
         theirs = sum(split["samples"] for split in finished["splits"].values()) + left_out
         before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": images}
         journal.reject_other(folder, before, now, "a finished dataset")
-        if left_out > plan.options.max_bad_fraction * images:
+        if left_out > plan.bad_allowed:
             raise ConfigError(
                 f"{folder.path}: holds a finished dataset that left out {left_out} images;"
                 " remove it, or choose another --out"
@@ -208,6 +208,7 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
     size, fraction = options.encoding.size, options.max_bad_fraction
     collected = Collected(_records(plan, folder), size=size, max_bad_fraction=fraction)
     splits = collected.write_splits(folder, source.name)
+    measured = write_statistics(collected.totals, folder, f"{source.name}-mean.npy") if options.stats else {}
     folder.write(manifest.INFO, json_bytes(manifest.timm_info(splits)))
     content = {
         "dataset": source.name,
@@ -216,7 +217,7 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
         "class_names": source.class_names or source.classes,
         **({"class_ids": source.class_ids} if source.class_ids else {}),
         "splits": splits,
-        "statistics": collected.totals.publish(folder, f"{source.name}-mean.npy") if options.stats else {},
+        "statistics": measured,
         "source": source.describe(),
         "options": asdict(options),
         "converted": collected.converted,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 from simplejpeg import decode_jpeg, encode_jpeg
 
-from ..decode import MAX_SIDE, open_image, pillows_pixels, plain_jpeg_size, untidy
+from ..decode import MAX_SIDE, Scratch, open_image, plain_jpeg_size, untidy
 from ..decode import BadImage as BadImage
 from ..decode import decode as decode
 from ..errors import ConfigError
 from ..geometry import resized
-from .resize import SLACK, Resizer, Square, resize_short_side, resized_square
+from ..settings import Bounds, validate
+from .resize import Square, resize
 
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 
@@ -23,18 +23,13 @@ CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 class Encoding:
     """How images are stored: `keep` the original bytes, `jpeg` or `raw` pixels at a fixed short side."""
 
-    kind: str = "keep"
-    size: int = 256
+    kind: Literal["keep", "jpeg", "raw"] = "keep"
+    size: Annotated[int, Bounds(ge=8, le=8192)] = 256
     square: bool = False
-    quality: int = 90
+    quality: Annotated[int, Bounds(ge=1, le=100)] = 90
 
     def __post_init__(self) -> None:
-        if self.kind not in ("keep", "jpeg", "raw"):
-            raise ConfigError(f"encode={self.kind}: choose keep, jpeg or raw")
-        if not 8 <= self.size <= 8192:
-            raise ConfigError(f"size={self.size}: choose 8 to 8192 pixels")
-        if not 1 <= self.quality <= 100:
-            raise ConfigError(f"quality={self.quality}: choose 1 to 100")
+        validate(self)
         if self.square and self.kind == "keep":
             raise ConfigError("square goes with encode=jpeg or raw: keep stores the original bytes")
 
@@ -57,23 +52,20 @@ class Prepared(NamedTuple):
 
 
 class Preparer:
-    """Decodes, checks, resizes and encodes, image after image, in buffers of its own. For one thread.
+    """Decodes, checks, resizes and encodes, image after image, in buffers of its own.
 
     measure: also return the pixels of the statistics. check: `full` decodes every image, `header` reads only its size
     if `keep` stores it as it is.
-
-    libjpeg-turbo decodes; Pillow decodes what libjpeg-turbo rejects or warns of.
     """
 
     def __init__(self, encoding: Encoding, *, measure: bool = True, check: str = "full") -> None:
         self.encoding, self.measure, self.check = encoding, measure, check
-        self._pixels = np.zeros(0, np.uint8)
-        self._resizer = Resizer()
+        self._decoded, self._resized = Scratch(), Scratch()
 
     def __call__(self, data: bytes) -> Prepared:
         """Raises BadImage with the reason."""
-        header = plain_jpeg_size(data)
-        if header and self.encoding.kind == "keep" and not self.measure:
+        header, encoding = plain_jpeg_size(data), self.encoding
+        if header and encoding.kind == "keep" and not self.measure:
             try:
                 if self.check == "full":
                     # All of the data is decoded, but an eighth of the pixels is made: what is damaged shows all the
@@ -82,68 +74,37 @@ class Preparer:
                 return Prepared(data, *header, None, None)
             except ValueError:
                 pass
-        (width, height), converted = self._decode(data, header)
-        encoding, size = self.encoding, (width, height)
+        pixels, converted = decode(data, memory=self._decoded), None if header else _foreign(data)
         if encoding.kind == "keep":
-            stored = _jpeg(self._image(size), CONVERTED_QUALITY) if converted else data
-            return Prepared(stored, width, height, self._measured(size) if self.measure else None, converted)
-        _reject_slivers(size, encoding.size)
-        if encoding.square:
-            pixels = resized_square(self._resizer, self._pixels, size, encoding.size)
+            stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
+            measured = self._squares(pixels) if self.measure else None
         else:
-            pixels = resize_short_side(self._resizer, self._pixels, size, encoding.size)
-        stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
-        centre = Square.centre(pixels, encoding.size)
-        return Prepared(
-            stored, pixels.shape[1], pixels.shape[0], Measured(centre, centre) if self.measure else None, converted
-        )
+            _reject_slivers(pixels, encoding.size)
+            pixels = resize(pixels, encoding.size, self._resized, square=encoding.square)
+            stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
+            measured = Measured(*[Square.centre(pixels, encoding.size)] * 2) if self.measure else None
+        return Prepared(stored, pixels.shape[1], pixels.shape[0], measured, converted)
 
-    def _decode(self, data: bytes, header: tuple[int, int] | None) -> tuple[tuple[int, int], str | None]:
-        """All pixels into the buffer; (width, height), and what the image was if `keep` cannot keep it."""
-        if header:
-            width, height = header
-            self._make_room(width, height)
-            try:
-                decode_jpeg(data, buffer=self._pixels)
-                return header, None
-            except ValueError:
-                pass
-        image = open_image(data)
-        converted = _foreign(image) or untidy(data)
-        pixels = pillows_pixels(image)
-        self._make_room(*image.size)
-        self._pixels[: pixels.size] = pixels.reshape(-1)
-        return image.size, converted
-
-    def _make_room(self, width: int, height: int) -> None:
-        if len(self._pixels) < 3 * width * height + SLACK:
-            self._pixels = np.zeros(3 * width * height * 5 // 4 + SLACK, np.uint8)
-
-    def _measured(self, size: tuple[int, int]) -> Measured:
+    def _squares(self, pixels: np.ndarray) -> Measured:
         """The centre square of short side encoding.size; a smaller image's pixels are counted at their own size."""
-        short, wanted = min(size), self.encoding.size
-        square = Square.centre(resized_square(self._resizer, self._pixels, size, wanted), wanted)
-        if short >= wanted:
-            return Measured(square, square)
-        return Measured(square, Square.centre(self._image(size), short))
-
-    def _image(self, size: tuple[int, int]) -> np.ndarray:
-        """(height, width, 3): what was decoded last."""
-        width, height = size
-        return self._pixels[: 3 * width * height].reshape(height, width, 3)
+        short, wanted = min(pixels.shape[:2]), self.encoding.size
+        square = Square.centre(resize(pixels, wanted, self._resized, square=True), wanted)
+        return Measured(square, square if short >= wanted else Square.centre(pixels, short))
 
 
-def _reject_slivers(size: tuple[int, int], short: int) -> None:
+def _reject_slivers(pixels: np.ndarray, short: int) -> None:
     """A 3000×2 image would become 384,000×256: more than JPEG holds, and soon more than memory does."""
-    width, height = map(int, resized(*size, short))
-    if max(width, height) > MAX_SIDE:
-        raise BadImage(f"{size[0]}×{size[1]} resized would be {width}×{height}, more than JPEG holds")
+    height, width, _ = pixels.shape
+    w, h = resized(width, height, short)
+    if max(w, h) > MAX_SIDE:
+        raise BadImage(f"{width}×{height} resized would be {w}×{h}, more than JPEG holds")
 
 
-def _foreign(image: Image.Image) -> str | None:
-    """What must be re-encoded, since not every decoder takes it: all but RGB and grey JPEG."""
+def _foreign(data: bytes) -> str | None:
+    """What must be re-encoded, since not every decoder takes it: all but RGB and grey JPEG without stray bytes."""
+    image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        return None
+        return untidy(data)
     return f"{image.format} {image.mode}"
 
 

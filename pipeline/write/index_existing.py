@@ -29,7 +29,7 @@ from ..tar import Member, members
 from . import resize
 from .images import Encoding, Preparer
 from .journal import ShardRecord
-from .manifest_content import Collected
+from .manifest_content import Collected, write_statistics
 from .resize import Sums
 from .sources.base import PassedOver
 from .sources.folders import is_image, litter, require_utf8
@@ -102,7 +102,8 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
             del rows[image]
     listed = [{"image": _printable(path, member), "reason": str(err)} for member, err in bad.items()]
     shard = Shard(path.name, len(rows), path.stat().st_size, file_sha256(path))
-    return ShardRecord(shard, np.array(list(rows.values()), dtype=INDEX_DTYPE), sums, [], listed), passed_over
+    index = np.array(list(rows.values()), dtype=INDEX_DTYPE)
+    return ShardRecord(shard, index, sums.totals(), [], listed), passed_over
 
 
 def _printable(path: Path, member: Member) -> str:
@@ -218,31 +219,28 @@ def index(
 def _publish(
     folder: Folder, name: str, collected: Collected, classes: list[str] | None, options: dict[str, int]
 ) -> dict[str, Any]:
-    usable = {split: [r for r in found if r.shard.samples] for split, found in collected.of_split.items()}
-    collected.of_split = usable
-    labels = 1 + max((int(record.rows["label"].max()) for found in usable.values() for record in found), default=-1)
-    classes = classes or [str(label) for label in range(labels)]
-    if len(classes) < labels:
-        raise ConfigError(f"--classes names {len(classes)} classes, but there are labels up to {labels - 1}")
-    splits, totals = collected.write_splits(folder, name), collected.totals
+    of_split = collected.of_split.items()
+    labels = {split: np.concatenate([record.rows["label"] for record in found]) for split, found in of_split}
+    collected.of_split = {split: [record for record in found if record.shard.samples] for split, found in of_split}
+    highest = max(int(each.max(initial=-1)) for each in labels.values())
+    classes = classes or [str(label) for label in range(highest + 1)]
+    if len(classes) <= highest:
+        raise ConfigError(f"--classes names {len(classes)} classes, but there are labels up to {highest}")
+    splits = collected.write_splits(folder, name)
+    measured = write_statistics(collected.totals, folder, f"{name}-mean.npy")
     content = {
         "dataset": name,
         "label_kind": "class index, 0-based",
         "classes": classes,
         "splits": splits,
-        "statistics": totals.publish(folder, f"{name}-mean.npy") | {"images": totals.images},
+        "statistics": measured | {"images": int(collected.totals.numbers[0])},
         "source": {"kind": manifest.EXISTING},
-        "stored_order": {split: stored_order(found) for split, found in usable.items()},
+        "stored_order": {s: "class after class" if looks_sorted(each) else "mixed" for s, each in labels.items()},
         "options": options,
         "converted": [],
         "quarantine": collected.bad,
     }
     return manifest.write_manifest(folder, content)
-
-
-def stored_order(records: list[ShardRecord]) -> str:
-    labels = np.concatenate([record.rows["label"] for record in records])
-    return "class after class" if looks_sorted(labels) else "mixed"
 
 
 def looks_sorted(labels: np.ndarray) -> bool:

@@ -15,9 +15,10 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..files import json_bytes
+from ..settings import flatten
 from ..shards import Shard, dali_index_name
 from ..storage import Folder
-from .resize import Sums
+from .resize import Totals
 
 FOLDER = "parts"
 PLAN = f"{FOLDER}/plan.json"
@@ -30,7 +31,7 @@ class ShardRecord(NamedTuple):
 
     shard: Shard
     rows: np.ndarray  # (n,) INDEX_DTYPE
-    sums: Sums | None
+    totals: Totals | None
     converted: list[dict[str, str]]
     bad: list[dict[str, str]]
     digest: str = ""  # of its task
@@ -43,10 +44,10 @@ def _name(shard: str) -> str:
 def save(folder: Folder, record: ShardRecord) -> None:
     """Publishes the record: from now on the shard is whole."""
     meta = {"shard": asdict(record.shard), "converted": record.converted, "bad": record.bad, "digest": record.digest}
-    arrays = record.sums.arrays() if record.sums else {}
+    arrays = record.totals._asdict() if record.totals else {}
     data = io.BytesIO()
     # Not compressed: it is 0.8 MB and exists until the manifest does; zlib would cost more than writing it.
-    np.savez(data, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), rows=record.rows, **arrays)  # type: ignore[arg-type]
+    np.savez(data, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), rows=record.rows, **arrays)
     folder.write(_name(record.shard.name), data.getbuffer())
 
 
@@ -55,9 +56,9 @@ def load(folder: Folder, shard: str, digest: str) -> ShardRecord | None:
     try:
         with np.load(io.BytesIO(folder.read(_name(shard))), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
-            sums = Sums.restored(file) if "image" in file else None
+            totals = Totals(file["numbers"], file["image"]) if "image" in file else None
             record = ShardRecord(
-                Shard(**meta["shard"]), file["rows"], sums, meta["converted"], meta["bad"], meta["digest"]
+                Shard(**meta["shard"]), file["rows"], totals, meta["converted"], meta["bad"], meta["digest"]
             )
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
@@ -84,18 +85,10 @@ def check_plan(folder: Folder, plan: dict[str, Any]) -> None:
 
 def reject_other(folder: Folder, begun: dict[str, Any], plan: dict[str, Any], what: str) -> None:
     """Raises ConfigError, naming both values, if the plans differ."""
-    theirs, ours = flat(begun), flat(json.loads(json.dumps(plan)))
+    theirs, ours = flatten(begun), flatten(json.loads(json.dumps(plan)))
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ConfigError(
                 f"{folder.path}: holds {what} with {name}={theirs.get(name)}, but this one has {ours.get(name)};"
                 " run it with the same options, remove it, or choose another --out"
             )
-
-
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}"""
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
-    return found

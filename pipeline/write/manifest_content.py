@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..errors import DataError
 from ..shards import write_array
 from ..storage import Folder
 from .journal import ShardRecord
-from .resize import Sums
+from .resize import Totals
 
 NAMED_BAD = 10  # in the error's one line
 
@@ -30,57 +31,46 @@ class BadImages(DataError):
         )
 
 
-class Totals:
-    """Sums of all shards, over the images' centre squares of `size` pixels, in grey levels."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.images, self.pixels = size, 0, 0
-        self.image = np.zeros(3 * size * size, np.int64)
-        self.channels = np.zeros(3, np.int64)
-        self.products = np.zeros(6, np.int64)  # rr, rg, rb, gg, gb, bb
-
-    def add(self, sums: Sums) -> None:
-        for name in ("images", "pixels", "image", "channels", "products"):
-            setattr(self, name, getattr(self, name) + getattr(sums, name))
-
-    def publish(self, folder: Folder, name: str) -> dict[str, Any]:
-        """Writes the mean image as `name`; returns all other statistics for the manifest, with the file's sha256."""
-        if not self.images:
-            raise DataError("no training image could be decoded for the statistics; repair them or measure more")
-        mean = self.channels / self.pixels
-        rr, rg, rb, gg, gb, bb = self.products / self.pixels
-        covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)
-        values, vectors = np.linalg.eigh(covariance)
-        # An eigenvector may point either way: this fixes the direction.
-        vectors *= np.sign(vectors[np.abs(vectors).argmax(0), [0, 1, 2]])
-        mean_image = (self.image / self.images).reshape(self.size, self.size, 3)
-        return {
-            "mean": mean.tolist(),
-            "std": np.sqrt(np.diag(covariance)).tolist(),
-            "covariance": covariance.tolist(),
-            "eigenvalues": values.round(9).tolist(),  # the last digits depend on the machine's linear algebra
-            "eigenvectors": vectors.T.round(9).tolist(),  # each a row, of unit length, in the order of the values
-            "mean_image": {"file": name, "sha256": write_array(folder, name, mean_image.astype(np.float32))},
-        }
+def write_statistics(totals: Totals, folder: Folder, name: str) -> dict[str, Any]:
+    """Writes the mean image as `name`; returns all other statistics for the manifest, with the file's sha256."""
+    (images, pixels), sums = totals.numbers[:2].tolist(), totals.numbers[2:]
+    if not images:
+        raise DataError("no training image could be decoded for the statistics; repair them or measure more")
+    mean = sums[:3] / pixels
+    rr, rg, rb, gg, gb, bb = sums[3:] / pixels
+    covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(covariance)
+    # An eigenvector may point either way: this fixes the direction.
+    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), [0, 1, 2]])
+    side = isqrt(len(totals.image) // 3)
+    mean_image = (totals.image / images).astype(np.float32).reshape(side, side, 3)
+    return {
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.diag(covariance)).tolist(),
+        "covariance": covariance.tolist(),
+        "eigenvalues": values.round(9).tolist(),  # the last digits depend on the machine's linear algebra
+        "eigenvectors": vectors.T.round(9).tolist(),  # each a row, of unit length, in the order of the values
+        "mean_image": {"file": name, "sha256": write_array(folder, name, mean_image)},
+    }
 
 
 class Collected:
     """The records of all shards by split, their statistics, and the images that were converted or cannot be used.
 
-    The records are kept without their sums: a mean image a shard would be a gigabyte for ImageNet.
+    The records are kept without their totals: a mean image a shard would be a gigabyte for ImageNet.
     Raises BadImages if more images than max_bad_fraction cannot be used.
     """
 
     def __init__(self, records: Iterable[tuple[str, ShardRecord]], *, size: int, max_bad_fraction: float) -> None:
         self.of_split: dict[str, list[ShardRecord]] = {}
-        self.totals = Totals(size)
+        self.totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.int64))
         self.converted: list[dict[str, str]] = []
         self.bad: list[dict[str, str]] = []
         samples = 0
         for split, record in records:
-            if record.sums is not None:
-                self.totals.add(record.sums)
-            self.of_split.setdefault(split, []).append(record._replace(sums=None))
+            if record.totals:
+                self.totals = Totals(*map(np.add, self.totals, record.totals))
+            self.of_split.setdefault(split, []).append(record._replace(totals=None))
             self.converted += record.converted
             self.bad += record.bad
             samples += record.shard.samples

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL
 import simplejpeg
 
 from ..errors import ConfigError
+from ..settings import BelowOne, Positive, validate
 from .images import Encoding
 from .sources import Item, Items, Source
 
@@ -22,19 +23,14 @@ class Options:
     """How a source becomes shards. stats: measure the training pixels. check: how images that are kept are checked."""
 
     encoding: Encoding = field(default_factory=Encoding)
-    samples_per_shard: int = 1000
+    samples_per_shard: Positive = 1000
     seed: int = 0
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: BelowOne = 0.0
     stats: bool = True
-    check: str = "full"
+    check: Literal["full", "header"] = "full"
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ConfigError(f"samples-per-shard={self.samples_per_shard}: must be at least 1")
-        if not 0 <= self.max_bad_fraction < 1:
-            raise ConfigError(f"max-bad-fraction={self.max_bad_fraction}: must be in [0, 1)")
-        if self.check not in ("full", "header"):
-            raise ConfigError(f"check={self.check}: choose full or header")
+        validate(self)
         if self.check == "header" and (self.stats or self.encoding.kind != "keep"):
             raise ConfigError("check=header goes with encode=keep and stats off: all else decodes every image anyway")
 
@@ -44,7 +40,6 @@ class Task:
     """One shard to make."""
 
     split: str
-    number: int
     name: str
     source: Items
     rows: np.ndarray  # positions in `source`, in the shard's order
@@ -73,7 +68,7 @@ class Plan:
             shuffled = _shuffled(self.options.seed, split, items)
             for number, start in enumerate(range(0, len(shuffled), per)):
                 name = f"{self.source.name}-{split}-{number:06d}.tar"
-                tasks.append(Task(split, number, name, items, shuffled[start : start + per]))
+                tasks.append(Task(split, name, items, shuffled[start : start + per]))
         return tasks
 
     def numbers(self, only: range | None) -> range:
@@ -84,6 +79,11 @@ class Plan:
     def images(self, numbers: Iterable[int]) -> int:
         """How many images these shards are made of."""
         return sum(len(self.tasks[n].rows) for n in numbers)
+
+    @property
+    def bad_allowed(self) -> float:
+        """How many images may be left out."""
+        return self.options.max_bad_fraction * self.images(self.numbers(None))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from ..decode import Scratch
 from ..geometry import centre_offset, resized
 from ..jit import compiled, straight_lines_vectorised
 from ..resample import resample, triangle
 
-SLACK = 64  # bytes that a caller keeps free behind an image's last pixel
 u = np.uintp
 
 
@@ -64,39 +63,18 @@ def _add_image(pixels: np.ndarray, start: int, stride: int, side: int, image: np
         q += u(3 * side)
 
 
-class Resizer:
-    """Resizes RGB images into a buffer of its own, which the next call reuses. For one thread."""
+def resize(pixels: np.ndarray, short: int, memory: Scratch, *, square: bool) -> np.ndarray:
+    """(h, w, 3) in `memory`: the image, its short side `short`, or of this the centre square; no more is computed.
 
-    def __init__(self) -> None:
-        self._out = np.zeros(0, np.uint8)
-
-    def __call__(
-        self, pixels: np.ndarray, size: tuple[int, int], to: tuple[int, int], part: tuple[int, int, int, int]
-    ) -> np.ndarray:
-        """(bottom - top, right - left, 3) uint8: `part` of the image resized, valid until the next call.
-
-        pixels: flat uint8, RGB. size, to: (width, height). part: left, top, right, bottom of the resized image.
-        """
-        (width, height), (left, top, right, bottom) = size, part
-        rows, columns = bottom - top, right - left
-        if len(self._out) < rows * columns * 3:
-            self._out = np.zeros(rows * columns * 15 // 4, np.uint8)
-        out = self._out[: rows * columns * 3].reshape(rows, columns, 3)
-        _resize(pixels, width, height, left, top, width / to[0], height / to[1], out)
-        return out
-
-
-def resize_short_side(resizer: Resizer, pixels: np.ndarray, size: tuple[int, int], short: int) -> np.ndarray:
-    """(h, w, 3): the whole image, its short side `short`."""
-    width, height = (int(side) for side in resized(*size, short))
-    return resizer(pixels, size, (width, height), (0, 0, width, height))
-
-
-def resized_square(resizer: Resizer, pixels: np.ndarray, size: tuple[int, int], short: int) -> np.ndarray:
-    """(short, short, 3): the centre square of the image whose short side became `short`; no more is computed."""
-    to = tuple(int(side) for side in resized(*size, short))
-    left, top = (int(centre_offset(length, short)) for length in to)
-    return resizer(pixels, size, (to[0], to[1]), (left, top, left + short, top + short))
+    pixels: (height, width, 3) uint8, RGB, contiguous.
+    """
+    height, width, _ = pixels.shape
+    w, h = resized(width, height, short)
+    columns, rows = (short, short) if square else (w, h)
+    out = memory(3 * rows * columns).reshape(rows, columns, 3)
+    left, top = centre_offset(w, columns), centre_offset(h, rows)
+    _resize(pixels.reshape(-1), width, height, left, top, width / w, height / h, out)
+    return out
 
 
 class Square(NamedTuple):
@@ -115,66 +93,43 @@ class Square(NamedTuple):
         return Square(pixels.reshape(-1), 3 * (top * width + left), 3 * width, side)
 
 
+class Totals(NamedTuple):
+    """Sums over images' centre squares, in whole numbers."""
+
+    numbers: np.ndarray  # (11,) int64: images, pixels, and of these the sums of r, g, b, rr, rg, rb, gg, gb and bb
+    image: np.ndarray  # (3 · size²,): all squares added up
+
+
 class Sums:
-    """Sums over one shard's images, in whole numbers: see statistics.Statistics."""
+    """Adds up one shard's images."""
 
     FLUSH = 257  # images whose sum fits 16 bits, which are half the memory to go through for each
 
     def __init__(self, size: int) -> None:
-        self.size, self.images, self.pixels = size, 0, 0
-        self._image = np.zeros(3 * size * size, np.uint32)  # enough for 16 million images
-        self._latest, self._in_latest = np.zeros(3 * size * size, np.uint16), 0
-        self._sums = np.zeros(9, np.int64)
+        # 32 bits are enough for 16 million images.
+        self._totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.uint32))
+        self._latest = np.zeros(3 * size * size, np.uint16)
 
     def add(self, square: Square, pixels: Square) -> None:
         """square: size² pixels of the mean image. pixels: those that mean and covariance are made of."""
-        assert square.side == self.size
-        if self._in_latest == self.FLUSH:
-            self._flush()
+        numbers, image = self._totals
+        assert 3 * square.side**2 == len(image)
+        if numbers[0] % self.FLUSH == 0:
+            self.totals()
         _add_image(*square, self._latest)
-        _add(*pixels, self._sums)
-        self._in_latest += 1
-        self.images += 1
-        self.pixels += pixels.side**2
+        _add(*pixels, numbers[2:])
+        numbers[:2] += 1, pixels.side**2
 
-    def _flush(self) -> None:
-        self._image += self._latest
-        self._latest[:], self._in_latest = 0, 0
-
-    @property
-    def image(self) -> np.ndarray:
-        """(3 · size²,) uint32: all squares added up."""
-        self._flush()
-        return self._image
-
-    @property
-    def channels(self) -> np.ndarray:
-        """(3,) int64"""
-        return self._sums[:3]
-
-    @property
-    def products(self) -> np.ndarray:
-        """(6,) int64: rr, rg, rb, gg, gb, bb"""
-        return self._sums[3:]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All of it, to be stored."""
-        return {"image": self.image, "sums": self._sums, "counts": np.array([self.size, self.images, self.pixels])}
-
-    @staticmethod
-    def restored(arrays: Mapping[str, np.ndarray]) -> Sums:
-        """Raises KeyError or ValueError for anything but what `arrays` returned."""
-        size, images, pixels = arrays["counts"].tolist()
-        sums = Sums(size)
-        sums.images, sums.pixels = images, pixels
-        sums._image[:], sums._sums[:] = arrays["image"], arrays["sums"]
-        return sums
+    def totals(self) -> Totals:
+        """Of all images so far."""
+        self._totals.image[:] += self._latest
+        self._latest[:] = 0
+        return self._totals
 
 
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
     with straight_lines_vectorised():
-        pixels = np.zeros(3 * 40 * 40 + SLACK, np.uint8)
-        square = resized_square(Resizer(), pixels, (40, 40), 8)
-        centre = Square.centre(square, 8)
+        pixels = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
+        centre = Square.centre(pixels, 8)
         Sums(8).add(centre, centre)

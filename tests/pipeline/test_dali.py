@@ -122,9 +122,7 @@ POISON = {
 def poisoned(root, poison: bytes, *, count: int, at: int):
     images = [jpeg()] * count
     images[at] = poison
-    shard, rows = write_shard(
-        Folder(root), "x.tar", (Sample(f"s{i}", im, 0, 32, 32) for i, im in enumerate(images)), number=0
-    )
+    shard, rows = write_shard(Folder(root), "x.tar", (Sample(f"s{i}", im, 0, 32, 32) for i, im in enumerate(images)))
     split = manifest.split_record([shard], "x.npy", write_array(Folder(root), "x.npy", rows))
     statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}
     manifest.write_manifest(Folder(root), {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})

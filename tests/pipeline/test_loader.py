@@ -383,7 +383,7 @@ def test_an_image_that_pillow_takes_and_dali_rejects_gets_pillows_pixels(tmp_pat
     end = 4 + int.from_bytes(good[4:6], "big")
     images = [good, good[:end] + b"\0\1\2" + good[end:], good]
     shard, rows = write_shard(
-        Folder(tmp_path), "x.tar", (Sample(f"s{i}", image, 0, 64, 64) for i, image in enumerate(images)), number=0
+        Folder(tmp_path), "x.tar", (Sample(f"s{i}", image, 0, 64, 64) for i, image in enumerate(images))
     )
     split = manifest.split_record([shard], "x.npy", write_array(Folder(tmp_path), "x.npy", rows))
     statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}

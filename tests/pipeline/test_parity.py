@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest, open_dataset
+from pipeline.decode import Scratch
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import colour_shift
 from pipeline.read.backend import to_device
@@ -20,7 +21,7 @@ from pipeline.shards import Sample, write_array, write_shard
 from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
-from pipeline.write.resize import SLACK, Resizer, resized_square
+from pipeline.write.resize import resize
 from pipeline.write.sources import ImageFolder
 from tests.conftest import picture
 
@@ -59,7 +60,7 @@ def dataset_of(images: list[bytes], root, **statistics):
     """A dataset that holds exactly these bytes, valid or not."""
     sizes = [Image.open(io.BytesIO(image)).size for image in images]
     samples = (Sample(f"s{i}", image, i, *size) for i, (image, size) in enumerate(zip(images, sizes)))
-    shard, rows = write_shard(Folder(root), "x.tar", samples, number=0)
+    shard, rows = write_shard(Folder(root), "x.tar", samples)
     split = manifest.split_record([shard], "x.npy", write_array(Folder(root), "x.npy", rows))
     measured = {"mean": [120.0, 110.0, 100.0], "std": [60.0, 59.0, 58.0]} | statistics
     content = {"classes": [str(i) for i in range(len(images))], "splits": {"train": split}, "statistics": measured}
@@ -158,8 +159,7 @@ def test_the_loader_resizes_to_the_bytes_that_the_sharder_would_store(tmp_path):
     view = AugmentConfig(resize=96, crop=80)
     ours = crops(root, view, "portable", train=False)[0].transpose(1, 2, 0)
     image = Image.open(io.BytesIO(stored)).convert("RGB")
-    flat = np.concatenate([np.asarray(image).reshape(-1), np.zeros(SLACK, np.uint8)])
-    assert np.array_equal(ours, resized_square(Resizer(), flat, image.size, 96)[8:88, 8:88])
+    assert np.array_equal(ours, resize(np.asarray(image), 96, Scratch(), square=True)[8:88, 8:88])
     width, height = (int(side) for side in resized(*image.size, 96))
     left, top = int(centre_offset(width, 80)), int(centre_offset(height, 80))
     pillows = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 80, top + 80))

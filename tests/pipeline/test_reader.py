@@ -80,12 +80,10 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
     for _ in range(10):
         r.read(np.arange(12)).wait()
     direct = Reader(split)
-    with direct.block(direct.read(np.arange(12)), 0, 12) as block:
-        assert fetch_images(*block, *NO_CUTS) == 12
-        for at, size, sample in zip(block.at, block.rows[:, SIZE], range(12)):
-            assert zlib_ng.crc32(block.buffer[at : at + size]) == split.index["crc32"][sample]
+    block = direct.fetch(direct.read(np.arange(12)), 0, 12, lambda block: fetch_images(*block, *NO_CUTS))
+    for at, size, sample in zip(block.at, block.rows[:, SIZE], range(12)):
+        assert zlib_ng.crc32(block.buffer[at : at + size]) == split.index["crc32"][sample]
     direct.close()
-    del block  # it holds its files open
 
     def shards_open():
         links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]

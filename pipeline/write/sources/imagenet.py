@@ -24,13 +24,13 @@ import numpy as np
 from ...errors import DataError
 from ...files import json_bytes
 from ...progress import Progress
+from ...shards import file_digest
 from ...storage import Folder
 from ...tar import members
 from ..images import BadImage
 from .base import Item, Items, Source, UniqueKeys, advise
 
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
-HASH_CHUNK = 8 << 20
 
 
 @dataclass
@@ -112,8 +112,8 @@ class ImageNet(Source):
                 raise DataError(f"{path}: holds {wnid} twice; download it again")
             left.remove(wnid)
             images = self._images(path, inner.offset, inner.size)
-            expected = kit.train_counts.get(wnid, len(images))
-            if self.counts and len(images) != expected:
+            expected = kit.train_counts[wnid]
+            if self.counts and expected not in (None, len(images)):
                 raise DataError(
                     f"{path}: {wnid} has {len(images):,} images, but the kit counts {expected:,};"
                     " download it again, or pass --no-counts"
@@ -149,14 +149,10 @@ class ImageNet(Source):
                 if known.get(name) == state:
                     progress.update(size)
                     continue
-                digest = hashlib.md5(usedforsecurity=False)
-                with open(path, "rb") as file:
-                    while chunk := file.read(HASH_CHUNK):
-                        digest.update(chunk)
-                        progress.update(len(chunk))
-                if digest.hexdigest() != expected:
+                found = file_digest(path, hashlib.md5(usedforsecurity=False), progress.update)
+                if found != expected:
                     raise DataError(
-                        f"{path}: md5 {digest.hexdigest()}, but the official archive has {expected};"
+                        f"{path}: md5 {found}, but the official archive has {expected};"
                         " download it again, or pass --no-md5"
                     )
                 known[name] = state
@@ -221,14 +217,10 @@ class _Kit:
     def __init__(self, path: Path, id_field: str) -> None:
         self.path = path
         leaves = self._leaves(id_field)
-        self._wnid_of = {int(leaf[id_field]): str(leaf["WNID"]) for leaf in leaves}
-        named = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
-        self.wnids = sorted(named)
-        self.names = [named[wnid] for wnid in self.wnids]
+        self.wnids, self.names, self.ids, counts = map(list, zip(*leaves))
         self.label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
-        self.ids = sorted(self._wnid_of, key=self._wnid_of.__getitem__)
-        counted = "num_train_images" in leaves[0].dtype.names
-        self.train_counts = {str(leaf["WNID"]): int(leaf["num_train_images"]) for leaf in leaves} if counted else {}
+        self.train_counts = dict(zip(self.wnids, counts))
+        self._label_of_id = {id: label for label, id in enumerate(self.ids)}
 
     def file(self, name: str) -> bytes:
         """The content of a file of the kit."""
@@ -242,17 +234,22 @@ class _Kit:
             raise DataError(f"{self.path}: damaged ({err}); download it again") from err
         raise DataError(f"{self.path}: holds no {name}; download it again")
 
-    def _leaves(self, id_field: str) -> list[Any]:
+    def _leaves(self, id_field: str) -> list[tuple[str, str, int, int | None]]:
+        """(WordNet id, name, id, number of training images if the kit has it) of each class, sorted."""
         from scipy.io import loadmat  # half a second that other sources do not pay
 
         meta = io.BytesIO(self.file("data/meta.mat"))
         try:
-            synsets = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
-            leaves = [synset for synset in synsets if int(synset["num_children"]) == 0]
-            ids = sorted(int(leaf[id_field]) for leaf in leaves)
-            wnids = {str(leaf["WNID"]) for leaf in leaves}
+            synsets: Any = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+            counted = "num_train_images" in synsets.dtype.names
+            leaves = sorted(
+                (str(s["WNID"]), str(s["words"]), int(s[id_field]), int(s["num_train_images"]) if counted else None)
+                for s in synsets
+                if int(s["num_children"]) == 0
+            )
         except Exception as err:  # SciPy raises whatever its parser meets
             raise DataError(f"{self.path}: data/meta.mat cannot be read ({err}); download it again") from err
+        ids, wnids = sorted(leaf[2] for leaf in leaves), {leaf[0] for leaf in leaves}
         if not leaves or ids != list(range(1, len(leaves) + 1)) or len(wnids) != len(leaves):
             raise DataError(f"{self.path}: data/meta.mat does not number its {len(leaves)} classes from 1 on")
         return leaves
@@ -261,6 +258,6 @@ class _Kit:
         """0-based labels from a file of 1-based ids, a line each."""
         words = data.decode("ascii", "replace").split()
         for number, word in enumerate(words, 1):
-            if not word.isdigit() or int(word) not in self._wnid_of:
+            if not word.isdigit() or int(word) not in self._label_of_id:
                 raise DataError(f"{path}: line {number} is {word!r}, no class of {self.path.name}; download it again")
-        return [self.label_of[self._wnid_of[int(word)]] for word in words]
+        return [self._label_of_id[int(word)] for word in words]
