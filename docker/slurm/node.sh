@@ -26,7 +26,7 @@ launch=(--num_processes "$ranks" --num_machines "$SLURM_JOB_NUM_NODES" --machine
   --mixed_precision "${ACCELERATE_MIXED_PRECISION:-$precision}" --dynamo_backend no --main_process_port "$MAIN_PORT")
 ((ranks == 1)) || launch+=(--multi_gpu)
 if ((SLURM_JOB_NUM_NODES > 1)); then
-  # Tells torchrun which node is the host, since the node's own name and address need not agree with Slurm's.
+  # Names the host to torchrun, since the node's own name and address need not agree with Slurm's.
   is_host=$((SLURM_NODEID == 0))
   launch+=(--main_process_ip "$MAIN_ADDRESS" --rdzv_backend c10d --rdzv_conf "is_host=$is_host,read_timeout=180")
 fi
