@@ -154,7 +154,7 @@ stage() {
   check_room
   echo "$FINGERPRINT" 2>/dev/null >"$TO/$BEGUN" || fail "$IO_FAILED" "$TO/$BEGUN: cannot be written"
   rm -f "$TO/manifest.json" # of a copy that has lost files
-  copy_missing 2> >(head -n 1 >&2) || give_up
+  copy_missing 2> >(sed -un 1p >&2) || give_up # reads on, so that no copy dies of a broken pipe
   publish
   echo "$(hostname): $TO: $((NEEDED / 1000000)) MB copied in $SECONDS s, ${#MISSING[@]} of ${#FILES[@]} files"
 }

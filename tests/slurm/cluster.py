@@ -20,7 +20,7 @@ import psutil
 from tests.conftest import ROOT
 
 PACKAGES = ("slurmctld", "slurmd", "munge", "slurm-client")
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "taskset")
 NODES = ("n1", "n2")
 SLURMD_TIMEOUT = 10  # seconds until a silent node counts as lost
 
@@ -97,16 +97,18 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Starts a node; its daemon and all processes that it starts share one core."""
         cores = sorted(os.sched_getaffinity(0))
-        mine = [cores[NODES.index(node) % len(cores)]]
-        self._daemon(node, "-D", "-N", node, program="slurmd", cores=mine)
+        mine = cores[NODES.index(node) % len(cores)]
+        self._daemon(node, "-D", "-N", node, program="slurmd", core=str(mine))
 
-    def _daemon(self, name: str, *args: str, program: str = "", cores: list[int] | None = None) -> None:
+    def _daemon(self, name: str, *args: str, program: str = "", core: str = "") -> None:
         path = shutil.which(program or name, path=self.env["PATH"])
         assert path
+        # Before the daemon starts: it keeps threads, and setting a running process's cores sets its first thread's.
+        pinned = ["taskset", "--cpu-list", core] if core else []
         with open(self.folder / f"{name}.out", "a") as out:
-            self._daemons[name] = subprocess.Popen([path, *args], stdout=out, stderr=out, env=self.env, cwd="/")
-        if cores:
-            psutil.Process(self._daemons[name].pid).cpu_affinity(cores)
+            self._daemons[name] = subprocess.Popen(
+                [*pinned, path, *args], stdout=out, stderr=out, env=self.env, cwd="/"
+            )
 
     def end(self) -> None:
         """Kills every process by its pid, jobs first."""
