@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,22 +32,17 @@ class NoDecode(dali.Graph):
         return *images, mirror
 
 
-class CpuTime:
-    """CPU seconds of every thread inside the wrapped functions."""
+def timed(function: Callable[..., Any], spent: list[float], sign: int) -> Callable[..., Any]:
+    """The function, which also appends its thread's CPU seconds, with this sign."""
 
-    def __init__(self) -> None:
-        self.seconds, self._lock = 0.0, threading.Lock()
+    def call(*args: Any, **kwargs: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent.append(sign * (time.thread_time() - started))
 
-    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                with self._lock:
-                    self.seconds += time.thread_time() - started
-
-        return timed
+    return call
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -58,12 +52,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def microseconds(shards: Path, *, batch: int, batches: int) -> float:
     """CPU time an image of the Python threads; see WHAT."""
-    pool, compiled = CpuTime(), CpuTime()
-    with (
-        patch.object(reader.Reader, "_read_ahead", pool.of(reader.Reader._read_ahead)),
-        patch.object(reader, "fetch_images", compiled.of(fetch.fetch_images)),
-        patch.object(reader, "not_plain_jpegs", compiled.of(fetch.not_plain_jpegs)),
-    ):
+    spent: list[float] = []  # beside the consumer's thread
+    compiled = {name: timed(getattr(fetch, name), spent, -1) for name in ("fetch_images", "not_plain_jpegs")}
+    tasks = timed(reader.Reader._read_ahead, spent, 1)
+    with patch.object(reader.Reader, "_read_ahead", tasks), patch.multiple(reader, **compiled):
         view, config = AugmentConfig(square=False), LoaderConfig("dali-cpu", threads=1)
         with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
             engine: Any = loader._engine
@@ -73,13 +65,13 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
             for number in range(batches + 8):
                 if number == 8:  # after the first batches: pages and compiled functions are warm
                     started = time.thread_time()
-                    pool.seconds = compiled.seconds = 0.0
+                    spent.clear()
                 engine._pipeline.run()
                 engine._decoding.popleft()
             consumer = time.thread_time() - started
             engine.stop()
             works.close()
-    return round((consumer + pool.seconds - compiled.seconds) / (batches * batch) * 1e6, 2)
+    return round((consumer + sum(spent)) / (batches * batch) * 1e6, 2)
 
 
 def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
