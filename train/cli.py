@@ -118,7 +118,9 @@ def _short_help(preset: str, config: Config) -> str:
 def _read_config(file: Path, base: Config) -> Config:
     """`base` with the values of a JSON file: of --print, or a run folder's config.json."""
     try:
-        values = json.loads(file.read_bytes())  # UTF-8 or UTF-16, with a mark of it or without
+        values = json.loads(
+            file.read_bytes(), object_pairs_hook=_distinct
+        )  # UTF-8 or UTF-16, with a mark of it or without
     except FileNotFoundError as err:
         raise DataError(f"--config {file}: no such file") from err
     except (OSError, ValueError, RecursionError) as err:
@@ -132,6 +134,15 @@ def _read_config(file: Path, base: Config) -> Config:
         return _tyro(flags, base, prog=PROG, config=(tyro.conf.FlagConversionOff,))
     except ConfigError as err:
         raise ConfigError(f"--config {file}: {err}") from err
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that is given twice, of which JSON's reader would take the last."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is given twice")
+    return dict(pairs)
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import manifest, pool
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, DataError, StorageError, reading
 from ..files import PARTIAL, json_bytes
 from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
@@ -168,10 +168,12 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
         finished = manifest.open_dataset(folder.path).manifest
         if "plan" not in finished:
             raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
-        left_out, images = len(finished["quarantine"]), plan.images(plan.numbers(None))
-        theirs = sum(split["samples"] for split in finished["splits"].values()) + left_out
-        before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": images}
-        journal.reject_other(folder, before, now, "a finished dataset")
+        images = plan.images(plan.numbers(None))
+        with reading(f"{folder.path / manifest.NAME}: its plan", "choose another --out or remove it"):
+            left_out = len(finished["quarantine"])
+            theirs = sum(split["samples"] for split in finished["splits"].values()) + left_out
+            before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": images}
+            journal.reject_other(folder, before, now, "a finished dataset")
         if left_out > plan.bad_allowed:
             raise ConfigError(
                 f"{folder.path}: holds a finished dataset that left out {left_out} images;"
@@ -207,6 +209,12 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
     source, options = plan.source, plan.options
     size, fraction = options.encoding.size, options.max_bad_fraction
     collected = Collected(_records(plan, folder), size=size, max_bad_fraction=fraction)
+    present = {label for record in collected.of_split.get("train", []) for label in record.rows["label"].tolist()}
+    if collected.bad and (emptied := set(range(len(source.classes))) - present):
+        raise DataError(
+            f"{source.classes[min(emptied)]}: no image of this class can be used;"
+            f" remove the class, or repair its images and remove {folder.path / journal.FOLDER}"
+        )
     splits = collected.write_splits(folder, source.name)
     measured = write_statistics(collected.totals, folder, f"{source.name}-mean.npy") if options.stats else {}
     folder.write(manifest.INFO, json_bytes(manifest.timm_info(splits)))

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline import manifest, resample
 from pipeline.decode import Scratch
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
 from pipeline.storage import Folder
@@ -477,6 +477,31 @@ def test_a_finished_dataset_and_foreign_files_are_never_overwritten(tmp_path):
     with pytest.raises(ConfigError, match=r"holds a finished dataset with options\.seed=0, but this one has 1;"):
         build(Plan(Digits(side=8), Options(seed=1)), tmp_path, workers=1)
     assert folder_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("planned", [{"plan": 3}, {"plan": {}, "quarantine": None}, {"plan": {"options": []}}])
+def test_a_manifest_whose_plan_is_none_of_ours_is_one_line(planned, tmp_path):
+    plan = Plan(Digits(side=8), Options())
+    written = build(plan, tmp_path, workers=1)
+    manifest.write_manifest(Folder(tmp_path), written | planned)
+    with pytest.raises(ExpressError, match=r"its plan cannot be read|holds a finished dataset with dataset=None"):
+        build(plan, tmp_path, workers=1)
+
+
+def test_a_class_whose_images_are_all_bad_is_an_error(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "in" / name / f"{i}.jpg").write_bytes(GOOD if name == "cat" or i == 2 else GOOD[:300])
+    options = Options(max_bad_fraction=0.9)
+    bad = tmp_path / "in" / "dog" / "2.jpg"
+    bad.write_bytes(b"no image")
+    with pytest.raises(DataError, match="dog: no image of this class can be used; remove the class, or repair"):
+        build(Plan(ImageFolder(tmp_path / "in"), options), tmp_path / "out", workers=1)
+    bad.write_bytes(GOOD)
+    shutil.rmtree(tmp_path / "out" / "parts")
+    written = build(Plan(ImageFolder(tmp_path / "in"), options), tmp_path / "out", workers=1)
+    assert (written["splits"]["train"]["samples"], len(written["quarantine"])) == (4, 2)
 
 
 def test_pixel_limit_is_our_own():

@@ -174,6 +174,7 @@ def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
         ('{"optim": {"lr": null}}', "optim.lr=null: give a value"),
         ('{"augment": {"flip": 1}}', "augment.flip=1: give true or false"),
         ("[" * 100_000, "cannot be read as JSON"),
+        ('{"optim": {"lr": 1, "name": "sgd", "lr": 2}}', r"cannot be read as JSON \('lr' is given twice\)"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(text, message, tmp_path):
