@@ -24,11 +24,14 @@ u = np.uintp
 WIDTH, HEIGHT, FRAME, SCAN, DATA, COMPONENTS, MCU_WIDTH, MCU_HEIGHT, COMPONENT = range(9)
 LAYOUT = COMPONENT + 12
 
-# Huffman tables, (TABLES,) int32: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of the scan find, from 0 on, what
-# _entry makes of a code and its symbol; 0 for longer codes, whose last code and first symbol by length follow.
-LOOK = 10
-LAST, OFFSET, SYMBOLS = 1 << LOOK, (1 << LOOK) + 18, (1 << LOOK) + 36
-TABLE = SYMBOLS + 256
+# Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of the scan find,
+# from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
+# they hold; 0: a longer code. Of these, LAST, OFFSET and SYMBOLS are by length the last code and where its symbols are.
+# From KEPT on are the counts and symbols that the table was made of: the next image mostly has the same.
+LOOK = 11
+MANY, LAST = 1 << LOOK, 2 << LOOK
+OFFSET, SYMBOLS, KEPT = LAST + 18, LAST + 36, LAST + 36 + 256
+TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
 SLACK = 8  # bytes that `peek` may read behind the last one
@@ -132,11 +135,17 @@ def _read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: i
     count = 0
     for i in range(16):
         count += int(data[at + i])
-    if count > 256 or at + 16 + count > end:
+    size = 16 + count
+    if count > 256 or at + size > end:
         return -1
-    for i in range(SYMBOLS):
-        tables[base + i] = 0
-    code, symbol = 0, 0
+    same = True
+    for i in range(size):
+        same &= tables[base + KEPT + i] == data[at + i]
+    if same:
+        return size
+    tables[base : base + TABLE] = 0
+    tables[base + KEPT] = -1  # until it is whole
+    code, symbol, is_ac = 0, 0, base >= 2 * TABLE
     for length in range(1, 17):
         n = int(data[at + length - 1])
         tables[base + OFFSET + length] = symbol - code
@@ -145,28 +154,45 @@ def _read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: i
             tables[base + SYMBOLS + symbol] = value
             if length <= LOOK and code < 1 << length:
                 first = code << (LOOK - length)
-                entry = _entry(length, value, base >= 2 * TABLE)
-                for k in range(first, first + (1 << (LOOK - length))):
-                    tables[base + k] = entry
+                tables[base + first : base + first + (1 << (LOOK - length))] = _entry(length, value, is_ac)
             symbol += 1
             code += 1
         if code >= 1 << length:  # the code of ones alone must stay free
             return -1
         tables[base + LAST + length] = code - 1 if n else -1
         code <<= 1
-    return 16 + count
+    if is_ac:
+        _join(tables, base)
+    for i in range(size):
+        tables[base + KEPT + i] = data[at + i]
+    return size
 
 
 @compiled
-def _entry(length: int, symbol: int, ac: bool) -> int:
-    """DC: 256 times the code's length, and the difference's bits. AC: 256 times the coefficients that the code stands
-    for, and its length with its coefficient's bits. 0: not in a baseline JPEG."""
-    if not ac:
+def _entry(length: int, symbol: int, is_ac: bool) -> int:
+    """DC: 256 times the code's length, and the difference's bits. AC: 2¹⁶ times the code's length, 256 times the
+    coefficients that it stands for, and its length with its coefficient's bits. 0: not in a baseline JPEG."""
+    if not is_ac:
         return length << 8 | symbol if symbol < 12 else 0
     run, size = symbol >> 4, symbol & 15
     if size == 0 and run == 0:
-        return DONE << 8 | length
-    return (run + 1) << 8 | length + size if size or run == 15 else 0
+        return length << 16 | DONE << 8 | length
+    return length << 16 | (run + 1) << 8 | length + size if size or run == 15 else 0
+
+
+@compiled
+def _join(tables: np.ndarray, base: int) -> None:
+    """Fills an AC table's MANY: the coefficients and bits of all codes that LOOK bits hold, to the end of a block."""
+    for bits in range(1 << LOOK):
+        used, coefficients = 0, 0
+        while used < LOOK:
+            entry = tables[base + (bits << used & (1 << LOOK) - 1)]
+            if entry == 0 or used + (entry >> 16) > LOOK or coefficients + (entry >> 8 & 0x7F) > 63:
+                break
+            used, coefficients = used + (entry & 0xFF), coefficients + (entry >> 8 & 0xFF)
+            if coefficients >= DONE:
+                break
+        tables[base + MANY + bits] = coefficients << 8 | used
 
 
 @intrinsic
@@ -240,19 +266,20 @@ def skip_block(clean: np.ndarray, bit: int, end: int, tables: np.ndarray, dc: in
     difference = extended(np.int64(word << np.uint64(length) >> np.uint64(32)), size)
     used, word, k = length + size, word << np.uint64(length + size), 1
     while k < 64:
-        if used > 57 - 32:  # too few bits are left for the longest code
+        if used > 57 - 16:  # too few bits are left for the longest code
             bit, used = bit + used, 0
             if bit > end:
                 return -1, 0
             word = _window(clean, bit)
-        found = np.int64(tables[u(ac) + u(word >> np.uint64(64 - LOOK))])
-        if found == 0:
+        found = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
+        many = found >> 8
+        if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
             found = coded(tables, ac, np.int64(word >> np.uint64(32)))
             if found == 0:
                 return -1, 0
-        word, used, k = word << np.uint64(found & 0xFF), used + (found & 0xFF), k + (found >> 8)
+        word, used, k = word << np.uint64(found & 0xFF), used + (found & 0xFF), k + (found >> 8 & 0xFF)
     bit += used
-    return bit if (k == 64 or k > DONE) and bit <= end else -1, difference
+    return bit if (k == 64 or k >= DONE) and bit <= end else -1, difference
 
 
 @compiled

@@ -183,12 +183,12 @@ def store_float32(
 
 @compiled
 def resample(
-    pixels: np.ndarray, base: int, width: int, height: int, x: Taps, y: Taps,
+    pixels: np.ndarray, base: int, pitch: int, width: int, height: int, x: Taps, y: Taps,
     out: np.ndarray, start: int, packed: bool, mean: np.ndarray, m: int, scale: np.ndarray,
 ) -> None:  # fmt: skip
     """The image that begins at pixels[base], width × height RGB, resampled by the taps and stored from out[start] on.
 
-    The rest: see `store`.
+    pitch: pixels from one row to the next. The rest: see `store`.
     """
     # Arrays are taken out of the tuples once: Numba counts references by atomic operations.
     x_first, x_weights, x_taps, y_first, y_weights, y_taps = x.first, x.weights, x.taps, y.first, y.weights, y.taps
@@ -200,7 +200,7 @@ def resample(
     sums, row = np.empty(3 * columns + 1, np.float32), np.empty(3 * columns, np.uint8)
     a = 3 * leftmost
     for i in range(rows):
-        _blend_rows(pixels, base + a, 3 * width, height, y_first[i], y_weights, i * y_taps, y_taps, line, size)
+        _blend_rows(pixels, base + a, 3 * pitch, height, y_first[i], y_weights, i * y_taps, y_taps, line, size)
         _blend_columns(line, a, x_first, x_weights, x_taps, sums)
         for j in range(u(3 * columns)):
             row[j] = np.uint8(np.int32(sums[j] + HALF))

@@ -29,9 +29,11 @@ import simplejpeg
 
 from pipeline import pool
 from pipeline.errors import ConfigError, DataError
+from pipeline.manifest import open_dataset
 from pipeline.progress import Progress, clock
 from pipeline.write import index_existing
 from pipeline.write.build import build, forecast
+from pipeline.write.cuts import make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
@@ -53,6 +55,7 @@ def parser() -> cli.Parser:
         source.add_options(kind)
         add_options(kind)
     add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
+    add_cuts(kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)"))
     return p
 
 
@@ -69,6 +72,17 @@ def add_index(p: argparse.ArgumentParser) -> None:
         help="images to measure mean and deviation of (%(default)s)",
     )
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
+
+
+def add_cuts(p: argparse.ArgumentParser) -> None:
+    p.add_argument("out", type=Path, metavar="DIR", help="the shard folder")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
+    p.add_argument(
+        "--check-cuts",
+        choices=("some", "all"),
+        default="some",
+        help="compare the pixels of a cut with the whole image's for one image in 32, or for each (%(default)s)",
+    )
 
 
 def add_common(p: argparse.ArgumentParser, *, out: str, size: str) -> None:
@@ -126,6 +140,8 @@ def main() -> None:
     args = parser().parse_args()
     args.workers = pool.worker_count(args.workers)
     started = time.monotonic()
+    if args.source == "cuts":
+        return cut(args)
     try:
         written = index(args) if args.source == "index" else make(args)
     except BadImages as err:
@@ -157,6 +173,20 @@ def index(args: argparse.Namespace) -> dict:
         )
     print_passed_over(passed_over)
     return written
+
+
+def cut(args: argparse.Namespace) -> None:
+    dataset = open_dataset(args.out)
+    if dataset.encoding == "raw":
+        raise ConfigError(f"{args.out}: its images are raw pixels; cuts are for JPEGs")
+    images = sum(split.samples for split in dataset.splits.values())
+    with Progress("finding cuts", images) as progress:
+        made = make_cuts(dataset, workers=args.workers, check_all=args.check_cuts == "all", progress=progress.update)
+    stored, size = sum(s.bytes for split in dataset.splits.values() for s in split.shards), sum(f.bytes for f in made)
+    print(
+        f"{args.out}: {sum(file.cut for file in made):,} of {images:,} images can be cut;"
+        f" {size / 1e6:,.1f} MB, {size / stored:.1%} of the shards"
+    )
 
 
 def print_passed_over(passed_over: PassedOver) -> None:

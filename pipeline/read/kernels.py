@@ -29,16 +29,17 @@ def _reverse(pixels: np.ndarray, at: int, side: int, row: np.ndarray) -> None:
 
 @exactly_compiled
 def _crop(
-    pixels: np.ndarray, base: int, width: int, height: int, out: np.ndarray, number: int, side: int, packed: bool,
+    pixels: np.ndarray, base: int, pitch: int, width: int, height: int,
+    out: np.ndarray, number: int, side: int, packed: bool,
     box: np.ndarray, flip: bool, mean: np.ndarray, scale: np.ndarray,
 ) -> None:  # fmt: skip
-    """Crop `number` of the batch, of the image that begins at pixels[base]."""
+    """Crop `number` of the batch, of the image that begins at pixels[base]; pitch: pixels from one row to the next."""
     start, m = 3 * side * side * number, 3 * number
     left, top, x_scale, y_scale = box[0], box[1], box[2] / side, box[3] / side
     if x_scale == 1.0 and y_scale == 1.0 and left == int(left) and top == int(top):
         row = np.empty(3 * side, np.uint8)
         for y in range(side):
-            at = base + 3 * ((int(top) + y) * width + int(left))
+            at = base + 3 * ((int(top) + y) * pitch + int(left))
             if flip:
                 _reverse(pixels, at, side, row)
                 store(row, 0, out, start, side, side, y, packed, mean, m, scale)
@@ -47,14 +48,14 @@ def _crop(
         return
     across = triangle(left / x_scale, x_scale, width, side, flip)
     down = triangle(top / y_scale, y_scale, height, side, False)
-    resample(pixels, base, width, height, across, down, out, start, packed, mean, m, scale)
+    resample(pixels, base, pitch, width, height, across, down, out, start, packed, mean, m, scale)
 
 
 @compiled
 def crop_images(
     buffer: np.ndarray, at: np.ndarray, fds: np.ndarray, rows: np.ndarray, verify: bool,
     out: np.ndarray, number: int, side: int, packed: bool,
-    box: np.ndarray, flip: np.ndarray, mean: np.ndarray, scale: np.ndarray,
+    box: np.ndarray, flip: np.ndarray, mean: np.ndarray, scale: np.ndarray, pitch: int,
 ) -> int:  # fmt: skip
     """Fetches a Block of images that are stored as pixels, and crops each while its bytes are in the cache.
 
@@ -67,7 +68,10 @@ def crop_images(
         for view in range(views):
             width, height = rows[i, WIDTH], rows[i, HEIGHT]
             at_row = number + i * views + view
-            _crop(buffer, at[i], width, height, out, at_row, side, packed, box[i, view], flip[i, view], mean, scale)
+            _crop(
+                buffer, at[i], pitch or width, width, height, out, at_row, side, packed, box[i, view], flip[i, view],
+                mean, scale,
+            )  # fmt: skip
     return len(at)
 
 
@@ -97,6 +101,7 @@ class Cropper:
         flip: np.ndarray,
         mean: np.ndarray,
         scale: np.ndarray,
+        pitch: int = 0,
     ) -> int:
         """Writes the crops of n images from crop `number` of `out` on; returns the first image that fails, or n.
 
@@ -104,17 +109,19 @@ class Cropper:
         box: (n, views, 4) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
             needs beyond the box comes from the image around it. flip: (n, views) bool.
         mean: flat, 3 for each crop of `out`, scale: (3,) float32; the crop is (x - mean) · scale.
+        pitch: pixels from one row of the images to the next; 0: their width.
         """
-        done: int = crop_images(*block, out, number, self.side, self.packed, box, flip, mean, scale)
+        done: int = crop_images(*block, out, number, self.side, self.packed, box, flip, mean, scale, pitch)
         return done
 
 
-_HERE, _FIRST = np.full(1, IN_MEMORY), np.zeros(1, np.int64)
+_HERE = np.full(1, IN_MEMORY)
 
 
-def decoded_block(pixels: np.ndarray, row: np.ndarray) -> Block:
-    """One image whose pixels are at hand. row: (1, 7), its row of the index."""
-    return Block(pixels, _FIRST, _HERE, row, False)
+def decoded_block(pixels: np.ndarray, row: np.ndarray, at: int = 0) -> Block:
+    """One image whose pixels are at hand. row: (1, 7), its row of the index. at: of its first pixel, which may lie
+    before those that are there."""
+    return Block(pixels, np.full(1, at), _HERE, row, False)
 
 
 def size_row(width: int, height: int) -> np.ndarray:

@@ -10,6 +10,7 @@ The content of a batch is a function of (dataset, seed, epoch, step, batch) alon
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 
 from ..cores import threads_per_rank
-from ..errors import ConfigError
+from ..cuts import Cuts, open_cuts
+from ..errors import ConfigError, DataError
 from ..manifest import Dataset, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
@@ -142,7 +144,7 @@ class Loader(AbstractContextManager["Loader"]):
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
         engine = self.backend, output, self._reader, self.plan, self.config
-        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads)
+        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cuts=self._cuts())
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck
@@ -259,6 +261,15 @@ class Loader(AbstractContextManager["Loader"]):
             images = images.view(-1, self.plan.views, *images.shape[1:])
         labels = to_device(work.rows[:, fetch.LABEL].copy(), self.device)
         return Batch(images, labels, torch.from_numpy(work.ids.copy()))
+
+    def _cuts(self) -> Cuts | None:
+        if self.backend != "portable" or self.dataset.encoding == "raw":
+            return None
+        try:
+            return open_cuts(self.dataset, self.split)
+        except DataError as err:  # images are decoded whole then
+            logging.getLogger("imagenet_express").warning("%s", err)
+            return None
 
     def _plan_and_read(self) -> Generator[Work, None, None]:
         """All batches from the state on; their bytes are requested batches before they are yielded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..cuts import Cuts
 from . import fetch
 from .backend import Engine, Output, PixelType
 from .config import Backend, LoaderConfig
@@ -21,9 +22,17 @@ def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device)
 
 
 def make(
-    backend: Backend, output: Output, reader: Reader, plan: Plan, config: LoaderConfig, *, raw: bool, threads: int
+    backend: Backend,
+    output: Output,
+    reader: Reader,
+    plan: Plan,
+    config: LoaderConfig,
+    *,
+    raw: bool,
+    threads: int,
+    cuts: Cuts | None = None,
 ) -> Engine:
-    """raw: images are stored as pixels."""
+    """raw: images are stored as pixels. cuts: where the MCUs of JPEGs are; the portable backend alone uses them."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
         from .synthetic import Synthetic
@@ -32,7 +41,7 @@ def make(
     if backend == "portable":
         from .portable import Portable
 
-        return Portable(output, reader, raw=raw, threads=threads, depth=depth)
+        return Portable(output, reader, raw=raw, threads=threads, depth=depth, cuts=cuts)
     from .dali import Dali, Graph
 
     short_sides = reader.rows[:, [fetch.WIDTH, fetch.HEIGHT]].min(axis=1)

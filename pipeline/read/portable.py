@@ -6,6 +6,7 @@ batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 from simplejpeg import decode_jpeg
 
+from ..cuts import Cuts
 from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
 from .backend import Engine, Held, Output, Work, check_raw_sizes, to_device, undecodable
 from .buffers import Buffers
+from .cutter import Cut, Cutter
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import Cropper, decoded_block, size_row
 from .reader import Reader
@@ -47,9 +50,11 @@ def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
 
 
 class Portable(Engine):
-    """See backend.Engine. raw: images are stored as pixels."""
+    """See backend.Engine. raw: images are stored as pixels. cuts: where the MCUs of JPEGs are."""
 
-    def __init__(self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int) -> None:
+    def __init__(
+        self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int, cuts: Cuts | None = None
+    ) -> None:
         self.output, self.raw, self.threads, self.depth, self._reader = output, raw, threads, depth, reader
         stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
         self._in_kernel = stored == "float32"
@@ -60,6 +65,7 @@ class Portable(Engine):
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
+        self._cutter = Cutter(cuts, output.crop) if cuts else None
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
@@ -82,6 +88,8 @@ class Portable(Engine):
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._cutter:
+            self._cutter.close()
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"
@@ -110,26 +118,51 @@ class Portable(Engine):
         for a, b in pairwise(bounds):
             self._decode_block(work, crops, a, b)
 
-    def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int) -> int:
+    def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int, pitch: int = 0) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
-        mean, number = work.mean.reshape(-1), a * self.output.views
-        return self._cropper(block, crops.reshape(-1), number, work.box[a:b], work.flip[a:b], mean, self._inverse_std)
+        mean, number, out = work.mean.reshape(-1), a * self.output.views, crops.reshape(-1)
+        return self._cropper(block, out, number, work.box[a:b], work.flip[a:b], mean, self._inverse_std, pitch)
 
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
-        rows, needed, cut = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
-        block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, cut))
-        plain = cut | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
-        left = np.where(cut, needed, rows[:, HEIGHT])
+        rows, needed, short = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
+        cut = None
+        if self._cutter:
+            places, pixels = self._cutter.rows(work.ids[a:b], rows), self._cutter.pixels(work.box[a:b])
+            chosen = self._cutter.worthwhile(rows, places, pixels)
+            needed = np.where(chosen, rows[:, HEIGHT], needed)
+        block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, short))
+        if self._cutter and chosen.any():
+            cut = self._cutter(block, places, pixels, chosen)
+        plain = short | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
+        left = np.where(short, needed, rows[:, HEIGHT])
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
         for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
+            row = rows[i : i + 1]
+            if cut and (cropped := self._cut_pixels(cut, i, width, height)):
+                pixels_of, first, pitch = cropped
+                self._crop(work, crops, decoded_block(pixels_of, row, first), a + i, a + i + 1, pitch)
+                continue
             image = block.buffer[start:end]
             try:
-                pixels = self._decoded(image, width, height, left_rows, is_plain)
+                whole = self._decoded(image, width, height, left_rows, is_plain)
             except Exception as err:  # whatever it is, it needs the sample's name
                 raise undecodable(work, a + i, err, self._reader) from err
-            self._crop(work, crops, decoded_block(pixels, rows[i : i + 1]), a + i, a + i + 1)
+            self._crop(work, crops, decoded_block(whole, row), a + i, a + i + 1)
+
+    def _cut_pixels(self, cut: Cut, i: int, width: int, height: int) -> tuple[np.ndarray, int, int] | None:
+        """The flat pixels of a cut, where in them the whole image would begin, and its pixels a row. None: not cut.
+
+        The memory is the whole image's: taps of weight zero may read beyond the cut.
+        """
+        start, end, x, y, wide, high = cut.found[i].tolist()
+        if end:
+            memory = self._scratch(3 * height * width)
+            with contextlib.suppress(ValueError):  # strict: then the whole image, which is at hand, shows the fault
+                if decode_jpeg(cut.data[start:end], buffer=memory, strict=True).shape == (high, wide, 3):
+                    return memory, -3 * (y * wide + x), wide
+        return None
 
     def _decoded(self, image: np.ndarray, width: int, height: int, rows: int, is_plain: bool) -> np.ndarray:
         """Flat pixels: all, or those of the first rows if the image was cut short; valid until this thread's next call.

@@ -21,7 +21,7 @@ def _resize(
     """out: (rows, columns, 3) uint8, from (left, top) on, of the image resized by the scales."""
     x, y = triangle(left, x_scale, width, out.shape[1], False), triangle(top, y_scale, height, out.shape[0], False)
     unused = np.zeros(3, np.float32)
-    resample(pixels, 0, width, height, x, y, out.reshape(-1), 0, True, unused, 0, unused)
+    resample(pixels, 0, width, width, height, x, y, out.reshape(-1), 0, True, unused, 0, unused)
 
 
 @compiled

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..jit import compiled
-from ..jpeg import (
+from .jit import compiled
+from .jpeg import (
     COMPONENT, COMPONENTS, DATA, FRAME, HEIGHT, MCU_HEIGHT, MCU_WIDTH, STEP, TABLE, WIDTH, coded, number, peek, places_in,
     skip_block, skip_mcu, store32, unstuff,
 )  # fmt: skip
@@ -97,7 +97,14 @@ def _longer_table(data: np.ndarray, at: int, out: np.ndarray, q: int, codes: np.
 
 @compiled
 def _write_header(
-    data: np.ndarray, start: int, layout: np.ndarray, width: int, height: int, out: np.ndarray, q: int, codes: np.ndarray
+    data: np.ndarray,
+    start: int,
+    layout: np.ndarray,
+    width: int,
+    height: int,
+    out: np.ndarray,
+    q: int,
+    codes: np.ndarray,
 ) -> int:
     """Copies the segments that decide pixels, with the new size and longer DC tables; 0 if that is not possible.
 

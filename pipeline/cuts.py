@@ -1,0 +1,86 @@
+"""Where the MCUs of a data set's JPEGs are, so that a loader cuts out those that a crop needs: docs/cuts.md.
+
+A file for each shard lies beside the manifest, which does not know of them: order, resume and fingerprint stay the same.
+`cuts.json` is written last and names them all. The tars themselves may lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError, reading
+from .manifest import Dataset, Split
+from .shards import Shard
+
+NAME = "cuts.json"
+CURE = "make it again with tools/make_shards.py cuts"
+
+# Header, entries, and a row of the table for each sample.
+HEADER_DTYPE = np.dtype([("magic", "S8"), ("samples", "<u4"), ("entries", "<u4"), ("shard", "S32")])
+ENTRY_BYTES = 8
+TABLE_DTYPE = np.dtype(
+    [
+        ("first", "<u4"),  # entry
+        ("count", "<u4"),  # of entries; 0: the image cannot be cut
+        ("crc32", "<u4"),  # of the entries, continued from the image's
+    ]
+)
+
+
+def header(shard: Shard, samples: int, entries: int) -> np.ndarray:
+    return np.array((b"IXCUTS01", samples, entries, bytes.fromhex(shard.sha256)), HEADER_DTYPE)
+
+
+def file_name(split: str, number: int) -> str:
+    """Tars that exist already may lie elsewhere, read-only, and share a name."""
+    return f"{split}-{number:06d}.cuts"
+
+
+def table(path: Path, shard: Shard, samples: int) -> np.ndarray:
+    """(samples,) TABLE_DTYPE. Raises DataError if the file is not this shard's, or cut short."""
+    with reading(f"{path}", CURE, OSError):
+        with open(path, "rb") as file:
+            found = np.fromfile(file, HEADER_DTYPE, 1)[0]
+            entries = int(found["entries"])
+            if found != header(shard, samples, entries):
+                raise ValueError("of another shard")
+            file.seek(ENTRY_BYTES * entries, 1)
+            rows = np.fromfile(file, TABLE_DTYPE, samples)
+            if len(rows) != samples or file.read(1):
+                raise ValueError("cut short")
+        if (rows["first"].astype(np.uint64) + rows["count"] > entries).any():
+            raise ValueError("entries out of bounds")
+    return rows
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """A split's files, in the order of its shards, and the table of all its samples."""
+
+    paths: list[Path]
+    table: np.ndarray  # (samples,) TABLE_DTYPE
+
+
+def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
+    """None if there are none. Raises DataError if they are of another data set or damaged; entries are not read."""
+    path = dataset.root / NAME
+    if not path.is_file():
+        return None
+    with reading(f"{path}", CURE, OSError):
+        record = json.loads(path.read_bytes())
+        if record["fingerprint"] != dataset.fingerprint:
+            raise ValueError("of another data set")
+        sizes = [file["bytes"] for file in record["splits"].get(split.name, [])]
+    if len(sizes) != len(split.shards):
+        return None
+    rows, paths = np.zeros(split.samples, TABLE_DTYPE), []
+    for number, (shard, size) in enumerate(zip(split.shards, sizes, strict=True)):
+        paths.append(dataset.root / file_name(split.name, number))
+        if not paths[-1].is_file() or paths[-1].stat().st_size != size:
+            raise DataError(f"{paths[-1]}: missing, or not {size} bytes; {CURE}")
+        rows[split.index["shard"] == number] = table(paths[-1], shard, shard.samples)
+    return Cuts(paths, rows)
