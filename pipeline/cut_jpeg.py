@@ -7,32 +7,48 @@ of a pixel, which the decoder's interpolation of colours at half the resolution 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .jit import compiled
 from .jpeg import (
-    COMPONENT, COMPONENTS, DATA, FRAME, HEIGHT, MCU_HEIGHT, MCU_WIDTH, STEP, TABLE, WIDTH, coded, number, peek, places_in,
-    skip_block, skip_mcu, store32, unstuff,
+    COMPONENT,
+    COMPONENTS,
+    DATA,
+    FRAME,
+    HEIGHT,
+    MCU_HEIGHT,
+    MCU_WIDTH,
+    STEP,
+    TABLE,
+    WIDTH,
+    coded,
+    number,
+    peek,
+    places_in,
+    skip_block,
+    skip_mcu,
+    unstuff,
 )  # fmt: skip
 
 CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
 SLACK_OUT = 64  # bytes behind the limit that may be written before it is checked
-EXTRA = 256  # bytes by which a cut can be larger than the image it is made of: longer DC codes
+EXTRA = 512  # bytes by which a cut can be larger than the image it is made of: longer DC codes
 u = np.uintp
 
 
 @compiled
 def _write(out: np.ndarray, q: int, word: int) -> int:
     """Appends 32 bits, with a zero behind each 0xFF; returns the new end."""
-    word = np.uint32(word)
-    if (~word - np.uint32(0x01010101)) & word & np.uint32(0x80808080) == 0:  # none of its bytes is 0xFF
-        store32(out, u(q), word)
-        return q + 4
-    for i in range(4):
-        byte = word >> np.uint32(24 - 8 * i) & np.uint32(0xFF)
-        out[u(q)], out[u(q + 1)] = byte, 0
-        q += 1 + (byte == 0xFF)
-    return q
+    if (~word - 0x01010101) & word & 0x80808080:  # one of its bytes is 0xFF
+        for shift in range(24, -1, -8):
+            byte = word >> shift & 0xFF
+            out[u(q)], out[u(q + 1)] = byte, 0
+            q += 1 + (byte == 0xFF)
+        return q
+    out[u(q)], out[u(q + 1)], out[u(q + 2)], out[u(q + 3)] = word >> 24, word >> 16, word >> 8, word
+    return q + 4
 
 
 @compiled
@@ -47,9 +63,7 @@ def _put(out: np.ndarray, q: int, acc: int, held: int, value: int, size: int) ->
 
 
 @compiled
-def _copy(
-    clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int, limit: int
-) -> tuple[int, int, int]:
+def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int, limit: int) -> Any:
     """Appends the bits [bit, end); stops at `limit` bytes."""
     while end - bit >= 32 and q < limit:
         acc = (acc & 0xFFFFFFFF) << 32 | peek(clean, bit)
@@ -97,15 +111,9 @@ def _longer_table(data: np.ndarray, at: int, out: np.ndarray, q: int, codes: np.
 
 @compiled
 def _write_header(
-    data: np.ndarray,
-    start: int,
-    layout: np.ndarray,
-    width: int,
-    height: int,
-    out: np.ndarray,
-    q: int,
-    codes: np.ndarray,
-) -> int:
+    data: np.ndarray, start: int, layout: np.ndarray, width: int, height: int,
+    out: np.ndarray, q: int, limit: int, codes: np.ndarray,
+) -> int:  # fmt: skip
     """Copies the segments that decide pixels, with the new size and longer DC tables; 0 if that is not possible.
 
     codes: (2, CATEGORIES, 2).
@@ -114,12 +122,16 @@ def _write_header(
     at, q = start + 2, q + 2
     while at < layout[DATA]:
         marker, after = data[at + 1], at + 2 + number(data, at + 2)
+        if q + after - at + 4 * CATEGORIES > limit:
+            return 0
         if marker == 0xC4:
             body = at + 4
             while body < after:
                 count = 0
                 for i in range(16):
                     count += int(data[body + 1 + i])
+                if q + 17 + count + 4 * CATEGORIES > limit:
+                    return 0
                 segment = q
                 out[q], out[q + 1], out[q + 4] = 0xFF, 0xC4, data[body]
                 if data[body] < 2:
@@ -163,40 +175,34 @@ def cut_jpeg(
     placed: (4,) int64, filled with left, top, width and height of what was cut.
     """
     width, height, unit, down = layout[WIDTH], layout[HEIGHT], layout[MCU_WIDTH], layout[MCU_HEIGHT]
-    if len(places) != places_in(width, height, unit, down) or q + 2 * (layout[DATA] - start) + EXTRA > limit:
+    if len(places) != places_in(width, height, unit, down):
         return 0
     left, right = _covering(box[0], box[2], unit, width)
     top, bottom = _covering(box[1], box[3], down, height)
     placed[0], placed[1] = left * unit, top * down
     placed[2], placed[3] = min(right * unit, width) - placed[0], min(bottom * down, height) - placed[1]
     codes = np.zeros((2, CATEGORIES, 2), np.int64)
-    q = _write_header(data, start, layout, placed[2], placed[3], out, q, codes)
+    q = _write_header(data, start, layout, placed[2], placed[3], out, q, limit, codes)
     if q == 0:
         return 0
     per_row, step = -(-width // STEP), STEP // unit
     before, written = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    acc, held, at, place = 0, 0, 0, 0
+    ends, acc, held, at, place = np.zeros(3, np.int64), 0, 0, 0, 0
     for row in range(top, bottom):
         first, last = row * per_row + left // step, row * per_row + -(-right // step)
         middle = max(row * per_row + right // step, first) if right * unit < width else last
-        while place < first:
-            place += 1
-            at += np.int64(places[place, 0])
-        begin = at
-        while place < middle:
-            place += 1
-            at += np.int64(places[place, 0])
-        between = at
-        while place < last:
-            place += 1
-            at += np.int64(places[place, 0])
+        for i, target in enumerate((first, middle, last)):
+            while place < target:
+                place += 1
+                at += int(places[place, 0])
+            ends[i] = at
         if layout[DATA] + (at >> 3) + 1 > end:
             return 0
-        # The row's bits, up to the entry before its end and from there on.
-        n = unstuff(data, layout[DATA] + (begin >> 3), layout[DATA] + (between >> 3), clean)
-        n_last = unstuff(data, layout[DATA] + (between >> 3), layout[DATA] + (at >> 3) + 1, clean[n:])
+        # The row's bits, up to the entry before its end and from there on: its last byte may have a zero behind it.
+        n = unstuff(data, layout[DATA] + (ends[0] >> 3), layout[DATA] + (ends[1] >> 3), clean)
+        n_last = unstuff(data, layout[DATA] + (ends[1] >> 3), min(layout[DATA] + (at >> 3) + 2, end), clean[n:])
         bits = 8 * (n + n_last)
-        bit = begin & 7
+        bit = ends[0] & 7
         for i in range(3):
             before[i] = np.int16(places[first, 1 + i])
         for _ in range(left % step):
@@ -232,7 +238,7 @@ def cut_jpeg(
         # From there, or from the last entry before it, to the end of the run.
         column = left + 1
         if middle > first:
-            column, bit = (middle - row * per_row) * step, 8 * n + (between & 7)
+            column, bit = (middle - row * per_row) * step, 8 * n + (ends[1] & 7)
             for i in range(3):
                 before[i] = np.int16(places[middle, 1 + i])
         for _ in range(right - column if middle < last else 0):

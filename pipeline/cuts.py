@@ -1,20 +1,22 @@
 """Where the MCUs of a data set's JPEGs are, so that a loader cuts out those that a crop needs: docs/cuts.md.
 
-A file for each shard lies beside the manifest, which does not know of them: order, resume and fingerprint stay the same.
-`cuts.json` is written last and names them all. The tars themselves may lie elsewhere.
+A file for each shard lies beside the manifest, which does not name it: order, resume and fingerprint stay as they are.
+`cuts.json` names all of them, and is written last. The tars themselves may lie elsewhere.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .errors import DataError, reading
 from .manifest import Dataset, Split
-from .shards import Shard
+from .shards import Shard, file_sha256
 
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
@@ -67,20 +69,38 @@ class Cuts:
 
 def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
     """None if there are none. Raises DataError if they are of another data set or damaged; entries are not read."""
-    path = dataset.root / NAME
-    if not path.is_file():
+    if not (dataset.root / NAME).is_file():
         return None
+    rows, paths = np.zeros(split.samples, TABLE_DTYPE), []
+    for number, (shard, file) in enumerate(zip(split.shards, _files(dataset, split.name), strict=True)):
+        path = dataset.root / file_name(split.name, number)
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise DataError(f"{path}: missing, or not {file['bytes']} bytes; {CURE}")
+        paths.append(path)
+        rows[split.index["shard"] == number] = table(path, shard, shard.samples)
+    return Cuts(paths, rows)
+
+
+def _files(dataset: Dataset, split: str) -> list[dict[str, Any]]:
+    """The records of a split's files in cuts.json."""
+    path = dataset.root / NAME
     with reading(f"{path}", CURE, OSError):
         record = json.loads(path.read_bytes())
         if record["fingerprint"] != dataset.fingerprint:
             raise ValueError("of another data set")
-        sizes = [file["bytes"] for file in record["splits"].get(split.name, [])]
-    if len(sizes) != len(split.shards):
-        return None
-    rows, paths = np.zeros(split.samples, TABLE_DTYPE), []
-    for number, (shard, size) in enumerate(zip(split.shards, sizes, strict=True)):
-        paths.append(dataset.root / file_name(split.name, number))
-        if not paths[-1].is_file() or paths[-1].stat().st_size != size:
-            raise DataError(f"{paths[-1]}: missing, or not {size} bytes; {CURE}")
-        rows[split.index["shard"] == number] = table(paths[-1], shard, shard.samples)
-    return Cuts(paths, rows)
+        files = [{"bytes": int(file["bytes"]), "sha256": str(file["sha256"])} for file in record["splits"][split]]
+        if len(files) != len(dataset.splits[split].shards):
+            raise ValueError("of another number of shards")
+        return files
+
+
+def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it); every byte is read."""
+    for split in dataset.splits.values():
+        try:
+            found = open_cuts(dataset, split)
+            for path, file in zip(found.paths if found else [], _files(dataset, split.name)):
+                if file_sha256(path) != file["sha256"]:
+                    yield path.name, f"its bytes changed since they were written; {CURE}"
+        except DataError as err:
+            yield NAME, str(err)

@@ -24,7 +24,7 @@ u = np.uintp
 WIDTH, HEIGHT, FRAME, SCAN, DATA, COMPONENTS, MCU_WIDTH, MCU_HEIGHT, COMPONENT = range(9)
 LAYOUT = COMPONENT + 12
 
-# Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of the scan find,
+# Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
 # they hold; 0: a longer code. Of these, LAST, OFFSET and SYMBOLS are by length the last code and where its symbols are.
 # From KEPT on are the counts and symbols that the table was made of: the next image mostly has the same.
@@ -69,7 +69,7 @@ def read_layout(data: np.ndarray, start: int, end: int, layout: np.ndarray, tabl
                 return False
         elif marker == 0xDA:
             layout[SCAN], layout[DATA] = at, after
-            return layout[FRAME] > 0 and _read_scan(data, body, after, layout, known)
+            return bool(layout[FRAME] > 0 and _read_scan(data, body, after, layout, known))
         elif marker < 0xDB:  # other frames, and arithmetic coding
             return False
         at = after
@@ -94,7 +94,7 @@ def _read_frame(data: np.ndarray, at: int, after: int, layout: np.ndarray) -> bo
     if not 1 <= across <= 2 or not 1 <= down <= 2:
         return False
     layout[MCU_WIDTH], layout[MCU_HEIGHT] = 8 * across, 8 * down
-    return layout[WIDTH] > 0 and layout[HEIGHT] > 0
+    return bool(layout[WIDTH] > 0 and layout[HEIGHT] > 0)
 
 
 @compiled
@@ -111,7 +111,7 @@ def _read_scan(data: np.ndarray, body: int, after: int, layout: np.ndarray, know
         if not known >> dc & 1 or not known >> (2 + ac) & 1:
             return False
         layout[COMPONENT + 4 * i + 2], layout[COMPONENT + 4 * i + 3] = dc * TABLE, (2 + ac) * TABLE
-    return data[after - 3] == 0 and data[after - 2] == 63 and data[after - 1] == 0
+    return bool(data[after - 3] == 0 and data[after - 2] == 63 and data[after - 1] == 0)
 
 
 @compiled
@@ -195,8 +195,7 @@ def _join(tables: np.ndarray, base: int) -> None:
         tables[base + MANY + bits] = coefficients << 8 | used
 
 
-@intrinsic
-def _load64(_: Any, array: Any, at: Any) -> Any:
+def _load64_code(_: Any, array: Any, at: Any) -> Any:
     """Eight bytes from `at` on, as a number: one instruction, where eight loads and shifts stay as many."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -207,33 +206,23 @@ def _load64(_: Any, array: Any, at: Any) -> Any:
     return types.uint64(array, at), generate
 
 
-@intrinsic
-def store32(_: Any, array: Any, at: Any, word: Any) -> Any:
-    """Four bytes at `at`, the highest first."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, values[0]).data
-        address = builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(32).as_pointer())
-        builder.store(builder.bswap(values[2]), address, align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, at, types.uint32), generate
+_load64: Any = intrinsic(_load64_code)
 
 
 @compiled
-def _window(clean: np.ndarray, bit: int) -> int:
+def _window(clean: np.ndarray, bit: int) -> Any:
     """At least 57 bits from `bit` on, at the top of 64. Reads 8 bytes."""
     return _load64(clean, u(bit) >> u(3)) << np.uint64(bit & 7)
 
 
 @compiled
-def peek(clean: np.ndarray, bit: int) -> int:
+def peek(clean: np.ndarray, bit: int) -> Any:
     """32 bits from `bit` on."""
     return np.int64(_window(clean, bit) >> np.uint64(32))
 
 
 @compiled
-def coded(tables: np.ndarray, base: int, bits: int) -> int:
+def coded(tables: np.ndarray, base: int, bits: int) -> Any:
     """The _entry of the code that 32 bits begin with; 0: there is none."""
     found = np.int64(tables[u(base) + u(bits >> (32 - LOOK))])
     if found:
@@ -298,7 +287,7 @@ def skip_mcu(clean: np.ndarray, bit: int, end: int, layout: np.ndarray, tables: 
 
 
 @compiled
-def unstuff(data: np.ndarray, start: int, end: int, clean: np.ndarray) -> int:
+def unstuff(data: np.ndarray, start: int, end: int, clean: np.ndarray) -> Any:
     """Copies the scan data[start:end] up to its first marker, without stuffed zeros; returns the bytes copied.
 
     clean: at least end - start + SLACK long.
@@ -318,9 +307,8 @@ def unstuff(data: np.ndarray, start: int, end: int, clean: np.ndarray) -> int:
     return np.int64(q)
 
 
-# Places: where the MCUs of an image lie in its scan, an entry every STEP pixels of each row of MCUs and one at the end.
-# An entry is four uint16: bits since the entry before, counted with stuffed zeros, and the DC values before it, of which
-# the upper bit is a sign.
+# Places: where the MCUs of an image are in its scan. An entry every STEP pixels of each of their rows, and a last one.
+# An entry is four uint16: bits since the entry before, with stuffed zeros, and the components' latest DC values.
 STEP = 64
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import manifest, pool
+from . import cuts, manifest, pool
 from .decode import BadImage, decode
 from .errors import DataError
 from .manifest import Split
@@ -37,7 +37,7 @@ CHECKS = {
     "idx": "DALI's .idx against the tars' members",
     "label": "labels in the tars",
     "crc32": "samples' checksums",
-    "info": "_info.json and mean image",
+    "info": "_info.json, mean image and cuts",
     "decode": "every image can be decoded",
     "webdataset": "samples as webdataset itself reads them",
 }
@@ -265,6 +265,8 @@ def _check_extras(dataset: manifest.Dataset, ours: bool) -> list[Finding]:
             dataset.mean_image  # noqa: B018
         except DataError as err:
             found.append(Finding("info", dataset.manifest["statistics"]["mean_image"]["file"], str(err)))
+    if (dataset.root / cuts.NAME).is_file():
+        found += [Finding("info", name, fault) for name, fault in cuts.faults(dataset)]
     if ours:
         try:
             info = json.loads((dataset.root / manifest.INFO).read_bytes())

@@ -23,11 +23,13 @@ WORTH = 0.8  # fraction of an image's pixels: above it, cutting costs as much as
 
 
 class Cut(NamedTuple):
-    """What became of a block's images. Of `found`, (n, 6) int64, a row is the cut's first and last byte in `data`, and
-    its left, top, width and height in the image; a last byte of 0: not cut."""
+    """What an image was cut to: `data`, or none if it was not cut, and its place in the image, in pixels."""
 
     data: np.ndarray
-    found: np.ndarray
+    left: int
+    top: int
+    width: int
+    height: int
 
 
 class _Tables(threading.local):
@@ -72,7 +74,7 @@ class Cutter:
         found: np.ndarray = (places[:, SIZE] > 0) & (area < WORTH * size.prod(1))
         return found
 
-    def __call__(self, block: Block, places: np.ndarray, pixels: np.ndarray, chosen: np.ndarray) -> Cut:
+    def __call__(self, block: Block, places: np.ndarray, pixels: np.ndarray, chosen: np.ndarray) -> list[Cut]:
         """Cuts the chosen images of a block that has been fetched; valid until this thread's next call."""
         files: list[OpenFile | None] = []
         for shard, wanted in zip(places[:, SHARD].tolist(), chosen.tolist(), strict=True):
@@ -87,7 +89,7 @@ class Cutter:
         found = np.zeros((len(size), 6), np.int64)
         memory = entries, clean, self._tables.numbers, out
         cut_images(block.buffer, block.at, block.rows, fds, places, pixels, *memory, found)
-        return Cut(out, found)
+        return [Cut(out[start:end], *placed) for start, end, *placed in found.tolist()]
 
     def close(self) -> None:
         self._source.close()
@@ -98,7 +100,10 @@ def cut_images(
     buffer: np.ndarray, at: np.ndarray, rows: np.ndarray, fds: np.ndarray, places: np.ndarray, pixels: np.ndarray,
     entries: np.ndarray, clean: np.ndarray, tables: np.ndarray, out: np.ndarray, found: np.ndarray,
 ) -> None:  # fmt: skip
-    """Cuts those images of a block that have a descriptor; `found`: see Cut."""
+    """Cuts those images of a block that have a descriptor.
+
+    found: (n, 6) int64, zeros: filled with the cut's first and last byte in `out` and its left, top, width and height.
+    """
     layout, q = np.zeros(LAYOUT, np.int64), 0
     for i in range(len(at)):
         size, start, end = places[i, SIZE], at[i], at[i] + rows[i, SIZE]

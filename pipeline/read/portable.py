@@ -126,42 +126,39 @@ class Portable(Engine):
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
         rows, needed, short = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
-        cut = None
+        cuts: list[Cut] = []
         if self._cutter:
             places, pixels = self._cutter.rows(work.ids[a:b], rows), self._cutter.pixels(work.box[a:b])
             chosen = self._cutter.worthwhile(rows, places, pixels)
             needed = np.where(chosen, rows[:, HEIGHT], needed)
         block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, short))
         if self._cutter and chosen.any():
-            cut = self._cutter(block, places, pixels, chosen)
+            cuts = self._cutter(block, places, pixels, chosen)
         plain = short | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
         left = np.where(short, needed, rows[:, HEIGHT])
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
         for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
-            row = rows[i : i + 1]
-            if cut and (cropped := self._cut_pixels(cut, i, width, height)):
-                pixels_of, first, pitch = cropped
-                self._crop(work, crops, decoded_block(pixels_of, row, first), a + i, a + i + 1, pitch)
-                continue
-            image = block.buffer[start:end]
-            try:
-                whole = self._decoded(image, width, height, left_rows, is_plain)
-            except Exception as err:  # whatever it is, it needs the sample's name
-                raise undecodable(work, a + i, err, self._reader) from err
-            self._crop(work, crops, decoded_block(whole, row), a + i, a + i + 1)
+            first = pitch = 0
+            pixels_at = self._cut(cuts[i], 3 * width * height) if cuts else None
+            if pixels_at is not None:
+                first, pitch = -3 * (cuts[i].top * cuts[i].width + cuts[i].left), cuts[i].width
+            else:
+                image = block.buffer[start:end]
+                try:
+                    pixels_at = self._decoded(image, width, height, left_rows, is_plain)
+                except Exception as err:  # whatever it is, it needs the sample's name
+                    raise undecodable(work, a + i, err, self._reader) from err
+            self._crop(work, crops, decoded_block(pixels_at, rows[i : i + 1], first), a + i, a + i + 1, pitch)
 
-    def _cut_pixels(self, cut: Cut, i: int, width: int, height: int) -> tuple[np.ndarray, int, int] | None:
-        """The flat pixels of a cut, where in them the whole image would begin, and its pixels a row. None: not cut.
-
-        The memory is the whole image's: taps of weight zero may read beyond the cut.
-        """
-        start, end, x, y, wide, high = cut.found[i].tolist()
-        if end:
-            memory = self._scratch(3 * height * width)
-            with contextlib.suppress(ValueError):  # strict: then the whole image, which is at hand, shows the fault
-                if decode_jpeg(cut.data[start:end], buffer=memory, strict=True).shape == (high, wide, 3):
-                    return memory, -3 * (y * wide + x), wide
+    def _cut(self, cut: Cut, size: int) -> np.ndarray | None:
+        """Flat pixels of the cut, in the memory of the whole image's `size`, as taps of weight zero may read beyond
+        them. None if it was not cut, or a fault is left for the whole image to show."""
+        if len(cut.data):
+            memory = self._scratch(size)
+            with contextlib.suppress(ValueError):
+                if decode_jpeg(cut.data, buffer=memory, strict=True).shape == (cut.height, cut.width, 3):
+                    return memory
         return None
 
     def _decoded(self, image: np.ndarray, width: int, height: int, rows: int, is_plain: bool) -> np.ndarray:

@@ -107,7 +107,7 @@ def _write_file(
             crc = int(row["crc32"])
             if crc32(data) != crc:
                 raise DataError(f"{split.root / shard.name}: changed at byte {row['offset']}; copy the shard again")
-            image = np.frombuffer(data, np.uint8)
+            image = np.frombuffer(bytearray(data), np.uint8)  # not read-only, as in the loader: compiled once
             places = find(image, int(row["width"]), int(row["height"]))
             if len(places) and crc % check_one_in == 0 and not _is_exact(find, image, places, crc):
                 places = places[:0]
