@@ -67,7 +67,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 faults: $(INSTALLED)
-	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py tests/faults tests/pipeline/test_manifest.py $(ARGS)
+	FAULTS=50 $(BIN)/python -m pytest tests/tools/test_faults.py tests/faults tests/pipeline/test_manifest.py tests/pipeline/test_cuts.py $(ARGS)
 
 SLURM_PACKAGES := slurmctld slurmd munge slurm-client
 

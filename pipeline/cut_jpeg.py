@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .huffman import TABLE, coded, peek, skip_block, unstuff
 from .jit import compiled
 from .jpeg import (
     COMPONENT,
@@ -21,16 +22,11 @@ from .jpeg import (
     MCU_HEIGHT,
     MCU_WIDTH,
     STEP,
-    TABLE,
     WIDTH,
-    coded,
     number,
-    peek,
     places_in,
-    skip_block,
     skip_mcu,
-    unstuff,
-)  # fmt: skip
+)
 
 CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
 SLACK_OUT = 64  # bytes behind the limit that may be written before it is checked

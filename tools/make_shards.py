@@ -45,10 +45,7 @@ PILLOW = (12, 3)  # earlier ones have known security faults
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(
-        prog="make_shards.py",
-        description=__doc__,
-    )
+    p = cli.Parser(prog="make_shards.py", description=__doc__)
     kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
         kind = kinds.add_parser(name, help=source.help)
@@ -64,38 +61,24 @@ def add_index(p: argparse.ArgumentParser) -> None:
     p.add_argument("--val", metavar="PATTERN", help="validation tars")
     p.add_argument("--name", default="webdataset", help="the dataset's name (%(default)s)")
     p.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each (default: their numbers)")
-    p.add_argument(
-        "--statistics",
-        type=int,
-        default=10_000,
-        metavar="N",
-        help="images to measure mean and deviation of (%(default)s)",
-    )
+    measured = "images to measure mean and deviation of (%(default)s)"
+    p.add_argument("--statistics", type=int, default=10_000, metavar="N", help=measured)
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
 def add_cuts(p: argparse.ArgumentParser) -> None:
     p.add_argument("out", type=Path, metavar="DIR", help="the shard folder")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
-    p.add_argument(
-        "--check-cuts",
-        choices=("some", "all"),
-        default="some",
-        help="compare the pixels of a cut with the whole image's for one image in 32, or for each (%(default)s)",
-    )
+    checks = "images whose cut is compared with the whole: one in 32, or all (%(default)s)"
+    p.add_argument("--check-cuts", choices=("some", "all"), default="some", help=checks)
 
 
 def add_common(p: argparse.ArgumentParser, *, out: str, size: str) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
     p.add_argument("--size", type=int, default=256, help=f"short side in pixels, for {size} (%(default)s)")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
-    p.add_argument(
-        "--max-bad-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="leave out up to this fraction of images that cannot be used (%(default)s)",
-    )
+    allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
+    p.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help=allowed)
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -182,11 +165,8 @@ def cut(args: argparse.Namespace) -> None:
     images = sum(split.samples for split in dataset.splits.values())
     with Progress("finding cuts", images) as progress:
         made = make_cuts(dataset, workers=args.workers, check_all=args.check_cuts == "all", progress=progress.update)
-    stored, size = sum(s.bytes for split in dataset.splits.values() for s in split.shards), sum(f.bytes for f in made)
-    print(
-        f"{args.out}: {sum(file.cut for file in made):,} of {images:,} images can be cut;"
-        f" {size / 1e6:,.1f} MB, {size / stored:.1%} of the shards"
-    )
+    size = sum(file.bytes for file in made) / 1e6
+    print(f"{args.out}: {sum(file.cut for file in made):,} of {images:,} images can be cut; {size:,.1f} MB")
 
 
 def print_passed_over(passed_over: PassedOver) -> None:

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import jpeg
 from ..cut_jpeg import EXTRA, SLACK_OUT, cut_jpeg
 from ..cuts import ENTRY_BYTES, HEADER_DTYPE, Cuts
 from ..decode import Scratch
 from ..errors import StorageError
+from ..huffman import SLACK, TABLES
 from ..jit import compiled
-from ..jpeg import HEIGHT as JPEG_HEIGHT
-from ..jpeg import LAYOUT, SLACK, TABLES, read_layout
-from ..jpeg import WIDTH as JPEG_WIDTH
 from .byte_source import LocalShards, OpenFile
 from .checksum import crc32
 from .fetch import COLUMNS, CRC32, HEIGHT, OFFSET, SHARD, SIZE, WIDTH, Block, fetched
@@ -104,7 +103,7 @@ def cut_images(
 
     found: (n, 6) int64, zeros: filled with the cut's first and last byte in `out` and its left, top, width and height.
     """
-    layout, q = np.zeros(LAYOUT, np.int64), 0
+    layout, q = np.zeros(jpeg.LAYOUT, np.int64), 0
     for i in range(len(at)):
         size, start, end = places[i, SIZE], at[i], at[i] + rows[i, SIZE]
         if fds[i] < 0 or not fetched(entries, 0, fds[i], places[i, OFFSET], size, 0, False):
@@ -112,9 +111,9 @@ def cut_images(
         crc = np.uint32(rows[i, CRC32])
         if np.int64(crc32(crc, np.uintp(entries.ctypes.data), np.uint32(size))) != places[i, CRC32]:
             continue
-        if not read_layout(buffer, start, end, layout, tables):
+        if not jpeg.read_layout(buffer, start, end, layout, tables):
             continue
-        if layout[JPEG_WIDTH] != rows[i, WIDTH] or layout[JPEG_HEIGHT] != rows[i, HEIGHT]:
+        if layout[jpeg.WIDTH] != rows[i, WIDTH] or layout[jpeg.HEIGHT] != rows[i, HEIGHT]:
             continue
         four = entries[:size].view(np.uint16).reshape(-1, 4)
         limit = q + rows[i, SIZE] + EXTRA

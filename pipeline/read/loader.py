@@ -26,7 +26,7 @@ import torch
 from ..cores import threads_per_rank
 from ..cuts import Cuts, open_cuts
 from ..errors import ConfigError, DataError
-from ..manifest import Dataset, Statistics, open_dataset
+from ..manifest import Dataset, Split, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
 from .backend import Output, PixelType, Work, to_device
@@ -143,8 +143,9 @@ class Loader(AbstractContextManager["Loader"]):
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
+        cuts = _cuts(self.dataset, self.split) if self.backend == "portable" and not raw else None
         engine = self.backend, output, self._reader, self.plan, self.config
-        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cuts=self._cuts())
+        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cuts=cuts)
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck
@@ -262,15 +263,6 @@ class Loader(AbstractContextManager["Loader"]):
         labels = to_device(work.rows[:, fetch.LABEL].copy(), self.device)
         return Batch(images, labels, torch.from_numpy(work.ids.copy()))
 
-    def _cuts(self) -> Cuts | None:
-        if self.backend != "portable" or self.dataset.encoding == "raw":
-            return None
-        try:
-            return open_cuts(self.dataset, self.split)
-        except DataError as err:  # images are decoded whole then
-            logging.getLogger("imagenet_express").warning("%s", err)
-            return None
-
     def _plan_and_read(self) -> Generator[Work, None, None]:
         """All batches from the state on; their bytes are requested batches before they are yielded."""
         reading: deque[Work] = deque()
@@ -293,3 +285,11 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.stop()
             self._works.close()
             self._works = None
+
+
+def _cuts(dataset: Dataset, split: Split) -> Cuts | None:
+    try:
+        return open_cuts(dataset, split)
+    except DataError as err:  # images are decoded whole then
+        logging.getLogger("imagenet_express").warning("%s", err)
+        return None

@@ -16,7 +16,8 @@ from ..cut_jpeg import EXTRA, SLACK_OUT, cut_jpeg
 from ..decode import Scratch
 from ..errors import DataError
 from ..files import json_bytes
-from ..jpeg import LAYOUT, SLACK, TABLES, find_places, places_in
+from ..huffman import SLACK, TABLES
+from ..jpeg import LAYOUT, find_places, places_in
 from ..manifest import Dataset, Split
 from ..shards import crc32, file_sha256
 from ..storage import Folder
