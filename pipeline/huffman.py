@@ -130,9 +130,9 @@ def coded(tables: np.ndarray, base: int, bits: int) -> Any:
         return found
     for length in range(LOOK + 1, 17):
         code = bits >> (32 - length)
-        if code <= tables[u(base + LAST + length)]:
-            symbol = np.int64(tables[u(base + SYMBOLS + tables[u(base + OFFSET + length)] + code)])
-            return _entry(length, symbol, base >= 2 * TABLE)
+        symbol = tables[u(base + OFFSET + length)] + code  # negative if a shorter code, of no use here, comes first
+        if code <= tables[u(base + LAST + length)] and symbol >= 0:
+            return _entry(length, np.int64(tables[u(base + SYMBOLS + symbol)]), base >= 2 * TABLE)
     return 0
 
 
