@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pipeline import streams
 from pipeline.errors import IO_FAILED, USAGE, ExpressError, leave
+from pipeline.progress import clear_line
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -91,6 +92,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {os.fsdecode(err.filename or 'storage')}: {err.strerror or err}", file=sys.stderr)
         sys.exit(IO_FAILED)
     except KeyboardInterrupt:
+        clear_line()
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     leave(0)

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
+from pipeline.progress import clear_line
 
 from . import signals, watchdog
 from .environment import launched
@@ -96,6 +97,7 @@ class ExitReport:
         if self.folder and os.path.isdir(self.folder.path):  # unlike is_dir, raises nothing
             self._write_end(err, self.folder, only_rank0=before_training)
         if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
+            clear_line()
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
             print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
         if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:

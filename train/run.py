@@ -24,7 +24,7 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, leave
-from train.environment import check_launch
+from train.environment import check_launch, launched
 from train.exit_report import ExitReport
 from train.run_folder import RunFolder
 from train.signals import Stop, heed_no_more
@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
 
             config = parse(argv)
             report.config, report.folder = config, RunFolder(Path(config.run.dir))
+            if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
+                print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}", flush=True)
             train_run(config, report.folder, stop, report)
         return report.code
     finally:
