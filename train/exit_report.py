@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before th
     from .config import Config
     from .trainer import Trainer
 
-LOST_SECONDS = 1.0  # that a rank which has lost another waits for exit.json from the one that knows why
+LOST_SECONDS = 1.0  # that a rank waits for the one that reports an error, in exit.json or on the screen
 
 
 class Interrupted(ExpressError):
@@ -100,6 +100,8 @@ class ExitReport:
             clear_line()
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
             print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+        elif before_training:  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
+            time.sleep(LOST_SECONDS)
         if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:
             from .preflight import report_rejection
 

@@ -1,7 +1,7 @@
 """Trains an AlexNet on shards.
 
-    accelerate launch train/run.py demo --data.shards shards/digits
-    accelerate launch train/run.py seed --data.shards /data/shards --train.batch 1024 --optim.lr 0.08
+    python train/run.py demo --data.shards shards/digits
+    accelerate launch --config_file docker/accelerate/8gpu.yaml train/run.py seed --data.shards /data/shards
 
 The same command again resumes from the newest checkpoint that verifies. SIGTERM, SIGUSR1, SIGINT, SIGHUP (unless
 nohup ignores it) or a file named `stop` in the run folder: saves at the next step and exits with 75.
@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
             config = parse(argv)
             report.config, report.folder = config, RunFolder(Path(config.run.dir))
             if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
-                print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}", flush=True)
+                print(
+                    f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}", flush=True
+                )
             train_run(config, report.folder, stop, report)
         return report.code
     finally:
