@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import SOURCES, ImageFolder
+from tests import fork_server
 from tests.conftest import ROOT, picture
 from tests.pipeline.archives import Mini
 
@@ -56,19 +60,22 @@ TOOLS = {
         ["tools/gpu_proof.py", "--device", "cpu", "--steps", "cifar-seed", "--out", "out"], "out/gpu-cifar-seed.json"
     ),
 }
+NOT_UTF8 = os.fsdecode(b"\xff")
+FIRST = "ascii, 128 files, no stdin, in \\xff"
 ENVIRONMENTS: dict[str, dict] = {
-    "ascii": {"encoding": "ascii"},
-    "closed stdin": {"closed": [0]},
-    "closed stdout": {"closed": [1]},
-    "closed stderr": {"closed": [2]},
-    "all closed": {"closed": [0, 1, 2]},
+    FIRST: {"encoding": "ascii", "files": 128, "closed": [0]},
+    "nobody, no streams": {"user": NOBODY, "closed": [0, 1, 2]},
     "head": {},
-    "128 files": {"files": 128},
-    "not UTF-8": {},
-    "nobody": {"user": NOBODY},
 }
-
-
+ALONE: dict[str, dict] = {
+    "ascii": {"encoding": "ascii"},
+    "128 files": {"files": 128},
+    "no stdin": {"closed": [0]},
+    "no stdout": {"closed": [1]},
+    "no stderr": {"closed": [2]},
+    "nobody": {"user": NOBODY},
+    "all names in \\xff": {},
+}
 INPUTS = ("images", "shards", "run", "2010", "2012")
 PER_CLASS = 90  # three quarters of all are more shards than files may be open
 
@@ -109,24 +116,40 @@ def test_no_tool_and_no_source_is_left_out():
     assert {*SOURCES, "index"} == {tool.command[1] for tool in TOOLS.values() if "make_shards" in tool.command[0]}
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def chosen() -> Iterator[Any]:
+    """Each tool in each environment. Slow: environments one by one, and what another source of make_shards shows."""
+    for environment, tool in itertools.product(ENVIRONMENTS | ALONE, TOOLS):
+        repeats = tool in ("digits", "index", "imagenet2010") and environment != FIRST
+        marks = [pytest.mark.slow] * (repeats or environment in ALONE)
+        yield pytest.param(environment, tool, marks=marks)
+
+
+@pytest.mark.parametrize(("environment", "tool"), [*chosen()])
 def test_a_tool_does_its_work_in_any_environment(environment, tool, place):
-    if environment == "nobody" and os.getuid():
+    options, (command, writes) = (ENVIRONMENTS | ALONE)[environment], TOOLS[tool]
+    if "user" in options and os.getuid():
         pytest.skip("only root can become another user")
-    folder = place / f"{os.fsdecode(bytes([255])) if environment == 'not UTF-8' else environment} {tool}"
+    folder = place / f"{NOT_UTF8 if 'xff' in environment else environment} {tool}"
     folder.mkdir()
     for name in INPUTS:
         (folder / name).symlink_to(place / name)
-    command, writes = TOOLS[tool]
     if writes.startswith("run/"):
         (folder / "run").unlink()
         shutil.copytree(place / "run", folder / "run")
-    if environment == "nobody":
+    if "user" in options:
         for path in (folder, folder / "run"):
             os.chown(path, NOBODY, NOBODY)
-    code, errors = run(folder, command, only_first_line=environment == "head", **ENVIRONMENTS[environment])
-    assert code == 0 or (environment == "head" and tool != "train" and code == 141), errors
+    if environment.startswith("all names"):
+        command = [folder / word if str(word).startswith((*INPUTS, "out")) else word for word in command]
+    # As another user also without what the fork server has imported, and compiled as root
+    real = environment == "nobody" and tool in ("train", "imagefolder")
+    with fork_server.real_processes() if real else contextlib.nullcontext():
+        code, errors = run(folder, command, only_first_line=environment == "head", **options)
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
+    if environment.startswith("all names") and tool == "train":
+        assert (code, errors.count("\n")) == (2, 1)
+        assert errors.endswith("the name is not UTF-8; choose another --run.dir\n")
+        return
+    assert code == 0 or (environment == "head" and tool != "train" and code == 141), errors
     assert code or (folder / writes).stat().st_size
