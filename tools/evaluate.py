@@ -226,4 +226,4 @@ def write_submission(path: Path, predictions: Any, order: list[int], dataset: Da
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

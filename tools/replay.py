@@ -135,4 +135,4 @@ def recorded_loss(folder: Path, step: int) -> float | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)
