@@ -55,12 +55,6 @@ class Progress:
             self.bar.close()
 
 
-def clear_line() -> None:
-    """Removes a bar, and the ^C that a terminal shows behind it, from the line where a message is to be printed."""
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
-
-
 def clock(seconds: float) -> str:
     """3725 → "1:02:05"."""
     return str(tqdm.format_interval(round(seconds)))

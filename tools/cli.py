@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from pipeline import streams
 from pipeline.errors import IO_FAILED, USAGE, BadSample, ExpressError, StorageError, leave
-from pipeline.progress import clear_line
 from train import environment
 
 
@@ -102,7 +101,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
         print(f"error: {os.fsdecode(err.filename or 'storage')}: {err.strerror or err}", file=sys.stderr)
         sys.exit(IO_FAILED)
     except KeyboardInterrupt:
-        clear_line()
+        streams.clear_line()
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     leave(0)

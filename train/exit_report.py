@@ -8,8 +8,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
-from pipeline.progress import clear_line
 
 from . import signals, watchdog
 from .environment import launched
@@ -97,7 +97,7 @@ class ExitReport:
         if self.folder and os.path.isdir(self.folder.path):  # unlike is_dir, raises nothing
             self._write_end(err, self.folder, only_rank0=before_training)
         if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
-            clear_line()
+            streams.clear_line()
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
             print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
         elif before_training:  # launchers end all ranks after the first: perhaps before local rank 0 has printed it

@@ -32,6 +32,9 @@ from train.signals import Stop, heed_no_more
 if TYPE_CHECKING:
     from train.config import Config
 
+# Threads that wait sleep: if they spin, they take cores from other work and from the threads that they wait for
+# (docs/results.md). Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 PARENT = os.getppid()  # the launcher, if there is one; it may have ended before the run is built
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager, redirect_stderr
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Progress, clear_line
+from pipeline.progress import Progress
+from pipeline.streams import clear_line
 
 NOTE = "loss 6.9078, lr 0.00123, wait 100%, 79.9 GB, run ends in 101:02:05"  # as loop.log writes it
 
