@@ -129,7 +129,7 @@ def test_a_tool_does_its_work_in_any_environment(environment, tool, place):
     options, (command, writes) = (ENVIRONMENTS | ALONE)[environment], TOOLS[tool]
     if "user" in options and os.getuid():
         pytest.skip("only root can become another user")
-    folder = place / f"{NOT_UTF8 if 'xff' in environment else environment} {tool}"
+    folder = place / f"{NOT_UTF8 * ('xff' in environment)}{[*ENVIRONMENTS, *ALONE].index(environment)} {tool}"
     folder.mkdir()
     for name in INPUTS:
         (folder / name).symlink_to(place / name)

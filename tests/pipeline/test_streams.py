@@ -78,6 +78,15 @@ def test_help_into_a_pipe_that_ends_early_is_silent(tool):
     assert done.stderr == b""
 
 
+@pytest.mark.parametrize(("chosen", "used"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_of_a_training_sleep_while_they_wait_unless_chosen_otherwise(chosen, used):
+    """Read when torch is loaded, which the start must not do before."""
+    script = "import os, sys, train.run; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | chosen
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == f"{used} False\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("tool", "missing", "printed"),
     [

@@ -197,7 +197,7 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, out, options, sa
 
 def test_what_is_damaged_is_named_and_not_read(exported, image_folder, tmp_path, monkeypatch, capsys):
     images = image_folder / "val"
-    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "not a whole safetensors file")):
+    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "cannot be read as weights")):
         whole = (exported / f"net.{kind}").read_bytes()
         for length in (50_000, 3, 0):
             (tmp_path / f"cut.{kind}").write_bytes(whole[:length])
