@@ -21,7 +21,7 @@ import pytest
 
 from tests.conftest import ROOT, the_error
 from tests.faults.job import PLANTED, SCRIPT, SMALL, STEPS, Job, global_ids, lines, losses, quiet, run, traces
-from tests.pipeline.test_progress import shown
+from tests.pipeline.test_progress import read_all, shown
 
 
 @pytest.fixture(scope="module")
@@ -166,16 +166,12 @@ def test_ctrl_c_leaves_one_clean_line_on_the_terminal(few_digits, tmp_path):
     os.write(inside, b"^C")  # as a terminal does before it sends the signal
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 75
-    os.set_blocking(terminal, False)
-    written = b""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            written += os.read(terminal, 1 << 16)
+    written = read_all(terminal, inside)
     os.close(inside)
     os.close(terminal)
     step = json.loads((tmp_path / "run" / "exit.json").read_text())["step"]
-    assert b"img/s" in written
-    assert shown(written.decode())[-2:] == [
+    assert "img/s" in written
+    assert shown(written)[-2:] == [
         f"stopped by SIGINT; step {step} is saved, and the same command resumes from there",
         "",
     ]

@@ -29,11 +29,20 @@ def terminal() -> Iterator[Callable[[], list[str]]]:
 
         def lines() -> list[str]:
             stderr.flush()
-            written.append(os.read(outside, 1 << 16).decode())
+            written.append(read_all(outside, inside))
             return shown("".join(written))
 
         yield lines
     os.close(outside)
+
+
+def read_all(outside: int, inside: int) -> str:
+    """What was written to a terminal, which passes it on a moment later: up to a bell, which is rung now."""
+    os.write(inside, b"\a")
+    written = b""
+    while not written.endswith(b"\a"):
+        written += os.read(outside, 1 << 16)
+    return written[:-1].decode()
 
 
 def shown(text: str) -> list[str]:
