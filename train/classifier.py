@@ -195,9 +195,12 @@ def _metadata(path: Path) -> str | None:
     if path.suffix.lower() != ".safetensors":
         return None
     damaged = f"{path}: not a whole safetensors file: its header"
-    with reading(damaged, "copy or export it again", OverflowError, MemoryError), open(path, "rb") as file:
+    with (
+        reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
+        open(path, "rb") as file,
+    ):
         # By hand: the library opens no path that is not UTF-8.
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header: dict[str, dict[str, str]] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         return header.get("__metadata__", {}).get(METADATA)
 
 
