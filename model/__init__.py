@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from .variants import ModelConfig
 
 __all__ = ["AlexNet", "ModelConfig"]
+_MODULES = {"AlexNet": ".alexnet", "ModelConfig": ".variants"}
 
 
 def __getattr__(name: str) -> Any:
-    # On demand, so that `python -m model.alexnet` does not find itself imported already.
-    if name in __all__:
-        return getattr(import_module(".alexnet", __name__), name)
+    # On demand: `python -m model.alexnet` must not find itself imported already, and a configuration needs no torch.
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

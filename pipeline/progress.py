@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 PLAIN_SECONDS = 10.0
+BAR = "{desc}: |{bar}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left{postfix}"
 
 
 class Progress:
@@ -33,20 +34,16 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+        elif self.enabled and time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.print_line()
 
     def _start(self) -> None:
         self.started = self.printed = time.monotonic()
         if self.enabled and sys.stderr.isatty():
-            scale = self.unit == "B"
-            self.bar = tqdm(
-                total=self.total, desc=self.label, unit=self.unit, unit_scale=scale, smoothing=0.1, leave=False
-            )
+            form = {"desc": self.label, "unit": self.unit, "unit_scale": True, "bar_format": BAR}
+            self.bar = tqdm(total=self.total, smoothing=0.1, leave=False, **form)
 
     def print_line(self) -> None:
-        if not self.enabled:
-            return
         self.printed = time.monotonic()
         rate = self.done / max(self.printed - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
@@ -56,8 +53,6 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.printed > self.started:  # a quick job leaves no line
-            self.print_line()
 
 
 def clock(seconds: float) -> str:

@@ -32,6 +32,12 @@ def prepare(*, outlive_readers: bool) -> None:
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True))
 
 
+def clear_line() -> None:
+    """Removes a bar, and the ^C that a terminal shows behind it, from the line where a message is to be printed."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+
+
 class _Heedless(io.FileIO):
     """Drops what nobody can read."""
 

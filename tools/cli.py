@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import streams
-from pipeline.errors import IO_FAILED, USAGE, ExpressError, leave
+from pipeline.errors import IO_FAILED, USAGE, BadSample, ExpressError, StorageError, leave
+from train import environment
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -73,16 +75,24 @@ def open_model(path: Path, args: argparse.Namespace) -> Any:
     )
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a tool: an error of the user's is one line and its exit code."""
+def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
+    """Runs a tool: an error of the user's is one line and its exit code.
+
+    ranks: whether launchers may start several processes of it. Local rank 0 reports what all of them find wrong.
+    """
     streams.prepare(outlive_readers=False)
     try:
         try:
+            if ranks:
+                environment.check_launch()
             main()
         finally:
             sys.stdout.flush()
     except ExpressError as err:
-        print(f"error: {printable(str(err))}", file=sys.stderr)
+        if ranks and environment.launched("LOCAL_RANK") and not isinstance(err, BadSample | StorageError):
+            time.sleep(1)  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
+        else:
+            print(f"error: {printable(str(err))}", file=sys.stderr)
         sys.exit(err.code)
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,6 +101,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {os.fsdecode(err.filename or 'storage')}: {err.strerror or err}", file=sys.stderr)
         sys.exit(IO_FAILED)
     except KeyboardInterrupt:
+        streams.clear_line()
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     leave(0)

@@ -2,7 +2,8 @@
 
     python tools/evaluate.py runs/demo --data.shards shards/digits
 
-MODEL is a run, a checkpoint or weights; several are one ensemble. For many GPUs: accelerate launch tools/evaluate.py …
+MODEL is a run, a checkpoint or weights; several are one ensemble. For many GPUs:
+accelerate launch --config_file docker/accelerate/8gpu.yaml tools/evaluate.py …
 Exit codes: 0 done, 2 usage, 65 bad data, 74 not writable.
 """
 
@@ -225,4 +226,4 @@ def write_submission(path: Path, predictions: Any, order: list[int], dataset: Da
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

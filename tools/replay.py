@@ -1,7 +1,7 @@
 """Repeats a run up to one step and prints its numbers: loss, gradient norm, samples. The run is only read.
 
     python tools/replay.py runs/demo 40
-    accelerate launch --multi_gpu --num_processes 8 tools/replay.py runs/seed 4711
+    accelerate launch --config_file docker/accelerate/8gpu.yaml tools/replay.py runs/seed 4711
 
 It resumes from the newest checkpoint before that step, or starts from scratch. With the run's own number of ranks, on
 the same kind of machine, the numbers are the recorded ones to the last bit; with another number, rounding differs.
@@ -135,4 +135,4 @@ def recorded_loss(folder: Path, step: int) -> float | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, ranks=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model import ModelConfig
@@ -195,11 +194,14 @@ def _metadata(path: Path) -> str | None:
     """The text of the card in a safetensors file. Other files have none."""
     if path.suffix.lower() != ".safetensors":
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get(METADATA)
-    except SafetensorError as err:
-        raise DataError(f"{path}: not a whole safetensors file ({err}); copy or export it again") from err
+    damaged = f"{path}: not a whole safetensors file: its header"
+    with (
+        reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
+        open(path, "rb") as file,
+    ):
+        # By hand: the library opens no path that is not UTF-8.
+        header: dict[str, dict[str, str]] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return header.get("__metadata__", {}).get(METADATA)
 
 
 def _card(path: Path, text: str | None) -> Card | None:

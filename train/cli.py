@@ -23,7 +23,7 @@ from .presets import DESCRIPTIONS, PRESETS, overfitting
 
 PROG = "train/run.py"
 USAGE = f"""\
-usage: accelerate launch {PROG} PRESET --data.shards DIR [--group.field VALUE ...]
+usage: python {PROG} PRESET --data.shards DIR [--group.field VALUE ...]
 
 presets: {", ".join(PRESETS)}
 python {PROG} --list              what each is, and what to expect of it
@@ -106,7 +106,7 @@ def summary(description: str) -> list[str]:
 
 def _short_help(preset: str, config: Config) -> str:
     flat = flatten(config)
-    lines = [f"usage: accelerate launch {PROG} {preset or '--config FILE'} --data.shards DIR [--group.field VALUE ...]"]
+    lines = [f"usage: python {PROG} {preset or '--config FILE'} --data.shards DIR [--group.field VALUE ...]"]
     lines += ["", *(line.strip() for line in DESCRIPTIONS.get(preset, "").strip().splitlines()), ""]
     lines += [f"  --{name.replace('_', '-'):<24} {str(flat[name]) or '(none)'}" for name in marked(Config, IN_HELP)]
     return "\n".join([*lines, "", f"all {len(flat)} fields, explained: --help-all; as JSON: --print"])

@@ -52,7 +52,8 @@ def make_accelerator(config: Config) -> Accelerator:
     if world != accelerator.num_processes:
         raise ConfigError(
             f"WORLD_SIZE={world} but Accelerate runs {accelerator.num_processes} process: each rank would train alone;"
-            f" on CPUs use ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world} train/run.py …"
+            " on CPUs use ACCELERATE_USE_CPU=true accelerate launch --config_file docker/accelerate/cpu2.yaml"
+            f" --num_processes {world} train/run.py …"
         )
     set_products(train.precision)
     check_scaler(accelerator)

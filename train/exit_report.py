@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
 
 from . import signals, watchdog
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before th
     from .config import Config
     from .trainer import Trainer
 
-LOST_SECONDS = 1.0  # that a rank which has lost another waits for exit.json from the one that knows why
+LOST_SECONDS = 1.0  # that a rank waits for the one that reports an error, in exit.json or on the screen
 
 
 class Interrupted(ExpressError):
@@ -96,8 +97,11 @@ class ExitReport:
         if self.folder and os.path.isdir(self.folder.path):  # unlike is_dir, raises nothing
             self._write_end(err, self.folder, only_rank0=before_training)
         if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
+            streams.clear_line()
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
             print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+        elif before_training:  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
+            time.sleep(LOST_SECONDS)
         if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:
             from .preflight import report_rejection
 

@@ -147,8 +147,8 @@ def log(t: Trainer) -> None:
     left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
     if t.progress:
         t.progress.note = (
-            f"step {state.step:,}/{t.last_step:,}, loss {means['loss']:.4f}, lr {state.rate:.3g},"
-            f" data wait {means['data_wait']:.0%}, {means['memory_gb']:.1f} GB, run ends in {clock(left)}"
+            f"loss {means['loss']:.4f}, lr {state.rate:.3g}, wait {means['data_wait']:.0%},"
+            f" {means['memory_gb']:.1f} GB, run ends in {clock(left)}"
         )
 
 

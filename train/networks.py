@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialise
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
@@ -165,7 +164,7 @@ def _read(path: Path) -> Any:
     if path.is_dir():
         return deserialise(checkpoint.verified(path)[checkpoint.MODEL])
     if path.suffix.lower() == ".safetensors":
-        return load_file(path)
+        return deserialise(path.read_bytes())  # load_file opens no path that is not UTF-8
     if path.suffix.lower() == ".onnx":
         raise DataError(f"{path}: ONNX holds no trainable net; give the checkpoint or .safetensors that it was made of")
     if zipfile.is_zipfile(path):

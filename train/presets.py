@@ -34,7 +34,7 @@ def demo() -> Config:
 def seed() -> Config:
     """The document that this project comes from: its single tower, its crops, its SGD, 15 epochs.
 
-    accelerate launch train/run.py seed --data.shards /data/shards
+    python train/run.py seed --data.shards /data/shards
     Expected top-1 on ImageNet: not measured; the document gives none.
     Hours: not measured.
     """
@@ -49,7 +49,7 @@ def seed() -> Config:
 def paper() -> Config:
     """The paper as it says: two towers, its formula of LRN, mean image, colour shifts, rate ÷10 on a plateau.
 
-    accelerate launch train/run.py paper --data.shards /data/shards
+    python train/run.py paper --data.shards /data/shards
     Expected top-1 / top-5 on ILSVRC-2012, ten views: 59.3 / 81.8 % (the paper's table 2); by us: not measured.
     Hours: not measured.
     Needs shards with statistics of short side 256, as make_shards.py makes them.
@@ -65,7 +65,7 @@ def paper() -> Config:
 def original() -> Config:
     """The code of 2012: LRN within towers, its initial weights, rates by hand, colours and conv1 at rest in the end.
 
-    accelerate launch train/run.py original --data.shards /data/shards
+    python train/run.py original --data.shards /data/shards
     Expected top-1 / top-5 on ILSVRC-2012, ten views: 59.34 / 81.79 %, from the code's own logs; by us: not measured.
     Hours: not measured.
     The rates fall at epochs 25, 51 and 79 of 93, as in the run on 2012's images. Crops and flips are drawn for each
@@ -82,7 +82,7 @@ def original() -> Config:
 def caffe() -> Config:
     """BVLC's AlexNet: crops of 227, k = 1 in LRN, smaller biases, the rate ÷10 every 20 epochs.
 
-    accelerate launch train/run.py caffe --data.shards /data/shards
+    python train/run.py caffe --data.shards /data/shards
     Expected top-1 / top-5 on ILSVRC-2012, centre crop: 57.1 / 80.2 % (BVLC's model zoo); by us: not measured.
     Hours: not measured.
     450,000 steps of 256 are 90 epochs. BVLC squeezed images to squares of 256; here the short side is 256.
@@ -98,7 +98,7 @@ def caffe() -> Config:
 def torchvision() -> Config:
     """torchvision's AlexNet by its reference recipe: no LRN, random resized crops, the rate ÷10 every 30 epochs.
 
-    accelerate launch train/run.py torchvision --data.shards /data/shards
+    python train/run.py torchvision --data.shards /data/shards
     Expected top-1 / top-5 on ILSVRC-2012, centre crop: 56.5 / 79.1 % (its documentation); by us: not measured.
     Hours: not measured.
     The checkpoints' weights load into torchvision.models.alexnet.
@@ -114,7 +114,7 @@ def torchvision() -> Config:
 def modern() -> Config:
     """The best an AlexNet can be: batch normalisation, cosine, label smoothing, averaged weights, growing crops.
 
-    accelerate launch --mixed_precision bf16 train/run.py modern --data.shards /data/shards
+    python train/run.py modern --data.shards /data/shards --train.precision bf16
     Expected top-1 on ImageNet: not measured; 60.4 % is published for an AlexNet with batch normalisation (HolmesShuan).
     CIFAR-10, narrow: make accuracy (docs/results.md).
     Hours: not measured.
@@ -142,7 +142,7 @@ def modern() -> Config:
 def large_batch() -> Config:
     """8,192 images a step with a rate for each layer (LARC): for many GPUs. Other batches: the rate follows.
 
-    accelerate launch --multi_gpu --num_processes 8 train/run.py large-batch --data.shards /data/shards
+    accelerate launch --config_file docker/accelerate/8gpu.yaml train/run.py large-batch --data.shards /data/shards
     Expected top-1 on ImageNet: 58.7 % in 95 epochs (Jia et al. 2018, arXiv 1807.11205); by us: not measured.
     Hours: not measured.
     The recipe of NVIDIA's Caffe, models/alexnet_bn: 8K: rate 10, warm-up of 600 steps from 1. Its others are not on one
@@ -174,7 +174,7 @@ def large_batch() -> Config:
 def fig1() -> Config:
     """The paper's figure 1: four layers on CIFAR-10, trained until a quarter of the training images are wrong.
 
-    accelerate launch train/run.py fig1 --data.shards shards/cifar10 --model.activation tanh
+    python train/run.py fig1 --data.shards shards/cifar10 --model.activation tanh
     Expected: ReLU six times as fast as tanh (the paper's claim); found by us: 8 epochs of ReLU at a rate of 0.003, 6 of
     tanh at 0.01 (docs/results.md).
     Hours: 0.1 on one core.

@@ -1,7 +1,7 @@
 """Trains an AlexNet on shards.
 
-    accelerate launch train/run.py demo --data.shards shards/digits
-    accelerate launch train/run.py seed --data.shards /data/shards --train.batch 1024 --optim.lr 0.08
+    python train/run.py demo --data.shards shards/digits
+    accelerate launch --config_file docker/accelerate/8gpu.yaml train/run.py seed --data.shards /data/shards
 
 The same command again resumes from the newest checkpoint that verifies. SIGTERM, SIGUSR1, SIGINT, SIGHUP (unless
 nohup ignores it) or a file named `stop` in the run folder: saves at the next step and exits with 75.
@@ -24,7 +24,7 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
 
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, leave
-from train.environment import check_launch
+from train.environment import check_launch, launched
 from train.exit_report import ExitReport
 from train.run_folder import RunFolder
 from train.signals import Stop, heed_no_more
@@ -32,6 +32,9 @@ from train.signals import Stop, heed_no_more
 if TYPE_CHECKING:
     from train.config import Config
 
+# Threads that wait sleep: if they spin, they take cores from other work and from the threads that they wait for
+# (docs/results.md). Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 PARENT = os.getppid()  # the launcher, if there is one; it may have ended before the run is built
 
 
@@ -47,6 +50,10 @@ def main(argv: list[str]) -> int:
 
             config = parse(argv)
             report.config, report.folder = config, RunFolder(Path(config.run.dir))
+            if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
+                print(
+                    f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}", flush=True
+                )
             train_run(config, report.folder, stop, report)
         return report.code
     finally:

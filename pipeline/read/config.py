@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import torch
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import ConfigError
 from ..settings import Bounds, Fraction, InHelp, PerHost, validate
+
+if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to import
+    import torch
 
 Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 

@@ -1,7 +1,7 @@
 """Runs a script of this repository with a fault at one step of one rank: PLANT=WHAT:RANK:STEP, steps from 1.
 
-WHAT: nan; sleep, for good; busy, some seconds within one call into C, as a long backward pass; sides, which prints the
-sides of every step's images. A rank of -1 means all.
+WHAT: late, before the script starts; nan; sleep, for good; busy, some seconds within one call into C, as a long
+backward pass; sides, which prints the sides of every step's images. A rank of -1 means all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ sys.path[0] = str(ROOT)
 from train.step import Stepper  # noqa: E402 (the path comes first)
 
 what, rank, planted = os.environ["PLANT"].split(":")
+if what == "late" and rank == os.environ["RANK"]:
+    time.sleep(0.6)
 untouched = Stepper.logits
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -20,6 +21,7 @@ import pytest
 
 from tests.conftest import ROOT, the_error
 from tests.faults.job import PLANTED, SCRIPT, SMALL, STEPS, Job, global_ids, lines, losses, quiet, run, traces
+from tests.pipeline.test_progress import read_all, shown
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,37 @@ def test_a_terminal_that_closes_stops_the_run_unless_nohup_ignores_it(nohup, few
     else:
         assert ended == {"code": 75, "reason": "stopped by SIGHUP", "step": planted}
         assert (folder / "checkpoints" / f"step-{planted:08d}" / "record.json").exists()
+
+
+def test_ctrl_c_leaves_one_clean_line_on_the_terminal(few_digits, tmp_path):
+    terminal, inside = os.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    args = [*SMALL, "--train.epochs", 50, "--data.shards", few_digits, "--run.dir", tmp_path / "run"]
+    argv = [sys.executable, str(SCRIPT), *map(str, args)]
+    process = subprocess.Popen(argv, stdin=inside, stdout=inside, stderr=inside, cwd="/")
+    while max(losses(tmp_path / "run"), default=0) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.write(inside, b"^C")  # as a terminal does before it sends the signal
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 75
+    written = read_all(terminal, inside)
+    os.close(inside)
+    os.close(terminal)
+    step = json.loads((tmp_path / "run" / "exit.json").read_text())["step"]
+    assert "img/s" in written
+    assert shown(written)[-2:] == [
+        f"stopped by SIGINT; step {step} is saved, and the same command resumes from there",
+        "",
+    ]
+
+
+def test_a_rejected_start_is_printed_once_even_if_local_rank_0_is_late(tmp_path):
+    """Launchers end all ranks as soon as the first has ended."""
+    job = Job(tmp_path / "run", SCRIPT, "demoo", ranks=2, script=PLANTED, PLANT="late:0:0")
+    assert job.wait() == 1
+    assert job.said.count("error: ") == 1
+    assert "\nerror: unknown preset 'demoo' (did you mean demo?)" in f"\n{job.said}"
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_free(clean, few_digits, tmp_path):

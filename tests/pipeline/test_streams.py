@@ -78,19 +78,31 @@ def test_help_into_a_pipe_that_ends_early_is_silent(tool):
     assert done.stderr == b""
 
 
+@pytest.mark.parametrize(("chosen", "used"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_of_a_training_sleep_while_they_wait_unless_chosen_otherwise(chosen, used):
+    """Read when torch is loaded, which the start must not do before."""
+    script = "import os, sys, train.run; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | chosen
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == f"{used} False\n", done.stderr
+
+
 @pytest.mark.parametrize(
-    ("tool", "missing"),
+    ("tool", "missing", "printed"),
     [
-        ("tools/make_shards.py", "numpy"),
-        ("tools/make_shards.py", "PIL"),
-        ("train/run.py", "numpy"),
-        ("train/run.py", "tyro"),
+        ("tools/make_shards.py", "numpy", ""),
+        ("tools/make_shards.py", "PIL", ""),
+        ("train/run.py", "numpy", ""),
+        ("train/run.py", "tyro", ""),
+        # Printed before torch is imported, which takes seconds
+        ("train/run.py", "torch", "network small, data none, run folder runs/demo\n"),
     ],
 )
-def test_a_python_without_the_packages_says_what_to_start(tmp_path, tool, missing):
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+def test_a_python_without_the_packages_says_what_to_start(tmp_path, tool, missing, printed):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(name={missing!r})\n")
     argv = ["demo", "--data.shards", "none"] if tool == "train/run.py" else ["digits", "--out", str(tmp_path / "out")]
     command = [sys.executable, str(ROOT / tool), *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     wanted = f"error: {sys.executable} has no package '{missing}'; start it with .venv/bin/python"
     assert (done.returncode, done.stderr[: len(wanted)], done.stderr.count("\n")) == (1, wanted, 1)
+    assert done.stdout == printed

@@ -32,6 +32,7 @@ from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from pipeline.write.sources.imagenet import ImageNet2012
 from tests.conftest import ROOT, real_images, run_here, run_tool, the_error
+from tests.faults.job import PLANTED
 from tests.pipeline.archives import ID_OF, Mini
 from tools import evaluate
 from train.classifier import Classifier
@@ -121,15 +122,22 @@ def test_probabilities_are_those_of_a_plain_implementation(real, views, nets):
     assert (found.ranks == ranks)[clear].all()
 
 
-def evaluated(*args: object, ranks: int = 1) -> dict:
+def launched(*argv: object, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
     multi = ["--multi_gpu", "--main_process_port", "0"] if ranks > 1 else []
     fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *multi, "--num_processes", str(ranks), *fixed]
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {})
-    argv = [*launch, str(ROOT / EVALUATE), *map(str, args)]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd="/", env=env)
-    assert done.returncode == 0, done.stderr
-    return done
+    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}) | variables
+    return subprocess.run([*launch, *map(str, argv)], capture_output=True, text=True, cwd="/", env=env)
+
+
+def test_what_all_ranks_find_wrong_is_printed_once_even_if_local_rank_0_is_late():
+    wrong = ["/nowhere", "--data.shards", "/nowhere"]
+    done = launched(PLANTED, ROOT / EVALUATE, *wrong, ranks=2, PLANT="late:0:0")
+    assert done.stderr.count("error: ") == 1
+    assert "\nerror: /nowhere: no such shard folder" in f"\n{done.stderr}"
+    one = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    done = run_tool(EVALUATE, *wrong, env=os.environ | one)
+    assert (done.returncode, done.stderr) == (65, "")
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), pytest.param((1, 3), marks=pytest.mark.slow)])
@@ -138,7 +146,8 @@ def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(worlds, trained, d
     results = []
     for ranks in worlds:
         told = ["--data.shards", digits, "--batch", 50, "--json", tmp_path / f"{ranks}.json", "--checkpoint", "latest"]
-        evaluated(trained, *told, "--csv", tmp_path / f"{ranks}.csv", ranks=ranks)
+        done = launched(ROOT / EVALUATE, trained, *told, "--csv", tmp_path / f"{ranks}.csv", ranks=ranks)
+        assert done.returncode == 0, done.stderr
         results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
     for found in results:
         for name in ("images", "correct", "by_class", "confusions", "top1", "top5"):
@@ -149,8 +158,16 @@ def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(worlds, trained, d
     for name in ("top1", "top5"):
         assert round(own[name] * 359) == results[0]["correct"][name]
     assert own["loss"] == pytest.approx(results[0]["loss"], abs=1e-5)
-    raw = evaluated(
-        trained, "--data.shards", digits, "--raw", "--checkpoint", "latest", "--json", tmp_path / "raw.json"
+    raw = launched(
+        ROOT / EVALUATE,
+        trained,
+        "--data.shards",
+        digits,
+        "--raw",
+        "--checkpoint",
+        "latest",
+        "--json",
+        tmp_path / "raw.json",
     )
     own = [line for line in lines if line["kind"] == "val"][-1]
     assert json.loads((tmp_path / "raw.json").read_text())["correct"]["top1"] == round(own["top1"] * 359)

@@ -197,7 +197,7 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, out, options, sa
 
 def test_what_is_damaged_is_named_and_not_read(exported, image_folder, tmp_path, monkeypatch, capsys):
     images = image_folder / "val"
-    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "not a whole safetensors file")):
+    for kind, said in (("onnx", "cannot be read as ONNX"), ("safetensors", "cannot be read as weights")):
         whole = (exported / f"net.{kind}").read_bytes()
         for length in (50_000, 3, 0):
             (tmp_path / f"cut.{kind}").write_bytes(whole[:length])
@@ -205,6 +205,11 @@ def test_what_is_damaged_is_named_and_not_read(exported, image_folder, tmp_path,
             assert code == 65
             assert f"cut.{kind}: " in error
             assert said in error or length < 50_000
+    for size, header in (((1 << 64) - 1, b"{}"), (1 << 62, b"{}"), (200_000, b"[" * 200_000), (2, b"[]"), (2, b"\xff")):
+        (tmp_path / "header.safetensors").write_bytes(size.to_bytes(8, "little") + header)
+        code, error = run_here(predict.main, monkeypatch, capsys, tmp_path / "header.safetensors", images)
+        assert code == 65
+        assert "header.safetensors: not a whole safetensors file: its header cannot be read (" in error
     other = json.loads((exported / "net.json").read_text())
     other["model"]["width"] = 0.5
     torch.save({"features.conv1.weight": torch.zeros(1)}, tmp_path / "a.pth")
