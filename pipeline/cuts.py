@@ -21,8 +21,9 @@ from .shards import Shard, file_sha256
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
 
-# Header, entries, and a row of the table for each sample.
-HEADER_DTYPE = np.dtype([("magic", "S8"), ("samples", "<u4"), ("entries", "<u4"), ("shard", "S32")])
+# A file is a header, the entries of all images, and a table with a row for each.
+MAGIC = b"IXCUTS01"
+HEADER_BYTES = len(MAGIC) + 32
 ENTRY_BYTES = 8
 TABLE_DTYPE = np.dtype(
     [
@@ -33,8 +34,8 @@ TABLE_DTYPE = np.dtype(
 )
 
 
-def header(shard: Shard, samples: int, entries: int) -> np.ndarray:
-    return np.array((b"IXCUTS01", samples, entries, bytes.fromhex(shard.sha256)), HEADER_DTYPE)
+def header(shard: Shard) -> bytes:
+    return MAGIC + bytes.fromhex(shard.sha256)
 
 
 def file_name(split: str, number: int) -> str:
@@ -42,20 +43,19 @@ def file_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.cuts"
 
 
-def table(path: Path, shard: Shard, samples: int) -> np.ndarray:
+def table(path: Path, shard: Shard) -> np.ndarray:
     """(samples,) TABLE_DTYPE. Raises DataError if the file is not this shard's, or cut short."""
-    with reading(f"{path}", CURE, OSError):
-        with open(path, "rb") as file:
-            found = np.fromfile(file, HEADER_DTYPE, 1)[0]
-            entries = int(found["entries"])
-            if found != header(shard, samples, entries):
-                raise ValueError("of another shard")
-            file.seek(ENTRY_BYTES * entries, 1)
-            rows = np.fromfile(file, TABLE_DTYPE, samples)
-            if len(rows) != samples or file.read(1):
-                raise ValueError("cut short")
-        if (rows["first"].astype(np.uint64) + rows["count"] > entries).any():
-            raise ValueError("entries out of bounds")
+    with reading(f"{path}", CURE, OSError), open(path, "rb") as file:
+        if file.read(HEADER_BYTES) != header(shard):
+            raise ValueError("of another shard")
+        start = file.seek(0, 2) - shard.samples * TABLE_DTYPE.itemsize
+        file.seek(max(start, 0))
+        rows = np.fromfile(file, TABLE_DTYPE)
+        if (
+            len(rows) != shard.samples
+            or (rows["first"].astype(np.uint64) + rows["count"]).max(initial=0) * ENTRY_BYTES > start - HEADER_BYTES
+        ):
+            raise ValueError("cut short")
     return rows
 
 
@@ -77,7 +77,7 @@ def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
         if not path.is_file() or path.stat().st_size != file["bytes"]:
             raise DataError(f"{path}: missing, or not {file['bytes']} bytes; {CURE}")
         paths.append(path)
-        rows[split.index["shard"] == number] = table(path, shard, shard.samples)
+        rows[split.index["shard"] == number] = table(path, shard)
     return Cuts(paths, rows)
 
 

@@ -165,8 +165,8 @@ def cut(args: argparse.Namespace) -> None:
     images = sum(split.samples for split in dataset.splits.values())
     with Progress("finding cuts", images) as progress:
         made = make_cuts(dataset, workers=args.workers, check_all=args.check_cuts == "all", progress=progress.update)
-    size = sum(file.bytes for file in made) / 1e6
-    print(f"{args.out}: {sum(file.cut for file in made):,} of {images:,} images can be cut; {size:,.1f} MB")
+    number, size = (sum(file[name] for file in made) for name in ("cut", "bytes"))
+    print(f"{args.out}: {number:,} of {images:,} images can be cut; {size / 1e6:,.1f} MB")
 
 
 def print_passed_over(passed_over: PassedOver) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import jpeg
 from ..cut_jpeg import EXTRA, SLACK_OUT, cut_jpeg
-from ..cuts import ENTRY_BYTES, HEADER_DTYPE, Cuts
+from ..cuts import ENTRY_BYTES, HEADER_BYTES, Cuts
 from ..decode import Scratch
 from ..errors import StorageError
 from ..huffman import SLACK, TABLES
@@ -49,7 +49,7 @@ class Cutter:
     def rows(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Where the images' places are, in the form of `rows`, those of the images themselves: see fetch.py."""
         table, found = self._table[ids], np.zeros((len(ids), len(COLUMNS)), np.int64)
-        found[:, OFFSET] = HEADER_DTYPE.itemsize + ENTRY_BYTES * table["first"].astype(np.int64)
+        found[:, OFFSET] = HEADER_BYTES + ENTRY_BYTES * table["first"].astype(np.int64)
         found[:, SIZE], found[:, CRC32] = ENTRY_BYTES * table["count"].astype(np.int64), table["crc32"]
         found[:, SHARD] = rows[:, SHARD]
         return found

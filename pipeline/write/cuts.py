@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from simplejpeg import decode_jpeg
@@ -15,24 +15,14 @@ from .. import cuts, pool
 from ..cut_jpeg import EXTRA, SLACK_OUT, cut_jpeg
 from ..decode import Scratch
 from ..errors import DataError
-from ..files import json_bytes
+from ..files import Json, json_bytes
 from ..huffman import SLACK, TABLES
 from ..jpeg import LAYOUT, find_places, places_in
 from ..manifest import Dataset, Split
-from ..shards import crc32, file_sha256
+from ..shards import Shard, crc32, file_sha256
 from ..storage import Folder
 
 CHECK_ONE_IN = 32  # images, chosen by their checksum: a cut is decoded and compared with the whole image
-
-
-@dataclass
-class CutFile:
-    """A file as cuts.json names it, and how many of its images can be cut."""
-
-    name: str
-    bytes: int
-    sha256: str
-    cut: int
 
 
 class Finder:
@@ -49,79 +39,72 @@ class Finder:
         clean = self._clean(len(image) + SLACK)
         return places[: find_places(image, 0, len(image), self.layout, self.tables, clean, places)]
 
-    def check(self, image: np.ndarray, places: np.ndarray, seed: int) -> bool:
+    def is_exact(self, image: np.ndarray, places: np.ndarray, seed: int) -> bool:
         """Whether a cut has the pixels of the whole image, which was the latest. seed: of the rectangle."""
-        whole = decode_jpeg(image, strict=True)
+        try:
+            whole = decode_jpeg(image, strict=True)
+        except ValueError:  # libjpeg-turbo warns of something
+            return False
         numbers, (height, width, _) = np.random.default_rng(seed), whole.shape
         (left, right), (top, bottom) = (np.sort(numbers.choice(side + 1, 2, replace=False)) for side in (width, height))
         limit, placed = len(image) + EXTRA, np.zeros(4, np.int64)
         out, clean = self._out(limit + SLACK_OUT), self._clean(len(image) + SLACK)
         box = np.array([left, top, right, bottom])
         end = cut_jpeg(image, 0, len(image), self.layout, self.tables, places, box, clean, out, 0, limit, placed)
-        if end == 0:
-            return False
         x, y, *_ = placed.tolist()
-        cut = decode_jpeg(out[:end], strict=True)[top - y : bottom - y, left - x : right - x]
-        return np.array_equal(cut, whole[top:bottom, left:right])
+        with contextlib.suppress(ValueError):  # if it could not be cut, too
+            cut = decode_jpeg(out[:end], strict=True)[top - y : bottom - y, left - x : right - x]
+            return np.array_equal(cut, whole[top:bottom, left:right])
+        return False
 
 
 def make_cuts(
     dataset: Dataset, *, workers: int, check_all: bool = False, progress: Callable[[int], None] = lambda images: None
-) -> list[CutFile]:
+) -> list[Json]:
     """Makes all that are missing, and cuts.json last. check_all: compare the pixels of a cut of every image.
 
-    progress: called with numbers of images. Raises DataError for a shard that is not what the manifest says.
+    progress: called with numbers of images. Returns each file's name, size, sha256, and images that can be cut.
+    Raises DataError for a shard that is not what the manifest says.
     """
-    folder, made = Folder(dataset.root), []
-    splits: dict[str, list[dict[str, object]]] = {}
+    folder = Folder(dataset.root)
+    splits: dict[str, list[Json]] = {}
     for split in dataset.splits.values():
         make = partial(_make_file, folder, split, check_one_in=1 if check_all else CHECK_ONE_IN)
-        with pool.run(make, range(len(split.shards)), workers=workers, place=dataset.root) as files:
-            for shard, file in zip(split.shards, files, strict=True):
-                made.append(file)
-                splits.setdefault(split.name, []).append(asdict(file))
+        files = splits[split.name] = []
+        with pool.run(make, range(len(split.shards)), workers=workers, place=dataset.root) as made:
+            for shard, file in zip(split.shards, made, strict=True):
+                files.append(file)
                 progress(shard.samples)
     folder.write(cuts.NAME, json_bytes({"version": 1, "fingerprint": dataset.fingerprint, "splits": splits}))
-    return made
+    return [file for files in splits.values() for file in files]
 
 
-def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) -> CutFile:
+def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) -> Json:
     shard, name = split.shards[number], cuts.file_name(split.name, number)
-    rows = split.index[split.index["shard"] == number]
     path = folder.path / name
     try:
-        table = cuts.table(path, shard, len(rows))
+        table = cuts.table(path, shard)
     except DataError:
-        table = _write_file(folder, split, number, rows, name, check_one_in)
-    return CutFile(name, path.stat().st_size, file_sha256(path), int((table["count"] > 0).sum()))
+        rows = split.index[split.index["shard"] == number]
+        table = _write_file(folder, name, shard, split.root / shard.name, rows, check_one_in)
+    can_be_cut = int((table["count"] > 0).sum())
+    return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "cut": can_be_cut}
 
 
-def _write_file(
-    folder: Folder, split: Split, number: int, rows: np.ndarray, name: str, check_one_in: int
-) -> np.ndarray:
-    shard, find, total = split.shards[number], Finder(), 0
-    table = np.zeros(len(rows), cuts.TABLE_DTYPE)
-    with open(split.root / shard.name, "rb") as tar, folder.publish(name) as file:
-        file.write(cuts.header(shard, len(rows), 0).tobytes())
+def _write_file(folder: Folder, name: str, shard: Shard, tar: Path, rows: np.ndarray, check_one_in: int) -> np.ndarray:
+    find, total, table = Finder(), 0, np.zeros(len(rows), cuts.TABLE_DTYPE)
+    with open(tar, "rb") as images, folder.publish(name) as file:
+        file.write(cuts.header(shard))
         for i, row in enumerate(rows):
-            data = os.pread(tar.fileno(), int(row["size"]), int(row["offset"]))
-            crc = int(row["crc32"])
+            data, crc = os.pread(images.fileno(), int(row["size"]), int(row["offset"])), int(row["crc32"])
             if crc32(data) != crc:
-                raise DataError(f"{split.root / shard.name}: changed at byte {row['offset']}; copy the shard again")
+                raise DataError(f"{tar}: changed at byte {row['offset']}; copy the shard again")
             image = np.frombuffer(bytearray(data), np.uint8)  # not read-only, as in the loader: compiled once
             places = find(image, int(row["width"]), int(row["height"]))
-            if len(places) and crc % check_one_in == 0 and not _is_exact(find, image, places, crc):
+            if len(places) and crc % check_one_in == 0 and not find.is_exact(image, places, crc):
                 places = places[:0]
             table[i] = total, len(places), crc32(places.tobytes(), crc)
             file.write(places.tobytes())
             total += len(places)
         file.write(table.tobytes())
-        file.seek(0)
-        file.write(cuts.header(shard, len(rows), total).tobytes())
     return table
-
-
-def _is_exact(find: Finder, image: np.ndarray, places: np.ndarray, seed: int) -> bool:
-    with contextlib.suppress(ValueError):  # libjpeg-turbo warns of something in the whole image or in the cut
-        return find.check(image, places, seed)
-    return False

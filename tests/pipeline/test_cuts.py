@@ -215,7 +215,7 @@ def test_cuts_change_nothing_else_and_are_the_same_bytes_each_time(folder, with_
     (with_cuts / "train-000001.cuts.partial").write_bytes(b"of a killed run")
     found = make_cuts(open_dataset(with_cuts), workers=1, check_all=True)
     assert {path.name: path.read_bytes() for path in with_cuts.iterdir() if path.name in made} == made
-    assert sum(file.cut for file in found) == 24  # all but the progressive one
+    assert sum(file["cut"] for file in found) == 24  # all but the progressive one
     assert verify.check(with_cuts).ok
 
 
