@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.write.sources import Digits
 from tests import limits
 from tests.conftest import ROOT
 
@@ -173,10 +175,22 @@ def test_a_wheel_works_in_a_foreign_directory(elsewhere, digits):
 
 def test_the_scripts_of_the_documentation_run_as_they_stand(elsewhere, digits):
     text = (ROOT / "docs" / "own-script.md").read_text()
-    plain, adapter = (block.split("```")[0] for block in text.split("```python\n")[1:])
+    plain, transforms, distributed, adapter = (block.split("```")[0] for block in text.split("```python\n")[1:])
     last = elsewhere(plain.replace("SHARDS", str(digits))).splitlines()[-1]
     assert last.startswith("epoch 1: loss ")
     assert "next {'epoch': 2, 'step': 0, " in last
     assert float(last.split("top-1 ")[1].split(",")[0]) > 0.15  # of ten classes; nan if it diverges
     assert len(plain.strip().splitlines()) <= 24
+    shown = elsewhere(transforms.replace("SHARDS", str(digits)))
+    found = re.fullmatch(r"sample digit(\d+) is a (\d), mixed targets 1\.0", shown)
+    assert found is not None, shown
+    everyone = {key: label for items in Digits().splits.values() for key, label, *_ in items}
+    assert everyone[f"digit{found[1]}"] == int(found[2])
+    launched = f"""
+import pathlib, sys
+from torch.distributed.run import main
+pathlib.Path("script.py").write_text({distributed.replace("SHARDS", str(digits))!r})
+main(["--nproc_per_node", "2", "--master_port", "0", "script.py"])
+"""
+    assert re.fullmatch(r"top-1 0\.\d+ of 359 images", elsewhere(launched).splitlines()[-1])
     assert elsewhere(adapter.replace("SHARDS", str(digits))).startswith("22 batches, next {'epoch': 1, 'step': 0, ")
