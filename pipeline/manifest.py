@@ -158,7 +158,8 @@ class Dataset:
         if name not in self.splits:
             names = ", ".join(self.splits)
             raise DataError(
-                f"{self.root}: no split {name!r}; it has {names}; name one of these or shard the data with it"
+                f"{self.root}: no split {name!r}; it has {names}; name one of these,"
+                " or shard the data with --val or --val-fraction 0.1"
             )
         return self.splits[name]
 

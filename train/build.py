@@ -98,8 +98,8 @@ def build_trainer(
         steps_per_epoch=len(loader),
     )
     if config.model.init and not saved:
-        classes = recorded(Path(config.model.init))[1]
-        other_classes = classes not in ((), tuple(dataset.classes))
+        known = recorded(Path(config.model.init))[1]
+        other_classes = known is not None and known.classes != tuple(dataset.classes)
         say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
     stepper = Stepper(net, config, accelerator, optim)
     if world > 1:

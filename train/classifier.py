@@ -82,19 +82,16 @@ def open_classifier(
     return _from_weights(path, preset)
 
 
-def recorded(path: Path) -> tuple[Json, tuple[str, ...]]:
-    """The configuration of a run, a checkpoint or weights with a model card, by flat names, and the classes.
+def recorded(path: Path) -> tuple[Json, Inputs | None]:
+    """What a run, a checkpoint or weights with a model card record: fields of model and augment by flat names, inputs.
 
-    ({}, ()) if the weights have no card; () if it names no classes. Raises DataError for what cannot be read.
+    ({}, None) for weights without a card. Raises DataError for what cannot be read.
     """
     if path.is_dir():
         run, saved = find(path)
-        known = read_inputs(run)
-        return saved.state["config"], known.classes if known else ()
+        return saved.state["config"], read_inputs(run)
     card = _card(path, _metadata(path)) if path.is_file() else None
-    if card is None:
-        return {}, ()
-    return flatten({"model": card.model, "augment": card.augment}), card.inputs.classes if card.inputs else ()
+    return (flatten(card), card.inputs) if card else ({}, None)
 
 
 # Runs and checkpoints

@@ -48,7 +48,11 @@ def parse(argv: list[str]) -> Config:
     if ours.help:
         _print_and_exit(_short_help(preset, base))
     config = _configured(base, ours.config, flags)
-    if preset == FINETUNE and config.model.init:
+    if preset == FINETUNE:
+        if not config.model.init:
+            raise ConfigError(
+                f"{preset}: name trained weights by --model.init, such as a run folder (docs/own-images.md)"
+            )
         config = _configured(_as_trained(base, Path(config.model.init)), ours.config, flags)
     preset = preset or ours.config.stem
     if not config.run.dir:
@@ -61,10 +65,6 @@ def parse(argv: list[str]) -> Config:
         _print_and_exit(json.dumps(dataclasses.asdict(config), indent=1))
     if not config.data.shards:
         raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
-    if preset == FINETUNE and not config.model.init:
-        raise ConfigError(
-            f"{FINETUNE}: name trained weights by --model.init, such as a run folder (docs/own-images.md)"
-        )
     return overfitting(config) if config.overfit else config
 
 
@@ -78,9 +78,8 @@ def _as_trained(base: Config, weights: Path) -> Config:
     from .classifier import recorded  # imports torch: wrong flags are reported before
 
     view = ("augment.resize", "augment.crop", "augment.normalize", "augment.statistics")
-    own = ("model.init", "model.freeze")
     found = recorded(weights)[0].items()
-    return updated(base, {n: v for n, v in found if n in view or (n.startswith("model.") and n not in own)})
+    return updated(base, {n: v for n, v in found if n in view or (n.startswith("model.") and n != "model.freeze")})
 
 
 def _take_own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -117,6 +117,7 @@ def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
     main = t.accelerator.is_main_process
     t.progress = Progress(f"epoch {t.state.epoch + 1}/{train.epochs}", left, enabled=main)
     t.loader.stats()  # counts from here
+    t.meter.begin()
     wait_for_data(t)
     for batch in t.loader:
         yield batch

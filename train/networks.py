@@ -98,9 +98,10 @@ def load_weights(net: nn.Module, path: Path, *, other_classes: bool = False) -> 
     note = None
     for head, layer in heads(net):
         classes = _classes_of(weights, wanted, head)
-        if classes and (other_classes or classes != len(layer.weight)):
-            other = " other" if classes == len(layer.weight) else ""
-            note = f"{path} is of {classes}{other} classes: the output layer {head} is new, with {len(layer.weight)}"
+        ours = len(layer.weight)
+        if classes and (other_classes or classes != ours):
+            other = " other" * (classes == ours)
+            note = f"{path} is of {classes}{other} classes: the output layer {head} is new, with {ours}"
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
         if name not in weights:

@@ -267,16 +267,15 @@ def advice(config: Config, *, images: int, short_side: int, weights: int) -> lis
 
     images: for training. short_side: their median, in pixels. weights: of the net.
     """
-    lines, augment, page = [], config.augment, "(docs/own-images.md)"
-    if config.model.init or config.overfit:
+    lines, resize = [], config.augment.resize
+    if config.model.init:
         return []
-    if augment.resize > ENLARGED * short_side:
-        name = f"--model.name {'modern' if short_side >= 63 else 'small'} " if ":" not in config.model.name else ""
+    if resize > ENLARGED * short_side:
+        name = "" if ":" in config.model.name else f"--model.name {'modern' if short_side >= 63 else 'small'} "
         sizes = f"--augment.resize {short_side * 9 // 8} --augment.crop {short_side}"
-        fixed = " --train.crop-sizes --train.crop-until" if config.train.crop_sizes else ""
-        times = f"{augment.resize / short_side:.1f} times"
-        lines += [f"warning: images are enlarged {times}; at their own size: {name}{sizes}{fixed} {page}"]
+        alone = " --train.crop-sizes --train.crop-until" if config.train.crop_sizes else ""
+        lines.append(f"images are enlarged {resize / short_side:.1f} times; at their own size: {name}{sizes}{alone}")
     if weights > WEIGHTS_PER_IMAGE * images:
         few = f"{images:,} images are few for {weights:,} weights"
-        lines += [f"warning: {few}; start from trained ones: {FINETUNE} --model.init WEIGHTS {page}"]
-    return lines
+        lines.append(f"{few}; start from trained ones: {FINETUNE} --model.init WEIGHTS")
+    return [f"warning: {line} (docs/own-images.md)" for line in lines]

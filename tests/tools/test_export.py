@@ -253,7 +253,7 @@ def test_fine_tuning_takes_net_and_view_from_what_records_them(trained, exported
         assert (augment.resize, augment.crop, augment.statistics, augment.flip) == (36, 32, "dataset", True)
         assert (tuned(weights, "--augment.crop", 28).augment.crop, config.optim.schedule) == (28, "cosine")
         assert tuned(weights, "--config", tmp_path / "wider.json").model.width == 0.5
-        assert recorded(weights)[1] == tuple(map(str, range(10)))
+        assert recorded(weights)[1].classes == tuple(map(str, range(10)))
     best = Checkpoints(trained, keep=1).folder / (trained / "checkpoints" / "best").read_text().strip()
     own = load_file(best / MODEL)
     assert all(torch.equal(own[name], weight) for name, weight in read_weights(trained).items())
