@@ -194,14 +194,14 @@ def finetune() -> Config:
     """Trained weights on a few hundred images of your own: a new output layer, few epochs, random crops and flips.
 
     python train/run.py finetune --data.shards shards/mine --model.init runs/base
-    Expected top-1: TODO
-    Hours: TODO
+    Expected top-1: 80 % on 100 held-out images of CIFAR-10, from 80 of each of five classes (docs/own-images.md).
+    Hours: 0.01 on two cores, for 400 images of 32 pixels.
     If the weights record their net and the size of their images, as a run and an exported file do, these are taken from
     there; otherwise they are torchvision's AlexNet and 224 of 256 pixels, and --model.name names another net.
     """
     return Config(
         train=TrainConfig(epochs=20, batch=32),
-        optim=OptimConfig(lr=0.003, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
+        optim=OptimConfig(lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
         model=ModelConfig(name="torchvision"),
         augment=AugmentConfig(scale_jitter=(0.5, 1.0), square=False, normalize="mean-std", statistics="imagenet"),
         run=RunConfig(log_every=10),
