@@ -213,7 +213,7 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
     if collected.bad and (emptied := set(range(len(source.classes))) - present):
         raise DataError(
             f"{source.classes[min(emptied)]}: no image of this class can be used;"
-            f" remove the class, or repair its images and remove {folder.path / journal.FOLDER}"
+            f" remove the class, or repair its images and remove {folder.path / manifest.PARTS}"
         )
     splits = collected.write_splits(folder, source.name)
     measured = write_statistics(collected.totals, folder, f"{source.name}-mean.npy") if options.stats else {}
