@@ -200,6 +200,6 @@ def test_the_script_of_two_ranks_runs_as_it_stands(elsewhere, digits):
 import pathlib
 from torch.distributed.run import main
 pathlib.Path("script.py").write_text({scripts(digits)[2]!r})
-main(["--nproc_per_node", "2", "--master_port", "0", "script.py"])
+main(["--standalone", "--nproc_per_node", "2", "script.py"])
 """
     assert re.fullmatch(r"top-1 0\.\d+ of 359 images", elsewhere(launched).splitlines()[-1])
