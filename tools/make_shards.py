@@ -24,7 +24,6 @@ import re
 import shutil
 import unicodedata
 
-import numpy as np
 import PIL
 import simplejpeg
 
@@ -39,7 +38,7 @@ from pipeline.write.images import Encoding
 from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
 from pipeline.write.sources import SOURCES
-from pipeline.write.sources.base import PassedOver, Source, check_fraction, check_name
+from pipeline.write.sources.base import PassedOver, check_fraction, check_name, few_images
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
@@ -175,17 +174,6 @@ def print_passed_over(passed_over: PassedOver) -> None:
         print(cli.printable(f"passed over: {passed_over}"))
 
 
-def print_few(source: Source) -> None:
-    """Notes what keeps classes from being learnt or measured."""
-    if "val" not in source.splits:
-        print("note: no validation split, which training needs; --val names one, --val-fraction 0.1 holds one out")
-    for name, number, what in (("train", 1, "one training image"), ("val", 0, "no validation image")):
-        if items := source.splits.get(name):
-            few = np.flatnonzero(np.bincount(items.labels, minlength=len(source.classes)) == number)
-            for label in few[:1]:
-                print(cli.printable(f"note: {what} in {len(few):,} of the classes, such as {source.classes[label]}"))
-
-
 def class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
@@ -220,7 +208,8 @@ def make(args: argparse.Namespace) -> dict | None:
     print_decoders(trusted=args.trust_images)
     plan = Plan(SOURCES[args.source].from_options(args), options)
     print_passed_over(plan.source.passed_over)
-    print_few(plan.source)
+    for note in few_images(plan.source):
+        print(cli.printable(f"note: {note}"))
     every = range(len(plan.tasks))
     only = numbers(args.shards, len(every)) if args.shards else every
     if not only:
