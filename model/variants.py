@@ -30,9 +30,9 @@ class ModelConfig:
     """Convolutions left out, with their activations: of conv1 … conv5."""
     weight_init: Literal["variant", "he", "torch"] = "variant"
     """variant: as in its source; he: for any width, biases and output layer zero; torch: torch's defaults."""
-    init: str = ""
-    """Weights to start from: a .pth or .safetensors file or a checkpoint folder. An output layer of another number of
-    classes is initialised from scratch."""
+    init: Annotated[str, IN_HELP] = ""
+    """Weights to start from: a .pth or .safetensors file, a checkpoint folder, or a run folder for its best checkpoint.
+    An output layer of another number of classes, or of other classes, is initialised from scratch."""
     freeze: Literal["none", "features"] = "none"
     """features: all layers before the fully connected ones keep their weights; in other libraries' nets, all layers but
     the last."""

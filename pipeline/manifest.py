@@ -22,6 +22,7 @@ FORMAT = "imagenet-express"
 VERSION = 1
 NAME = "manifest.json"
 INFO = "_info.json"  # read by timm's reader_wds
+PARTS = "parts"  # the folder that a sharding keeps its records in until the manifest is written
 EXISTING = "existing webdataset tars"  # the kind of a source whose tars stay where they are: apart from the manifest
 
 
@@ -157,7 +158,8 @@ class Dataset:
         if name not in self.splits:
             names = ", ".join(self.splits)
             raise DataError(
-                f"{self.root}: no split {name!r}; it has {names}; name one of these or shard the data with it"
+                f"{self.root}: no split {name!r}; it has {names}; name one of these,"
+                " or shard the data with --val or --val-fraction 0.1"
             )
         return self.splits[name]
 
@@ -173,6 +175,13 @@ def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
     if not root.is_dir():
         raise DataError(f"{root}: no such shard folder; make one with tools/make_shards.py")
     if not path.is_file():
+        if any(entry.is_dir() and entry.name != PARTS for entry in root.iterdir()):
+            train, more = root / "train", f"--val {root / 'val'}"
+            options = f"{train} {more}" if train.is_dir() else f"{root} --val-fraction 0.1"
+            raise DataError(
+                f"{root}: holds folders, not shards; run python tools/make_shards.py imagefolder --train {options}"
+                " --out SHARDS, and name SHARDS instead"
+            )
         raise DataError(
             f"{root}: no {NAME}, so its sharding never finished (or this is no shard folder);"
             " run tools/make_shards.py again"

@@ -61,6 +61,13 @@ def test_the_architecture_names_functions_of_the_files_beside_them():
             )
 
 
+def test_the_recipe_for_each_kind_of_images_is_one_that_the_command_line_takes():
+    recipes = re.findall(r"^\|[^|]+\| `([a-z]+ ?[^`]*)`", PAGES["docs/own-images.md"], re.MULTILINE)
+    assert [recipe.split()[0] for recipe in recipes] == ["finetune", "demo", "modern", "modern"]
+    for recipe in recipes:
+        cli.parse([*recipe.split(), "--data.shards", "x"])
+
+
 # The examples of CONTRIBUTING.md
 
 

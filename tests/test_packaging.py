@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.write.sources import Digits
 from tests import limits
 from tests.conftest import ROOT
 
@@ -171,12 +173,33 @@ def test_a_wheel_works_in_a_foreign_directory(elsewhere, digits):
     assert elsewhere(USE, str(digits)) == "(64, 10) 64"
 
 
+def scripts(shards: Path) -> list[str]:
+    """Those of docs/own-script.md, for these shards."""
+    text = (ROOT / "docs" / "own-script.md").read_text().replace("SHARDS", str(shards))
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
 def test_the_scripts_of_the_documentation_run_as_they_stand(elsewhere, digits):
-    text = (ROOT / "docs" / "own-script.md").read_text()
-    plain, adapter = (block.split("```")[0] for block in text.split("```python\n")[1:])
-    last = elsewhere(plain.replace("SHARDS", str(digits))).splitlines()[-1]
+    plain, transforms, _, adapter = scripts(digits)
+    last = elsewhere(plain).splitlines()[-1]
     assert last.startswith("epoch 1: loss ")
     assert "next {'epoch': 2, 'step': 0, " in last
     assert float(last.split("top-1 ")[1].split(",")[0]) > 0.15  # of ten classes; nan if it diverges
     assert len(plain.strip().splitlines()) <= 24
-    assert elsewhere(adapter.replace("SHARDS", str(digits))).startswith("22 batches, next {'epoch': 1, 'step': 0, ")
+    shown = elsewhere(transforms)
+    found = re.fullmatch(r"sample digit(\d+) is a (\d), mixed targets 1\.0", shown)
+    assert found is not None, shown
+    everyone = {key: label for items in Digits().splits.values() for key, label, *_ in items}
+    assert everyone[f"digit{found[1]}"] == int(found[2])
+    assert elsewhere(adapter).startswith("22 batches, next {'epoch': 1, 'step': 0, ")
+
+
+@pytest.mark.slow
+def test_the_script_of_two_ranks_runs_as_it_stands(elsewhere, digits):
+    launched = f"""
+import pathlib
+from torch.distributed.run import main
+pathlib.Path("script.py").write_text({scripts(digits)[2]!r})
+main(["--standalone", "--nproc_per_node", "2", "script.py"])
+"""
+    assert re.fullmatch(r"top-1 0\.\d+ of 359 images", elsewhere(launched).splitlines()[-1])

@@ -38,7 +38,7 @@ from pipeline.write.images import Encoding
 from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
 from pipeline.write.sources import SOURCES
-from pipeline.write.sources.base import PassedOver, check_fraction, check_name
+from pipeline.write.sources.base import PassedOver, check_fraction, check_name, few_images
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
@@ -208,6 +208,8 @@ def make(args: argparse.Namespace) -> dict | None:
     print_decoders(trusted=args.trust_images)
     plan = Plan(SOURCES[args.source].from_options(args), options)
     print_passed_over(plan.source.passed_over)
+    for note in few_images(plan.source):
+        print(cli.printable(f"note: {note}"))
     every = range(len(plan.tasks))
     only = numbers(args.shards, len(every)) if args.shards else every
     if not only:

@@ -34,6 +34,7 @@ def draw(path: Path, *panels: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> N
         for *points, name in curves:
             axes.plot(*points, label=name)
         axes.set(**labels)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -41,24 +42,27 @@ def draw(path: Path, *panels: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> N
 
 
 CURVES = {  # of each panel: the kind of line, the field, the style and the name of each curve
-    "cross-entropy": [("train", "loss", "-", "training"), ("val", "loss", ".-", "validation")],
+    "cross-entropy": [("train", "loss", "C0-", "training"), ("val", "loss", "C1.-", "validation")],
     "accuracy": [
-        ("val", "top1", ".-", "validation top1"),
-        ("val", "top5", ".-", "validation top5"),
-        ("val of average", "top1", "--", "top1 of averaged weights"),
+        ("val", "top1", "C1.-", "validation top-1"),
+        ("val", "top5", "C1:", "validation top-5"),
+        ("val of average", "top1", "C1--", "validation top-1 of averaged weights"),
     ],
 }
 
 
-def draw_curves(lines: dict[str, list[dict]], path: Path) -> None:
-    """Loss and accuracy over epochs."""
+def draw_curves(lines: dict[str, list[dict]], best: dict, path: Path) -> None:
+    """Loss and accuracy over epochs, with the `best` evaluation marked."""
     last, panels = lines["train"][-1], []
     for ylabel, curves in CURVES.items():
         points = []
         for kind, field, *style in curves:
             epochs = [line["step"] * last["epoch"] / last["step"] for line in lines[kind]]
-            points.append((epochs, [line[field] for line in lines[kind]], *style))
-        panels.append(({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None)}, [p for p in points if p[0]]))
+            values = [line[field] for line in lines[kind]]
+            if values and (field != "top5" or min(values) < 1):  # of five classes it is always 1
+                points.append((epochs, values, *style))
+        panels.append(({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None), "title": path.parent.name}, points))
+    points.append(([best["epoch"]], [best["top1"]], "C3*", f"best: {best['top1']:.2%} in epoch {best['epoch']}"))
     draw(path, *panels)
 
 
@@ -94,13 +98,13 @@ def main() -> None:
     lines = read_metrics(run)
     if not (lines["train"] and lines["val"]):
         raise DataError(f"{run}: no epoch was finished yet; draw it when one is")
-    draw_curves(lines, run / "curves.png")
     if args.json:
         write_json(args.json, result(run, lines))
     kept, evaluated = run / "checkpoints" / "best", [*lines["val"], *lines["val of average"]]
     name = kept.read_text().strip() if kept.is_file() else ""
     saved = [line for line in evaluated if name == f"step-{line['step']:08d}"]
     best = max(saved or evaluated, key=lambda line: line["top1"])
+    draw_curves(lines, best, run.resolve() / "curves.png")
     whose = " (averaged weights)" if best["kind"] != "val" else ""
     print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")

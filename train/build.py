@@ -25,6 +25,7 @@ from pipeline.read.loader import Loader
 from . import resume, signals, watchdog
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
+from .classifier import recorded
 from .config import Config, TrainConfig, augment_at
 from .distributed import Agreement, resolved_precision, take_cores, timeout_seconds
 from .environment import launched
@@ -96,8 +97,10 @@ def build_trainer(
         first=main,
         steps_per_epoch=len(loader),
     )
-    if config.model.init and not saved and (note := load_weights(net, Path(config.model.init))):
-        say(note)
+    if config.model.init and not saved:
+        known = recorded(Path(config.model.init))[1]
+        other_classes = known is not None and known.classes != tuple(dataset.classes)
+        say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
     stepper = Stepper(net, config, accelerator, optim)
     if world > 1:
         stepper.settle_buckets(loader)

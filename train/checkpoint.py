@@ -183,6 +183,22 @@ class Checkpoints:
                 os.rename(path, aside)
 
 
+def find(path: Path, which: str = BEST) -> tuple[Path, Saved]:
+    """The run folder and the checkpoint in it that `path`, one of the two, names. which: best or latest, of a run."""
+    if (path / RECORD).is_file():
+        return path.resolve().parent.parent, load(path)
+    checkpoints = Checkpoints(path, keep=1)
+    if not checkpoints.folder.is_dir():
+        raise DataError(f"{path}: neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}")
+    named = checkpoints.folder / which
+    if named.is_file():
+        return path, load(checkpoints.folder / named.read_text().strip())
+    saved, damaged = checkpoints.newest()  # a run that was not evaluated yet has no best
+    if saved is None:
+        raise DataError(damaged[-1] if damaged else f"{path}: has no checkpoint yet; train on, or name another run")
+    return path, saved
+
+
 def _remove(path: Path) -> None:
     """Removes a file, a folder or a link, not what the link points to."""
     if path.is_symlink() or path.is_file():

@@ -16,9 +16,9 @@ from model import ModelConfig
 from pipeline.errors import ConfigError, DataError, first_line, reading
 from pipeline.files import Json
 from pipeline.manifest import Dataset, Statistics, open_dataset
-from pipeline.settings import updated
+from pipeline.settings import flatten, updated
 
-from .checkpoint import BEST, RECORD, Checkpoints, Saved, load
+from .checkpoint import BEST, Saved, find
 from .config import Config
 from .evaluation import NAMES
 from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_beside, read_inputs
@@ -75,29 +75,25 @@ def open_classifier(
     if path.is_dir():
         if preset:
             raise ConfigError(f"--preset {preset}: {path} records its net; leave it out")
-        return _from_checkpoint(*_find_checkpoint(path, which), averaged=averaged, shards=shards)
+        return _from_checkpoint(*find(path, which), averaged=averaged, shards=shards)
     if path.suffix.lower() == ".onnx":
         return _from_onnx(path)
     return _from_weights(path, preset)
 
 
+def recorded(path: Path) -> tuple[Json, Inputs | None]:
+    """What a run, a checkpoint or weights with a model card record: fields of model and augment by flat names, inputs.
+
+    ({}, None) for weights without a card. Raises DataError for what cannot be read.
+    """
+    if path.is_dir():
+        run, saved = find(path)
+        return saved.state["config"], read_inputs(run)
+    card = _card(path, _metadata(path)) if path.is_file() else None
+    return (flatten(card), card.inputs) if card else ({}, None)
+
+
 # Runs and checkpoints
-
-
-def _find_checkpoint(path: Path, which: str) -> tuple[Path, Saved]:
-    """The run folder and the checkpoint in it that `path` names."""
-    if (path / RECORD).is_file():
-        return path.resolve().parent.parent, load(path)
-    checkpoints = Checkpoints(path, keep=1)
-    if not checkpoints.folder.is_dir():
-        raise DataError(f"{path}: neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}")
-    named = checkpoints.folder / which
-    if named.is_file():
-        return path, load(checkpoints.folder / named.read_text().strip())
-    saved, damaged = checkpoints.newest()  # a run that was not evaluated yet has no best
-    if saved is None:
-        raise DataError(damaged[-1] if damaged else f"{path}: has no checkpoint yet; train on, or name another run")
-    return path, saved
 
 
 def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) -> Classifier:

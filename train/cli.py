@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.settings import IN_HELP, declared, did_you_mean, flatten, marked, updated
 
 from .config import RESUME_NEWEST, Config
-from .presets import DESCRIPTIONS, PRESETS, overfitting
+from .presets import DESCRIPTIONS, FINETUNE, PRESETS, overfitting
 
 PROG = "train/run.py"
 USAGE = f"""\
@@ -47,10 +47,14 @@ def parse(argv: list[str]) -> Config:
     base = PRESETS.get(preset, Config())
     if ours.help:
         _print_and_exit(_short_help(preset, base))
-    if ours.config:
-        base = _read_config(ours.config, base)
-        preset = preset or ours.config.stem
-    config = _tyro(flags, base, prog=f"{PROG} {preset}")
+    config = _configured(base, ours.config, flags)
+    if preset == FINETUNE:
+        if not config.model.init:
+            raise ConfigError(
+                f"{preset}: name trained weights by --model.init, such as a run folder (docs/own-images.md)"
+            )
+        config = _configured(_as_trained(base, Path(config.model.init)), ours.config, flags)
+    preset = preset or ours.config.stem
     if not config.run.dir:
         config = updated(config, {"run.dir": f"runs/{preset}{'-overfit' if config.overfit else ''}"})
     try:
@@ -62,6 +66,20 @@ def parse(argv: list[str]) -> Config:
     if not config.data.shards:
         raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
     return overfitting(config) if config.overfit else config
+
+
+def _configured(base: Config, file: Path | None, flags: list[str]) -> Config:
+    """`base`, changed by a --config file and then by flags."""
+    return _tyro(flags, _read_config(file, base) if file else base, prog=PROG)
+
+
+def _as_trained(base: Config, weights: Path) -> Config:
+    """`base` with the net of weights that record theirs, and the size and normalisation of the images that it saw."""
+    from .classifier import recorded  # imports torch: wrong flags are reported before
+
+    view = ("augment.resize", "augment.crop", "augment.normalize", "augment.statistics")
+    found = recorded(weights)[0].items()
+    return updated(base, {n: v for n, v in found if n in view or (n.startswith("model.") and n != "model.freeze")})
 
 
 def _take_own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -105,7 +123,7 @@ def summary(description: str) -> list[str]:
 
 
 def _short_help(preset: str, config: Config) -> str:
-    flat = flatten(config)
+    flat = flatten(config) | {"run.dir": f"runs/{preset or 'FILE'}"}
     lines = [f"usage: python {PROG} {preset or '--config FILE'} --data.shards DIR [--group.field VALUE ...]"]
     lines += ["", *(line.strip() for line in DESCRIPTIONS.get(preset, "").strip().splitlines()), ""]
     lines += [f"  --{name.replace('_', '-'):<24} {str(flat[name]) or '(none)'}" for name in marked(Config, IN_HELP)]

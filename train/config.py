@@ -220,8 +220,7 @@ class Config:
     guard: MayChange[GuardConfig] = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
     resume: InHelp[PerHost[str]] = ""
-    """A checkpoint folder to resume from. By default the newest in the run folder that verifies, if there is one; with
-    a bare --resume there must be one."""
+    """A checkpoint folder to resume from; default: the newest that verifies, if any; a bare --resume requires one."""
     overfit: InHelp[FewImages] = 0
     """A check of the net: train on so many images alone, without augmentation and dropout, at a rate of at most 0.003,
     until all of them are right; exit code 1 if they never are."""
@@ -239,7 +238,8 @@ class Config:
 def _check_crop_sizes(train: TrainConfig, augment: AugmentConfig, model: ModelConfig) -> None:
     sizes, until = f"train.crop_sizes={_plain(train.crop_sizes)}", _plain(train.crop_until)
     if not _rise((0, *train.crop_sizes, augment.crop)):
-        raise ConfigError(f"{sizes}: must be sizes that rise, all below augment.crop={augment.crop}")
+        alone = f"--augment.resize {augment.crop * 9 // 8} --train.crop-sizes --train.crop-until"
+        raise ConfigError(f"{sizes}: must be sizes that rise, all below augment.crop={augment.crop}; or add {alone}")
     if augment.normalize == "mean-image":
         raise ConfigError(f"{sizes}: augment.normalize=mean-image is of one size; use mean or mean-std")
     if train.crop_until[-1] >= train.epochs:

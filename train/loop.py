@@ -7,6 +7,9 @@ import math
 import shlex
 from collections.abc import Iterator
 
+import numpy as np
+
+from model.summary import count_parameters
 from pipeline.errors import ExpressError
 from pipeline.progress import Progress, clock
 from pipeline.read.loader import Batch
@@ -17,6 +20,7 @@ from .distributed import broadcast_buffers
 from .evaluation import BEST, Evaluation, evaluate
 from .metrics import Meter
 from .nonfinite import LossNotFinite
+from .presets import advice
 from .signals import Preempted
 from .trainer import Trainer
 from .watchdog import DATA, EVALUATING, SAVING
@@ -74,12 +78,19 @@ def log_best(t: Trainer, step: int) -> None:
 def begin(t: Trainer) -> None:
     """Logs what the run uses, and starts to watch for hangs and requests to stop."""
     c, loader = t.config, t.loader
+    index = loader.split.index
+    side = int(np.median(np.minimum(index["width"], index["height"])))
+    weights, classes = count_parameters(t.stepper.bare), len(loader.dataset.classes)
     for line in (
+        f"data: {len(index):,} training and {t.val_loader.samples:,} validation images of {classes:,} classes, short"
+        f" side {side} (median), resized to {c.augment.resize}, crop {c.augment.crop}",
+        f"net: {c.model.name}, {weights:,} weights",
         f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank",
         f"decoder: {loader.decoder()}",
         f"compiled: {t.stepper.compiled}",
         *behind_the_end(c.train, c.optim),
-        *["warning: the set has one class, so top-1 is always 1"] * (len(loader.dataset.classes) == 1),
+        *["warning: the set has one class, so top-1 is always 1"] * (classes == 1),
+        *advice(c, images=len(index), short_side=side, weights=weights),
     ):
         t.record.log(line)
     if c.optim.scale_lr != "none":
@@ -106,6 +117,7 @@ def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
     main = t.accelerator.is_main_process
     t.progress = Progress(f"epoch {t.state.epoch + 1}/{train.epochs}", left, enabled=main)
     t.loader.stats()  # counts from here
+    t.meter.begin()
     wait_for_data(t)
     for batch in t.loader:
         yield batch

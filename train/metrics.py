@@ -25,10 +25,14 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator, batch: int) -> None:
         self.accelerator, self.batch = accelerator, batch
-        self.started = self.last = time.perf_counter()
+        self.begin()
         self.steps = self.all_steps = 0
         self.loss: Tensor | float = 0.0
         self.all_loss = self.all_wait = 0.0
+
+    def begin(self) -> None:
+        """Counts seconds from here: the first batch is waited for, evaluation and saving are over."""
+        self.started = self.last = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
         self.loss = self.loss + loss

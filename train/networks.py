@@ -22,8 +22,7 @@ from model.lrn import ResponseNorm
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.settings import did_you_mean
 
-from . import checkpoint
-from .checkpoint import Weights
+from .checkpoint import Weights, find
 
 
 def create_net(config: ModelConfig, *, classes: int, crop: int, crop_sizes: tuple[int, ...] = ()) -> nn.Module:
@@ -89,16 +88,20 @@ def _check_crop(net: nn.Module, name: str, crop: int) -> None:
 # Weights
 
 
-def load_weights(net: nn.Module, path: Path) -> str | None:
-    """Loads weights of the same net; if the number of classes differs, the output layer stays new.
+def load_weights(net: nn.Module, path: Path, *, other_classes: bool = False) -> str | None:
+    """Loads weights of the same net; if the number of classes differs, or they are other ones, the output layer stays
+    new.
 
     Returns a note about that, or None. Raises DataError if names, shapes or kinds of numbers differ otherwise.
     """
     weights, wanted = read_weights(path), net.state_dict()
     note = None
     for head, layer in heads(net):
-        if classes := _other_classes(weights, wanted, head):
-            note = f"{path} is of {classes} classes: the output layer {head} is new, with {len(layer.weight)}"
+        classes = _classes_of(weights, wanted, head)
+        ours = len(layer.weight)
+        if classes and (other_classes or classes != ours):
+            other = " other" * (classes == ours)
+            note = f"{path} is of {classes}{other} classes: the output layer {head} is new, with {ours}"
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
         if name not in weights:
@@ -118,19 +121,19 @@ def load_weights(net: nn.Module, path: Path) -> str | None:
     return note
 
 
-def _other_classes(weights: Weights, wanted: Weights, head: str) -> int:
-    """The number of classes of the output layer in the file if it differs by that alone; else 0."""
+def _classes_of(weights: Weights, wanted: Weights, head: str) -> int:
+    """The number of classes of the output layer in the file if nothing but that can differ; else 0."""
     weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
     ours = wanted[f"{head}.weight"]
     if weight is None or weight.shape[1:] != ours.shape[1:]:
         return 0
     classes = len(weight)
     fits = bias is None or bias.shape == (classes,)
-    return classes if classes not in (0, len(ours)) and fits else 0
+    return classes if fits else 0
 
 
 def read_weights(path: Path) -> Weights:
-    """Names and tensors of a .safetensors file, a checkpoint folder, or what torch.save made of a state_dict.
+    """Names and tensors of a run's best checkpoint, a checkpoint, a .safetensors file or a state_dict that torch saved.
 
     Nothing is unpickled but tensors. Raises DataError for anything else.
     """
@@ -162,7 +165,7 @@ WRAPPERS = ("state_dict", "model")  # as many training scripts save them
 
 def _read(path: Path) -> Any:
     if path.is_dir():
-        return deserialise(checkpoint.verified(path)[checkpoint.MODEL])
+        return find(path)[1].model
     if path.suffix.lower() == ".safetensors":
         return deserialise(path.read_bytes())  # load_file opens no path that is not UTF-8
     if path.suffix.lower() == ".onnx":

@@ -7,6 +7,7 @@ Evaluation: the samples in stored order, one contiguous slice per rank, each sam
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -69,7 +70,10 @@ def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, fi
     if batch % partitions:
         raise ConfigError(f"{field}={batch} does not divide over partitions={partitions}; use a multiple of it")
     if batch > samples:
-        raise ConfigError(f"{field}={batch} is more than the {samples} training samples; use a smaller one")
+        least = math.lcm(world, partitions)
+        smaller = max(samples // 8 // least, 1) * least  # some steps an epoch
+        cure = f"use a smaller one, such as {smaller}" if smaller <= samples else "use fewer ranks and partitions"
+        raise ConfigError(f"{field}={batch} is more than the {samples} training samples; {cure}")
 
 
 def train_ids(order: np.ndarray, *, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:

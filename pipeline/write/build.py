@@ -109,12 +109,12 @@ def build(
                     journal.claim(folder, plan.identity)
                     todo = [n for n in _missing(plan, folder) if n in chosen]
                     if todo and 0 in chosen:  # in a job array, one task verifies the input for all
-                        plan.source.verify(folder, f"{journal.FOLDER}/verified.json")
+                        plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
                     report(plan.images(chosen) - plan.images(todo), "")
                     _make(plan, folder, todo, workers, report)
                     return _publish(plan, folder) if merge else None
         report(plan.images(chosen), "")
-        folder.remove(journal.FOLDER)  # a run that was killed at its very end leaves it
+        folder.remove(manifest.PARTS)  # a run that was killed at its very end leaves it
         return finished
     except OSError as err:
         raise StorageError(f"{StorageError.of(err, out)}; run it again to resume") from err
@@ -181,7 +181,7 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
             )
         return finished
     splits = "|".join(map(re.escape, plan.source.splits))
-    ours = rf"({manifest.INFO}|{manifest.NAME}|{journal.FOLDER}|{re.escape(plan.source.name)}-"
+    ours = rf"({manifest.INFO}|{manifest.NAME}|{manifest.PARTS}|{re.escape(plan.source.name)}-"
     ours += rf"(mean\.npy|({splits})(\.index\.npy|-\d{{6}}\.(tar|idx))))"
     for name in names:
         if not re.fullmatch(ours, name.removesuffix(PARTIAL)):
@@ -213,7 +213,7 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
     if collected.bad and (emptied := set(range(len(source.classes))) - present):
         raise DataError(
             f"{source.classes[min(emptied)]}: no image of this class can be used;"
-            f" remove the class, or repair its images and remove {folder.path / journal.FOLDER}"
+            f" remove the class, or repair its images and remove {folder.path / manifest.PARTS}"
         )
     splits = collected.write_splits(folder, source.name)
     measured = write_statistics(collected.totals, folder, f"{source.name}-mean.npy") if options.stats else {}
@@ -239,5 +239,5 @@ def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
         if name.endswith((PARTIAL, ".tar", ".idx")) and name not in wanted:
             folder.remove(name)
     written = manifest.write_manifest(folder, content)
-    folder.remove(journal.FOLDER)
+    folder.remove(manifest.PARTS)
     return written

@@ -15,14 +15,14 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..files import json_bytes
+from ..manifest import PARTS
 from ..settings import flatten
 from ..shards import Shard, dali_index_name
 from ..storage import Folder
 from .resize import Totals
 
-FOLDER = "parts"
-PLAN = f"{FOLDER}/plan.json"
-LOCK = f"{FOLDER}/lock"
+PLAN = f"{PARTS}/plan.json"
+LOCK = f"{PARTS}/lock"
 PLAN_LOCK_SECONDS = 10.0  # all tasks of a job array may start in one moment
 
 
@@ -38,7 +38,7 @@ class ShardRecord(NamedTuple):
 
 
 def _name(shard: str) -> str:
-    return f"{FOLDER}/{shard}.npz"
+    return f"{PARTS}/{shard}.npz"
 
 
 def save(folder: Folder, record: ShardRecord) -> None:
@@ -86,7 +86,8 @@ def check_plan(folder: Folder, plan: dict[str, Any]) -> None:
 def reject_other(folder: Folder, begun: dict[str, Any], plan: dict[str, Any], what: str) -> None:
     """Raises ConfigError, naming both values, if the plans differ."""
     theirs, ours = flatten(begun), flatten(json.loads(json.dumps(plan)))
-    for name in sorted(theirs.keys() | ours.keys()):
+    # Options first: hashes of the images tell nobody what differs.
+    for name in sorted(theirs.keys() | ours.keys(), key=lambda name: (name.startswith("images."), name)):
         if theirs.get(name) != ours.get(name):
             raise ConfigError(
                 f"{folder.path}: holds {what} with {name}={theirs.get(name)}, but this one has {ours.get(name)};"

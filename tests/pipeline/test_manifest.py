@@ -36,7 +36,15 @@ def rejected(root, message):
 def test_a_missing_folder_and_an_unfinished_one_are_told_apart(copy, tmp_path):
     rejected(tmp_path / "nowhere", "nowhere: no such shard folder; make one with tools/make_shards.py")
     (copy / "manifest.json").unlink()
+    (copy / "parts").mkdir()
     rejected(copy, "its sharding never finished")
+
+
+def test_class_folders_are_no_shards_and_the_command_that_makes_some_is_shown(image_folder):
+    make = "holds folders, not shards; run python tools/make_shards.py imagefolder"
+    root, train = image_folder, image_folder / "train"
+    rejected(root, f"{make} --train {root}/train --val {root}/val --out SHARDS")
+    rejected(train, f"{make} --train {train} --val-fraction 0.1 --out SHARDS")
 
 
 def test_a_missing_and_a_cut_shard_are_named(copy):

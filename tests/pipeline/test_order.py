@@ -103,7 +103,9 @@ def test_evaluation_covers_each_id_once_and_evenly(samples, world):
     [
         (10, 100, 4, 1, "batch=10 does not divide over 4 ranks; use a multiple of 4, such as 8"),
         (0, 100, 1, 1, "batch=0: must be at least 1"),
-        (128, 100, 2, 1, "batch=128 is more than the 100 training samples"),
+        (128, 100, 2, 1, "batch=128 is more than the 100 training samples; use a smaller one, such as 12$"),
+        (128, 100, 8, 1, "use a smaller one, such as 8$"),
+        (24, 20, 8, 3, "use fewer ranks and partitions$"),
         (12, 100, 2, 8, "batch=12 does not divide over partitions=8"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import onnxruntime
@@ -10,15 +11,21 @@ import pytest
 import torch
 import torchvision
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from model import AlexNet, ModelConfig
 from pipeline.read.augment import AugmentConfig
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.sources import Digits
+from pipeline.write.sources.base import Items
 from tests.conftest import run_here, run_tool, the_error
 from tools import export, predict
-from train.checkpoint import AVERAGE, Checkpoints, verified
-from train.classifier import open_classifier
+from train.checkpoint import AVERAGE, MODEL, Checkpoints, verified
+from train.classifier import open_classifier, recorded
+from train.cli import parse
 from train.model_card import Card
+from train.networks import read_weights
 
 EXPORT = "tools/export.py"
 
@@ -235,3 +242,41 @@ def test_a_card_tells_of_evaluations(trained, digits, tmp_path):
     rows = json.loads((tmp_path / "net.json").read_text())["accuracy"]
     assert [row["views"] for row in rows] == [1, 10]
     assert rows[1]["command"].startswith("tools/evaluate.py ")
+
+
+def test_fine_tuning_takes_net_and_view_from_what_records_them(trained, exported, tmp_path):
+    torch.save(Seed().state_dict(), tmp_path / "foreign.pth")
+    (tmp_path / "wider.json").write_text('{"model": {"width": 0.5}}')
+
+    def tuned(*flags: object):
+        return parse(["finetune", "--data.shards", "x", "--model.init", *map(str, flags)])
+
+    for weights in (trained, exported / "net.safetensors"):
+        config = tuned(weights)
+        assert (config.model.name, config.model.width, config.model.init) == ("small", 0.25, str(weights))
+        augment = config.augment
+        assert (augment.resize, augment.crop, augment.statistics, augment.flip) == (36, 32, "dataset", True)
+        assert (tuned(weights, "--augment.crop", 28).augment.crop, config.optim.schedule) == (28, "cosine")
+        assert tuned(weights, "--config", tmp_path / "wider.json").model.width == 0.5
+        assert recorded(weights)[1].classes == tuple(map(str, range(10)))
+    best = Checkpoints(trained, keep=1).folder / (trained / "checkpoints" / "best").read_text().strip()
+    own = load_file(best / MODEL)
+    assert all(torch.equal(own[name], weight) for name, weight in read_weights(trained).items())
+    foreign = tuned(tmp_path / "foreign.pth")
+    assert (foreign.model.name, foreign.augment.crop, foreign.augment.statistics) == ("torchvision", 224, "imagenet")
+
+
+def test_fine_tuning_on_other_classes_starts_with_a_new_output_layer(trained, tmp_path):
+    source = Digits(side=36)
+    source.classes = [f"number {name}" for name in source.classes]
+    source.splits = {name: Items(list(items)[:64]) for name, items in source.splits.items()}
+    build(Plan(source, Options()), tmp_path / "shards", workers=1)
+    args = ["finetune", "--data.shards", tmp_path / "shards", "--model.init", trained, "--run.dir", tmp_path / "run"]
+    done = run_tool("train/run.py", *args, "--train.epochs", 2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert f"{trained} is of 10 other classes: the output layer classifier.fc8 is new, with 10" in lines
+    size = "short side 36 (median), resized to 36, crop 32"
+    assert f"data: 64 training and 64 validation images of 10 classes, {size}" in lines
+    assert re.search(r"^net: small, 1,\d\d\d,\d\d\d weights$", done.stdout, re.MULTILINE)
+    assert "warning" not in done.stdout

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import DataError, open_dataset
+from pipeline import ConfigError, DataError, open_dataset
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.sources import ImageFolder
+from pipeline.write.sources.base import few_images
 from tests.conftest import ROOT, run_tool, the_error
-from tools import make_shards
+from tools import make_shards, report
 
 MAKE = "tools/make_shards.py"
 
@@ -185,6 +188,49 @@ def test_report_draws_the_curves_and_says_where_everything_is(tmp_path):
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1200, 480)
         assert len(picture.convert("L").getcolors(256)) > 20  # something is drawn
+
+
+def test_curves_have_a_title_whole_epochs_a_best_mark_and_one_colour_a_split(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    val = [{"step": 10 * n, "epoch": n, "loss": 1, "top1": n / 4, "top5": n / 3} for n in (1, 2)]
+    lines = {"train": [{**line, "loss": 2} for line in val], "val": val, "val of average": val}
+    report.draw_curves(lines, val[1], tmp_path / "curves.png")
+    loss, accuracy = plt.gcf().axes
+    assert loss.get_title() == accuracy.get_title() == tmp_path.name
+    assert all(tick == round(tick) for tick in (*loss.get_xticks(), *accuracy.get_xticks()))
+    colour = {line.get_label(): line.get_color() for axes in (loss, accuracy) for line in axes.lines}
+    of_validation = {colour[name] for name in colour if name.startswith("validation")}
+    assert len(of_validation) == 1
+    assert len({*of_validation, colour["training"], colour["best: 50.00% in epoch 2"]}) == 3
+    best = accuracy.lines[-1]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [0.5])
+    assert len(accuracy.lines) == 4
+    report.draw_curves(lines | {"val": [line | {"top5": 1} for line in val]}, val[1], tmp_path / "curves.png")
+    assert "validation top-5" not in [line.get_label() for line in plt.gcf().axes[1].lines]
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_classes_that_can_hardly_be_learnt_or_measured_are_noted(image_folder, tmp_path):
+    train = shutil.copytree(image_folder / "train", tmp_path / "train")
+    shutil.copytree(train / "cat", train / "ant")
+    for image in sorted((train / "ant").iterdir())[1:]:
+        image.unlink()
+    sources = [ImageFolder(train), ImageFolder(train, val_fraction=0.3)]
+    one = "one training image in 1 of the classes, such as ant"
+    assert [list(few_images(source)) for source in sources] == [
+        ["no validation split, which training needs; --val names one, --val-fraction 0.1 holds one out", one],
+        [one, "no validation image in 1 of the classes, such as ant"],
+    ]
+    assert list(few_images(ImageFolder(image_folder / "train", image_folder / "val"))) == []
+
+
+def test_another_split_of_finished_shards_is_named_by_its_option(image_folder, tmp_path):
+    build(Plan(ImageFolder(image_folder / "train"), Options()), tmp_path, workers=1)
+    with pytest.raises(ConfigError, match=r"with source.val_fraction=None, but this one has 0.2"):
+        build(Plan(ImageFolder(image_folder / "train", val_fraction=0.2), Options()), tmp_path, workers=1)
 
 
 def test_report_refuses_what_is_no_run(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.settings import IN_HELP, MAY_CHANGE, PER_HOST, flatten, marked, updated
 from train.cli import _first_sentence, parse, summary
 from train.config import RESUME_NEWEST, Config, augment_at, behind_the_end
-from train.presets import DESCRIPTIONS, PRESETS
+from train.presets import DESCRIPTIONS, PRESETS, advice
 from train.resume import check_same_run, invariants
 
 
@@ -72,6 +73,11 @@ def test_a_bare_resume_means_the_newest():
             "train.crop_sizes=64 32: must be sizes that rise, all below augment.crop=224",
         ),
         (
+            ["modern", "--data.shards", "x", "--augment.crop", "64"],
+            "all below augment.crop=64; or add --augment.resize 72 --train.crop-sizes --train.crop-until$",
+        ),
+        (["finetune", "--data.shards", "x"], "finetune: name trained weights by --model.init"),
+        (
             ["modern", "--data.shards", "x", "--train.crop-until", "5", "5", "6"],
             "crop_until=5 5 6: must be epochs that",
         ),
@@ -109,6 +115,37 @@ def test_long_help_lists_every_field_and_short_help_the_usual_ones(capsys):
     for name in marked(Config, IN_HELP):
         assert f"--{name.replace('_', '-')} " in texts["--help"]
     assert DESCRIPTIONS["demo"].splitlines()[0] in texts["--help"]
+    assert re.search(r"--run.dir +runs/demo$", texts["--help"], re.MULTILINE)
+
+
+def test_crops_of_one_size_are_what_the_message_says():
+    extra = ["--augment.crop", "64", "--augment.resize", "72", "--train.crop-sizes", "--train.crop-until"]
+    config = parsed("modern", "--data.shards", "x", *extra)
+    assert (config.augment.crop, config.augment.resize, config.train.crop_sizes) == (64, 72, ())
+
+
+def few_photos(*flags: str, images: int = 400, short_side: int = 32, weights: int = 1000) -> list[str]:
+    config = parsed(*flags, "--data.shards", "x")
+    return advice(config, images=images, short_side=short_side, weights=weights)
+
+
+def test_enlarged_images_and_few_of_them_are_warned_of_with_flags_that_help():
+    (enlarged,) = few_photos("seed")
+    assert (
+        "enlarged 8.0 times; at their own size: --model.name small --augment.resize 36 --augment.crop 32 (" in enlarged
+    )
+    flags = enlarged.partition("size: ")[2].partition(" (")[0].split()
+    assert few_photos("seed", *flags) == []
+    (enlarged,) = few_photos("modern", short_side=64)
+    flags = enlarged.partition("size: ")[2].partition(" (")[0].split()
+    assert flags[:2] == ["--model.name", "modern"]
+    assert few_photos("modern", *flags, short_side=64) == []
+    (enlarged,) = few_photos("seed", "--model.name", "torchvision:resnet18")
+    assert "size: --augment.resize 36 " in enlarged
+    (few,) = few_photos("demo", weights=1_900_000)
+    assert "400 images are few for 1,900,000 weights; start from trained ones: finetune --model.init" in few
+    assert few_photos("demo", weights=1_900_000, images=1438) == []  # make demo
+    assert few_photos("finetune", "--model.init", "x", weights=1_900_000) == []
 
 
 def test_the_list_tells_of_every_preset_what_to_expect_and_what_was_not_measured(capsys):
@@ -146,7 +183,7 @@ def test_settings_that_change_nothing_of_what_is_trained_may_change_and_places_a
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
     file = tmp_path / "settings.json"
-    flags = ["--data.shards", "x", "--optim.lr", "0.123", "--augment.flip", "--run.dir", "runs/x"]
+    flags = ["--data.shards", "x", "--optim.lr", "0.123", "--augment.flip", "--run.dir", "runs/x", "--model.init", "x"]
     with pytest.raises(SystemExit):
         parsed(preset, *flags, "--print")
     file.write_text(capsys.readouterr().out)
@@ -156,7 +193,7 @@ def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
     assert parsed("demo", f"--config={file}") == wanted  # a file with all fields replaces the whole preset
     assert parsed(preset, "--config", str(file), "--optim.lr", "0.5").optim.lr == 0.5  # flags override files
     file.write_text(json.dumps({"config": {"optim": {"lr": 0.7}}, "ranks": 2}))  # as in a run folder
-    assert parsed(preset, "--data.shards", "x", "--config", str(file)).optim.lr == 0.7
+    assert parsed(preset, *flags[:2], *flags[-2:], "--config", str(file)).optim.lr == 0.7
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,19 @@ def test_another_number_of_classes_gets_a_new_output_layer(tmp_path):
     assert not torch.equal(after["features.conv1.weight"], before["features.conv1.weight"])
 
 
+def test_other_classes_get_a_new_output_layer_even_if_they_are_as_many(tmp_path):
+    path = tmp_path / "ten.pth"
+    torch.save(small().state_dict(), path)
+    net = small()
+    head = net.state_dict()["classifier.fc8.weight"].clone()
+    assert load_weights(net, path, other_classes=True).endswith(
+        "is of 10 other classes: the output layer classifier.fc8 is new, with 10"
+    )
+    assert torch.equal(net.state_dict()["classifier.fc8.weight"], head)
+    assert load_weights(net, path) is None
+    assert not torch.equal(net.state_dict()["classifier.fc8.weight"], head)
+
+
 class Payload:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import ImageFolder
 from tests.faults.job import lines
 from tests.train.test_run import alone
-from train.presets import PRESETS
+from train.networks import create_net
+from train.presets import FINETUNE, PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,9 @@ def sample(imagenet_sample, tmp_path_factory) -> Path:
 def test_each_preset_runs_at_full_size_on_imagenet(preset, sample, tmp_path):
     run = tmp_path / "run"
     args = [preset, "--data.shards", sample, "--run.dir", run, "--train.batch", 16, "--limit-steps", 20]
+    if preset == FINETUNE:
+        torch.save(create_net(PRESETS[preset].model, classes=7, crop=224).state_dict(), tmp_path / "weights.pth")
+        args += ["--model.init", tmp_path / "weights.pth"]
     done = alone(*args, "--run.log-every", 1, "--run.keep-checkpoints", 1, "--data.val-split", "train")
     assert done.returncode == 0, done.stderr
     train = lines(run, "train")

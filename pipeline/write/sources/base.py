@@ -9,7 +9,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,3 +158,14 @@ def check_fraction(option: str, value: float) -> float:
     if not 0 <= value < 1:
         raise ConfigError(f"{option} {value}: must be in [0, 1)")
     return value
+
+
+def few_images(source: Source) -> Iterator[str]:
+    """Yields what keeps classes from being learnt or measured."""
+    if "val" not in source.splits:
+        yield "no validation split, which training needs; --val names one, --val-fraction 0.1 holds one out"
+    for name, number, what in (("train", 1, "one training image"), ("val", 0, "no validation image")):
+        if items := source.splits.get(name):
+            few = np.flatnonzero(np.bincount(items.labels, minlength=len(source.classes)) == number)
+            for label in few[:1]:
+                yield f"{what} in {len(few):,} of the classes, such as {source.classes[label]}"
