@@ -34,6 +34,7 @@ ADDRESS = "FORK_SERVER"  # the environment variable with the server's socket
 MODULES = {"accelerate.commands.launch", "torch.distributed.run", "train.run"}
 PRELOADED = """
 torch torch.distributed.run torch._dynamo torch.distributed.fsdp torch.utils.tensorboard accelerate.commands.launch
+matplotlib.pyplot scipy.stats webdataset
 numba simplejpeg nvidia.dali.fn pipeline.read.loader pipeline.read.portable pipeline.verify pipeline.write.build
 train.build train.loop train.cli train.preflight train.classifier train.evaluation
 tools.make_shards tools.check_shards tools.evaluate tools.predict tools.export tools.replay
@@ -285,6 +286,20 @@ def run(argv: list[str]) -> int:
     return int(code or 0) & 255
 
 
+def warm() -> None:
+    """Does once what most processes do first: resolves the command line's types and loads compiled code."""
+    import torch
+
+    from pipeline.read import make_backend
+    from pipeline.write import resize
+    from train import cli
+
+    cli.parse(["demo", "--data.shards", "x"])
+    for dtype in ("float32", "uint8"):
+        make_backend.prepare("portable", 32, dtype, torch.device("cpu"))
+    resize.prepare()
+
+
 def main() -> None:
     sys.modules["tests.fork_server"] = sys.modules["__main__"]
     subprocess.Popen = Popen  # before anything imports it by name
@@ -293,6 +308,7 @@ def main() -> None:
     for name in PRELOADED.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     serve(listening)
 
