@@ -92,6 +92,7 @@ class Popen(Real):
             "env": env,
             "cwd": os.fspath(given["cwd"] or os.getcwd()),
             "session": bool(given["start_new_session"]),
+            "cores": sorted(os.sched_getaffinity(0)),
         }
         ends = zip((given["p2cread"], given["c2pwrite"], given["errwrite"]), range(3))
         fds = [end if end != -1 else standard for end, standard in ends]
@@ -205,6 +206,7 @@ def become(job: dict, fds: list[int]) -> None:
     try:
         if job["session"]:
             os.setsid()
+        os.sched_setaffinity(0, job["cores"])
         high = [os.dup(fd) for fd in fds]  # above 2, so that none is overwritten before it is used
         for standard, fd in enumerate(high):
             os.dup2(fd, standard)

@@ -155,7 +155,7 @@ def test_an_interrupted_benchmark_removes_its_scratch_and_its_processes(number):
 
 def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_else(image_folder, tmp_path):
     """Ctrl-C, which a terminal sends to the whole process group, and SIGTERM, which schedulers send to one process."""
-    argv = [sys.executable, "tools/bench", "loader", "--images", image_folder / "train", "--only", "decode"]
+    argv = [sys.executable, ROOT / "tools" / "bench", "loader", "--images", image_folder / "train", "--only", "decode"]
     argv = [*map(str, argv), "--rounds", "1000", "--seconds", "0.1", "--json"]
     started = {}
     for number, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):

@@ -21,19 +21,19 @@ PREDICT = "tools/predict.py"
 
 
 @pytest.fixture(scope="module")
-def pictures(digits, tmp_path_factory):
+def pictures(few_digits, tmp_path_factory):
     """The first eight validation images as files, by key."""
-    root, split = tmp_path_factory.mktemp("pictures"), open_dataset(digits).split("val")
+    root, split = tmp_path_factory.mktemp("pictures"), open_dataset(few_digits).split("val")
     for row, key in zip(split.index[:8], split.keys(), strict=False):
-        data = (digits / split.shards[row["shard"]].name).read_bytes()
+        data = (few_digits / split.shards[row["shard"]].name).read_bytes()
         (root / f"{key}.jpg").write_bytes(data[int(row["offset"]) :][: int(row["size"])])
     return root
 
 
 @pytest.mark.parametrize("views", [1, 10])
-def test_a_file_is_answered_as_in_its_shards(trained, digits, pictures, tmp_path, views):
+def test_a_file_is_answered_as_in_its_shards(trained, few_digits, pictures, tmp_path, views):
     told = ["--views", views, "--precision", "fp32"]
-    done = run_tool("tools/evaluate.py", trained, "--data.shards", digits, *told, "--csv", tmp_path / "all.csv")
+    done = run_tool("tools/evaluate.py", trained, "--data.shards", few_digits, *told, "--csv", tmp_path / "all.csv")
     assert done.returncode == 0, done.stderr
     rows = {row["key"]: row for row in csv.DictReader((tmp_path / "all.csv").read_text().splitlines())}
     done = run_tool(PREDICT, trained, pictures, "--views", views, "--json", tmp_path / "p.json")

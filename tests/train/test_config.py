@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.settings import IN_HELP, MAY_CHANGE, PER_HOST, flatten, marked, updated
+from tests.conftest import ROOT
 from train.cli import _first_sentence, parse, summary
 from train.config import RESUME_NEWEST, Config, augment_at, behind_the_end
 from train.presets import DESCRIPTIONS, PRESETS, advice
@@ -311,3 +314,8 @@ def test_a_checkpoint_made_before_fields_were_removed_and_added_resumes():
         Saved.state = {"config": before | other}
         with pytest.raises(ConfigError, match=message):
             check_same_run(fixed, Saved)
+
+
+def test_help_and_usage_errors_need_not_wait_for_torch():
+    code = "import sys, train.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
