@@ -164,7 +164,7 @@ def compiler() -> None:
 def run_tool(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Runs a script of the repository in a process of its own, from a foreign folder."""
     command = [sys.executable, str(ROOT / str(args[0])), *map(str, args[1:])]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", **kwargs)
+    return subprocess.run(command, **{"capture_output": True, "text": True, "cwd": "/"} | kwargs)
 
 
 def run_here(main, monkeypatch, capsys, *args: object) -> tuple[int, str]:

@@ -44,6 +44,20 @@ def test_a_real_process_exits_with_its_code_and_one_line(script, args, code, few
         the_error(done)
 
 
+def test_a_real_process_that_is_stopped_by_a_signal_saves_and_exits_with_75(few_digits, tmp_path):
+    args = [*SMALL, "--train.epochs", 50, "--data.shards", few_digits, "--run.dir", tmp_path / "run"]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, args)], stdout=subprocess.DEVNULL, cwd="/")
+    while max(losses(tmp_path / "run"), default=0) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    ended = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert ended["code"] == 75
+    assert (tmp_path / "run" / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
+
+
+@pytest.mark.slow
 def test_two_real_ranks_that_are_stopped_by_a_signal_save_and_exit_with_75_and_the_launcher_with_1(
     few_digits, tmp_path
 ):

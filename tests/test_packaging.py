@@ -169,29 +169,27 @@ def elsewhere(tmp_path_factory):
     return run
 
 
-def test_a_wheel_works_in_a_foreign_directory(elsewhere, digits):
-    assert elsewhere(USE, str(digits)) == "(64, 10) 64"
-
-
 def scripts(shards: Path) -> list[str]:
     """Those of docs/own-script.md, for these shards."""
     text = (ROOT / "docs" / "own-script.md").read_text().replace("SHARDS", str(shards))
     return [block.split("```")[0] for block in text.split("```python\n")[1:]]
 
 
-def test_the_scripts_of_the_documentation_run_as_they_stand(elsewhere, digits):
+def test_a_wheel_and_the_scripts_of_the_documentation_work_in_a_foreign_directory(elsewhere, digits):
+    """One process runs all, each with names of its own: loading torch and compiling takes longer than they do."""
     plain, transforms, _, adapter = scripts(digits)
-    last = elsewhere(plain).splitlines()[-1]
+    code = f"for script in {[USE, plain, transforms, adapter]!r}: exec(script, {{'__name__': '__main__'}})"
+    used, *_, last, shown, adapted = elsewhere(code, str(digits)).splitlines()
+    assert used == "(64, 10) 64"
     assert last.startswith("epoch 1: loss ")
     assert "next {'epoch': 2, 'step': 0, " in last
     assert float(last.split("top-1 ")[1].split(",")[0]) > 0.15  # of ten classes; nan if it diverges
     assert len(plain.strip().splitlines()) <= 24
-    shown = elsewhere(transforms)
     found = re.fullmatch(r"sample digit(\d+) is a (\d), mixed targets 1\.0", shown)
     assert found is not None, shown
     everyone = {key: label for items in Digits().splits.values() for key, label, *_ in items}
     assert everyone[f"digit{found[1]}"] == int(found[2])
-    assert elsewhere(adapter).startswith("22 batches, next {'epoch': 1, 'step': 0, ")
+    assert adapted.startswith("22 batches, next {'epoch': 1, 'step': 0, ")
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_nvjpegs_version_is_read_from_the_library_that_is_mapped(shards):
     assert found["libnvcuvid"] is dali_decoder._loads("libnvcuvid.so.1")
 
 
+@pytest.mark.slow
 def test_torchvisions_copy_of_nvjpeg_is_seen_when_it_is_the_one_that_dali_uses(shards):
     code = (
         "import sys, torchvision.io; from pipeline.read import dali_decoder;"
@@ -129,8 +130,14 @@ def poisoned(root, poison: bytes, *, count: int, at: int):
     return root
 
 
-@pytest.mark.parametrize("views", [1, 10])
-@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize(
+    ("place", "views"),
+    [
+        ("first", 1),
+        ("last", 10),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("first", 10), ("last", 1))),
+    ],
+)
 @pytest.mark.parametrize("kind", list(POISON))
 def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
     tmp_path, monkeypatch, kind, place, views

@@ -56,30 +56,13 @@ def test_evaluation_of_a_thousand_images_counts_a_thousand(thousand, world, back
     assert len(ids) == len(set(ids)) == 1000
 
 
-SCRIPT = """
-import sys
-from pipeline import AugmentConfig, Loader, LoaderConfig
-
-loader = Loader(sys.argv[1], batch=32, augment=AugmentConfig(resize=16, crop=12), config=LoaderConfig(sys.argv[2]))
-try:
-    while True:
-        for batch in loader:
-            print("batch", flush=True)
-except KeyboardInterrupt:
-    if sys.argv[3] == "close":
-        loader.close()
-    raise
-"""
-
-
 @pytest.mark.parametrize("close", ["close", "leave"])
 def test_ctrl_c_ends_everything_at_once(thousand, backend, close):
     before = set(os.listdir("/dev/shm"))
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(thousand), backend.backend, close],
+        [sys.executable, str(ROOT / "tests/pipeline/endless.py"), str(thousand), backend.backend, close],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=ROOT,
         text=True,
         start_new_session=True,
     )
@@ -265,6 +248,12 @@ with Loader(sys.argv[1], batch=4, augment=AugmentConfig(), config=LoaderConfig("
 """
 
 
+def test_without_zlib_ng_zlib_verifies(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zlib_ng", None)
+    assert checksum._fastest() is checksum.by_zlib
+
+
+@pytest.mark.slow
 def test_without_zlib_ng_images_are_verified_all_the_same(shards):
     subprocess.run([sys.executable, "-c", WITHOUT_ZLIB_NG, str(shards["keep"])], cwd=ROOT, check=True)
 

@@ -17,7 +17,7 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits
 
-STEPS, BATCH = 1000, 256
+BATCH = 256
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,15 @@ def corrupt(loader: Loader, share: float, seed: int = 0) -> list[int]:
     return damaged
 
 
-def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(digits_jpeg, caplog):
-    """A GPU's default checks one crop in 250: 1,024 here, which miss the damage with a chance of 0.99^1024 = 3e-5."""
+@pytest.mark.parametrize(("every", "steps"), [(25, 100), pytest.param(250, 1000, marks=pytest.mark.slow)])
+def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(every, steps, digits_jpeg, caplog):
+    """1,024 crops are checked, which miss the damage with a chance of 0.99^1024 = 3e-5. A GPU's default is 250."""
     view = AugmentConfig(resize=36, crop=32)
-    config = LoaderConfig("dali-cpu", verify_pixels=250)
+    config = LoaderConfig("dali-cpu", verify_pixels=every)
     with Loader(digits_jpeg, batch=BATCH, dtype="uint8", augment=view, config=config) as loader:
         damaged = corrupt(loader, 0.01)
         with caplog.at_level(logging.WARNING):
-            run(loader, STEPS)
+            run(loader, steps)
         loader._check.close()
         stats, decoder = loader.stats(), loader.decoder()
     assert stats["pixels_different"] >= 1
@@ -77,12 +78,13 @@ def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(digits
     assert len(caplog.records) <= pixel_check.LOGGED
 
 
-def test_no_false_alarm_in_the_checks_of_a_million_clean_crops(digits_jpeg):
-    """On a GPU, 4,000 crops of a million are checked; here one in 25 of 100,352, for as many checks."""
+@pytest.mark.parametrize(("every", "steps"), [(5, 20), pytest.param(25, 98, marks=pytest.mark.slow)])
+def test_no_false_alarm_in_the_checks_of_a_million_clean_crops(every, steps, digits_jpeg):
+    """On a GPU, 4,000 crops of a million are checked; here more of fewer, for as many checks."""
     view = AugmentConfig(resize=36, crop=32)
-    config = LoaderConfig("dali-cpu", verify_pixels=25)
+    config = LoaderConfig("dali-cpu", verify_pixels=every)
     with Loader(digits_jpeg, batch=1024, dtype="uint8", augment=view, config=config) as loader:
-        run(loader, 98)  # 100,352 crops
+        run(loader, steps)
         loader._check.close()
         stats = loader.stats()
     assert stats["pixels_different"] == 0

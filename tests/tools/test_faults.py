@@ -33,7 +33,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def job(tmp_path_factory):
     """(the command line of a short sharding without --out, the bytes that a clean run writes)."""
     root = tmp_path_factory.mktemp("job")
-    args = ("digits", "--side", 260, "--encode", "jpeg", "--size", 256, "--samples-per-shard", 60)
+    args = ("digits", "--side", 130, "--encode", "jpeg", "--size", 128, "--samples-per-shard", 60)
     done = run_tool(MAKE, *args, "--out", root / "clean", "--workers", 1)
     assert done.returncode == 0, done.stderr
     return args, folder_bytes(root / "clean")
@@ -64,7 +64,7 @@ def test_kills_at_random_moments_end_in_the_bytes_of_one_clean_run(job, tmp_path
     assert folder_bytes(out) == clean
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers_gives_the_same_bytes(job, tmp_path, workers):
     args, clean = job
     assert run_tool(MAKE, *args, "--out", tmp_path / "d", "--workers", workers).returncode == 0

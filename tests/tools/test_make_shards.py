@@ -45,7 +45,7 @@ def test_a_folder_of_images_becomes_a_dataset(image_folder, tmp_path):
 
 def test_a_killed_sharding_leaves_no_process_and_no_dataset_and_can_be_run_again(tmp_path):
     out = tmp_path / "d"
-    args = [sys.executable, str(ROOT / MAKE), "digits", "--out", str(out), "--side", "400", "--samples-per-shard", "90"]
+    args = [sys.executable, str(ROOT / MAKE), "digits", "--out", str(out), "--side", "250", "--samples-per-shard", "90"]
     process = subprocess.Popen([*args, "--workers", "2"], stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list(out.glob("*.tar")):

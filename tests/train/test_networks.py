@@ -304,7 +304,21 @@ def test_a_net_that_cannot_learn_fails_the_check(digits, tmp_path):
     assert "of 16 images are right" in the_error(done)
 
 
-@pytest.mark.parametrize("how", ["norm", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["norm", "model"])
+def test_without_a_compiler_nothing_is_compiled_and_the_reason_is_returned(how, monkeypatch, tmp_path):
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent/c++"))
+    torch._dynamo.reset()
+    net = small()
+    assert compile_net(net, how, torch.device("cpu")).startswith("nothing: torch.compile does not work here (")
+    net(torch.zeros(1, 3, 32, 32)).sum().backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["norm", "model"])
 def test_without_a_compiler_a_line_says_so_and_training_goes_on(how, few_digits, tmp_path):
     broken = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     args = ["demo", "--data.shards", few_digits, *FAST, "--train.compile", how, "--run.dir", tmp_path / "run"]
