@@ -251,10 +251,10 @@ def show(job: dict) -> None:
 
 def run(argv: list[str]) -> int:
     """The exit code of a script that is run as `python` would."""
-    if threads := os.environ.get("OMP_NUM_THREADS", ""):  # the library has read it already, in the server
-        import torch
+    import torch
 
-        torch.set_num_threads(int(threads))
+    # What the library reads when it is loaded, which was in the server
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     if argv[0] == "-u":
         argv = argv[1:]
         sys.stdout.reconfigure(write_through=True)
