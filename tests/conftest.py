@@ -33,10 +33,6 @@ SHARED = Path(os.environ.get("IMAGENET_EXPRESS_DATA", ROOT.parent / "shared" / "
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):  # the workers inherit its address
         fork_server.start()
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        # Each worker and its processes on one core: threads of two that share both cores wait for each other.
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

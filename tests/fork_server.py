@@ -75,6 +75,17 @@ def ours(argv: object, env: dict[str, str]) -> bool:
     return script.is_absolute() and script.exists() and script.resolve().is_relative_to(ROOT)
 
 
+def cores_for(argv: list[object]) -> list[int]:
+    """Where the process runs: on one core if two workers share them, so that its threads do not wait for each other.
+
+    A launcher's ranks divide all cores.
+    """
+    cores, worker = sorted(os.sched_getaffinity(0)), os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or _Mode.forked or "-m" in argv:
+        return cores
+    return [cores[int(worker.removeprefix("gw")) % len(cores)]]
+
+
 class Popen(Real):
     """subprocess.Popen that forks scripts of this repository."""
 
@@ -92,7 +103,7 @@ class Popen(Real):
             "env": env,
             "cwd": os.fspath(given["cwd"] or os.getcwd()),
             "session": bool(given["start_new_session"]),
-            "cores": sorted(os.sched_getaffinity(0)),
+            "cores": cores_for(given["args"]),
         }
         ends = zip((given["p2cread"], given["c2pwrite"], given["errwrite"]), range(3))
         fds = [end if end != -1 else standard for end, standard in ends]
