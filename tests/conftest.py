@@ -78,7 +78,7 @@ def trained(tmp_path_factory, digits) -> Path:
 
     def train(run: Path) -> None:
         args = ["demo", "--data.shards", digits, "--train.epochs", 3, "--regularize.ema", 0.9, "--run.dir", run]
-        done = run_tool("train/run.py", *args)
+        done = run_tool("train/run.py", *args, "--model.width", 0.125)
         assert done.returncode == 0, done.stderr
 
     return once(tmp_path_factory, "demo", train)

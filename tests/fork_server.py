@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -143,7 +144,7 @@ class Popen(Real):
         return found
 
     def _internal_poll(self, *args: object, **options: object) -> int | None:
-        if self._status is None:
+        if self._status is None or self._status.fileno() < 0:  # closed by the garbage collector
             return super()._internal_poll(*args, **options)
         with self._waitpid_lock:
             if self.returncode is None:
@@ -231,6 +232,7 @@ def become(job: dict, fds: list[int]) -> None:
         os.chdir(job["cwd"])
         os.environ.clear()
         os.environ.update(job["env"])
+        tempfile.tempdir = None  # found for the server, whose TMPDIR may be another
         show(job)
         code = run(job["argv"][1:])
     except BaseException:

@@ -183,7 +183,9 @@ def test_settings_that_change_nothing_of_what_is_trained_may_change_and_places_a
     }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [name if name in ("demo", "modern") else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
 def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
     file = tmp_path / "settings.json"
     flags = ["--data.shards", "x", "--optim.lr", "0.123", "--augment.flip", "--run.dir", "runs/x", "--model.init", "x"]
