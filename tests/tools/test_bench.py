@@ -153,32 +153,33 @@ def test_an_interrupted_benchmark_removes_its_scratch_and_its_processes(number):
     assert not Path(f"/proc/{sleeping}/fd/0").exists()  # nobody may have reaped it
 
 
-def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_else(image_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "send"), [(signal.SIGINT, os.killpg), pytest.param(signal.SIGTERM, os.kill, marks=pytest.mark.slow)]
+)
+def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_else(
+    number, send, image_folder, tmp_path
+):
     """Ctrl-C, which a terminal sends to the whole process group, and SIGTERM, which schedulers send to one process."""
-    argv = [sys.executable, ROOT / "tools" / "bench", "loader", "--images", image_folder / "train", "--only", "decode"]
-    argv = [*map(str, argv), "--rounds", "1000", "--seconds", "0.1", "--json"]
-    started = {}
-    for number, send in ((signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)):
-        scratch, written = tmp_path / number.name, tmp_path / f"{number.name}.json"
-        scratch.mkdir()
-        env = os.environ | {"TMPDIR": str(scratch)}
-        benchmark = subprocess.Popen([*argv, str(written)], cwd=ROOT, env=env, start_new_session=True)
-        started[benchmark] = (number, send, scratch, written)
-    for benchmark, (number, send, scratch, written) in started.items():
-        while "results" not in harness.read_json(written):
-            assert benchmark.poll() is None
-            time.sleep(0.05)
-        assert list(scratch.iterdir())
-        send(benchmark.pid, number)
-        assert benchmark.wait(60)
-        assert not list(scratch.iterdir())
-        results = harness.read_json(written)["results"]
-        assert [(r["data"], r["loader"]) for r in results] == [
-            ("jpeg", "decode alone (libjpeg-turbo)"),
-            ("keep", "decode alone (libjpeg-turbo)"),
-        ]
-        assert all(len(r["rates"]) >= 1 and min(r["rates"]) > 0 for r in results)
-        assert not list(tmp_path.glob("*.partial"))
+    scratch, written = tmp_path / "scratch", tmp_path / "written.json"
+    scratch.mkdir()
+    argv = [sys.executable, "tools/bench", "loader", "--images", image_folder / "train", "--only", "decode"]
+    argv = [*map(str, argv), "--rounds", "1000", "--seconds", "0.1", "--json", str(written)]
+    env = os.environ | {"TMPDIR": str(scratch)}
+    benchmark = subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True)
+    while "results" not in harness.read_json(written):
+        assert benchmark.poll() is None
+        time.sleep(0.05)
+    assert list(scratch.iterdir())
+    send(benchmark.pid, number)
+    assert benchmark.wait(60)
+    assert not list(scratch.iterdir())
+    results = harness.read_json(written)["results"]
+    assert [(r["data"], r["loader"]) for r in results] == [
+        ("jpeg", "decode alone (libjpeg-turbo)"),
+        ("keep", "decode alone (libjpeg-turbo)"),
+    ]
+    assert all(len(r["rates"]) >= 1 and min(r["rates"]) > 0 for r in results)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_sharders_count_the_images_and_leave_nothing(image_folder, tmp_path):

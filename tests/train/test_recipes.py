@@ -248,7 +248,7 @@ def test_a_limit_within_an_epoch_is_evaluated_and_saved_there(few_digits, tmp_pa
 def test_a_limit_leaves_the_schedule_of_evaluations_alone(few_digits, tmp_path):
     plateau = ["--optim.schedule", "plateau", "--optim.plateau-patience", 1, "--optim.lr", 1e-9]
     args = ["demo", "--data.shards", few_digits, *QUICK, *plateau, "--optim.warmup-epochs", 0, "--train.eval-every", 2]
-    args += ["--train.batch", 64, "--train.epochs", 9, "--run.log-every", 1, "--model.width", 0.05]
+    args += ["--train.batch", 64, "--train.epochs", 6, "--run.log-every", 1, "--model.width", 0.05]
     assert alone(*args, "--run.dir", tmp_path / "a").returncode == 0
     done = alone(*args, "--run.dir", tmp_path / "b", "--limit-steps", 15)  # the end of an epoch that is not evaluated
     assert done.returncode == 0, done.stderr
