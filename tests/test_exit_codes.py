@@ -27,7 +27,7 @@ def started_for_real():
     ("script", "args", "code"),
     [
         ("train/run.py", ["demo", "--train.epoch", 3], 2),
-        ("train/run.py", ["demo", "--data.shards", "/nowhere"], 65),
+        ("tools/check_shards.py", ["/nowhere"], 65),
         ("tools/check_shards.py", ["{damaged}"], 1),
         ("tools/make_shards.py", ["digits", "--out", "/proc/nowhere"], 74),
     ],

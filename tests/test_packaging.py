@@ -161,7 +161,7 @@ def elsewhere(tmp_path_factory):
             capture_output=True,
             text=True,
             cwd=foreign,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site)},
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()

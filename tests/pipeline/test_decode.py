@@ -231,7 +231,7 @@ def test_every_mode_of_every_format_has_the_same_pixels_everywhere(kind, tmp_pat
             index("t", {"train": [tmp_path / "bad.tar"]}, tmp_path / "e", workers=1, progress=lambda _: None)
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG2000", "PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "PNG", "TIFF", pytest.param("JPEG2000", marks=pytest.mark.slow)])
 def test_images_over_the_limit_are_rejected_from_their_headers_when_tars_are_indexed(kind, tmp_path):
     side = 10_016
     data = saved(Image.new("1" if kind != "JPEG2000" else "L", (side, side)), kind)
