@@ -254,7 +254,7 @@ def test_fine_tuning_takes_net_and_view_from_what_records_them(trained, exported
 
     for weights in (trained, exported / "net.safetensors"):
         config = tuned(weights)
-        assert (config.model.name, config.model.width, config.model.init) == ("small", 0.25, str(weights))
+        assert (config.model.name, config.model.width, config.model.init) == ("small", 0.125, str(weights))
         augment = config.augment
         assert (augment.resize, augment.crop, augment.statistics, augment.flip) == (36, 32, "dataset", True)
         assert (tuned(weights, "--augment.crop", 28).augment.crop, config.optim.schedule) == (28, "cosine")
@@ -279,5 +279,5 @@ def test_fine_tuning_on_other_classes_starts_with_a_new_output_layer(trained, tm
     assert f"{trained} is of 10 other classes: the output layer classifier.fc8 is new, with 10" in lines
     size = "short side 36 (median), resized to 36, crop 32"
     assert f"data: 64 training and 64 validation images of 10 classes, {size}" in lines
-    assert re.search(r"^net: small, 1,\d\d\d,\d\d\d weights$", done.stdout, re.MULTILINE)
+    assert re.search(r"^net: small, \d\d\d,\d\d\d weights$", done.stdout, re.MULTILINE)
     assert "warning" not in done.stdout

@@ -6,10 +6,12 @@ import dataclasses
 import os
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.shards import INDEX_DTYPE
 from train import loop, signals
 from train.config import Config, RunConfig
 from train.distributed import make_accelerator, make_plain_accelerator
@@ -85,6 +87,8 @@ def test_what_accelerate_cannot_do_is_an_error_that_names_who_asked(tmp_path, mo
 def test_a_set_of_one_class_is_warned_of(classes):
     trainer = MagicMock(config=Config())
     trainer.loader.dataset.classes = ["cat", "dog"][:classes]
+    trainer.loader.split.index = np.full(1, 256, INDEX_DTYPE)
+    trainer.val_loader.samples, trainer.stepper.bare = 1, torch.nn.Linear(1, 1)
     loop.begin(trainer)
     logged = [call.args[0] for call in trainer.record.log.call_args_list]
     assert ("warning: the set has one class, so top-1 is always 1" in logged) == (classes == 1)
