@@ -1,5 +1,5 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
-# make test    format, lint, types and the tests that prove each promise once, in ten minutes on two cores
+# make test    format, lint, types and the tests that prove each promise once, in seven minutes on two cores
 # make test-all   and those that prove a promise a second time (tests/README.md)
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
