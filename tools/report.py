@@ -61,7 +61,9 @@ def draw_curves(lines: dict[str, list[dict]], best: dict, path: Path) -> None:
             values = [line[field] for line in lines[kind]]
             if values and (field != "top5" or min(values) < 1):  # of five classes it is always 1
                 points.append((epochs, values, *style))
-        panels.append(({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None), "title": path.parent.name}, points))
+        panels.append(
+            ({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None), "title": cli.printable(path.parent.name)}, points)
+        )
     points.append(([best["epoch"]], [best["top1"]], "C3*", f"best: {best['top1']:.2%} in epoch {best['epoch']}"))
     draw(path, *panels)
 

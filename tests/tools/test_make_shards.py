@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -207,7 +208,9 @@ def test_curves_have_a_title_whole_epochs_a_best_mark_and_one_colour_a_split(tmp
     best = accuracy.lines[-1]
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [0.5])
     assert len(accuracy.lines) == 4
-    report.draw_curves(lines | {"val": [line | {"top5": 1} for line in val]}, val[1], tmp_path / "curves.png")
+    folder = tmp_path / os.fsdecode(b"run\xe9")  # matplotlib draws no name that is not UTF-8
+    folder.mkdir()
+    report.draw_curves(lines | {"val": [line | {"top5": 1} for line in val]}, val[1], folder / "curves.png")
     assert "validation top-5" not in [line.get_label() for line in plt.gcf().axes[1].lines]
     monkeypatch.undo()
     plt.close("all")
