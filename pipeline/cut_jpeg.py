@@ -1,6 +1,6 @@
 """A JPEG of only those MCUs that a crop needs, cut out of the bits of the whole one: no pixel is decoded for it.
 
-Runs of Huffman codes are copied. Only the first DC code of each component in a row of MCUs is written anew, since it is
+Runs of Huffman codes are copied. Only the first DC code of each component in a row of MCUs is encoded again: it is
 a difference to the MCU before it. The pixels of the cut are those of the whole image, to the last bit: it has a margin
 of a pixel, which the decoder's interpolation of colours at half the resolution looks at.
 """
@@ -167,7 +167,7 @@ def cut_jpeg(
 
     0 if it is not possible: the image is to be decoded whole then, and its places are wrong or it is damaged.
     layout, tables: by read_layout. places: (n, 4) uint16 of find_places. box: left, top, right and bottom.
-    clean: memory, at least end - start + SLACK bytes. limit: where `out` ends; it has SLACK_OUT bytes more.
+    clean: memory, at least end - start + SLACK bytes. limit: the end of `out`, which has SLACK_OUT bytes more.
     placed: (4,) int64, filled with left, top, width and height of what was cut.
     """
     width, height, unit, down = layout[WIDTH], layout[HEIGHT], layout[MCU_WIDTH], layout[MCU_HEIGHT]

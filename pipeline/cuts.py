@@ -1,4 +1,4 @@
-"""Where the MCUs of a data set's JPEGs are, so that a loader cuts out those that a crop needs: docs/cuts.md.
+"""The places of the MCUs of a data set's JPEGs, so that a loader cuts out those that a crop needs: docs/cuts.md.
 
 A file for each shard lies beside the manifest, which does not name it: order, resume and fingerprint stay as they are.
 `cuts.json` names all of them, and is written last. The tars themselves may lie elsewhere.

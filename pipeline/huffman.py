@@ -19,7 +19,7 @@ u = np.uintp
 
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. Of these, LAST, OFFSET and SYMBOLS are by length the last code and where its symbols are.
+# they hold; 0: a longer code. Of these, LAST, OFFSET and SYMBOLS are by length the last code and the place of its symbols.
 # From KEPT on are the counts and symbols that the table was made of: the next image mostly has the same.
 LOOK = 11
 MANY, LAST = 1 << LOOK, 2 << LOOK
@@ -97,7 +97,7 @@ def _join(tables: np.ndarray, base: int) -> None:
 
 
 def _load64_code(_: Any, array: Any, at: Any) -> Any:
-    """Eight bytes from `at` on, as a number: one instruction, where eight loads and shifts stay as many."""
+    """Eight bytes from `at` on, as a number: one instruction instead of eight loads and shifts."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, values[0]).data

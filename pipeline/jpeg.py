@@ -123,7 +123,7 @@ def skip_mcu(clean: np.ndarray, bit: int, end: int, layout: np.ndarray, tables: 
     return bit
 
 
-# Places: where the MCUs of an image are in its scan. An entry every STEP pixels of each of their rows, and a last one.
+# Places: the bits of the scan at which MCUs begin. An entry every STEP pixels of each of their rows, and a last one.
 # An entry is four uint16: bits since the entry before, with stuffed zeros, and the components' latest DC values.
 STEP = 64
 

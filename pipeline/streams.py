@@ -33,7 +33,7 @@ def prepare(*, outlive_readers: bool) -> None:
 
 
 def clear_line() -> None:
-    """Removes a bar, and the ^C that a terminal shows behind it, from the line where a message is to be printed."""
+    """Removes a bar, and the ^C that a terminal shows behind it, from the line before a message is printed."""
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
 

@@ -77,7 +77,7 @@ def ours(argv: object, env: dict[str, str]) -> bool:
 
 
 def cores_for(argv: list[object]) -> list[int]:
-    """Where the process runs: on one core if two workers share them, so that its threads do not wait for each other.
+    """The cores of the process: one if two workers share them, so that its threads do not wait for each other.
 
     A launcher's ranks divide all cores.
     """

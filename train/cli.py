@@ -136,9 +136,8 @@ def _short_help(preset: str, config: Config) -> str:
 def _read_config(file: Path, base: Config) -> Config:
     """`base` with the values of a JSON file: of --print, or a run folder's config.json."""
     try:
-        values = json.loads(
-            file.read_bytes(), object_pairs_hook=_distinct
-        )  # UTF-8 or UTF-16, with a mark of it or without
+        # UTF-8 or UTF-16, with a mark of it or without
+        values = json.loads(file.read_bytes(), object_pairs_hook=_distinct)
     except FileNotFoundError as err:
         raise DataError(f"--config {file}: no such file") from err
     except (OSError, ValueError, RecursionError) as err:

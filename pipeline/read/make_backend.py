@@ -32,7 +32,7 @@ def make(
     threads: int,
     cuts: Cuts | None = None,
 ) -> Engine:
-    """raw: images are stored as pixels. cuts: where the MCUs of JPEGs are; the portable backend alone uses them."""
+    """raw: images are stored as pixels. cuts: places of the JPEGs' MCUs; the portable backend alone uses them."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
         from .synthetic import Synthetic

@@ -50,7 +50,7 @@ def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
 
 
 class Portable(Engine):
-    """See backend.Engine. raw: images are stored as pixels. cuts: where the MCUs of JPEGs are."""
+    """See backend.Engine. raw: images are stored as pixels. cuts: places of the JPEGs' MCUs."""
 
     def __init__(
         self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int, cuts: Cuts | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..jit import compiled
+from ..jpeg import number
 
 # Upsampling colours looks at the next row of a half-height plane; the rest is a margin.
 ROWS_BELOW = 4
@@ -30,13 +31,8 @@ def _frame(data: np.ndarray, start: int, size: int) -> int:
             return at
         if marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xDA:  # none that has a length, or the scan already
             return 0
-        at += 2 + _number(data, at + 2)
+        at += 2 + number(data, at + 2)
     return 0
-
-
-@compiled
-def _number(data: np.ndarray, at: int) -> int:
-    return (int(data[at]) << 8) + int(data[at + 1])
 
 
 @compiled
@@ -44,7 +40,7 @@ def _scan(data: np.ndarray, frame: int, end: int) -> int:
     """Where the first scan of the JPEG with this frame header is; 0 if other than segments come before it."""
     at = frame
     while at + 9 < end and data[at] == 0xFF and data[at + 1] != 0xDA:
-        at += 2 + _number(data, at + 2)
+        at += 2 + number(data, at + 2)
     return at if at + 9 < end and data[at] == 0xFF else 0
 
 
@@ -54,7 +50,7 @@ def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height:
     frame = _frame(data, start, size)
     if not frame or data[frame + 1] > 0xC2 or data[frame + 9] > 3:
         return False
-    same: bool = _number(data, frame + 5) == height and _number(data, frame + 7) == width
+    same: bool = number(data, frame + 5) == height and number(data, frame + 7) == width
     return same and _scan(data, frame, start + size) > 0
 
 

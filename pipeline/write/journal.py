@@ -86,7 +86,7 @@ def check_plan(folder: Folder, plan: dict[str, Any]) -> None:
 def reject_other(folder: Folder, begun: dict[str, Any], plan: dict[str, Any], what: str) -> None:
     """Raises ConfigError, naming both values, if the plans differ."""
     theirs, ours = flatten(begun), flatten(json.loads(json.dumps(plan)))
-    # Options first: hashes of the images tell nobody what differs.
+    # Options first: hashes of the images do not show what differs.
     for name in sorted(theirs.keys() | ours.keys(), key=lambda name: (name.startswith("images."), name)):
         if theirs.get(name) != ours.get(name):
             raise ConfigError(
