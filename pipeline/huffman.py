@@ -19,7 +19,7 @@ u = np.uintp
 
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. Of these, LAST, OFFSET and SYMBOLS are by length the last code and the place of its symbols.
+# they hold; 0: a longer code. For these, by length: LAST code, and OFFSET of its SYMBOLS.
 # From KEPT on are the counts and symbols that the table was made of: the next image mostly has the same.
 LOOK = 11
 MANY, LAST = 1 << LOOK, 2 << LOOK

@@ -47,7 +47,7 @@ class Cutter:
         self._clean, self._out, self._places, self._tables = Scratch(), Scratch(), Scratch(), _Tables()
 
     def rows(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Offset and size of the images' places, in the form of `rows`, those of the images themselves: see fetch.py."""
+        """Offset and size of the images' places, in the form of `rows`, the images' own: see fetch.py."""
         table, found = self._table[ids], np.zeros((len(ids), len(COLUMNS)), np.int64)
         found[:, OFFSET] = HEADER_BYTES + ENTRY_BYTES * table["first"].astype(np.int64)
         found[:, SIZE], found[:, CRC32] = ENTRY_BYTES * table["count"].astype(np.int64), table["crc32"]
