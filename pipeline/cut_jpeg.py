@@ -7,14 +7,13 @@ of a pixel, which the decoder's interpolation of colours at half the resolution 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from .huffman import TABLE, coded, peek, skip_block, unstuff
+from .huffman import KEPT, SLACK, TABLE, peek, read_difference, skip_block, unstuff
 from .jit import compiled
 from .jpeg import (
-    COMPONENT,
+    BLOCKS,
+    CODES,
     COMPONENTS,
     DATA,
     FRAME,
@@ -23,14 +22,13 @@ from .jpeg import (
     MCU_WIDTH,
     STEP,
     WIDTH,
-    number,
     places_in,
     skip_mcu,
 )
 
 CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
-SLACK_OUT = 64  # bytes behind the limit that may be written before it is checked
-EXTRA = 512  # bytes by which a cut can be larger than the image it is made of: longer DC codes
+EXTRA = 1024  # bytes of three DC tables with their segments: a cut has these, and twice its image's at most
+ROW_EXTRA = 64  # bytes that a row of MCUs can take beside its own, with the latest bits before it and the end
 u = np.uintp
 
 
@@ -59,93 +57,39 @@ def _put(out: np.ndarray, q: int, acc: int, held: int, value: int, size: int) ->
 
 
 @compiled
-def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int, limit: int) -> Any:
-    """Appends the bits [bit, end); stops at `limit` bytes."""
-    while end - bit >= 32 and q < limit:
-        acc = (acc & 0xFFFFFFFF) << 32 | peek(clean, bit)
-        q = _write(out, q, acc >> held)
+def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int) -> tuple[int, int, int]:
+    """Appends the bits [bit, end)."""
+    while end - bit >= 32:
+        q, acc, held = _put(out, q, acc, held, peek(clean, bit), 32)
         bit += 32
-    if 0 < end - bit < 32 and q < limit:
-        return _put(out, q, acc, held, peek(clean, bit) >> (32 - (end - bit)), end - bit)
-    return q, acc, held
+    return _put(out, q, acc, held, peek(clean, bit) >> (32 - (end - bit)), end - bit)
 
 
 @compiled
-def _longer_table(data: np.ndarray, at: int, out: np.ndarray, q: int, codes: np.ndarray) -> int:
-    """Writes a DC table with a code for every category, from the one with its counts at data[at]; 0 if none fits.
+def _write_table(tables: np.ndarray, base: int, out: np.ndarray, q: int, codes: np.ndarray) -> int:
+    """Writes the DC table at `base` with a code for every category, and returns its end; 0 if there is none left.
 
-    Missing ones get longer codes, behind the last. codes: (CATEGORIES, 2), filled with each one's code and length.
+    Missing ones get codes of 16 bits. codes: (CATEGORIES, 2) zeros, filled with each one's code and length.
     """
-    counts, symbols = np.zeros(17, np.int64), np.zeros(256, np.int64)
-    total, code, longest = 0, 0, 0
-    codes[:] = 0
+    kept, code, count = tables[base + KEPT : base + TABLE], 0, 0
     for length in range(1, 17):
-        counts[length] = data[at + length - 1]
-        for _ in range(counts[length]):
-            symbols[total] = data[at + 16 + total]
-            if symbols[total] < CATEGORIES:
-                codes[symbols[total], 0], codes[symbols[total], 1] = code, length
-            code, total, longest = code + 1, total + 1, length
         code <<= 1
-    code >>= 16 - longest + 1  # the next one of the longest length
+        for _ in range(kept[length - 1]):
+            category = kept[16 + count]
+            if category < CATEGORIES:
+                codes[category, 0], codes[category, 1] = code, length
+            code, count = code + 1, count + 1
+    out[q + 5 : q + 21 + count] = kept[: 16 + count]
     for category in range(CATEGORIES):
         if codes[category, 1] == 0:
-            while code + 1 >= 1 << longest:  # only the code of ones is left, which stays free
-                code, longest = code << 1, longest + 1
-            if longest > 16 or total == 256:
+            if code == 0xFFFF or count == 255:  # the code of ones alone must stay free
                 return 0
-            codes[category, 0], codes[category, 1] = code, longest
-            counts[longest] += 1
-            symbols[total] = category
-            code, total = code + 1, total + 1
-    for length in range(1, 17):
-        out[q + length - 1] = counts[length]
-    for i in range(total):
-        out[q + 16 + i] = symbols[i]
-    return q + 16 + total
-
-
-@compiled
-def _write_header(
-    data: np.ndarray, start: int, layout: np.ndarray, width: int, height: int,
-    out: np.ndarray, q: int, limit: int, codes: np.ndarray,
-) -> int:  # fmt: skip
-    """Copies the segments that decide pixels, with the new size and longer DC tables; 0 if that is not possible.
-
-    codes: (2, CATEGORIES, 2).
-    """
-    out[q], out[q + 1] = 0xFF, 0xD8
-    at, q = start + 2, q + 2
-    while at < layout[DATA]:
-        marker, after = data[at + 1], at + 2 + number(data, at + 2)
-        if q + after - at + 4 * CATEGORIES > limit:
-            return 0
-        if marker == 0xC4:
-            body = at + 4
-            while body < after:
-                count = 0
-                for i in range(16):
-                    count += int(data[body + 1 + i])
-                if q + 17 + count + 4 * CATEGORIES > limit:
-                    return 0
-                segment = q
-                out[q], out[q + 1], out[q + 4] = 0xFF, 0xC4, data[body]
-                if data[body] < 2:
-                    q = _longer_table(data, body + 1, out, q + 5, codes[data[body]])
-                    if q == 0:
-                        return 0
-                else:
-                    out[q + 5 : q + 21 + count] = data[body + 1 : body + 17 + count]
-                    q += 21 + count
-                out[segment + 2], out[segment + 3] = (q - segment - 2) >> 8, (q - segment - 2) & 0xFF
-                body += 17 + count
-        elif marker in (0xDA, 0xDB, 0xE0, 0xEE) or at == layout[FRAME]:
-            out[q : q + after - at] = data[at:after]
-            if at == layout[FRAME]:
-                out[q + 5], out[q + 6], out[q + 7], out[q + 8] = height >> 8, height & 0xFF, width >> 8, width & 0xFF
-            q += after - at
-        at = after
-    return q
+            codes[category, 0], codes[category, 1] = code, 16
+            out[q + 20], out[q + 21 + count] = out[q + 20] + 1, category
+            code, count = code + 1, count + 1
+    length = 19 + count
+    out[q], out[q + 1], out[q + 2], out[q + 3], out[q + 4] = 0xFF, 0xC4, length >> 8, length, base // TABLE
+    return q + 2 + length
 
 
 @compiled
@@ -159,92 +103,84 @@ def _covering(low: int, high: int, unit: int, length: int) -> tuple[int, int]:
 
 
 @compiled
+def _write_header(image: np.ndarray, header: np.ndarray, placed: np.ndarray, out: np.ndarray, codes: np.ndarray) -> int:
+    """Copies the header, with the new size, and longer DC tables before the scan's, which count instead of the old.
+
+    Returns its end; 0 if that is not possible. codes: (components, CATEGORIES, 2) zeros, see _write_table.
+    """
+    q = scan = header[DATA] - 8 - 2 * header[COMPONENTS]
+    out[:scan] = image[:scan]
+    at, width, height = header[FRAME] + 5, placed[2], placed[3]
+    out[at], out[at + 1], out[at + 2], out[at + 3] = height >> 8, height, width >> 8, width
+    for i in range(header[COMPONENTS]):
+        q = _write_table(header, header[CODES + 2 * i], out, q, codes[i])
+        if q == 0:
+            return 0
+    out[q : q + header[DATA] - scan] = image[scan : header[DATA]]
+    return q + header[DATA] - scan
+
+
+@compiled
 def cut_jpeg(
-    data: np.ndarray, start: int, end: int, layout: np.ndarray, tables: np.ndarray, places: np.ndarray,
-    box: np.ndarray, clean: np.ndarray, out: np.ndarray, q: int, limit: int, placed: np.ndarray,
+    image: np.ndarray, header: np.ndarray, places: np.ndarray, box: np.ndarray,
+    out: np.ndarray, placed: np.ndarray,
 ) -> int:  # fmt: skip
-    """Writes a JPEG of the pixels `box` of the JPEG data[start:end] from out[q] on; returns its end there.
+    """Writes a JPEG of the pixels `box` of a JPEG into `out`; returns its size.
 
     0 if it is not possible: the image is to be decoded whole then, and its places are wrong or it is damaged.
-    layout, tables: by read_layout. places: (n, 4) uint16 of find_places. box: left, top, right and bottom.
-    clean: memory, at least end - start + SLACK bytes. limit: the end of `out`, which has SLACK_OUT bytes more.
+    header: by read_header. places: of find_places. box: left, top, right and bottom.
+    out: it suffices if it has 2 len(image) + EXTRA bytes.
     placed: (4,) int64, filled with left, top, width and height of what was cut.
     """
-    width, height, unit, down = layout[WIDTH], layout[HEIGHT], layout[MCU_WIDTH], layout[MCU_HEIGHT]
-    if len(places) != places_in(width, height, unit, down):
+    width, height, unit, down = header[WIDTH], header[HEIGHT], header[MCU_WIDTH], header[MCU_HEIGHT]
+    starts = 8 * header[DATA] + np.cumsum(places[:, 0].astype(np.int64) & 0xFFFF)  # of the entries, in bits
+    if len(places) != places_in(header) or (starts[-1] >> 3) + 2 > len(image):
         return 0
     left, right = _covering(box[0], box[2], unit, width)
     top, bottom = _covering(box[1], box[3], down, height)
     placed[0], placed[1] = left * unit, top * down
     placed[2], placed[3] = min(right * unit, width) - placed[0], min(bottom * down, height) - placed[1]
-    codes = np.zeros((2, CATEGORIES, 2), np.int64)
-    q = _write_header(data, start, layout, placed[2], placed[3], out, q, limit, codes)
+    codes = np.zeros((header[COMPONENTS], CATEGORIES, 2), np.int64)
+    q = _write_header(image, header, placed, out, codes)
     if q == 0:
         return 0
-    per_row, step = -(-width // STEP), STEP // unit
-    before, written = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    ends, acc, held, at, place = np.zeros(3, np.int64), 0, 0, 0, 0
-    for row in range(top, bottom):
-        first, last = row * per_row + left // step, row * per_row + -(-right // step)
-        middle = max(row * per_row + right // step, first) if right * unit < width else last
-        for i, target in enumerate((first, middle, last)):
-            while place < target:
-                place += 1
-                at += int(places[place, 0])
-            ends[i] = at
-        if layout[DATA] + (at >> 3) + 1 > end:
+    per_row, step, acc, held = -(-width // STEP), STEP // unit, 0, 0
+    clean, before, written = np.empty(len(image) + SLACK, np.uint8), np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for row in range(per_row * top, per_row * bottom, per_row):
+        # The entries before the row's first MCU, before its end and, at the latest, there.
+        first, last, behind = row + left // step, row + right // step, row - (-right // step)
+        if right * unit >= width:
+            last = behind
+        # Its bits, up to the entry before its end and from there on: its last byte may have a zero behind it.
+        n = unstuff(image, starts[first] >> 3, starts[last] >> 3, clean)[0]
+        bits = 8 * (n + unstuff(image, starts[last] >> 3, (starts[behind] >> 3) + 2, clean[n:])[0])
+        if q + bits // 4 + ROW_EXTRA > len(out):
             return 0
-        # The row's bits, up to the entry before its end and from there on: its last byte may have a zero behind it.
-        n = unstuff(data, layout[DATA] + (ends[0] >> 3), layout[DATA] + (ends[1] >> 3), clean)
-        n_last = unstuff(data, layout[DATA] + (ends[1] >> 3), min(layout[DATA] + (at >> 3) + 2, end), clean[n:])
-        bits = 8 * (n + n_last)
-        bit = ends[0] & 7
-        for i in range(3):
-            before[i] = np.int16(places[first, 1 + i])
+        bit, before[:] = starts[first] & 7, places[first, 1:]
         for _ in range(left % step):
-            bit = skip_mcu(clean, bit, bits, layout, tables, before)
-            if bit < 0:
-                return 0
+            bit = skip_mcu(clean, bit, bits, header, before)
         # The first MCU, whose differences are to other values now.
         copied = bit
-        for i in range(layout[COMPONENTS]):
-            c = COMPONENT + 4 * i
-            dc, ac = layout[c + 2], layout[c + 3]
-            found = coded(tables, dc, peek(clean, bit))
-            q, acc, held = _copy(clean, copied, bit, out, q, acc, held, limit)
-            copied = bit + (found >> 8) + (found & 0xFF)
-            bit, difference = skip_block(clean, bit, bits, tables, dc, ac)
-            if bit < 0:
-                return 0
-            before[i] += difference
-            difference = before[i] - written[i]
-            size = _bits(difference)
+        for i in range(header[COMPONENTS]):
+            q, acc, held = _copy(clean, copied, bit, out, q, acc, held)
+            dc, ac, size = header[CODES + 2 * i], header[CODES + 2 * i + 1], 0
+            length, difference = read_difference(header, dc, peek(clean, bit))
+            copied, difference = bit + length, difference + before[i] - written[i]
+            for _ in range(header[BLOCKS] if i == 0 else 1):
+                bit = skip_block(clean, bit, bits, header, dc, ac)[0]
+            while abs(difference) >> size:
+                size += 1
             if size >= CATEGORIES:
                 return 0
-            table = dc // TABLE
-            q, acc, held = _put(out, q, acc, held, codes[table, size, 0], codes[table, size, 1])
-            if size:
-                value = difference if difference > 0 else difference + (1 << size) - 1
-                q, acc, held = _put(out, q, acc, held, value, size)
-            for _ in range(layout[c] * layout[c + 1] - 1):
-                bit, difference = skip_block(clean, bit, bits, tables, dc, ac)
-                if bit < 0:
-                    return 0
-                before[i] += difference
-        # From there, or from the last entry before it, to the end of the run.
-        column = left + 1
-        if middle > first:
-            column, bit = (middle - row * per_row) * step, 8 * n + (ends[1] & 7)
-            for i in range(3):
-                before[i] = np.int16(places[middle, 1 + i])
-        for _ in range(right - column if middle < last else 0):
-            bit = skip_mcu(clean, bit, bits, layout, tables, before)
-            if bit < 0:
-                return 0
-        q, acc, held = _copy(clean, copied, bit, out, q, acc, held, limit)
-        written[:] = before
-        if q >= limit:
+            value = difference if difference > 0 else difference + (1 << size) - 1
+            q, acc, held = _put(out, q, acc, held, codes[i, size, 0] << size | value, codes[i, size, 1] + size)
+        # The others, up to the end of the run.
+        end, written[:] = 8 * n + (starts[last] & 7), places[last, 1:]
+        for _ in range(right % step if last < behind else 0):
+            end = skip_mcu(clean, end, bits, header, written)
+        if not bit <= end <= bits:
             return 0
+        q, acc, held = _copy(clean, copied, end, out, q, acc, held)
     padding = -held % 8  # ones fill the last byte
     q, acc, held = _put(out, q, acc, held, (1 << padding) - 1, padding)
     while held:
@@ -253,13 +189,3 @@ def cut_jpeg(
         q, held = q + 1 + (byte == 0xFF), held - 8
     out[q], out[q + 1] = 0xFF, 0xD9
     return q + 2
-
-
-@compiled
-def _bits(value: int) -> int:
-    """The number of bits of |value|."""
-    size, left = 0, abs(value)
-    while left:
-        left >>= 1
-        size += 1
-    return size

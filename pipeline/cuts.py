@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,17 +20,12 @@ from .shards import Shard, file_sha256
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
 
-# A file is a header, the entries of all images, and a table with a row for each.
+# A file is a header, the entries of all images, and a table with a row for each: its first entry, their number (0: the
+# image cannot be cut), and their checksum, continued from the image's.
 MAGIC = b"IXCUTS01"
 HEADER_BYTES = len(MAGIC) + 32
 ENTRY_BYTES = 8
-TABLE_DTYPE = np.dtype(
-    [
-        ("first", "<u4"),  # entry
-        ("count", "<u4"),  # of entries; 0: the image cannot be cut
-        ("crc32", "<u4"),  # of the entries, continued from the image's
-    ]
-)
+TABLE_DTYPE = np.dtype([("first", "<u4"), ("count", "<u4"), ("crc32", "<u4")])
 
 
 def header(shard: Shard) -> bytes:
@@ -51,47 +45,37 @@ def table(path: Path, shard: Shard) -> np.ndarray:
         start = file.seek(0, 2) - shard.samples * TABLE_DTYPE.itemsize
         file.seek(max(start, 0))
         rows = np.fromfile(file, TABLE_DTYPE)
-        if (
-            len(rows) != shard.samples
-            or (rows["first"].astype(np.uint64) + rows["count"]).max(initial=0) * ENTRY_BYTES > start - HEADER_BYTES
-        ):
+        end = HEADER_BYTES + ENTRY_BYTES * (rows["first"].astype(np.int64) + rows["count"]).max(initial=0)
+        if len(rows) != shard.samples or end > start:
             raise ValueError("cut short")
     return rows
 
 
-@dataclass(frozen=True)
-class Cuts:
+class Cuts(NamedTuple):
     """A split's files, in the order of its shards, and the table of all its samples."""
 
     paths: list[Path]
+    sha256: list[str]
     table: np.ndarray  # (samples,) TABLE_DTYPE
 
 
 def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
     """None if there are none. Raises DataError if they are of another data set or damaged; entries are not read."""
-    if not (dataset.root / NAME).is_file():
-        return None
-    rows, paths = np.zeros(split.samples, TABLE_DTYPE), []
-    for number, (shard, file) in enumerate(zip(split.shards, _files(dataset, split.name), strict=True)):
-        path = dataset.root / file_name(split.name, number)
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            raise DataError(f"{path}: missing, or not {file['bytes']} bytes; {CURE}")
-        paths.append(path)
-        rows[split.index["shard"] == number] = table(path, shard)
-    return Cuts(paths, rows)
-
-
-def _files(dataset: Dataset, split: str) -> list[dict[str, Any]]:
-    """The records of a split's files in cuts.json."""
     path = dataset.root / NAME
+    if not path.is_file():
+        return None
     with reading(f"{path}", CURE, OSError):
         record = json.loads(path.read_bytes())
         if record["fingerprint"] != dataset.fingerprint:
             raise ValueError("of another data set")
-        files = [{"bytes": int(file["bytes"]), "sha256": str(file["sha256"])} for file in record["splits"][split]]
-        if len(files) != len(dataset.splits[split].shards):
+        sizes, sums = zip(*((int(file["bytes"]), str(file["sha256"])) for file in record["splits"][split.name]))
+        if len(sizes) != len(split.shards):
             raise ValueError("of another number of shards")
-        return files
+    paths = [dataset.root / file_name(split.name, number) for number in range(len(sizes))]
+    for path, size in zip(paths, sizes):
+        if not path.is_file() or path.stat().st_size != size:
+            raise DataError(f"{path}: missing, or not {size} bytes; {CURE}")
+    return Cuts(paths, list(sums), np.concatenate([table(*file) for file in zip(paths, split.shards)]))
 
 
 def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:
@@ -99,8 +83,8 @@ def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:
     for split in dataset.splits.values():
         try:
             found = open_cuts(dataset, split)
-            for path, file in zip(found.paths if found else [], _files(dataset, split.name)):
-                if file_sha256(path) != file["sha256"]:
+            for path, sha256 in zip(found.paths, found.sha256) if found else ():
+                if file_sha256(path) != sha256:
                     yield path.name, f"its bytes changed since they were written; {CURE}"
         except DataError as err:
             yield NAME, str(err)

@@ -19,12 +19,11 @@ u = np.uintp
 
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. For these, by length: LAST code, and OFFSET of its SYMBOLS.
-# From KEPT on are the counts and symbols that the table was made of: the next image mostly has the same.
+# they hold; 0: a longer code. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
+# mostly has the same. They decode longer codes, whose first has the symbol number LONGER and the code LONGER + 1.
 LOOK = 11
-MANY, LAST = 1 << LOOK, 2 << LOOK
-OFFSET, SYMBOLS, KEPT = LAST + 18, LAST + 36, LAST + 36 + 256
-TABLE = KEPT + 16 + 256
+MANY, KEPT, LONGER = 1 << LOOK, 2 << LOOK, (2 << LOOK) + 16 + 256
+TABLE = LONGER + 2
 TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
 SLACK = 8  # bytes that `peek` may read behind the last one
@@ -33,39 +32,29 @@ SLACK = 8  # bytes that `peek` may read behind the last one
 @compiled
 def read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: int) -> int:
     """Fills the table at `base` from its 16 counts at data[at] and the symbols behind them; their size, or -1."""
-    count = 0
-    for i in range(16):
-        count += int(data[at + i])
-    size = 16 + count
-    if count > 256 or at + size > end:
+    size, kept = 16 + np.int64(data[at : at + 16].sum()), base + KEPT
+    if size > 16 + 256 or at + size > end:
         return -1
-    same = True
-    for i in range(size):
-        same &= tables[base + KEPT + i] == data[at + i]
-    if same:
+    if (tables[kept : kept + size] == data[at : at + size]).all():
         return size
     tables[base : base + TABLE] = 0
-    tables[base + KEPT] = -1  # until it is whole
-    code, symbol, is_ac = 0, 0, base >= 2 * TABLE
+    tables[kept] = -1  # until it is whole
+    code, symbol, is_ac = 0, at + 16, base >= 2 * TABLE
     for length in range(1, 17):
-        n = int(data[at + length - 1])
-        tables[base + OFFSET + length] = symbol - code
-        for _ in range(n):
-            value = int(data[at + 16 + symbol])
-            tables[base + SYMBOLS + symbol] = value
-            if length <= LOOK and code < 1 << length:
-                first = code << (LOOK - length)
-                tables[base + first : base + first + (1 << (LOOK - length))] = _entry(length, value, is_ac)
-            symbol += 1
-            code += 1
-        if code >= 1 << length:  # the code of ones alone must stay free
-            return -1
-        tables[base + LAST + length] = code - 1 if n else -1
         code <<= 1
+        if length == LOOK + 1:
+            tables[base + LONGER], tables[base + LONGER + 1] = symbol - at - 16, code
+        count = np.int64(data[at + length - 1])
+        if code + count >= 1 << length:  # the code of ones alone must stay free
+            return -1
+        for _ in range(count):
+            if length <= LOOK:
+                first = base + (code << (LOOK - length))
+                tables[first : first + (1 << (LOOK - length))] = _entry(length, np.int64(data[symbol]), is_ac)
+            code, symbol = code + 1, symbol + 1
     if is_ac:
         _join(tables, base)
-    for i in range(size):
-        tables[base + KEPT + i] = data[at + i]
+    tables[kept : kept + size] = data[at : at + size]
     return size
 
 
@@ -123,59 +112,59 @@ def peek(clean: np.ndarray, bit: int) -> Any:
 
 
 @compiled
-def coded(tables: np.ndarray, base: int, bits: int) -> Any:
+def _coded(tables: np.ndarray, base: int, bits: int) -> Any:
     """The _entry of the code that 32 bits begin with; 0: there is none."""
     found = np.int64(tables[u(base) + u(bits >> (32 - LOOK))])
     if found:
         return found
+    kept, code = base + KEPT, np.int64(tables[base + LONGER + 1])
+    symbol = kept + 16 + tables[base + LONGER]
     for length in range(LOOK + 1, 17):
-        code = bits >> (32 - length)
-        symbol = tables[u(base + OFFSET + length)] + code  # negative if a shorter code, of no use here, comes first
-        if code <= tables[u(base + LAST + length)] and symbol >= 0:
-            return _entry(length, np.int64(tables[u(base + SYMBOLS + symbol)]), base >= 2 * TABLE)
+        count, ahead = np.int64(tables[kept + length - 1]), (bits >> (32 - length)) - code
+        if 0 <= ahead < count:
+            return _entry(length, np.int64(tables[symbol + ahead]), base >= 2 * TABLE)
+        symbol, code = symbol + count, (code + count) << 1
     return 0
 
 
 @compiled
-def extended(bits: int, size: int) -> int:
-    """The value of `size` bits, the topmost of 32."""
-    if size == 0:
-        return 0
-    value = bits >> (32 - size)
-    return value if value >> (size - 1) else value - (1 << size) + 1
+def read_difference(tables: np.ndarray, dc: int, bits: int) -> tuple[int, int]:
+    """(number of bits, DC difference) of the code that 32 bits begin with; no bits if there is none."""
+    found = _coded(tables, dc, bits)
+    length, size = found >> 8, found & 0xFF
+    value = (bits << length & 0xFFFFFFFF) >> (32 - size)
+    return length + size, value if value >= 1 << size >> 1 else value - (1 << size) + 1
 
 
 @compiled
 def skip_block(clean: np.ndarray, bit: int, end: int, tables: np.ndarray, dc: int, ac: int) -> tuple[int, int]:
-    """The position after the block at `bit`, and its DC difference. -1 if it cannot be read or passes `end`."""
-    word, used = _window(clean, bit), 0
-    found = coded(tables, dc, np.int64(word >> np.uint64(32)))
-    if found == 0:
-        return -1, 0
-    length, size = found >> 8, found & 0xFF
-    difference = extended(np.int64(word << np.uint64(length) >> np.uint64(32)), size)
-    used, word, k = length + size, word << np.uint64(length + size), 1
+    """The position after the block at `bit`, and its DC difference. end + 1 if it cannot be read or passes `end`."""
+    word, k = _window(clean, bit), 1
+    used, difference = read_difference(tables, dc, np.int64(word >> np.uint64(32)))
+    if used == 0:
+        return end + 1, 0
+    word <<= np.uint64(used)
     while k < 64:
         if used > 57 - 16:  # too few bits are left for the longest code
             bit, used = bit + used, 0
             if bit > end:
-                return -1, 0
+                return end + 1, 0
             word = _window(clean, bit)
         found = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
         many = found >> 8
         if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
-            found = coded(tables, ac, np.int64(word >> np.uint64(32)))
+            found = _coded(tables, ac, np.int64(word >> np.uint64(32)))
             if found == 0:
-                return -1, 0
+                return end + 1, 0
         word, used, k = word << np.uint64(found & 0xFF), used + (found & 0xFF), k + (found >> 8 & 0xFF)
-    bit += used
-    return bit if (k == 64 or k >= DONE) and bit <= end else -1, difference
+    return min(bit + used, end + 1) if k == 64 or k >= DONE else end + 1, difference
 
 
 @compiled
 def unstuff(data: np.ndarray, start: int, end: int, clean: np.ndarray) -> Any:
-    """Copies the scan data[start:end] up to its first marker, without stuffed zeros; returns the bytes copied.
+    """Copies the scan data[start:end] up to its first marker, without stuffed zeros.
 
+    Returns the number of bytes, and the position of the marker's second byte, or `end`.
     clean: at least end - start + SLACK long.
     """
     p, q = u(start), u(0)
@@ -190,4 +179,4 @@ def unstuff(data: np.ndarray, start: int, end: int, clean: np.ndarray) -> Any:
         q += u(1)
     for i in range(u(SLACK)):
         clean[q + i] = 0
-    return np.int64(q)
+    return np.int64(q), np.int64(p)

@@ -22,7 +22,7 @@ from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
 from .backend import Engine, Held, Output, Work, check_raw_sizes, to_device, undecodable
 from .buffers import Buffers
-from .cutter import Cut, Cutter
+from .cutter import NOT_CUT, Cut, Cutter, pixels_under
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import Cropper, decoded_block, size_row
 from .reader import Reader
@@ -65,7 +65,7 @@ class Portable(Engine):
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
-        self._cutter = Cutter(cuts, output.crop) if cuts else None
+        self._cutter = Cutter(cuts) if cuts else None
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
@@ -125,40 +125,37 @@ class Portable(Engine):
 
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
-        rows, needed, short = work.rows[a:b], _rows_needed(work.box[a:b], self.output.crop), np.zeros(b - a, np.bool_)
-        cuts: list[Cut] = []
+        rows, short = work.rows[a:b], np.zeros(b - a, np.bool_)
+        pixels, cuts = pixels_under(work.box[a:b], self.output.crop), [NOT_CUT] * (b - a)
+        needed = pixels[:, 3] + ROWS_BELOW
         if self._cutter:
-            places, pixels = self._cutter.rows(work.ids[a:b], rows), self._cutter.pixels(work.box[a:b])
-            chosen = self._cutter.worthwhile(rows, places, pixels)
-            needed = np.where(chosen, rows[:, HEIGHT], needed)
+            places = self._cutter.places(work.ids[a:b], rows, pixels)
+            needed = np.where(places[:, 1] > 0, rows[:, HEIGHT], needed)
         block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, short))
-        if self._cutter and chosen.any():
-            cuts = self._cutter(block, places, pixels, chosen)
+        if self._cutter:
+            cuts = self._cutter(block, places, pixels)
         plain = short | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
         left = np.where(short, needed, rows[:, HEIGHT])
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
         for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
-            first = pitch = 0
-            pixels_at = self._cut(cuts[i], 3 * width * height) if cuts else None
-            if pixels_at is not None:
-                first, pitch = -3 * (cuts[i].top * cuts[i].width + cuts[i].left), cuts[i].width
-            else:
-                image = block.buffer[start:end]
-                try:
-                    pixels_at = self._decoded(image, width, height, left_rows, is_plain)
-                except Exception as err:  # whatever it is, it needs the sample's name
-                    raise undecodable(work, a + i, err, self._reader) from err
-            self._crop(work, crops, decoded_block(pixels_at, rows[i : i + 1], first), a + i, a + i + 1, pitch)
+            cut, image = cuts[i], block.buffer[start:end]
+            try:
+                decoded = self._cut(cut, 3 * width * height)
+                if decoded is None:
+                    cut, decoded = NOT_CUT, self._decoded(image, width, height, left_rows, is_plain)
+            except Exception as err:  # whatever it is, it needs the sample's name
+                raise undecodable(work, a + i, err, self._reader) from err
+            crop = decoded_block(decoded, rows[i : i + 1], -3 * (cut.top * cut.width + cut.left))
+            self._crop(work, crops, crop, a + i, a + i + 1, cut.width)
 
     def _cut(self, cut: Cut, size: int) -> np.ndarray | None:
         """Flat pixels of the cut, in the memory of the whole image's `size`, as taps of weight zero may read beyond
         them. None if it was not cut, or a fault is left for the whole image to show."""
-        if len(cut.data):
-            memory = self._scratch(size)
-            with contextlib.suppress(ValueError):
-                if decode_jpeg(cut.data, buffer=memory, strict=True).shape == (cut.height, cut.width, 3):
-                    return memory
+        memory = self._scratch(size)
+        with contextlib.suppress(ValueError):
+            if len(cut.data) and decode_jpeg(cut.data, buffer=memory, strict=True).shape == (cut.height, cut.width, 3):
+                return memory
         return None
 
     def _decoded(self, image: np.ndarray, width: int, height: int, rows: int, is_plain: bool) -> np.ndarray:
@@ -189,14 +186,6 @@ class Portable(Engine):
             return images
         mean = to_device(job.work.mean.reshape(-1, 3), images.device)[:, :, None, None]
         return images.float().sub_(mean).div_(self._std).to(dtype)  # the memory format stays
-
-
-def _rows_needed(box: np.ndarray, crop: int) -> np.ndarray:
-    """(n,) int64: how many rows of the images, from the top, their crops are made of."""
-    top, size = box[..., 1], box[..., 3]
-    taps = np.maximum(size / crop, 1)
-    rows: np.ndarray = np.ceil(top + size + taps).astype(np.int64).max(1) + ROWS_BELOW
-    return rows
 
 
 class Viewer:
