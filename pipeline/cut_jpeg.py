@@ -7,6 +7,8 @@ of a pixel, which the decoder's interpolation of colours at half the resolution 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .huffman import KEPT, SLACK, TABLE, peek, read_difference, skip_block, unstuff
@@ -57,7 +59,7 @@ def _put(out: np.ndarray, q: int, acc: int, held: int, value: int, size: int) ->
 
 
 @compiled
-def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int) -> tuple[int, int, int]:
+def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int) -> Any:
     """Appends the bits [bit, end)."""
     while end - bit >= 32:
         q, acc, held = _put(out, q, acc, held, peek(clean, bit), 32)
@@ -103,7 +105,7 @@ def _covering(low: int, high: int, unit: int, length: int) -> tuple[int, int]:
 
 
 @compiled
-def _write_header(image: np.ndarray, header: np.ndarray, placed: np.ndarray, out: np.ndarray, codes: np.ndarray) -> int:
+def _write_header(image: np.ndarray, header: np.ndarray, placed: np.ndarray, out: np.ndarray, codes: np.ndarray) -> Any:
     """Copies the header, with the new size, and longer DC tables before the scan's, which count instead of the old.
 
     Returns its end; 0 if that is not possible. codes: (components, CATEGORIES, 2) zeros, see _write_table.
@@ -124,7 +126,7 @@ def _write_header(image: np.ndarray, header: np.ndarray, placed: np.ndarray, out
 def cut_jpeg(
     image: np.ndarray, header: np.ndarray, places: np.ndarray, box: np.ndarray,
     out: np.ndarray, placed: np.ndarray,
-) -> int:  # fmt: skip
+) -> Any:  # fmt: skip
     """Writes a JPEG of the pixels `box` of a JPEG into `out`; returns its size.
 
     0 if it is not possible: the image is to be decoded whole then, and its places are wrong or it is damaged.

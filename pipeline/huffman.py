@@ -30,7 +30,7 @@ SLACK = 8  # bytes that `peek` may read behind the last one
 
 
 @compiled
-def read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: int) -> int:
+def read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: int) -> Any:
     """Fills the table at `base` from its 16 counts at data[at] and the symbols behind them; their size, or -1."""
     size, kept = 16 + np.int64(data[at : at + 16].sum()), base + KEPT
     if size > 16 + 256 or at + size > end:
@@ -128,7 +128,7 @@ def _coded(tables: np.ndarray, base: int, bits: int) -> Any:
 
 
 @compiled
-def read_difference(tables: np.ndarray, dc: int, bits: int) -> tuple[int, int]:
+def read_difference(tables: np.ndarray, dc: int, bits: int) -> Any:
     """(number of bits, DC difference) of the code that 32 bits begin with; no bits if there is none."""
     found = _coded(tables, dc, bits)
     length, size = found >> 8, found & 0xFF
@@ -150,7 +150,7 @@ def skip_block(clean: np.ndarray, bit: int, end: int, tables: np.ndarray, dc: in
             if bit > end:
                 return end + 1, 0
             word = _window(clean, bit)
-        found = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
+        found: Any = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
         many = found >> 8
         if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
             found = _coded(tables, ac, np.int64(word >> np.uint64(32)))

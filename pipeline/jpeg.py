@@ -7,6 +7,8 @@ before could not be read; functions that get such a position return it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .huffman import SLACK, TABLE, TABLES, read_table, skip_block, unstuff
@@ -122,7 +124,7 @@ STEP = 64
 
 
 @compiled
-def places_in(header: np.ndarray) -> int:
+def places_in(header: np.ndarray) -> Any:
     return -(-header[HEIGHT] // header[MCU_HEIGHT]) * -(-header[WIDTH] // STEP) + 1
 
 

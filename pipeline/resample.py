@@ -108,77 +108,42 @@ def _blend_columns(
         q += u(3)
 
 
-def store(*arguments: Any) -> Any:
-    """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32.
-
-    Compiled from one of the two below.
-    """
+def finished(*arguments: Any) -> Any:
+    """A value as it goes into `out`: as it is, or normalised for float32. Compiled from one of the two below."""
     raise NotImplementedError
 
 
-@overload(store, jit_options={"fastmath": True}, strict=False)
-def store_for(values: Any, at: Any, out: Any, *rest: Any) -> Any:
-    return store_uint8 if out.dtype == numba.uint8 else store_float32
+@overload(finished, jit_options={"fastmath": True}, inline="always", strict=False)
+def finished_for(value: Any, mean: Any, scale: Any, out: Any) -> Any:
+    if out.dtype == numba.uint8:
+        return lambda value, mean, scale, out: value
+    return lambda value, mean, scale, out: (np.float32(value) - mean) * scale
 
 
-def store_uint8(
-    values: Any,
-    at: Any,
-    out: Any,
-    start: Any,
-    columns: Any,
-    rows: Any,
-    y: Any,
-    packed: Any,
-    mean: Any,
-    m: Any,
-    scale: Any,
-) -> Any:
-    v = u(at)
-    if packed:
-        target = u(start + 3 * columns * y)
-        for j in range(u(3 * columns)):
-            out[target + j] = values[v + j]
-        return
-    red, plane = u(start + y * columns), u(columns * rows)
-    for x in range(u(columns)):  # one loop for all three, which LLVM turns into shuffles
-        p = v + x * u(3)
-        out[red + x] = values[p]
-        out[red + plane + x] = values[p + u(1)]
-        out[red + plane + plane + x] = values[p + u(2)]
-
-
-def store_float32(
-    values: Any,
-    at: Any,
-    out: Any,
-    start: Any,
-    columns: Any,
-    rows: Any,
-    y: Any,
-    packed: Any,
-    mean: Any,
-    m: Any,
-    scale: Any,
-) -> Any:
+@compiled
+def store(
+    values: np.ndarray, at: int, out: np.ndarray, start: int, columns: int, rows: int, y: int, packed: bool,
+    mean: np.ndarray, m: int, scale: np.ndarray,
+) -> None:  # fmt: skip
+    """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32."""
     v = u(at)
     m0, m1, m2 = mean[m], mean[m + 1], mean[m + 2]
     s0, s1, s2 = scale[0], scale[1], scale[2]
     if packed:
         target = u(start + 3 * columns * y)
         for _ in range(columns):
-            out[target] = (np.float32(values[v]) - m0) * s0
-            out[target + u(1)] = (np.float32(values[v + u(1)]) - m1) * s1
-            out[target + u(2)] = (np.float32(values[v + u(2)]) - m2) * s2
+            out[target] = finished(values[v], m0, s0, out)
+            out[target + u(1)] = finished(values[v + u(1)], m1, s1, out)
+            out[target + u(2)] = finished(values[v + u(2)], m2, s2, out)
             target += u(3)
             v += u(3)
         return
     red, plane = u(start + y * columns), u(columns * rows)
-    for x in range(u(columns)):
+    for x in range(u(columns)):  # one loop for all three, which LLVM turns into shuffles
         p = v + x * u(3)
-        out[red + x] = (np.float32(values[p]) - m0) * s0
-        out[red + plane + x] = (np.float32(values[p + u(1)]) - m1) * s1
-        out[red + plane + plane + x] = (np.float32(values[p + u(2)]) - m2) * s2
+        out[red + x] = finished(values[p], m0, s0, out)
+        out[red + plane + x] = finished(values[p + u(1)], m1, s1, out)
+        out[red + plane + plane + x] = finished(values[p + u(2)], m2, s2, out)
 
 
 @compiled

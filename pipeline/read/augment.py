@@ -85,70 +85,66 @@ def place(
 
     In evaluation `config.views` consecutive crops for each image, otherwise one.
     """
-    width, height = width.astype(np.int64), height.astype(np.int64)
+    size = np.stack([width, height], axis=1).astype(np.int64)  # from here on, x and y are the columns of one array
     if not train:
-        return _views(config, width, height)
+        return _views(config, size)
     draw = partial(rng.uniform, ids, **at)
     flip = config.flip & (draw(stream=rng.FLIP, count=1)[:, 0] < 0.5)
     u = draw(stream=rng.CROP, count=2)
     if config.scale_jitter is not None:
-        return Placement(_jittered(config, width, height, draw(stream=rng.JITTER, count=2 * TRIES), u), flip)
-    w, h = resized(width, height, config.resize)
-    rooms = _room(config, w), _room(config, h)
-    left, top = (first + (u[:, axis] * (room + 1)).astype(np.int64) for axis, (first, room) in enumerate(rooms))
-    return Placement(_box(config, left, top, width / w, height / h), flip)
+        return Placement(_jittered(config, size, draw(stream=rng.JITTER, count=2 * TRIES), u), flip)
+    scaled = _scaled(config, size)
+    first, room = _room(config, scaled)
+    return Placement(_box(config, first + (u * (room + 1)).astype(np.int64), size / scaled), flip)
 
 
-def _room(config: AugmentConfig, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first place of a crop on an axis of the resized image, and the pixels from there to the last place.
+def _scaled(config: AugmentConfig, size: np.ndarray) -> np.ndarray:
+    return np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1)
+
+
+def _room(config: AugmentConfig, scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first place of a crop in the resized image, and the pixels from there to the last place.
 
     In the centre square these are 0..32 for 224 in 256, ends included, as in the original code.
     """
-    side = np.full_like(length, config.resize) if config.square else length
-    return centre_offset(length, side), side - config.crop
+    side = np.full_like(scaled, config.resize) if config.square else scaled
+    return centre_offset(scaled, side), side - config.crop
 
 
-def _box(config: AugmentConfig, left: np.ndarray, top: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whole pixels of the resized image as a rectangle of the stored one, which is x and y times as large."""
-    return np.stack([left * x, top * y, config.crop * x, config.crop * y], axis=1)
+def _box(config: AugmentConfig, place: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Whole pixels of the resized image as a rectangle of the stored one, which is `scale` times as large."""
+    return np.concatenate([place * scale, config.crop * scale], axis=1)
 
 
-def _views(config: AugmentConfig, width: np.ndarray, height: np.ndarray) -> Placement:
-    w, h = resized(width, height, config.resize)
-    scale = width / w, height / h
-    across, down = centre_offset(w, config.crop), centre_offset(h, config.crop)
+def _views(config: AugmentConfig, size: np.ndarray) -> Placement:
+    scaled = _scaled(config, size)
+    scale, centre = size / scaled, centre_offset(scaled, config.crop)
     if config.views == 1:
-        return Placement(_box(config, across, down, *scale), np.zeros(len(w), bool))
-    (left, wide), (top, high) = _room(config, w), _room(config, h)
-    corners = [(left, top), (left + wide, top), (left, top + high), (left + wide, top + high), (across, down)]
-    boxes = np.stack([_box(config, *corner, *scale) for corner in corners], axis=1)
-    return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(w)))
+        return Placement(_box(config, centre, scale), np.zeros(len(size), bool))
+    first, room = _room(config, scaled)
+    corners = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])]
+    boxes = np.stack([_box(config, place, scale) for place in (*corners, centre)], axis=1)
+    return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(size)))
 
 
-def _jittered(
-    config: AugmentConfig, width: np.ndarray, height: np.ndarray, u: np.ndarray, where: np.ndarray
-) -> np.ndarray:
+def _jittered(config: AugmentConfig, size: np.ndarray, u: np.ndarray, where: np.ndarray) -> np.ndarray:
     """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
     rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels.
 
     u: (n, 2 · TRIES), where: (n, 2) random numbers.
     """
     assert config.scale_jitter is not None
-    u = u.reshape(-1, TRIES, 2)
-    least, most = config.scale_jitter
-    flattest, narrowest = np.log(config.aspect_jitter[0]), np.log(config.aspect_jitter[1])
-    area = (width * height)[:, None] * (least + (most - least) * u[..., 0])
-    aspect = np.exp(flattest + (narrowest - flattest) * u[..., 1])
-    w, h = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
-    first = np.argmax(fits, axis=1)
-    rows = np.arange(len(u))
-    w, h, found = w[rows, first], h[rows, first], fits[rows, first]
-    w = np.where(found, w, np.minimum(width, np.rint(height * config.aspect_jitter[1]).astype(np.int64)))
-    h = np.where(found, h, np.minimum(height, np.rint(width / config.aspect_jitter[0]).astype(np.int64)))
-    left = np.where(found, (where[:, 0] * (width - w + 1)).astype(np.int64), centre_offset(width, w))
-    top = np.where(found, (where[:, 1] * (height - h + 1)).astype(np.int64), centre_offset(height, h))
-    return np.stack([left, top, w, h], axis=1).astype(np.float64)
+    (least, most), (narrow, wide), u = config.scale_jitter, config.aspect_jitter, u.reshape(-1, TRIES, 2)
+    area = size.prod(1)[:, None] * (least + (most - least) * u[..., 0])
+    aspect = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * u[..., 1])
+    tries = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], axis=2))).astype(np.int64)
+    fits = ((tries > 0) & (tries <= size[:, None])).all(2)
+    chosen = np.arange(len(u)), np.argmax(fits, axis=1)
+    found = fits[chosen][:, None]
+    largest = np.rint(np.stack([size[:, 1] * wide, size[:, 0] / narrow], axis=1)).astype(np.int64)
+    sides = np.where(found, tries[chosen], np.minimum(size, largest))
+    place = np.where(found, (where * (size - sides + 1)).astype(np.int64), centre_offset(size, sides))
+    return np.concatenate([place, sides], axis=1).astype(np.float64)
 
 
 def colour_shift(config: AugmentConfig, ids: np.ndarray, covariance: np.ndarray, **at: int) -> np.ndarray:

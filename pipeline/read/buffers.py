@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
+import sys
 from typing import Any
 
 import numpy as np
+
+UNUSED = 2  # references to a buffer: the list's, and the one that asks
 
 
 def new_buffer(size: int, *, pinned: bool) -> np.ndarray:
@@ -18,13 +20,6 @@ def new_buffer(size: int, *, pinned: bool) -> np.ndarray:
     return buffer
 
 
-class _Lent(weakref.ref[np.ndarray]):
-    """A weak reference to an array; its memory returns to the pool when the array is deleted."""
-
-    __slots__ = ("memory",)
-    memory: np.ndarray
-
-
 class Buffers:
     """Arrays whose memory is reused when no array, tensor or memoryview refers to it any more.
 
@@ -33,20 +28,16 @@ class Buffers:
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
-        self._free: list[np.ndarray] = []
-        self._lent: dict[int, _Lent] = {}  # by id: a reference to an array cannot be hashed
-        self._returned: list[Any] = []
+        self._memory: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: Any = np.uint8, *, spare: int = 0) -> np.ndarray:
         """spare: bytes more for a buffer that has to be made, so that it fits the next, somewhat larger array."""
-        while self._returned:
-            self._free.append(self._lent.pop(id(self._returned.pop())).memory)
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        at = next((i for i, memory in enumerate(self._free) if len(memory) >= size), None)
-        memory = new_buffer(size + spare, pinned=self.pinned) if at is None else self._free.pop(at)
-        array: np.ndarray = memory[:size].view(dtype).reshape(shape)
-        # list.append is written in C: in a callback written in Python, Ctrl-C would be lost as an ignored exception.
-        lent = _Lent(array, self._returned.append)
-        lent.memory = memory
-        self._lent[id(lent)] = lent
+        # An array that is a part of a buffer refers to it, and so does an array that is made of this one.
+        free = (i for i in range(len(self._memory)) if sys.getrefcount(self._memory[i]) == UNUSED)
+        at = next((i for i in free if len(self._memory[i]) >= size), None)
+        if at is None:
+            at = len(self._memory)
+            self._memory.append(new_buffer(size + spare, pinned=self.pinned))
+        array: np.ndarray = self._memory[at][:size].view(dtype).reshape(shape)
         return array

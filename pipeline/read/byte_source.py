@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -31,16 +30,6 @@ def files_for_a_reader() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     return max(1, (sys.maxsize if soft == resource.RLIM_INFINITY else soft) // 8)
-
-
-class Source(Protocol):
-    """Bytes by shard and range."""
-
-    def read(self, shard: int, ranges: Iterable[tuple[int, int]]) -> list[np.ndarray]:
-        """The bytes at each (offset, size), uint8. Raises StorageError; EOFError if the shard ends before a range."""
-
-    def close(self) -> None:
-        """Releases everything that is held open."""
 
 
 class OpenFile:
@@ -82,6 +71,7 @@ class LocalShards:
         return max(1, self._room // threads)
 
     def read(self, shard: int, ranges: Iterable[tuple[int, int]]) -> list[np.ndarray]:
+        """The bytes at each (offset, size), uint8. Raises StorageError; EOFError if the shard ends before a range."""
         file = self.open(shard)
         return [self._range(shard, file.fd, offset, size) for offset, size in ranges]
 

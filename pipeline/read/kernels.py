@@ -8,6 +8,7 @@ resize(box=) takes 0.9 ms and torch's antialiased interpolate, which knows no bo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,24 +55,23 @@ def _crop(
 @compiled
 def crop_images(
     buffer: np.ndarray, at: np.ndarray, fds: np.ndarray, rows: np.ndarray, verify: bool,
-    out: np.ndarray, number: int, side: int, packed: bool,
-    box: np.ndarray, flip: np.ndarray, mean: np.ndarray, scale: np.ndarray, pitch: int,
+    side: int, packed: bool, pitch: int,
+    out: np.ndarray, number: int, box: np.ndarray, flip: np.ndarray, mean: np.ndarray, scale: np.ndarray,
 ) -> int:  # fmt: skip
     """Fetches a Block of images that are stored as pixels, and crops each while its bytes are in the cache.
 
     Returns the number of the first image that fails, or n. The rest: see Cropper.
     """
-    views = flip.shape[1]
     for i in range(len(at)):
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], rows[i, SIZE], rows[i, CRC32], verify):
             return i
-        for view in range(views):
-            width, height = rows[i, WIDTH], rows[i, HEIGHT]
-            at_row = number + i * views + view
+        width, height = rows[i, WIDTH], rows[i, HEIGHT]
+        for view in range(flip.shape[1]):
             _crop(
-                buffer, at[i], pitch or width, width, height, out, at_row, side, packed, box[i, view], flip[i, view],
+                buffer, at[i], pitch or width, width, height, out, number, side, packed, box[i, view], flip[i, view],
                 mean, scale,
             )  # fmt: skip
+            number += 1
     return len(at)
 
 
@@ -83,35 +83,24 @@ class Cropper:
     dtype: str  # uint8 (mean and scale are not used) or float32
     packed: bool  # crops are (side, side, 3) in memory, otherwise (3, side, side)
 
-    def compile(self) -> None:
+    def __post_init__(self) -> None:
         """Compiles the function, or loads what an earlier process compiled."""
-        ones = np.ones(3, np.float32)
+        out, ones = np.zeros(3 * self.side**2, self.dtype), np.ones(3, np.float32)
+        block = decoded_block(np.zeros(3, np.uint8), size_row(1, 1))
         with straight_lines_vectorised():
-            block = decoded_block(np.zeros(3, np.uint8), size_row(1, 1))
-            self(
-                block, np.zeros(3 * self.side**2, self.dtype), 0, np.ones((1, 1, 4)), np.zeros((1, 1), bool), ones, ones
-            )
+            self(block, out, 0, np.ones((1, 1, 4)), np.zeros((1, 1), bool), ones, ones)
 
-    def __call__(
-        self,
-        block: Block,
-        out: np.ndarray,
-        number: int,
-        box: np.ndarray,
-        flip: np.ndarray,
-        mean: np.ndarray,
-        scale: np.ndarray,
-        pitch: int = 0,
-    ) -> int:
-        """Writes the crops of n images from crop `number` of `out` on; returns the first image that fails, or n.
+    def __call__(self, block: Block, *crops: Any, pitch: int = 0) -> int:
+        """(block, out, number, box, flip, mean, scale): writes the crops of n images from crop `number` of `out` on.
 
+        Returns the first image that fails, or n.
         block: images as pixels, (height · width · 3,) uint8, RGB. out: flat.
         box: (n, views, 4) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
             needs beyond the box comes from the image around it. flip: (n, views) bool.
         mean: flat, 3 for each crop of `out`, scale: (3,) float32; the crop is (x - mean) · scale.
         pitch: pixels from one row of the images to the next; 0: their width.
         """
-        done: int = crop_images(*block, out, number, self.side, self.packed, box, flip, mean, scale, pitch)
+        done: int = crop_images(*block, self.side, self.packed, pitch, *crops)
         return done
 
 

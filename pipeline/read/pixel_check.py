@@ -42,7 +42,6 @@ class PixelCheck:
     def __init__(self, output: Output, *, raw: bool, reader: Reader, decoder: str) -> None:
         self.output, self.raw, self._reader, self.decoder = output, raw, reader, decoder
         self._std = np.array(output.std, np.float32)[:, None, None]
-        self._cropper = Cropper(output.crop, dtype="uint8", packed=False)
         self.checked = self.different = self.left_out = 0
         self.error: BadSample | None = None
         self._entries: queue.Queue[tuple[Planned, int, HostCopy] | None] = queue.Queue()
@@ -75,7 +74,7 @@ class PixelCheck:
             self._thread.join()
 
     def _run(self) -> None:
-        self._cropper.compile()
+        self._cropper = Cropper(self.output.crop, dtype="uint8", packed=False)
         while (entry := self._entries.get()) is not None:
             sample = int(entry[0].ids[0])
             try:

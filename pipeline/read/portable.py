@@ -46,7 +46,7 @@ def kernel_type(dtype: str, *, on_cpu: bool) -> str:
 def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
     """Compiles what a Portable needs for encoded images, or loads what an earlier process compiled."""
     cut_short(np.zeros(1, np.uint8), 0, 1, 1, 1, 1)
-    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True).compile()
+    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True)
 
 
 class Portable(Engine):
@@ -59,7 +59,6 @@ class Portable(Engine):
         stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
         self._in_kernel = stored == "float32"
         self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
-        self._cropper.compile()
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
@@ -120,8 +119,8 @@ class Portable(Engine):
 
     def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int, pitch: int = 0) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
-        mean, number, out = work.mean.reshape(-1), a * self.output.views, crops.reshape(-1)
-        return self._cropper(block, out, number, work.box[a:b], work.flip[a:b], mean, self._inverse_std, pitch)
+        out = crops.reshape(-1), a * self.output.views, work.box[a:b], work.flip[a:b], work.mean.reshape(-1)
+        return self._cropper(block, *out, self._inverse_std, pitch=pitch)
 
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
@@ -194,7 +193,6 @@ class Viewer:
     def __init__(self, augment: AugmentConfig, statistics: Statistics) -> None:
         self.augment = augment
         self._cropper = Cropper(augment.crop, dtype="float32", packed=False)
-        self._cropper.compile()
         normal = normalisation(augment, statistics)
         self._image, self._mean = normal.image, np.tile(normal.mean, augment.views)
         self._scale = (1 / np.array(normal.std, np.float64)).astype(np.float32)
@@ -205,11 +203,7 @@ class Viewer:
         ids, size = np.zeros(1, np.int64), (np.array([width]), np.array([height]))
         placement = place(self.augment, ids, *size, seed=0, epoch=0, train=False)
         views, crop = self.augment.views, self.augment.crop
-        out, block = (
-            np.empty(views * 3 * crop * crop, np.float32),
-            decoded_block(pixels.reshape(-1), size_row(width, height)),
-        )
-        box, flip = placement.box[None], placement.flip[None]
-        self._cropper(block, out, 0, box, flip, self._mean, self._scale)
-        crops = out.reshape(views, 3, crop, crop)
+        crops = np.empty((views, 3, crop, crop), np.float32)
+        block, out = decoded_block(pixels.reshape(-1), size_row(width, height)), crops.reshape(-1)
+        self._cropper(block, out, 0, placement.box[None], placement.flip[None], self._mean, self._scale)
         return crops if self._image is None else crops - self._image

@@ -17,41 +17,32 @@ ROWS_BELOW = 4
 
 
 @compiled
-def _frame(data: np.ndarray, start: int, size: int) -> int:
-    """Where the frame header of the JPEG data[start : start + size] is; 0 if it is not found.
+def _headers(data: np.ndarray, start: int, size: int) -> tuple[int, int]:
+    """Where the frame header and the first scan of the JPEG data[start : start + size] are; (0, 0) if not found.
 
-    Only well-formed segments come before it. The rare JPEG with fill bytes there is for a decoder to judge.
+    Only well-formed segments come before them. The rare JPEG with fill bytes there is for a decoder to judge.
     """
-    end, at = start + size, start + 2
+    end, at, frame = start + size, start + 2, 0
     if size < 4 or data[start] != 0xFF or data[start + 1] != 0xD8:
-        return 0
+        return 0, 0
     while at + 9 < end and data[at] == 0xFF:
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
-            return at
+        if marker == 0xDA and frame:
+            return frame, at
         if marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xDA:  # none that has a length, or the scan already
-            return 0
+            return 0, 0
+        if marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC and not frame:
+            frame = at
         at += 2 + number(data, at + 2)
-    return 0
-
-
-@compiled
-def _scan(data: np.ndarray, frame: int, end: int) -> int:
-    """Where the first scan of the JPEG with this frame header is; 0 if other than segments come before it."""
-    at = frame
-    while at + 9 < end and data[at] == 0xFF and data[at + 1] != 0xDA:
-        at += 2 + number(data, at + 2)
-    return at if at + 9 < end and data[at] == 0xFF else 0
+    return 0, 0
 
 
 @compiled
 def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height: int) -> bool:
     """Whether data[start : start + size] begins as a tidy, Huffman-coded, grey or RGB JPEG of width × height."""
-    frame = _frame(data, start, size)
-    if not frame or data[frame + 1] > 0xC2 or data[frame + 9] > 3:
-        return False
-    same: bool = number(data, frame + 5) == height and number(data, frame + 7) == width
-    return same and _scan(data, frame, start + size) > 0
+    frame = _headers(data, start, size)[0]
+    known = frame > 0 and data[frame + 1] <= 0xC2 and data[frame + 9] <= 3
+    return bool(known and number(data, frame + 5) == height and number(data, frame + 7) == width)
 
 
 @compiled
@@ -61,11 +52,13 @@ def cut_short(data: np.ndarray, start: int, size: int, width: int, height: int, 
     Returns whether that was possible: baseline or extended sequential, Huffman, one scan, of the size named.
     data: (n,) uint8.
     """
-    if not is_jpeg_of_size(data, start, size, width, height):
-        return False
-    frame = _frame(data, start, size)
-    one_scan = data[_scan(data, frame, start + size) + 4] == data[frame + 9]  # it has all components
-    if data[frame + 1] > 0xC1 or not one_scan:
+    frame, scan = _headers(data, start, size)
+    # One scan has all components.
+    if (
+        not is_jpeg_of_size(data, start, size, width, height)
+        or data[frame + 1] > 0xC1
+        or data[scan + 4] != data[frame + 9]
+    ):
         return False
     data[frame + 5], data[frame + 6] = rows >> 8, rows & 0xFF
     return True

@@ -22,29 +22,18 @@ from ..storage import Folder
 CHECK_ONE_IN = 32  # images, chosen by their checksum: a cut is decoded and compared with the whole image
 
 
-class Finder:
-    """Finds the places of one image after another."""
-
-    def __init__(self) -> None:
-        self._header = np.zeros(HEADER, np.int32)
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """(n, 4) int16; none if the image cannot be cut. image: its bytes."""
-        places: np.ndarray = find_places(image, self._header)
-        return places
-
-    def is_exact(self, image: np.ndarray, places: np.ndarray, seed: int) -> bool:
-        """Whether a cut has the pixels of the whole image, which was the latest. seed: of the rectangle."""
-        with contextlib.suppress(ValueError):  # libjpeg-turbo warns of something, or it could not be cut
-            whole, numbers = decode_jpeg(image, strict=True), np.random.default_rng(seed)
-            height, width, _ = whole.shape
-            (left, right), (top, bottom) = (np.sort(numbers.choice(n + 1, 2, replace=False)) for n in (width, height))
-            out, placed = np.empty(2 * len(image) + EXTRA, np.uint8), np.zeros(4, np.int64)
-            end = cut_jpeg(image, self._header, places, np.array([left, top, right, bottom]), out, placed)
-            x, y, *_ = placed.tolist()
-            cut = decode_jpeg(out[:end], strict=True)[top - y : bottom - y, left - x : right - x]
-            return np.array_equal(cut, whole[top:bottom, left:right])
-        return False
+def is_exact(image: np.ndarray, header: np.ndarray, places: np.ndarray, seed: int) -> bool:
+    """Whether a cut has the pixels of the whole image. header, places: by find_places. seed: of the rectangle."""
+    with contextlib.suppress(ValueError):  # libjpeg-turbo warns of something, or it could not be cut
+        whole, numbers = decode_jpeg(image, strict=True), np.random.default_rng(seed)
+        height, width, _ = whole.shape
+        (left, right), (top, bottom) = (np.sort(numbers.choice(n + 1, 2, replace=False)) for n in (width, height))
+        out, placed = np.empty(2 * len(image) + EXTRA, np.uint8), np.zeros(4, np.int64)
+        end = cut_jpeg(image, header, places, np.array([left, top, right, bottom]), out, placed)
+        x, y, *_ = placed.tolist()
+        cut = decode_jpeg(out[:end], strict=True)[top - y : bottom - y, left - x : right - x]
+        return np.array_equal(cut, whole[top:bottom, left:right])
+    return False
 
 
 def make_cuts(
@@ -81,7 +70,8 @@ def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) 
 
 def _write_file(folder: Folder, name: str, split: Split, number: int, check_one_in: int) -> np.ndarray:
     shard, rows = split.shards[number], split.index[split.index["shard"] == number]
-    tar, find, total, table = split.root / shard.name, Finder(), 0, np.zeros(len(rows), cuts.TABLE_DTYPE)
+    tar, total, table = split.root / shard.name, 0, np.zeros(len(rows), cuts.TABLE_DTYPE)
+    header = np.zeros(HEADER, np.int32)
     with open(tar, "rb") as images, folder.publish(name) as file:
         file.write(cuts.header(shard))
         for i, (offset, size, crc) in enumerate(rows[["offset", "size", "crc32"]].tolist()):
@@ -89,8 +79,8 @@ def _write_file(folder: Folder, name: str, split: Split, number: int, check_one_
             if crc32(data) != crc:
                 raise DataError(f"{tar}: changed at byte {offset}; copy the shard again")
             image = np.frombuffer(bytearray(data), np.uint8)  # not read-only, as in the loader: compiled once
-            places = find(image)
-            if len(places) and crc % check_one_in == 0 and not find.is_exact(image, places, crc):
+            places = find_places(image, header)
+            if len(places) and crc % check_one_in == 0 and not is_exact(image, header, places, crc):
                 places = places[:0]
             table[i] = total, len(places), crc32(places.tobytes(), crc)
             file.write(places.tobytes())

@@ -21,10 +21,10 @@ from simplejpeg import decode_jpeg, encode_jpeg
 from pipeline import AugmentConfig, Loader, cuts, verify
 from pipeline.cut_jpeg import EXTRA, cut_jpeg
 from pipeline.errors import ConfigError, DataError
-from pipeline.jpeg import HEADER, read_header
+from pipeline.jpeg import HEADER, find_places, read_header
 from pipeline.manifest import open_dataset
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.cuts import Finder, make_cuts
+from pipeline.write.cuts import make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 from tests.conftest import picture
@@ -45,7 +45,7 @@ def cut(image: bytes, places: np.ndarray, box: tuple[int, int, int, int]) -> tup
 
 
 def places_of(image: bytes) -> np.ndarray:
-    return Finder()(np.frombuffer(bytearray(image), np.uint8))
+    return find_places(np.frombuffer(bytearray(image), np.uint8), np.zeros(HEADER, np.int32))
 
 
 def encoded(seed: int, width: int, height: int, kind: str, quality: int) -> bytes:
@@ -128,7 +128,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ODD)
 def test_other_images_have_no_places(kind):
-    assert not len(Finder()(np.frombuffer(bytearray(ODD[kind]), np.uint8)))
+    assert not len(places_of(ODD[kind]))
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -145,7 +145,7 @@ def test_damaged_places_and_images_never_read_or_write_elsewhere(kind, data):
             bytes_[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
     size = data.draw(st.integers(1, len(places)))
     cut(bytes(bytes_), places[: size if data.draw(st.booleans()) else len(places)], (20, 10, 100, 70))
-    Finder()(np.frombuffer(bytes_, np.uint8))
+    places_of(bytes(bytes_))
 
 
 # Data sets

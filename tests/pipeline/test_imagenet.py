@@ -15,7 +15,7 @@ from pipeline import manifest
 from pipeline.errors import DataError
 from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.sources.imagenet import ImageNet, ImageNet2010, ImageNet2012
+from pipeline.write.sources.imagenet import ImageNet2010, ImageNet2012
 from tests.conftest import run_tool, the_error
 from tests.pipeline import archives
 from tests.pipeline.archives import WNIDS, Mini, tar_of
@@ -28,7 +28,7 @@ def mini(request, tmp_path_factory) -> tuple[int, Mini]:
     return request.param, Mini(tmp_path_factory.mktemp("archives"), request.param)
 
 
-def source(mini: Mini, year: int, **options) -> ImageNet:
+def source(mini: Mini, year: int, **options) -> ImageNet2012:
     return {2010: ImageNet2010, 2012: ImageNet2012}[year](mini.root, **options)
 
 

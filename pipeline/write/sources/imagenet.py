@@ -34,7 +34,7 @@ FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
 
 
 @dataclass
-class ImageNet(Source):
+class ImageNet2012(Source):
     """The official archives in the folder `src`.
 
     counts: compare with the numbers of images in the kit. md5: let `verify` compare the archives with the official
@@ -45,15 +45,22 @@ class ImageNet(Source):
     counts: bool = True
     md5: bool = False
 
-    id_field: ClassVar[str]  # of the kit's classes
-    devkit: ClassVar[str]
-    train: ClassVar[str]
-    val: ClassVar[str]
-    val_labels: ClassVar[str]  # in the kit
-    tests: ClassVar[tuple[str, ...]]  # any one of these archives, or none
+    name = "imagenet2012"
+    help = "the official archives of 2012, read in place"
+    id_field = "ILSVRC2012_ID"  # of the kit's classes
+    devkit = "ILSVRC2012_devkit_t12.tar.gz"
+    train = "ILSVRC2012_img_train.tar"
+    val = "ILSVRC2012_img_val.tar"
+    val_labels = "data/ILSVRC2012_validation_ground_truth.txt"  # in the kit
+    # Any one of these archives, or none.
+    tests: ClassVar[tuple[str, ...]] = ("ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar")
+    patches = "ILSVRC2012_img_test_patch_v10102019.tar"  # images that replace others
     test_labels: ClassVar[str | None] = None  # a file beside the archives
-    patches: ClassVar[str]  # an archive of images that replace others
-    sums: ClassVar[dict[str, str]] = {}  # official md5 by file
+    sums: ClassVar[dict[str, str]] = {  # official md5 by file
+        "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
+        "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
+        "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+    }
 
     def __post_init__(self) -> None:
         self._archives: list[Path] = []
@@ -177,28 +184,11 @@ class ImageNet(Source):
         p.add_argument("--no-counts", action="store_true", help="do not compare counts with the kit's")
 
     @classmethod
-    def from_options(cls, args: argparse.Namespace) -> ImageNet:
+    def from_options(cls, args: argparse.Namespace) -> ImageNet2012:
         return cls(args.src, counts=not args.no_counts, md5=not args.no_md5)
 
 
-class ImageNet2012(ImageNet):
-    name = "imagenet2012"
-    help = "the official archives of 2012, read in place"
-    id_field = "ILSVRC2012_ID"
-    devkit = "ILSVRC2012_devkit_t12.tar.gz"
-    train = "ILSVRC2012_img_train.tar"
-    val = "ILSVRC2012_img_val.tar"
-    val_labels = "data/ILSVRC2012_validation_ground_truth.txt"
-    tests = ("ILSVRC2012_img_test_v10102019.tar", "ILSVRC2012_img_test.tar")
-    patches = "ILSVRC2012_img_test_patch_v10102019.tar"
-    sums: ClassVar[dict[str, str]] = {
-        "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
-        "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
-        "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
-    }
-
-
-class ImageNet2010(ImageNet):
+class ImageNet2010(ImageNet2012):
     name = "imagenet2010"
     help = "the official archives of 2010, read in place"
     id_field = "ILSVRC2010_ID"
@@ -209,6 +199,7 @@ class ImageNet2010(ImageNet):
     tests = ("ILSVRC2010_images_test.tar",)
     test_labels = "ILSVRC2010_test_ground_truth.txt"
     patches = "patch_images.tar"
+    sums: ClassVar[dict[str, str]] = {}
 
 
 class _Kit:
