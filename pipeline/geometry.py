@@ -20,5 +20,4 @@ def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
 
 def centre_offset(length: int | np.ndarray, part: int | np.ndarray) -> np.ndarray:
     """The start of a centred `part` of `length` pixels; a half rounds to even, as torchvision's CenterCrop."""
-    offset: np.ndarray = np.rint((np.asarray(length) - part) / 2).astype(np.int64)
-    return offset
+    return np.asarray(np.rint((np.asarray(length) - part) / 2), np.int64)

@@ -39,7 +39,7 @@ def read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: in
         return size
     tables[base : base + TABLE] = 0
     tables[kept] = -1  # until it is whole
-    code, symbol, is_ac = 0, at + 16, base >= 2 * TABLE
+    code, symbol = 0, at + 16
     for length in range(1, 17):
         code <<= 1
         if length == LOOK + 1:
@@ -50,20 +50,18 @@ def read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: in
         for _ in range(count):
             if length <= LOOK:
                 first = base + (code << (LOOK - length))
-                tables[first : first + (1 << (LOOK - length))] = _entry(length, np.int64(data[symbol]), is_ac)
+                tables[first : first + (1 << (LOOK - length))] = _entry(length, np.int64(data[symbol]))
             code, symbol = code + 1, symbol + 1
-    if is_ac:
+    if base >= 2 * TABLE:
         _join(tables, base)
     tables[kept : kept + size] = data[at : at + size]
     return size
 
 
 @compiled
-def _entry(length: int, symbol: int, is_ac: bool) -> int:
-    """DC: 256 times the code's length, and the difference's bits. AC: 2¹⁶ times the code's length, 256 times the
-    coefficients that it stands for, and its length with its coefficient's bits. 0: not in a baseline JPEG."""
-    if not is_ac:
-        return length << 8 | symbol if symbol < 12 else 0
+def _entry(length: int, symbol: int) -> int:
+    """2¹⁶ times the code's length, 256 times the coefficients that it stands for, and its length with its coefficient's
+    bits. 0: not in a baseline JPEG."""
     run, size = symbol >> 4, symbol & 15
     if size == 0 and run == 0:
         return length << 16 | DONE << 8 | length
@@ -122,7 +120,7 @@ def _coded(tables: np.ndarray, base: int, bits: int) -> Any:
     for length in range(LOOK + 1, 17):
         count, ahead = np.int64(tables[kept + length - 1]), (bits >> (32 - length)) - code
         if 0 <= ahead < count:
-            return _entry(length, np.int64(tables[symbol + ahead]), base >= 2 * TABLE)
+            return _entry(length, np.int64(tables[symbol + ahead]))
         symbol, code = symbol + count, (code + count) << 1
     return 0
 
@@ -131,9 +129,12 @@ def _coded(tables: np.ndarray, base: int, bits: int) -> Any:
 def read_difference(tables: np.ndarray, dc: int, bits: int) -> Any:
     """(number of bits, DC difference) of the code that 32 bits begin with; no bits if there is none."""
     found = _coded(tables, dc, bits)
-    length, size = found >> 8, found & 0xFF
+    length, used = found >> 16, found & 0xFF
+    size = used - length
+    if size > 11 or found >> 8 & 0x7F > 1:  # more than 11 bits, or with zeros before them
+        return 0, 0
     value = (bits << length & 0xFFFFFFFF) >> (32 - size)
-    return length + size, value if value >= 1 << size >> 1 else value - (1 << size) + 1
+    return used, value if value >= 1 << size >> 1 else value - (1 << size) + 1
 
 
 @compiled

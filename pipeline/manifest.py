@@ -14,7 +14,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import canonical_json, json_bytes
-from .shards import Shard, read_array, read_index, sample_keys
+from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
 from .storage import Folder
 from .tar import BLOCK
 
@@ -41,7 +41,9 @@ class Split:
     def index(self) -> np.ndarray:
         """(n,) INDEX_DTYPE, read-only, within the bounds of shards and classes. Raises DataError."""
         path = self.root / self.index_name
-        index = read_index(path, sha256=self.index_sha256)
+        index = read_array(path, "index", sha256=self.index_sha256)
+        if index.dtype != INDEX_DTYPE or index.ndim != 1:
+            raise DataError(f"{path}: index of another format version; shard the data again")
         for name, valid in self._bounds(index):
             if not valid.all():
                 sample = int(np.argmin(valid))

@@ -184,14 +184,6 @@ def file_digest(path: Path, digest: Any, progress: Callable[[int], None] = lambd
     return str(digest.hexdigest())
 
 
-def read_index(path: Path, *, sha256: str) -> np.ndarray:
-    """The array index, (n,) INDEX_DTYPE; see read_array."""
-    index = read_array(path, "index", sha256=sha256)
-    if index.dtype != INDEX_DTYPE or index.ndim != 1:
-        raise DataError(f"{path}: index of another format version; shard the data again")
-    return index
-
-
 def read_array(path: Path, what: str, *, sha256: str) -> np.ndarray:
     """The array of an .npy file as a read-only memory map; nothing is unpickled.
 

@@ -39,5 +39,4 @@ class Buffers:
         if at is None:
             at = len(self._memory)
             self._memory.append(new_buffer(size + spare, pinned=self.pinned))
-        array: np.ndarray = self._memory[at][:size].view(dtype).reshape(shape)
-        return array
+        return self._memory[at][:size].view(dtype).reshape(shape)

@@ -24,7 +24,7 @@ OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(COLUMNS))
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
 
 IN_MEMORY = -1  # instead of a file's descriptor: the bytes are in the buffer already, verified
-NO_CUTS = np.zeros(0, np.int64), np.zeros(0, np.bool_)
+ALL_ROWS = np.zeros(0, np.int64)
 
 
 class Block(NamedTuple):
@@ -64,18 +64,18 @@ def fetch_images(
     rows: np.ndarray,
     verify: bool,
     needed: np.ndarray,
-    cut: np.ndarray,
 ) -> int:
     """Fetches n images; returns the number of the first that fails, or n.
 
-    cut: (n,) bool, set if image i is a JPEG that became needed[i] rows high: truncate_jpeg.cut_short. NO_CUTS: none.
+    needed: (n,) int64: JPEGs are made so many rows high, see truncate_jpeg.cut_short; set to the height that the image
+    has then. ALL_ROWS: none is.
     """
     for i in range(len(at)):
         size, width, height = rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT]
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], size, rows[i, CRC32], verify):
             return i
-        if len(cut):
-            cut[i] = needed[i] < height and cut_short(buffer, at[i], size, width, height, needed[i])
+        if len(needed) and not (needed[i] < height and cut_short(buffer, at[i], size, width, height, needed[i])):
+            needed[i] = height
     return len(at)
 
 
@@ -92,4 +92,4 @@ def prepare() -> None:
     """Compiles the functions, or loads what an earlier process compiled."""
     pixel, none, rows = np.zeros(1, np.uint8), np.zeros(0, np.int64), np.zeros((0, len(COLUMNS)), np.int64)
     not_plain_jpegs(pixel, none, rows)
-    fetch_images(pixel, none, none, rows, False, *NO_CUTS)
+    fetch_images(pixel, none, none, rows, False, ALL_ROWS)

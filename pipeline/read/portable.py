@@ -124,17 +124,17 @@ class Portable(Engine):
 
     def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
-        rows, short = work.rows[a:b], np.zeros(b - a, np.bool_)
-        pixels, cuts = pixels_under(work.box[a:b], self.output.crop), [NOT_CUT] * (b - a)
-        needed = pixels[:, 3] + ROWS_BELOW
+        rows, cuts = work.rows[a:b], [NOT_CUT] * (b - a)
+        pixels = pixels_under(work.box[a:b], self.output.crop)
+        left = pixels[:, 3] + ROWS_BELOW
         if self._cutter:
             places = self._cutter.places(work.ids[a:b], rows, pixels)
-            needed = np.where(places[:, 1] > 0, rows[:, HEIGHT], needed)
-        block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, needed, short))
+            left = np.where(places[:, 1] > 0, rows[:, HEIGHT], left)
+        block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, left))
         if self._cutter:
             cuts = self._cutter(block, places, pixels)
-        plain = short | ~not_plain_jpegs(block.buffer, block.at, rows)  # decode() looks closer at the others
-        left = np.where(short, needed, rows[:, HEIGHT])
+        # decode() looks closer at the others.
+        plain = (left < rows[:, HEIGHT]) | ~not_plain_jpegs(block.buffer, block.at, rows)
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
         for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):

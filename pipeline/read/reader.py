@@ -23,7 +23,7 @@ from ..manifest import Split
 from ..shards import crc32, sample_keys
 from .buffers import Buffers
 from .byte_source import LocalShards
-from .fetch import CRC32, IN_MEMORY, NO_CUTS, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
+from .fetch import ALL_ROWS, CRC32, IN_MEMORY, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
@@ -39,8 +39,8 @@ class ReadBatch:
 
     ids: np.ndarray
     rows: np.ndarray  # see fetch.py
-    buffer: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
-    at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    buffer: np.ndarray = field(init=False)
+    at: np.ndarray = field(init=False)
     images_a_task: int = 1
     tasks: list[Future[None]] = field(default_factory=list)
 
@@ -117,7 +117,7 @@ class Reader:
         """A pool thread's task: images [a, b)."""
         while a < b:
             with self._opened(batch.rows[a:b]) as fds:
-                a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, *NO_CUTS)
+                a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)
             if a < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
                 at = int(batch.at[a])
                 batch.buffer[at : at + int(batch.rows[a, SIZE])] = self.stored(int(batch.ids[a]))

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import manifest, pool
+from ..decode import BadImage
 from ..errors import ConfigError, DataError, StorageError, reading
 from ..files import PARTIAL, json_bytes
 from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
 from . import journal, resize
-from .images import BadImage, Preparer
+from .images import Preparer
 from .journal import ShardRecord
 from .manifest_content import Collected, write_statistics
 from .plan import Options, Plan

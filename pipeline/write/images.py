@@ -8,9 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from simplejpeg import decode_jpeg, encode_jpeg
 
-from ..decode import MAX_SIDE, Scratch, open_image, plain_jpeg_size, untidy
-from ..decode import BadImage as BadImage
-from ..decode import decode as decode
+from ..decode import MAX_SIDE, BadImage, Scratch, decode, open_image, plain_jpeg_size, untidy
 from ..errors import ConfigError
 from ..geometry import resized
 from ..settings import Bounds, validate

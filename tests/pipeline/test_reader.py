@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
 from pipeline.read import byte_source
-from pipeline.read.fetch import NO_CUTS, SIZE, fetch_images
+from pipeline.read.fetch import ALL_ROWS, SIZE, fetch_images
 from pipeline.read.reader import Reader
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import ImageFolder
@@ -80,7 +80,7 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(split, monkeypatch):
     for _ in range(10):
         r.read(np.arange(12)).wait()
     direct = Reader(split)
-    block = direct.fetch(direct.read(np.arange(12)), 0, 12, lambda block: fetch_images(*block, *NO_CUTS))
+    block = direct.fetch(direct.read(np.arange(12)), 0, 12, lambda block: fetch_images(*block, ALL_ROWS))
     for at, size, sample in zip(block.at, block.rows[:, SIZE], range(12)):
         assert zlib_ng.crc32(block.buffer[at : at + size]) == split.index["crc32"][sample]
     direct.close()

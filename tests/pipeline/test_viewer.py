@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pipeline import Loader, open_dataset
+from pipeline.decode import BadImage, decode
 from pipeline.errors import ConfigError
 from pipeline.manifest import Statistics
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.portable import Viewer
-from pipeline.write.images import BadImage, decode
 from train.model_card import Inputs
 
 SEEN = [

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import manifest, resample
-from pipeline.decode import Scratch
+from pipeline.decode import BadImage, Scratch
 from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
@@ -28,7 +28,7 @@ from pipeline.storage import Folder
 from pipeline.write import build as build_module
 from pipeline.write import images, resize
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.images import BadImage, Encoding, Preparer
+from pipeline.write.images import Encoding, Preparer
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
 from tests.conftest import picture
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from ...decode import BadImage
 from ...errors import DataError
-from ..images import BadImage
 from .base import Item, Items, PassedOver, Source, UniqueKeys, advise, check_fraction, check_name
 
 LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")

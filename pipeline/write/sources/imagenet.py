@@ -21,13 +21,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ...decode import BadImage
 from ...errors import DataError
 from ...files import json_bytes
 from ...progress import Progress
 from ...shards import file_digest
 from ...storage import Folder
 from ...tar import members
-from ..images import BadImage
 from .base import Item, Items, Source, UniqueKeys, advise
 
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
