@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from .huffman import KEPT, SLACK, TABLE, peek, read_difference, skip_block, unstuff
 from .jit import compiled
@@ -35,7 +36,7 @@ u = np.uintp
 
 
 @compiled
-def _write(out: np.ndarray, q: int, word: int) -> int:
+def _write(out: ndarray, q: int, word: int) -> int:
     """Appends 32 bits, with a zero behind each 0xFF; returns the new end."""
     if (~word - 0x01010101) & word & 0x80808080:  # one of its bytes is 0xFF
         for shift in range(24, -1, -8):
@@ -48,7 +49,7 @@ def _write(out: np.ndarray, q: int, word: int) -> int:
 
 
 @compiled
-def _put(out: np.ndarray, q: int, acc: int, held: int, value: int, size: int) -> tuple[int, int, int]:
+def _put(out: ndarray, q: int, acc: int, held: int, value: int, size: int) -> tuple[int, int, int]:
     """Appends `size` <= 32 bits; `acc` ends with the latest `held` < 32 bits, which are not in `out` yet."""
     acc = (acc & 0xFFFFFFFF) << size | value
     held += size
@@ -59,7 +60,7 @@ def _put(out: np.ndarray, q: int, acc: int, held: int, value: int, size: int) ->
 
 
 @compiled
-def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: int, held: int) -> Any:
+def _copy(clean: ndarray, bit: int, end: int, out: ndarray, q: int, acc: int, held: int) -> Any:
     """Appends the bits [bit, end)."""
     while end - bit >= 32:
         q, acc, held = _put(out, q, acc, held, peek(clean, bit), 32)
@@ -68,7 +69,7 @@ def _copy(clean: np.ndarray, bit: int, end: int, out: np.ndarray, q: int, acc: i
 
 
 @compiled
-def _write_table(tables: np.ndarray, base: int, out: np.ndarray, q: int, codes: np.ndarray) -> int:
+def _write_table(tables: ndarray, base: int, out: ndarray, q: int, codes: ndarray) -> int:
     """Writes the DC table at `base` with a code for every category, and returns its end; 0 if there is none left.
 
     Missing ones get codes of 16 bits. codes: (CATEGORIES, 2) zeros, filled with each one's code and length.
@@ -105,7 +106,7 @@ def _covering(low: int, high: int, unit: int, length: int) -> tuple[int, int]:
 
 
 @compiled
-def _write_header(image: np.ndarray, header: np.ndarray, placed: np.ndarray, out: np.ndarray, codes: np.ndarray) -> Any:
+def _write_header(image: ndarray, header: ndarray, placed: ndarray, out: ndarray, codes: ndarray) -> Any:
     """Copies the header, with the new size, and longer DC tables before the scan's, which count instead of the old.
 
     Returns its end; 0 if that is not possible. codes: (components, CATEGORIES, 2) zeros, see _write_table.
@@ -124,8 +125,8 @@ def _write_header(image: np.ndarray, header: np.ndarray, placed: np.ndarray, out
 
 @compiled
 def cut_jpeg(
-    image: np.ndarray, header: np.ndarray, places: np.ndarray, box: np.ndarray,
-    out: np.ndarray, placed: np.ndarray,
+    image: ndarray, header: ndarray, places: ndarray, box: ndarray,
+    out: ndarray, placed: ndarray,
 ) -> Any:  # fmt: skip
     """Writes a JPEG of the pixels `box` of a JPEG into `out`; returns its size.
 

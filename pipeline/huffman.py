@@ -12,6 +12,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numpy import ndarray
 
 from .jit import compiled
 
@@ -30,7 +31,7 @@ SLACK = 8  # bytes that `peek` may read behind the last one
 
 
 @compiled
-def read_table(data: np.ndarray, at: int, end: int, tables: np.ndarray, base: int) -> Any:
+def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> Any:
     """Fills the table at `base` from its 16 counts at data[at] and the symbols behind them; their size, or -1."""
     size, kept = 16 + np.int64(data[at : at + 16].sum()), base + KEPT
     if size > 16 + 256 or at + size > end:
@@ -69,7 +70,7 @@ def _entry(length: int, symbol: int) -> int:
 
 
 @compiled
-def _join(tables: np.ndarray, base: int) -> None:
+def _join(tables: ndarray, base: int) -> None:
     """Fills an AC table's MANY: the coefficients and bits of all codes that LOOK bits hold, to the end of a block."""
     for bits in range(1 << LOOK):
         used, coefficients = 0, 0
@@ -98,19 +99,19 @@ _load64: Any = intrinsic(_load64_code)
 
 
 @compiled
-def _window(clean: np.ndarray, bit: int) -> Any:
+def _window(clean: ndarray, bit: int) -> Any:
     """At least 57 bits from `bit` on, at the top of 64. Reads 8 bytes."""
     return _load64(clean, u(bit) >> u(3)) << np.uint64(bit & 7)
 
 
 @compiled
-def peek(clean: np.ndarray, bit: int) -> Any:
+def peek(clean: ndarray, bit: int) -> Any:
     """32 bits from `bit` on."""
     return np.int64(_window(clean, bit) >> np.uint64(32))
 
 
 @compiled
-def _coded(tables: np.ndarray, base: int, bits: int) -> Any:
+def _coded(tables: ndarray, base: int, bits: int) -> Any:
     """The _entry of the code that 32 bits begin with; 0: there is none."""
     found = np.int64(tables[u(base) + u(bits >> (32 - LOOK))])
     if found:
@@ -126,7 +127,7 @@ def _coded(tables: np.ndarray, base: int, bits: int) -> Any:
 
 
 @compiled
-def read_difference(tables: np.ndarray, dc: int, bits: int) -> Any:
+def read_difference(tables: ndarray, dc: int, bits: int) -> Any:
     """(number of bits, DC difference) of the code that 32 bits begin with; no bits if there is none."""
     found = _coded(tables, dc, bits)
     length, used = found >> 16, found & 0xFF
@@ -138,7 +139,7 @@ def read_difference(tables: np.ndarray, dc: int, bits: int) -> Any:
 
 
 @compiled
-def skip_block(clean: np.ndarray, bit: int, end: int, tables: np.ndarray, dc: int, ac: int) -> tuple[int, int]:
+def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac: int) -> tuple[int, int]:
     """The position after the block at `bit`, and its DC difference. end + 1 if it cannot be read or passes `end`."""
     word, k = _window(clean, bit), 1
     used, difference = read_difference(tables, dc, np.int64(word >> np.uint64(32)))
@@ -162,7 +163,7 @@ def skip_block(clean: np.ndarray, bit: int, end: int, tables: np.ndarray, dc: in
 
 
 @compiled
-def unstuff(data: np.ndarray, start: int, end: int, clean: np.ndarray) -> Any:
+def unstuff(data: ndarray, start: int, end: int, clean: ndarray) -> Any:
     """Copies the scan data[start:end] up to its first marker, without stuffed zeros.
 
     Returns the number of bytes, and the position of the marker's second byte, or `end`.

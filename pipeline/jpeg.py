@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from .huffman import SLACK, TABLE, TABLES, read_table, skip_block, unstuff
 from .jit import compiled
@@ -21,12 +22,12 @@ HEADER = CODES + 6
 
 
 @compiled
-def number(data: np.ndarray, at: int) -> int:
+def number(data: ndarray, at: int) -> int:
     return (int(data[at]) << 8) + int(data[at + 1])
 
 
 @compiled
-def read_header(image: np.ndarray, header: np.ndarray) -> bool:
+def read_header(image: ndarray, header: ndarray) -> bool:
     """Fills `header` from a JPEG's.
 
     Returns False for all but an RGB or grey baseline JPEG of one scan without restart markers.
@@ -60,7 +61,7 @@ def read_header(image: np.ndarray, header: np.ndarray) -> bool:
 
 
 @compiled
-def _read_frame(image: np.ndarray, at: int, after: int, header: np.ndarray) -> bool:
+def _read_frame(image: ndarray, at: int, after: int, header: ndarray) -> bool:
     n = int(image[at + 9]) if after >= at + 10 else 0
     if (n != 1 and n != 3) or after != at + 10 + 3 * n or image[at + 4] != 8:
         return False
@@ -74,7 +75,7 @@ def _read_frame(image: np.ndarray, at: int, after: int, header: np.ndarray) -> b
 
 
 @compiled
-def _read_scan(image: np.ndarray, body: int, after: int, header: np.ndarray, known: int) -> bool:
+def _read_scan(image: ndarray, body: int, after: int, header: ndarray, known: int) -> bool:
     """known: a bit for each table that was read."""
     n = header[COMPONENTS]
     if after != body + 4 + 2 * n or image[body] != n:
@@ -91,7 +92,7 @@ def _read_scan(image: np.ndarray, body: int, after: int, header: np.ndarray, kno
 
 
 @compiled
-def _read_tables(image: np.ndarray, at: int, after: int, header: np.ndarray, known: int) -> int:
+def _read_tables(image: ndarray, at: int, after: int, header: ndarray, known: int) -> int:
     """The tables of one segment; returns `known` with their bits, or -1."""
     while at < after:
         chosen = int(image[at])
@@ -106,7 +107,7 @@ def _read_tables(image: np.ndarray, at: int, after: int, header: np.ndarray, kno
 
 
 @compiled
-def skip_mcu(clean: np.ndarray, bit: int, end: int, header: np.ndarray, values: np.ndarray) -> int:
+def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarray) -> int:
     """The position after the MCU at `bit`; `values`, its components' DC values before it, become those behind it."""
     for i in range(header[COMPONENTS]):
         dc, ac, value = header[CODES + 2 * i], header[CODES + 2 * i + 1], values[i]
@@ -124,12 +125,12 @@ STEP = 64
 
 
 @compiled
-def places_in(header: np.ndarray) -> Any:
+def places_in(header: ndarray) -> Any:
     return -(-header[HEIGHT] // header[MCU_HEIGHT]) * -(-header[WIDTH] // STEP) + 1
 
 
 @compiled
-def find_places(image: np.ndarray, header: np.ndarray) -> np.ndarray:
+def find_places(image: ndarray, header: ndarray) -> ndarray:
     """(n, 4) int16: the entries of a JPEG. None if it cannot be cut.
 
     That includes every damaged one: each MCU is read, and the last one ends the image.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from .errors import DataError
 from .files import canonical_json, json_bytes
@@ -38,7 +39,7 @@ class Split:
     classes: int
 
     @cached_property
-    def index(self) -> np.ndarray:
+    def index(self) -> ndarray:
         """(n,) INDEX_DTYPE, read-only, within the bounds of shards and classes. Raises DataError."""
         path = self.root / self.index_name
         index = read_array(path, "index", sha256=self.index_sha256)
@@ -51,7 +52,7 @@ class Split:
                 raise DataError(f"{path}: sample {sample} has {name} {value}, out of bounds; shard the data again")
         return index
 
-    def _bounds(self, index: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    def _bounds(self, index: ndarray) -> Iterator[tuple[str, ndarray]]:
         """(field, whether each sample's is possible): compiled code reads where the index says."""
         yield "shard", index["shard"] < len(self.shards)
         yield "label", (index["label"] >= -1) & (index["label"] < self.classes)
@@ -96,7 +97,7 @@ class Statistics:
 
     mean: tuple[float, float, float]  # per channel, grey levels 0..255
     std: tuple[float, float, float]
-    mean_image: np.ndarray | None = None  # (size, size, 3) float32 grey levels; None: not needed
+    mean_image: ndarray | None = None  # (size, size, 3) float32 grey levels; None: not needed
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ class Dataset:
         return tuple(self._measured("std"))
 
     @cached_property
-    def covariance(self) -> np.ndarray:
+    def covariance(self) -> ndarray:
         """(3, 3) float64, of red, green and blue over the training split, in grey levels."""
         return np.array(self._measured("covariance"))
 
     @cached_property
-    def mean_image(self) -> np.ndarray:
+    def mean_image(self) -> ndarray:
         """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
         record = self._measured("mean_image")
         path = self.root / record["file"]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numba.extending import overload
+from numpy import ndarray
 
 from .jit import compiled, exactly_compiled
 
@@ -27,8 +28,8 @@ u = np.uintp
 class Taps(NamedTuple):
     """The source pixels that each resampled pixel of an axis is the sum of."""
 
-    first: np.ndarray  # (count,) int64: its first source pixel
-    weights: np.ndarray  # (count · taps,) float32
+    first: ndarray  # (count,) int64: its first source pixel
+    weights: ndarray  # (count · taps,) float32
     taps: int  # a multiple of LANES
 
 
@@ -61,8 +62,8 @@ def triangle(offset: float, scale: float, length: int, count: int, reverse: bool
 
 @compiled
 def _blend_rows(
-    pixels: np.ndarray, start: int, pitch: int, rows: int, top: int, weights: np.ndarray, w: int, taps: int,
-    line: np.ndarray, n: int,
+    pixels: ndarray, start: int, pitch: int, rows: int, top: int, weights: ndarray, w: int, taps: int,
+    line: ndarray, n: int,
 ) -> None:  # fmt: skip
     """line[:n] = the weighted sum of `taps` rows from `top` on, of the n bytes of each from pixels[start] on."""
     last = rows - 1
@@ -85,9 +86,7 @@ def _blend_rows(
 
 
 @compiled
-def _blend_columns(
-    line: np.ndarray, a: int, first: np.ndarray, weights: np.ndarray, taps: int, sums: np.ndarray
-) -> None:
+def _blend_columns(line: ndarray, a: int, first: ndarray, weights: ndarray, taps: int, sums: ndarray) -> None:
     """sums[3 i : 3 i + 3] = the weighted sum of taps pixels of a line that begins at byte `a`.
 
     Four floats at a time, the fourth of which belongs to the next pixel and is overwritten by it: a vector's width.
@@ -122,8 +121,8 @@ def finished_for(value: Any, mean: Any, scale: Any, out: Any) -> Any:
 
 @compiled
 def store(
-    values: np.ndarray, at: int, out: np.ndarray, start: int, columns: int, rows: int, y: int, packed: bool,
-    mean: np.ndarray, m: int, scale: np.ndarray,
+    values: ndarray, at: int, out: ndarray, start: int, columns: int, rows: int, y: int, packed: bool,
+    mean: ndarray, m: int, scale: ndarray,
 ) -> None:  # fmt: skip
     """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32."""
     v = u(at)
@@ -148,8 +147,8 @@ def store(
 
 @compiled
 def resample(
-    pixels: np.ndarray, base: int, pitch: int, width: int, height: int, x: Taps, y: Taps,
-    out: np.ndarray, start: int, packed: bool, mean: np.ndarray, m: int, scale: np.ndarray,
+    pixels: ndarray, base: int, pitch: int, width: int, height: int, x: Taps, y: Taps,
+    out: ndarray, start: int, packed: bool, mean: ndarray, m: int, scale: ndarray,
 ) -> None:  # fmt: skip
     """The image that begins at pixels[base], width × height RGB, resampled by the taps and stored from out[start] on.
 

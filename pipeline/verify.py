@@ -155,11 +155,9 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
         _compare_dali_index(path.with_name(dali_index_name(path.name)), inside, add)
     if deep and not found:
         _compare_with_webdataset(path, rows, inside, add)
-    # A shard of zeros needs no thousand lines.
-    named = {
-        check: what[:MANY] + [f"and {len(what) - MANY} more"] * (len(what) > MANY) for check, what in found.items()
-    }
-    return [Finding(check, shard.name, what) for check in CHECKS for what in named.get(check, ())]
+    for whats in found.values():  # a shard of zeros needs no thousand lines
+        whats[MANY:] = [f"and {len(whats) - MANY} more"] * (len(whats) > MANY)
+    return [Finding(check, shard.name, what) for check in CHECKS for what in found[check]]
 
 
 def _compare_samples(
@@ -259,22 +257,21 @@ def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Mem
 
 
 def _check_extras(dataset: manifest.Dataset, ours: bool) -> list[Finding]:
-    found = []
-    if "mean_image" in dataset.manifest["statistics"]:
+    found: list[tuple[str, str]] = []
+    if image := dataset.manifest["statistics"].get("mean_image"):
         try:
             dataset.mean_image  # noqa: B018
         except DataError as err:
-            found.append(Finding("info", dataset.manifest["statistics"]["mean_image"]["file"], str(err)))
-    if (dataset.root / cuts.NAME).is_file():
-        found += [Finding("info", name, fault) for name, fault in cuts.faults(dataset)]
+            found.append((image["file"], str(err)))
+    found += cuts.faults(dataset)
     if ours:
         try:
             info = json.loads((dataset.root / manifest.INFO).read_bytes())
+            if info != manifest.timm_info(dataset.manifest["splits"]):
+                found.append((manifest.INFO, "differs from the manifest; shard the data again"))
         except (OSError, ValueError) as err:
-            return [*found, Finding("info", manifest.INFO, f"cannot be read ({err}); shard the data again")]
-        if info != manifest.timm_info(dataset.manifest["splits"]):
-            found.append(Finding("info", manifest.INFO, "differs from the manifest; shard the data again"))
-    return found
+            found.append((manifest.INFO, f"cannot be read ({err}); shard the data again"))
+    return [Finding("info", *fault) for fault in found]
 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from ..errors import ConfigError
 from ..geometry import centre_offset, resized
@@ -74,13 +75,11 @@ class Placement(NamedTuple):
     of resizing the whole image and cropping, up to rounding, at a fraction of the cost.
     """
 
-    box: np.ndarray  # (n, 4) float64: left, top, width, height in pixels of the image as stored
-    flip: np.ndarray  # (n,) bool
+    box: ndarray  # (n, 4) float64: left, top, width, height in pixels of the image as stored
+    flip: ndarray  # (n,) bool
 
 
-def place(
-    config: AugmentConfig, ids: np.ndarray, width: np.ndarray, height: np.ndarray, *, train: bool, **at: int
-) -> Placement:
+def place(config: AugmentConfig, ids: ndarray, width: ndarray, height: ndarray, *, train: bool, **at: int) -> Placement:
     """The crops of images `ids` of stored size width × height, at seed and epoch; a function of its arguments alone.
 
     In evaluation `config.views` consecutive crops for each image, otherwise one.
@@ -98,11 +97,11 @@ def place(
     return Placement(_box(config, first + (u * (room + 1)).astype(np.int64), size / scaled), flip)
 
 
-def _scaled(config: AugmentConfig, size: np.ndarray) -> np.ndarray:
+def _scaled(config: AugmentConfig, size: ndarray) -> ndarray:
     return np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1)
 
 
-def _room(config: AugmentConfig, scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _room(config: AugmentConfig, scaled: ndarray) -> tuple[ndarray, ndarray]:
     """The first place of a crop in the resized image, and the pixels from there to the last place.
 
     In the centre square these are 0..32 for 224 in 256, ends included, as in the original code.
@@ -111,12 +110,12 @@ def _room(config: AugmentConfig, scaled: np.ndarray) -> tuple[np.ndarray, np.nda
     return centre_offset(scaled, side), side - config.crop
 
 
-def _box(config: AugmentConfig, place: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _box(config: AugmentConfig, place: ndarray, scale: ndarray) -> ndarray:
     """Whole pixels of the resized image as a rectangle of the stored one, which is `scale` times as large."""
     return np.concatenate([place * scale, config.crop * scale], axis=1)
 
 
-def _views(config: AugmentConfig, size: np.ndarray) -> Placement:
+def _views(config: AugmentConfig, size: ndarray) -> Placement:
     scaled = _scaled(config, size)
     scale, centre = size / scaled, centre_offset(scaled, config.crop)
     if config.views == 1:
@@ -127,7 +126,7 @@ def _views(config: AugmentConfig, size: np.ndarray) -> Placement:
     return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(size)))
 
 
-def _jittered(config: AugmentConfig, size: np.ndarray, u: np.ndarray, where: np.ndarray) -> np.ndarray:
+def _jittered(config: AugmentConfig, size: ndarray, u: ndarray, where: ndarray) -> ndarray:
     """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
     rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels.
 
@@ -147,7 +146,7 @@ def _jittered(config: AugmentConfig, size: np.ndarray, u: np.ndarray, where: np.
     return np.concatenate([place, sides], axis=1).astype(np.float64)
 
 
-def colour_shift(config: AugmentConfig, ids: np.ndarray, covariance: np.ndarray, **at: int) -> np.ndarray:
+def colour_shift(config: AugmentConfig, ids: ndarray, covariance: ndarray, **at: int) -> ndarray:
     """(n, 3) float32, grey levels to add to each channel (Krizhevsky et al. 2012, section 4.1).
 
     covariance: (3, 3), of the training images' R, G, B in grey levels. The shift is P · (α ⊙ λ), or √λ in place of λ,
@@ -164,9 +163,9 @@ def colour_shift(config: AugmentConfig, ids: np.ndarray, covariance: np.ndarray,
 class Normalisation(NamedTuple):
     """Pixels become (x - mean) / std, or (x - image) if there is a mean image."""
 
-    mean: np.ndarray  # (3,) float32
+    mean: ndarray  # (3,) float32
     std: tuple[float, ...]
-    image: np.ndarray | None  # (3, crop, crop) float32
+    image: ndarray | None  # (3, crop, crop) float32
 
 
 def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Normalisation:
@@ -182,7 +181,7 @@ def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Norm
     return Normalisation(np.array(mean, np.float32), std if config.normalize == "mean-std" else (1.0,) * 3, image)
 
 
-def _mean_image_crop(image: np.ndarray, config: AugmentConfig) -> np.ndarray:
+def _mean_image_crop(image: ndarray, config: AugmentConfig) -> ndarray:
     """(3, crop, crop) float32, of the mean image's centre: for every crop the same, as in the 2012 code."""
     if len(image) != config.resize:
         raise ConfigError(

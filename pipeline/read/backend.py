@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from ..errors import BadSample
 from .fetch import HEIGHT, SIZE, WIDTH
@@ -20,12 +21,12 @@ PixelType = Literal["uint8", "float32", "float16", "bfloat16"]
 class Work(NamedTuple):
     """A batch of n images, planned and being read; of each image `views` crops."""
 
-    ids: np.ndarray  # (n,) int64
-    rows: np.ndarray  # (n, 7) int64: of the index, see fetch.py
-    box: np.ndarray  # (n, views, 4) float64, see augment.Placement
-    flip: np.ndarray  # (n, views) bool
-    mean: np.ndarray  # (n, views, 3) float32: what to subtract, the colour shift with it
-    checked: np.ndarray  # (n,) bool: the images whose pixels are compared with the reference decoder's
+    ids: ndarray  # (n,) int64
+    rows: ndarray  # (n, 7) int64: of the index, see fetch.py
+    box: ndarray  # (n, views, 4) float64, see augment.Placement
+    flip: ndarray  # (n, views) bool
+    mean: ndarray  # (n, views, 3) float32: what to subtract, the colour shift with it
+    checked: ndarray  # (n,) bool: the images whose pixels are compared with the reference decoder's
     read: ReadBatch
 
 
@@ -83,7 +84,7 @@ def check_raw_sizes(work: Work, start: int, end: int, reader: Reader) -> None:
         raise undecodable(work, start + i, reason, reader)
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: ndarray, device: torch.device) -> torch.Tensor:
     """A copy on the device that the host does not wait for: on its way to a GPU it goes through pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":

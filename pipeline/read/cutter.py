@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from .. import jpeg
 from ..cut_jpeg import EXTRA, cut_jpeg
@@ -22,7 +23,7 @@ WORTH = 0.8  # fraction of an image's pixels: above it, cutting costs as much as
 class Cut(NamedTuple):
     """What an image was cut to: `data`, or none if it was not cut, and its place in the image, in pixels."""
 
-    data: np.ndarray
+    data: ndarray
     left: int
     top: int
     width: int
@@ -32,7 +33,7 @@ class Cut(NamedTuple):
 NOT_CUT = Cut(np.empty(0, np.uint8), 0, 0, 0, 0)
 
 
-def pixels_under(box: np.ndarray, crop: int) -> np.ndarray:
+def pixels_under(box: ndarray, crop: int) -> ndarray:
     """(n, 4) int64: left, top, right and bottom of the pixels that the crops of n images are made of.
 
     box: (n, views, 4), see augment.Placement. crop: side of the crops, in pixels. May exceed the image.
@@ -50,7 +51,7 @@ class Cutter:
     def __init__(self, cuts: Cuts) -> None:
         self._table, self._source, self._out = cuts.table, LocalShards(cuts.paths), Scratch()
 
-    def places(self, ids: np.ndarray, rows: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    def places(self, ids: ndarray, rows: ndarray, pixels: ndarray) -> ndarray:
         """(n, 3) int64: offset, size and CRC-32 of the images' places; size 0 if they are better decoded whole.
 
         rows: see fetch.py. pixels: by pixels_under.
@@ -61,7 +62,7 @@ class Cutter:
         first = HEADER_BYTES + ENTRY_BYTES * table["first"].astype(np.int64)
         return np.stack([first, ENTRY_BYTES * count, table["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
 
-    def __call__(self, block: Block, places: np.ndarray, pixels: np.ndarray) -> list[Cut]:
+    def __call__(self, block: Block, places: ndarray, pixels: ndarray) -> list[Cut]:
         """Cuts the images of a block that has been fetched; valid until this thread's next call."""
         wanted = zip(block.rows[:, SHARD].tolist(), places[:, 1].tolist(), strict=True)
         files = [self._opened(shard) if size else None for shard, size in wanted]
@@ -82,8 +83,8 @@ class Cutter:
 
 @compiled
 def cut_images(
-    buffer: np.ndarray, at: np.ndarray, rows: np.ndarray, fds: np.ndarray, places: np.ndarray, pixels: np.ndarray,
-    out: np.ndarray, found: np.ndarray,
+    buffer: ndarray, at: ndarray, rows: ndarray, fds: ndarray, places: ndarray, pixels: ndarray,
+    out: ndarray, found: ndarray,
 ) -> None:  # fmt: skip
     """Cuts those images of a block that have a descriptor.
 

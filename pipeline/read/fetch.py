@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
+from numpy import ndarray
 
 from ..jit import compiled
 from ..shards import INDEX_DTYPE
@@ -30,20 +31,20 @@ ALL_ROWS = np.zeros(0, np.int64)
 class Block(NamedTuple):
     """Where n images are and where they go: the first arguments of the compiled functions."""
 
-    buffer: np.ndarray  # flat uint8
-    at: np.ndarray  # (n,) int64: the image's first byte in the buffer
-    fds: np.ndarray  # (n,) int64: descriptors, or IN_MEMORY
-    rows: np.ndarray
+    buffer: ndarray  # flat uint8
+    at: ndarray  # (n,) int64: the image's first byte in the buffer
+    fds: ndarray  # (n,) int64: descriptors, or IN_MEMORY
+    rows: ndarray
     verify: bool
 
 
-def index_rows(index: np.ndarray) -> np.ndarray:
+def index_rows(index: ndarray) -> ndarray:
     """(samples, 7) int64: a split's index. Taking rows from the mapped record array costs three times as much."""
     return np.stack([index[name] for name in COLUMNS], axis=1, dtype=np.int64, casting="unsafe")
 
 
 @compiled
-def fetched(buffer: np.ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool) -> bool:
+def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool) -> bool:
     """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs."""
     if fd == IN_MEMORY:
         return True
@@ -58,12 +59,12 @@ def fetched(buffer: np.ndarray, at: int, fd: int, offset: int, size: int, crc: i
 
 @compiled
 def fetch_images(
-    buffer: np.ndarray,
-    at: np.ndarray,
-    fds: np.ndarray,
-    rows: np.ndarray,
+    buffer: ndarray,
+    at: ndarray,
+    fds: ndarray,
+    rows: ndarray,
     verify: bool,
-    needed: np.ndarray,
+    needed: ndarray,
 ) -> int:
     """Fetches n images; returns the number of the first that fails, or n.
 
@@ -80,7 +81,7 @@ def fetch_images(
 
 
 @compiled
-def not_plain_jpegs(buffer: np.ndarray, at: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def not_plain_jpegs(buffer: ndarray, at: ndarray, rows: ndarray) -> ndarray:
     """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):

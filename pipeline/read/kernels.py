@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from ..jit import compiled, exactly_compiled, straight_lines_vectorised
 from ..resample import resample, store, triangle
@@ -20,7 +21,7 @@ u = np.uintp
 
 
 @compiled
-def _reverse(pixels: np.ndarray, at: int, side: int, row: np.ndarray) -> None:
+def _reverse(pixels: ndarray, at: int, side: int, row: ndarray) -> None:
     p, q = u(at), u(3 * side)
     for _ in range(side):
         q -= u(3)
@@ -30,9 +31,9 @@ def _reverse(pixels: np.ndarray, at: int, side: int, row: np.ndarray) -> None:
 
 @exactly_compiled
 def _crop(
-    pixels: np.ndarray, base: int, pitch: int, width: int, height: int,
-    out: np.ndarray, number: int, side: int, packed: bool,
-    box: np.ndarray, flip: bool, mean: np.ndarray, scale: np.ndarray,
+    pixels: ndarray, base: int, pitch: int, width: int, height: int,
+    out: ndarray, number: int, side: int, packed: bool,
+    box: ndarray, flip: bool, mean: ndarray, scale: ndarray,
 ) -> None:  # fmt: skip
     """Crop `number` of the batch, of the image that begins at pixels[base]; pitch: pixels from one row to the next."""
     start, m = 3 * side * side * number, 3 * number
@@ -54,9 +55,9 @@ def _crop(
 
 @compiled
 def crop_images(
-    buffer: np.ndarray, at: np.ndarray, fds: np.ndarray, rows: np.ndarray, verify: bool,
+    buffer: ndarray, at: ndarray, fds: ndarray, rows: ndarray, verify: bool,
     side: int, packed: bool, pitch: int,
-    out: np.ndarray, number: int, box: np.ndarray, flip: np.ndarray, mean: np.ndarray, scale: np.ndarray,
+    out: ndarray, number: int, box: ndarray, flip: ndarray, mean: ndarray, scale: ndarray,
 ) -> int:  # fmt: skip
     """Fetches a Block of images that are stored as pixels, and crops each while its bytes are in the cache.
 
@@ -107,13 +108,13 @@ class Cropper:
 _HERE = np.full(1, IN_MEMORY)
 
 
-def decoded_block(pixels: np.ndarray, row: np.ndarray, at: int = 0) -> Block:
+def decoded_block(pixels: ndarray, row: ndarray, at: int = 0) -> Block:
     """One image whose pixels are at hand. row: (1, 7), its row of the index. at: of its first pixel, which may lie
     before those that are there."""
     return Block(pixels, np.full(1, at), _HERE, row, False)
 
 
-def size_row(width: int, height: int) -> np.ndarray:
+def size_row(width: int, height: int) -> ndarray:
     """A row of an image that is in no index."""
     row = np.zeros((1, 7), np.int64)
     row[0, WIDTH], row[0, HEIGHT] = width, height

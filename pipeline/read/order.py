@@ -11,12 +11,13 @@ import math
 from itertools import pairwise
 
 import numpy as np
+from numpy import ndarray
 
 from ..errors import ConfigError
 from . import rng
 
 
-def epoch_order(shard_sizes: np.ndarray, *, batch: int, partitions: int = 1, window: int = 0, **at: int) -> np.ndarray:
+def epoch_order(shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int = 0, **at: int) -> ndarray:
     """(steps · batch,) int64: the ids of all global batches of an epoch.
 
     at: seed and epoch. shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
@@ -36,7 +37,7 @@ def epoch_order(shard_sizes: np.ndarray, *, batch: int, partitions: int = 1, win
     return pieces[0].ravel() if partitions == 1 else np.concatenate(pieces, axis=1).ravel()
 
 
-def _shuffled_part(ends: np.ndarray, start: int, end: int, window: int, **at: int) -> np.ndarray:
+def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) -> ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
         return _shuffled(np.arange(start, end), **at)
@@ -48,7 +49,7 @@ def _shuffled_part(ends: np.ndarray, start: int, end: int, window: int, **at: in
     return np.concatenate([_shuffled(np.concatenate([ranges[s] for s in g]), **at) for g in groups])
 
 
-def _shuffled(ids: np.ndarray, **at: int) -> np.ndarray:
+def _shuffled(ids: ndarray, **at: int) -> ndarray:
     """Sorted by their hashes, which are distinct: any correct sort gives the same order."""
     return ids[np.argsort(rng.bits(ids, stream=rng.ORDER, **at))]
 
@@ -76,7 +77,7 @@ def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, fi
         raise ConfigError(f"{field}={batch} is more than the {samples} training samples; {cure}")
 
 
-def train_ids(order: np.ndarray, *, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
+def train_ids(order: ndarray, *, step: int, batch: int, rank: int = 0, world: int = 1) -> ndarray:
     """(batch / world,) ids that `rank` reads at `step` of the epoch with this order."""
     part = batch // world
     start = step * batch + rank * part

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from ..errors import ConfigError
 from ..manifest import Split
@@ -21,12 +22,12 @@ PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, while batches of 
 class Planned(NamedTuple):
     """n images of consecutive steps, one after another: the first fields of a backend.Work."""
 
-    ids: np.ndarray
-    rows: np.ndarray
-    box: np.ndarray
-    flip: np.ndarray
-    mean: np.ndarray
-    checked: np.ndarray
+    ids: ndarray
+    rows: ndarray
+    box: ndarray
+    flip: ndarray
+    mean: ndarray
+    checked: ndarray
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,8 +44,8 @@ class Plan:
     first: int
     rank: int
     world: int
-    mean: np.ndarray  # (3,) what is subtracted from each pixel
-    covariance: np.ndarray | None  # of the colours, if they are shifted
+    mean: ndarray  # (3,) what is subtracted from each pixel
+    covariance: ndarray | None  # of the colours, if they are shifted
     check_every: int  # N: one image in N is chosen for PixelCheck; 0: none
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class Plan:
             return order.steps_per_epoch(self.samples, batch=self.batch)
         return -(-len(self._evaluated) // self.batch_per_rank)
 
-    def ids(self, epoch: int, step: int, *, whole: bool = False) -> np.ndarray:
+    def ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
         """See Loader.ids."""
         if not self.train:
             mine = self._evaluated[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
@@ -89,7 +90,7 @@ class Plan:
             yield from ((epoch, s) for s in range(step, len(self)))
             epoch, step = epoch + 1, 0
 
-    def step(self, epoch: int, step: int, rows: np.ndarray) -> Planned:
+    def step(self, epoch: int, step: int, rows: ndarray) -> Planned:
         """One step's images. rows: all samples' (see fetch.py)."""
         n, many = self.batch_per_rank, max(1, PLAN_IMAGES // self.batch_per_rank)
         if self._chunk is None or self._chunk[0] != epoch or not 0 <= step - self._chunk[1] < many:
@@ -98,7 +99,7 @@ class Plan:
         start = (step - first) * n
         return Planned(*[column[start : start + n] for column in chunk])
 
-    def steps(self, epoch: int, steps: range, rows: np.ndarray) -> Planned:
+    def steps(self, epoch: int, steps: range, rows: ndarray) -> Planned:
         """Plans many steps at once: for a single batch, the overhead of NumPy's calls would exceed their work."""
         ids = np.concatenate([self.ids(epoch, s) for s in steps])
         rows = rows[ids]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy import ndarray
 from simplejpeg import decode_jpeg
 
 from ..cuts import Cuts
@@ -34,7 +35,7 @@ BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost mor
 
 class _Job(NamedTuple):
     work: Work
-    crops: np.ndarray
+    crops: ndarray
     tasks: list[Future[None]]
 
 
@@ -105,7 +106,7 @@ class Portable(Engine):
         tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
         return _Job(work, crops, tasks)
 
-    def _decode(self, work: Work, crops: np.ndarray, start: int, end: int) -> None:
+    def _decode(self, work: Work, crops: ndarray, start: int, end: int) -> None:
         """A thread's task: images [start, end) of the batch."""
         if self.raw:
             check_raw_sizes(work, start, end, self._reader)  # the compiled code checks no bounds
@@ -117,12 +118,12 @@ class Portable(Engine):
         for a, b in pairwise(bounds):
             self._decode_block(work, crops, a, b)
 
-    def _crop(self, work: Work, crops: np.ndarray, block: Block, a: int, b: int, pitch: int = 0) -> int:
+    def _crop(self, work: Work, crops: ndarray, block: Block, a: int, b: int, pitch: int = 0) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
         out = crops.reshape(-1), a * self.output.views, work.box[a:b], work.flip[a:b], work.mean.reshape(-1)
         return self._cropper(block, *out, self._inverse_std, pitch=pitch)
 
-    def _decode_block(self, work: Work, crops: np.ndarray, a: int, b: int) -> None:
+    def _decode_block(self, work: Work, crops: ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
         rows, cuts = work.rows[a:b], [NOT_CUT] * (b - a)
         pixels = pixels_under(work.box[a:b], self.output.crop)
@@ -148,7 +149,7 @@ class Portable(Engine):
             crop = decoded_block(decoded, rows[i : i + 1], -3 * (cut.top * cut.width + cut.left))
             self._crop(work, crops, crop, a + i, a + i + 1, cut.width)
 
-    def _cut(self, cut: Cut, size: int) -> np.ndarray | None:
+    def _cut(self, cut: Cut, size: int) -> ndarray | None:
         """Flat pixels of the cut, in the memory of the whole image's `size`, as taps of weight zero may read beyond
         them. None if it was not cut, or a fault is left for the whole image to show."""
         memory = self._scratch(size)
@@ -157,14 +158,14 @@ class Portable(Engine):
                 return memory
         return None
 
-    def _decoded(self, image: np.ndarray, width: int, height: int, rows: int, is_plain: bool) -> np.ndarray:
+    def _decoded(self, image: ndarray, width: int, height: int, rows: int, is_plain: bool) -> ndarray:
         """Flat pixels: all, or those of the first rows if the image was cut short; valid until this thread's next call.
 
         rows: how many the image has now. is_plain: a JPEG of this size, by its header.
         """
         if is_plain:
             try:  # not strict if it was cut: the rest of the image is what it would complain of
-                pixels: np.ndarray = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
+                pixels: ndarray = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
                 if pixels.shape == (rows, width, 3):
                     return pixels.reshape(-1)
             except ValueError:
@@ -197,7 +198,7 @@ class Viewer:
         self._image, self._mean = normal.image, np.tile(normal.mean, augment.views)
         self._scale = (1 / np.array(normal.std, np.float64)).astype(np.float32)
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+    def __call__(self, pixels: ndarray) -> ndarray:
         """(views, 3, crop, crop) float32. pixels: (height, width, 3) uint8, RGB."""
         height, width, _ = pixels.shape
         ids, size = np.zeros(1, np.int64), (np.array([width]), np.array([height]))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy import ndarray
 
 from ..decode import Scratch
 from ..errors import BadSample
@@ -37,10 +38,10 @@ FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is f
 class ReadBatch:
     """The stored bytes of a batch's images: in `buffer` when the `tasks` are done, otherwise still in the shards."""
 
-    ids: np.ndarray
-    rows: np.ndarray  # see fetch.py
-    buffer: np.ndarray = field(init=False)
-    at: np.ndarray = field(init=False)
+    ids: ndarray
+    rows: ndarray  # see fetch.py
+    buffer: ndarray = field(init=False)
+    at: ndarray = field(init=False)
     images_a_task: int = 1
     tasks: list[Future[None]] = field(default_factory=list)
 
@@ -94,7 +95,7 @@ class Reader:
         """Whether threads recently had to wait for storage."""
         return self._slow_for > 0
 
-    def read(self, ids: np.ndarray, rows: np.ndarray | None = None) -> ReadBatch:
+    def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
         batch = ReadBatch(ids, self.rows[ids] if rows is None else rows)
         self._slow_for = max(0, self._slow_for - 1)
@@ -152,7 +153,7 @@ class Reader:
         return block
 
     @contextmanager
-    def _opened(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    def _opened(self, rows: ndarray) -> Iterator[ndarray]:
         """(n,) int64: the descriptors of n images' shards. Counts this thread's waits while it reads them."""
         files = [self.source.open(shard) for shard in rows[:, SHARD].tolist()]
         fds = np.array([file.fd for file in files], np.int64)
@@ -170,7 +171,7 @@ class Reader:
         if self._slow_share > SLOW_SHARE:
             self._slow_for, self._slow_share = RETRY_AFTER, 0.0
 
-    def stored(self, sample: int) -> np.ndarray:
+    def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""
         row = self.rows[sample].tolist()
         try:

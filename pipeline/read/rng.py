@@ -7,6 +7,7 @@ Nothing here depends on NumPy's generators, whose streams may change between ver
 from __future__ import annotations
 
 import numpy as np
+from numpy import ndarray
 
 # One stream for each purpose, so that no two purposes share a draw. DROPOUT's number is kept for its masks.
 ORDER, CROP, FLIP, DROPOUT, SHARDS, JITTER, COLOUR, CHECK = range(8)
@@ -17,7 +18,7 @@ _M2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: ndarray) -> ndarray:
     """A bijection of 64 bits: each input bit changes half of the output bits (Stafford's variant 13). In place."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(_M1)
@@ -40,7 +41,7 @@ def key(*coordinates: int) -> int:
     return x
 
 
-def bits(ids: np.ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> np.ndarray:
+def bits(ids: ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> ndarray:
     """(n,) uint64 for (n,) ids. For fixed keywords a bijection of the id: distinct ids never collide."""
     x = np.asarray(ids).astype(np.uint64)  # a copy, mixed in place from here on
     # Two keyed rounds: after one, two epochs would be shifted windows of one and the same sequence.
@@ -51,13 +52,13 @@ def bits(ids: np.ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) 
     return _mix(x)
 
 
-def uniform(ids: np.ndarray, *, count: int, **at: int) -> np.ndarray:
+def uniform(ids: ndarray, *, count: int, **at: int) -> ndarray:
     """(n, count) float64 in [0, 1), multiples of 2^-53. at: seed, epoch and stream."""
     draws = [bits(ids, draw=d, **at) for d in range(count)]
     return np.stack([(x >> np.uint64(11)) * 2.0**-53 for x in draws], axis=1)
 
 
-def normal(ids: np.ndarray, *, count: int, **at: int) -> np.ndarray:
+def normal(ids: ndarray, *, count: int, **at: int) -> ndarray:
     """(n, count) float64 of the standard normal distribution, by Box and Muller: two uniform draws make two.
 
     log and cos may differ in the last bit between platforms, unlike the whole-number draws.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from ..decode import Scratch
 from ..geometry import centre_offset, resized
@@ -16,7 +17,7 @@ u = np.uintp
 
 @compiled
 def _resize(
-    pixels: np.ndarray, width: int, height: int, left: int, top: int, x_scale: float, y_scale: float, out: np.ndarray
+    pixels: ndarray, width: int, height: int, left: int, top: int, x_scale: float, y_scale: float, out: ndarray
 ) -> None:
     """out: (rows, columns, 3) uint8, from (left, top) on, of the image resized by the scales."""
     x, y = triangle(left, x_scale, width, out.shape[1], False), triangle(top, y_scale, height, out.shape[0], False)
@@ -25,7 +26,7 @@ def _resize(
 
 
 @compiled
-def _add(pixels: np.ndarray, start: int, stride: int, side: int, sums: np.ndarray) -> None:
+def _add(pixels: ndarray, start: int, stride: int, side: int, sums: ndarray) -> None:
     """Adds up side² pixels: each channel, and each pair's products (rr, rg, rb, gg, gb, bb), into nine int64."""
     for y in range(side):  # so many products of bytes fit 32 bits: a line has at most 8,192 pixels
         s0 = s1 = s2 = rr = rg = rb = gg = gb = bb = np.uint32(0)
@@ -54,7 +55,7 @@ def _add(pixels: np.ndarray, start: int, stride: int, side: int, sums: np.ndarra
 
 
 @compiled
-def _add_image(pixels: np.ndarray, start: int, stride: int, side: int, image: np.ndarray) -> None:
+def _add_image(pixels: ndarray, start: int, stride: int, side: int, image: ndarray) -> None:
     q = u(0)
     for y in range(side):
         p = u(start + y * stride)
@@ -63,7 +64,7 @@ def _add_image(pixels: np.ndarray, start: int, stride: int, side: int, image: np
         q += u(3 * side)
 
 
-def resize(pixels: np.ndarray, short: int, memory: Scratch, *, square: bool) -> np.ndarray:
+def resize(pixels: ndarray, short: int, memory: Scratch, *, square: bool) -> ndarray:
     """(h, w, 3) in `memory`: the image, its short side `short`, or of this the centre square; no more is computed.
 
     pixels: (height, width, 3) uint8, RGB, contiguous.
@@ -80,13 +81,13 @@ def resize(pixels: np.ndarray, short: int, memory: Scratch, *, square: bool) -> 
 class Square(NamedTuple):
     """The centre pixels of an image, in place: no copy."""
 
-    pixels: np.ndarray  # (n,) uint8: the image, RGB
+    pixels: ndarray  # (n,) uint8: the image, RGB
     start: int  # of the first, in bytes
     stride: int  # from one line to the next, in bytes
     side: int  # pixels
 
     @staticmethod
-    def centre(pixels: np.ndarray, side: int) -> Square:
+    def centre(pixels: ndarray, side: int) -> Square:
         """pixels: (h, w, 3), contiguous. An odd margin is split as by torchvision's CenterCrop."""
         height, width, _ = pixels.shape
         top, left = (int(centre_offset(length, side)) for length in (height, width))
@@ -96,8 +97,8 @@ class Square(NamedTuple):
 class Totals(NamedTuple):
     """Sums over images' centre squares, in whole numbers."""
 
-    numbers: np.ndarray  # (11,) int64: images, pixels, and of these the sums of r, g, b, rr, rg, rb, gg, gb and bb
-    image: np.ndarray  # (3 · size²,): all squares added up
+    numbers: ndarray  # (11,) int64: images, pixels, and of these the sums of r, g, b, rr, rg, rb, gg, gb and bb
+    image: ndarray  # (3 · size²,): all squares added up
 
 
 class Sums:
