@@ -173,7 +173,7 @@ def cut_jpeg(
                 bit = skip_block(clean, bit, bits, header, dc, ac)[0]
             while abs(difference) >> size:
                 size += 1
-            if size >= CATEGORIES:
+            if size >= CATEGORIES or bit > bits:
                 return 0
             value = difference if difference > 0 else difference + (1 << size) - 1
             q, acc, held = _put(out, q, acc, held, codes[i, size, 0] << size | value, codes[i, size, 1] + size)

@@ -12,7 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 from .cores import usable_cores
@@ -88,7 +87,7 @@ def _follow_parent(function: Callable[[Any], Any]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
+def _stop(*_: object) -> None:
     """Ends the task, so that its half-written files are removed, but never while a result is being sent.
 
     The parent would wait forever for the rest of that result.
