@@ -5,8 +5,6 @@
 The loader is imported when it is first asked for, so that the sharder does not pay for torch and DALI.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib import import_module

@@ -1,7 +1,5 @@
 """The cores that this process may use, and how the ranks of a machine divide them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

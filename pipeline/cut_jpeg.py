@@ -5,8 +5,6 @@ a difference to the MCU before it. The pixels of the cut are those of the whole 
 of a pixel, which the decoder's interpolation of colours at half the resolution looks at.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ A file for each shard lies beside the manifest, which does not name it: order, r
 `cuts.json` names all of them, and is written last. The tars themselves may lie elsewhere.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ libjpeg-turbo decodes; Pillow decodes what libjpeg-turbo rejects: PNG, CMYK, a s
 is trusted, never the name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import threading

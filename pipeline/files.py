@@ -1,7 +1,5 @@
 """Files that are published whole or not at all."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

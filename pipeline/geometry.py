@@ -1,7 +1,5 @@
 """Sizes and offsets in whole pixels: one rule for the sharder and for every loader backend."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import numpy as np

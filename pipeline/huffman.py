@@ -4,8 +4,6 @@ A scan may hold the byte 0xFF only with a zero stuffed behind it; `unstuff` remo
 what it returns. Every number comes from a file: nothing is read or written outside of the arrays, whatever it says.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How the inner loops are compiled: by Numba, once for a machine, without the GIL."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

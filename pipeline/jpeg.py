@@ -5,8 +5,6 @@ component has BLOCKS blocks, each other one has one. A position in the scan that
 before could not be read; functions that get such a position return it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

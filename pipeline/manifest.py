@@ -1,7 +1,5 @@
 """A folder is a dataset only once it has a manifest.json, which is written last."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

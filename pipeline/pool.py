@@ -1,7 +1,5 @@
 """Distributes work over forked processes. A worker inherits its input; only its results are sent."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -8,8 +8,6 @@ does not. The whole numbers are kept in float32, which vectors multiply twice as
 Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a signed index a test for wrapping.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numba

@@ -7,8 +7,6 @@ Type aliases hold bounds, `MayChange`, `PerHost` and `InHelp` the rest. A group 
 declaration on a group holds for all its fields. Flat names are those of the flags: "train.batch".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

@@ -5,8 +5,6 @@ to fetch a sample is in the array index, a NumPy array of INDEX_DTYPE: 28 bytes 
 by mmap.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The folder that a sharding writes. Storage without files would implement the same methods."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Standard streams that end no program: closed ones, encodings that lack a character, readers that are gone."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

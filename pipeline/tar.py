@@ -3,8 +3,6 @@
 Headers are decoded by the standard library's tarfile; the walk from header to header is our own.
 """
 
-from __future__ import annotations
-
 import os
 import tarfile
 from collections.abc import Iterator

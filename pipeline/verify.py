@@ -3,8 +3,6 @@
 Each finding names the file, and the byte or sample.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

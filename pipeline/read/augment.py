@@ -1,7 +1,5 @@
 """The crop, flip and colour shift of each image. Pure: functions of coordinates, computed before any decoding."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """The interface between the loader and its backends: a planned batch, and the form in which it is delivered."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass

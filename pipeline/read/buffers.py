@@ -1,7 +1,5 @@
 """Reused memory: getting fresh pages from the system costs more than filling them."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

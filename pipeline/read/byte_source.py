@@ -1,7 +1,5 @@
 """The source of stored bytes: shards as local files. Another storage has to implement the same `read`."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """CRC-32 for compiled code: zlib-ng's function, by its address, so that a thread verifies without the GIL."""
 
-from __future__ import annotations
-
 import ctypes
 import zlib
 from typing import Any

@@ -1,7 +1,5 @@
 """JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -3,8 +3,6 @@
 Nothing here is random, shuffles or reads a file: bytes and crops come from outside, through one external source.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """DALI's image decoder: its options, which images it rejects, and what keeps it from using a GPU's hardware."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -4,8 +4,6 @@ A thread that reads, checks and crops image by image asks for the interpreter's 
 other threads. Here a block of images costs one call.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

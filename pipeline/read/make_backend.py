@@ -1,7 +1,5 @@
 """Makes a backend. Each is imported when it is used: DALI and Numba's machine code take a while to load."""
 
-from __future__ import annotations
-
 import torch
 
 from ..cuts import Cuts

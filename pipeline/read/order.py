@@ -5,8 +5,6 @@ and a rank takes a contiguous slice of them: the ids of a global step, in order,
 Evaluation: the samples in stored order, one contiguous slice per rank, each sample exactly once.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

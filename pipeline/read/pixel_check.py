@@ -5,8 +5,6 @@ reference is libjpeg-turbo on the whole image, from the bytes as stored. Nothing
 stream: a crop is copied to pinned memory behind it.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading

@@ -1,7 +1,5 @@
 """The images and crops of a rank at each step of each epoch: a function of coordinates, without files or threads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial

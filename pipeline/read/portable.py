@@ -4,8 +4,6 @@ A thread decodes an image into its own buffer, which the next image reuses, and 
 batch.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait

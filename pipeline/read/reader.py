@@ -7,8 +7,6 @@ lost 10 % of their rate and took 14 % more CPU time (median of four paired runs,
 by counting how often a thread had to wait. Both ways read and verify by one compiled call per block, without the GIL.
 """
 
-from __future__ import annotations
-
 import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -4,8 +4,6 @@ The numbers are a contract, since a run must see the same crops in ten years: go
 Nothing here depends on NumPy's generators, whose streams may change between versions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy import ndarray
 

@@ -3,8 +3,6 @@
 Steps, labels and ids are those of the plan. Nothing is read from storage, decoded or copied to the device.
 """
 
-from __future__ import annotations
-
 import torch
 
 from .backend import Engine, Output, Work

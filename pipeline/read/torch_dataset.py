@@ -1,7 +1,5 @@
 """The loader as a torch dataset, for frameworks that need a DataLoader."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch.utils.data import IterableDataset, get_worker_info

@@ -5,8 +5,6 @@ whose header names fewer rows is decoded to those rows, and what follows is skip
 224 in 256, and the pixels above the cut are the same to the last bit.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from ..jit import compiled

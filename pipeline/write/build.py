@@ -4,8 +4,6 @@ Same source, options and seed give the same bytes with any number of workers, in
 function of the plan.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import time

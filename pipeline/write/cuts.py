@@ -1,7 +1,5 @@
 """Makes the files of pipeline/cuts.py for a data set that is finished: each image is read once, none is changed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

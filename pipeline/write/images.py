@@ -1,7 +1,5 @@
 """Decodes, checks, resizes and encodes one image file. Pure."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 

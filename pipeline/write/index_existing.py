@@ -4,8 +4,6 @@ As in webdataset, a sample is the adjacent members of one key, a name up to its 
 member of a tar is in a sample, listed as a bad image, or counted as passed over.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -3,8 +3,6 @@
 A record is written after its shard. So if it exists, the shard is whole, and its images need not be read again.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import zipfile

@@ -1,7 +1,5 @@
 """From the records of all shards to what the manifest holds: for new shards and for tars that exist already."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from math import isqrt
 from typing import Any

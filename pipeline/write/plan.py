@@ -1,7 +1,5 @@
 """The plan of a sharding: which image goes into which shard. A function of the source and the options alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
