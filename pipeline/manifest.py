@@ -79,11 +79,10 @@ class Split:
         """
         for shard in self.shards:
             path = self.root / shard.name
-            if not path.is_file():
-                yield shard.name, "the shard is missing; copy it again or shard the data again"
-            elif (size := path.stat().st_size) != shard.bytes:
-                cure = "copy it again or shard the data again"
-                yield shard.name, f"{size} bytes, {shard.bytes} in the manifest; {cure}"
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                what = "the shard is missing" if size is None else f"{size} bytes, {shard.bytes} in the manifest"
+                yield shard.name, f"{what}; copy it again or shard the data again"
         counts = np.bincount(self.index["shard"], minlength=len(self.shards))  # a shard may have lost all its images
         if counts.tolist() != [shard.samples for shard in self.shards]:
             yield self.index_name, "the index and the manifest count differently"

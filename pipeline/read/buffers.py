@@ -37,4 +37,4 @@ class Buffers:
         if at is None:
             at = len(self._memory)
             self._memory.append(new_buffer(size + spare, pinned=self.pinned))
-        return self._memory[at][:size].view(dtype).reshape(shape)
+        return np.asarray(self._memory[at][:size].view(dtype).reshape(shape))

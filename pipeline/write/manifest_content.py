@@ -35,8 +35,8 @@ def write_statistics(totals: Totals, folder: Folder, name: str) -> dict[str, Any
     if not images:
         raise DataError("no training image could be decoded for the statistics; repair them or measure more")
     mean = sums[:3] / pixels
-    rr, rg, rb, gg, gb, bb = sums[3:] / pixels
-    covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)
+    pairs = np.array([[0, 1, 2], [1, 3, 4], [2, 4, 5]])  # of rr, rg, rb, gg, gb and bb
+    covariance = sums[3:][pairs] / pixels - np.outer(mean, mean)
     values, vectors = np.linalg.eigh(covariance)
     # An eigenvector may point either way: this fixes the direction.
     vectors *= np.sign(vectors[np.abs(vectors).argmax(0), [0, 1, 2]])
