@@ -25,6 +25,7 @@ from .jpeg import (
     WIDTH,
     places_in,
     skip_mcu,
+    unpack,
 )
 
 CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
@@ -123,19 +124,22 @@ def _write_header(image: ndarray, header: ndarray, placed: ndarray, out: ndarray
 
 @compiled
 def cut_jpeg(
-    image: ndarray, header: ndarray, places: ndarray, box: ndarray,
+    image: ndarray, header: ndarray, packed: ndarray, box: ndarray,
     out: ndarray, placed: ndarray,
 ) -> Any:  # fmt: skip
     """Writes a JPEG of the pixels `box` of a JPEG into `out`; returns its size.
 
     0 if it is not possible: the image is to be decoded whole then, and its places are wrong or it is damaged.
-    header: by read_header. places: of find_places. box: left, top, right and bottom.
+    header: by read_header. packed: the image's places, see jpeg.unpack. box: left, top, right and bottom.
     out: it suffices if it has 2 len(image) + EXTRA bytes.
     placed: (4,) int64, filled with left, top, width and height of what was cut.
     """
     width, height, unit, down = header[WIDTH], header[HEIGHT], header[MCU_WIDTH], header[MCU_HEIGHT]
-    starts = 8 * header[DATA] + np.cumsum(places[:, 0].astype(np.int64) & 0xFFFF)  # of the entries, in bits
-    if len(places) != places_in(header) or (starts[-1] >> 3) + 2 > len(image):
+    places = np.empty((places_in(header), 4), np.int64)
+    if not unpack(packed, places):
+        return 0
+    starts = 8 * header[DATA] + places[:, 0]
+    if (starts[-1] >> 3) + 2 > len(image):
         return 0
     left, right = _covering(box[0], box[2], unit, width)
     top, bottom = _covering(box[1], box[3], down, height)

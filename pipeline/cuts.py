@@ -18,12 +18,11 @@ from .shards import Shard, file_sha256
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
 
-# A file is a header, the entries of all images, and a table with a row for each: its first entry, their number (0: the
-# image cannot be cut), and their checksum, continued from the image's.
-MAGIC = b"IXCUTS01"
+# A file is a header, the packed places of all images, and a table with a row for each: where its places begin behind
+# the header, their size (0: the image cannot be cut), and their checksum, continued from the image's.
+MAGIC = b"IXCUTS02"
 HEADER_BYTES = len(MAGIC) + 32
-ENTRY_BYTES = 8
-TABLE_DTYPE = np.dtype([("first", "<u4"), ("count", "<u4"), ("crc32", "<u4")])
+TABLE_DTYPE = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
 
 
 def header(shard: Shard) -> bytes:
@@ -43,7 +42,7 @@ def table(path: Path, shard: Shard) -> np.ndarray:
         start = file.seek(0, 2) - shard.samples * TABLE_DTYPE.itemsize
         file.seek(max(start, 0))
         rows = np.fromfile(file, TABLE_DTYPE)
-        end = HEADER_BYTES + ENTRY_BYTES * (rows["first"].astype(np.int64) + rows["count"]).max(initial=0)
+        end = HEADER_BYTES + (rows["offset"].astype(np.int64) + rows["size"]).max(initial=0)
         if len(rows) != shard.samples or end > start:
             raise ValueError("cut short")
     return rows
@@ -58,7 +57,7 @@ class Cuts(NamedTuple):
 
 
 def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
-    """None if there are none. Raises DataError if they are of another data set or damaged; entries are not read."""
+    """None if there are none. Raises DataError if they are of another data set or damaged; places are not read."""
     path = dataset.root / NAME
     if not path.is_file():
         return None

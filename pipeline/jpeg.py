@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, read_table, skip_block, unstuff
+from .huffman import SLACK, TABLE, TABLES, peek, read_table, skip_block, unstuff
 from .jit import compiled
 
 # What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From CODES on
 # are each component's DC and AC table.
 WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, CODES = range(TABLES, TABLES + 9)
 HEADER = CODES + 6
+u = np.uintp
 
 
 @compiled
@@ -116,10 +117,10 @@ def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarra
     return bit
 
 
-# Places: the bits of the scan at which MCUs begin. An entry every STEP pixels of each of their rows, and a last one.
-# An entry is four int16: bits since the entry before, with stuffed zeros and without a sign, and the components' latest
-# DC values.
-STEP = 64
+# Places: where MCUs begin. An entry every STEP pixels of each of their rows, and a last one. An entry is four numbers:
+# the bit of the scan, which has stuffed zeros, and the components' latest DC values.
+STEP = 32
+LONGEST = 17  # bits of a packed number's lower part
 
 
 @compiled
@@ -129,29 +130,68 @@ def places_in(header: ndarray) -> Any:
 
 @compiled
 def find_places(image: ndarray, header: ndarray) -> ndarray:
-    """(n, 4) int16: the entries of a JPEG. None if it cannot be cut.
+    """(n, 4) int64: the entries of a JPEG. None if it cannot be cut.
 
     That includes every damaged one: each MCU is read, and the last one ends the image.
     """
-    none = np.empty((0, 4), np.int16)
+    none = np.empty((0, 4), np.int64)
     if not read_header(image, header):
         return none
     columns, step = -(-header[WIDTH] // header[MCU_WIDTH]), STEP // header[MCU_WIDTH]
     mcus = columns * -(-header[HEIGHT] // header[MCU_HEIGHT])
-    clean, places = np.empty(len(image) + SLACK, np.uint8), np.empty((places_in(header), 4), np.int16)
+    clean, places = np.empty(len(image) + SLACK, np.uint8), np.empty((places_in(header), 4), np.int64)
     n, marker = unstuff(image, header[DATA], len(image), clean)
-    bit, at, stuffed, last, found, values = 0, 0, 0, 0, 0, np.zeros(3, np.int64)
+    bit, at, stuffed, found, values = 0, 0, 0, 0, np.zeros(3, np.int64)
     for mcu in range(mcus + 1):
         if mcu % columns % step == 0:
-            while at < bit >> 3:
+            while at < min(bit >> 3, n):
                 stuffed += clean[at] == 0xFF
                 at += 1
-            here = 8 * stuffed + bit
-            if bit > 8 * n or here - last > 0xFFFF or np.abs(values).max() > 0x7FFF:
-                return none
-            places[found, 0], places[found, 1:] = here - last, values
-            last, found = here, found + 1
+            places[found, 0], places[found, 1:] = 8 * stuffed + bit, values
+            found += 1
         if mcu < mcus:
             bit = skip_mcu(clean, bit, 8 * n, header, values)
-    whole = 8 * n - bit < 8 and marker < len(image) and image[marker] == 0xD9
+    whole = 0 <= 8 * n - bit < 8 and marker < len(image) and image[marker] == 0xD9
     return places if whole else none
+
+
+def pack(places: ndarray) -> bytes:
+    """The entries as differences to those before them, in Rice codes, a quarter of the size; nothing if there are none.
+
+    A number's upper part is as many ones and a zero; its lower bits follow, whose number is that of its column:
+    the first four bytes.
+    """
+    if not len(places):
+        return b""
+    step = np.diff(places, axis=0, prepend=0)
+    values = np.where(step < 0, -2 * step - 1, 2 * step)
+    values[:, 0] = step[:, 0]
+    costs = [(values >> lower).sum(0) + lower * len(values) for lower in range(LONGEST + 1)]
+    best = np.argmin(costs, axis=0)
+    lower, values = np.tile(best, len(values)), values.reshape(-1)
+    ends = np.cumsum((values >> lower) + 1 + lower)
+    bits = np.ones(ends[-1], np.uint8)
+    for i in range(best.max() + 1):
+        has = lower >= i
+        bits[ends[has] - 1 - i] = np.where(lower > i, values >> i & 1, 0)[has]
+    return best.astype(np.uint8).tobytes() + np.packbits(bits).tobytes()
+
+
+@compiled
+def unpack(packed: ndarray, places: ndarray) -> bool:
+    """Fills `places` from their packed form, with SLACK bytes behind it. False: these are not as many."""
+    bit, end, before = 32, 8 * (len(packed) - SLACK), np.zeros(4, np.int64)
+    if end < bit or packed[:4].max() > LONGEST:
+        return False
+    for i in range(len(places)):
+        for column in range(4):
+            lower, upper = int(packed[column]), 0
+            while bit < end and packed[u(bit >> 3)] << (bit & 7) & 0x80:
+                upper, bit = upper + 1, bit + 1
+            if bit + 1 + lower > end:
+                return False
+            value = upper << lower | peek(packed, bit + 1) >> (32 - lower)
+            before[column] += value >> 1 ^ -(value & 1) if column else value
+            bit += 1 + lower
+        places[i] = before
+    return end - bit < 8

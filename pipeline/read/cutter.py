@@ -7,9 +7,10 @@ from numpy import ndarray
 
 from .. import jpeg
 from ..cut_jpeg import EXTRA, cut_jpeg
-from ..cuts import ENTRY_BYTES, HEADER_BYTES, Cuts
+from ..cuts import HEADER_BYTES, Cuts
 from ..decode import Scratch
 from ..errors import StorageError
+from ..huffman import SLACK
 from ..jit import compiled
 from .byte_source import LocalShards, OpenFile
 from .checksum import crc32
@@ -54,11 +55,11 @@ class Cutter:
 
         rows: see fetch.py. pixels: by pixels_under.
         """
-        table, size = self._table[ids], rows[:, [WIDTH, HEIGHT]]
-        area = (np.minimum(pixels[:, 2:], size) - np.maximum(pixels[:, :2], 0)).prod(1)
-        count = np.where(area < WORTH * size.prod(1), table["count"], 0)
-        first = HEADER_BYTES + ENTRY_BYTES * table["first"].astype(np.int64)
-        return np.stack([first, ENTRY_BYTES * count, table["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
+        table, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
+        area = (np.minimum(pixels[:, 2:], sides) - np.maximum(pixels[:, :2], 0)).prod(1)
+        size = np.where(area < WORTH * sides.prod(1), table["size"], 0)
+        offset = HEADER_BYTES + table["offset"].astype(np.int64)
+        return np.stack([offset, size, table["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray) -> list[Cut]:
         """Cuts the images of a block that has been fetched; valid until this thread's next call."""
@@ -88,7 +89,7 @@ def cut_images(
 
     found: (n, 6) int64, zeros: filled with the cut's first and last byte in `out` and its left, top, width and height.
     """
-    header, entries, q = np.zeros(jpeg.HEADER, np.int32), np.empty(places[:, 1].max(), np.uint8), 0
+    header, entries, q = np.zeros(jpeg.HEADER, np.int32), np.empty(places[:, 1].max() + SLACK, np.uint8), 0
     for i in range(len(at)):
         image, (offset, size, crc) = buffer[at[i] : at[i] + rows[i, SIZE]], places[i]
         if fds[i] == IN_MEMORY or not fetched(entries, 0, fds[i], offset, size, 0, False):
@@ -99,7 +100,5 @@ def cut_images(
             continue
         if header[jpeg.WIDTH] != rows[i, WIDTH] or header[jpeg.HEIGHT] != rows[i, HEIGHT]:
             continue
-        last = q + cut_jpeg(
-            image, header, entries[:size].view(np.int16).reshape(-1, 4), pixels[i], out[q:], found[i, 2:]
-        )  # fmt: skip
+        last = q + cut_jpeg(image, header, entries[: size + SLACK], pixels[i], out[q:], found[i, 2:])
         found[i, 0], found[i, 1], q = q, last, last

@@ -12,7 +12,8 @@ from .. import cuts, pool
 from ..cut_jpeg import EXTRA, cut_jpeg
 from ..errors import DataError
 from ..files import Json, json_bytes
-from ..jpeg import HEADER, find_places
+from ..huffman import SLACK
+from ..jpeg import HEADER, find_places, pack
 from ..manifest import Dataset, Split
 from ..shards import crc32, file_sha256
 from ..storage import Folder
@@ -20,14 +21,15 @@ from ..storage import Folder
 CHECK_ONE_IN = 32  # images, chosen by their checksum: a cut is decoded and compared with the whole image
 
 
-def is_exact(image: np.ndarray, header: np.ndarray, places: np.ndarray, seed: int) -> bool:
-    """Whether a cut has the pixels of the whole image. header, places: by find_places. seed: of the rectangle."""
+def is_exact(image: np.ndarray, header: np.ndarray, places: bytes, seed: int) -> bool:
+    """Whether a cut has the pixels of the whole image. header: by find_places. places: by pack. seed: of the box."""
     with contextlib.suppress(ValueError):  # libjpeg-turbo warns of something, or it could not be cut
         whole, numbers = decode_jpeg(image, strict=True), np.random.default_rng(seed)
         height, width, _ = whole.shape
         (left, right), (top, bottom) = (np.sort(numbers.choice(n + 1, 2, replace=False)) for n in (width, height))
         out, placed = np.empty(2 * len(image) + EXTRA, np.uint8), np.zeros(4, np.int64)
-        end = cut_jpeg(image, header, places, np.array([left, top, right, bottom]), out, placed)
+        packed = np.frombuffer(bytearray(places + bytes(SLACK)), np.uint8)
+        end = cut_jpeg(image, header, packed, np.array([left, top, right, bottom]), out, placed)
         x, y, *_ = placed.tolist()
         cut = decode_jpeg(out[:end], strict=True)[top - y : bottom - y, left - x : right - x]
         return np.array_equal(cut, whole[top:bottom, left:right])
@@ -51,7 +53,7 @@ def make_cuts(
             for shard, file in zip(split.shards, made, strict=True):
                 files.append(file)
                 progress(shard.samples)
-    folder.write(cuts.NAME, json_bytes({"version": 1, "fingerprint": dataset.fingerprint, "splits": splits}))
+    folder.write(cuts.NAME, json_bytes({"version": 2, "fingerprint": dataset.fingerprint, "splits": splits}))
     return [file for files in splits.values() for file in files]
 
 
@@ -62,7 +64,7 @@ def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) 
         table = cuts.table(path, split.shards[number])
     except DataError:
         table = _write_file(folder, name, split, number, check_one_in)
-    can_be_cut = int((table["count"] > 0).sum())
+    can_be_cut = int((table["size"] > 0).sum())
     return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "cut": can_be_cut}
 
 
@@ -77,11 +79,11 @@ def _write_file(folder: Folder, name: str, split: Split, number: int, check_one_
             if crc32(data) != crc:
                 raise DataError(f"{tar}: changed at byte {offset}; copy the shard again")
             image = np.frombuffer(bytearray(data), np.uint8)  # not read-only, as in the loader: compiled once
-            places = find_places(image, header)
-            if len(places) and crc % check_one_in == 0 and not is_exact(image, header, places, crc):
-                places = places[:0]
-            table[i] = total, len(places), crc32(places.tobytes(), crc)
-            file.write(places.tobytes())
+            places = pack(find_places(image, header))
+            if places and crc % check_one_in == 0 and not is_exact(image, header, places, crc):
+                places = b""
+            table[i] = total, len(places), crc32(places, crc)
+            file.write(places)
             total += len(places)
         file.write(table.tobytes())
     return table

@@ -21,7 +21,8 @@ from simplejpeg import decode_jpeg, encode_jpeg
 from pipeline import AugmentConfig, Loader, cuts, verify
 from pipeline.cut_jpeg import EXTRA, cut_jpeg
 from pipeline.errors import ConfigError, DataError
-from pipeline.jpeg import HEADER, find_places, read_header
+from pipeline.huffman import SLACK
+from pipeline.jpeg import HEADER, find_places, pack, read_header, unpack
 from pipeline.manifest import open_dataset
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.cuts import make_cuts
@@ -34,18 +35,19 @@ EXAMPLES = 20_000 if "FAULTS" in os.environ else 60
 CANARY = 0xA5
 
 
-def cut(image: bytes, places: np.ndarray, box: tuple[int, int, int, int]) -> tuple[bytes, list[int]]:
+def cut(image: bytes, places: bytes, box: tuple[int, int, int, int]) -> tuple[bytes, list[int]]:
     """The cut and its place; nothing but the stated memory is written."""
     data, header, placed = np.frombuffer(bytearray(image), np.uint8), np.zeros(HEADER, np.int32), np.zeros(4, np.int64)
     memory, size, end = np.full(2 * len(data) + EXTRA + 64, CANARY, np.uint8), 2 * len(data) + EXTRA, 0
     if read_header(data, header):
-        end = cut_jpeg(data, header, places, np.array(box), memory[:size], placed)
+        packed = np.frombuffer(bytearray(places + bytes(SLACK)), np.uint8)
+        end = cut_jpeg(data, header, packed, np.array(box), memory[:size], placed)
     assert (memory[size:] == CANARY).all()
     return memory[:end].tobytes(), placed.tolist()
 
 
-def places_of(image: bytes) -> np.ndarray:
-    return find_places(np.frombuffer(bytearray(image), np.uint8), np.zeros(HEADER, np.int32))
+def places_of(image: bytes) -> bytes:
+    return pack(find_places(np.frombuffer(bytearray(image), np.uint8), np.zeros(HEADER, np.int32)))
 
 
 def encoded(seed: int, width: int, height: int, kind: str, quality: int) -> bytes:
@@ -63,7 +65,7 @@ def encoded(seed: int, width: int, height: int, kind: str, quality: int) -> byte
     )
 
 
-def assert_equal(image: bytes, places: np.ndarray, box: tuple[int, int, int, int]) -> None:
+def assert_equal(image: bytes, places: bytes, box: tuple[int, int, int, int]) -> None:
     left, top, right, bottom = box
     data, (x, y, width, height) = cut(image, places, box)
     assert data
@@ -135,17 +137,27 @@ def test_other_images_have_no_places(kind):
 @given(st.sampled_from(["420", "444", "optimised"]), st.data())
 def test_damaged_places_and_images_never_read_or_write_elsewhere(kind, data):
     """With a right checksum too: what comes out decodes to the size that is named, or is rejected, or is none."""
-    image, places = encoded(3, 150, 90, kind, 85), None
-    places = places_of(image)
-    flat, bytes_ = places.view(np.uint16).reshape(-1), bytearray(image)
+    image = encoded(3, 150, 90, kind, 85)
+    places, bytes_ = bytearray(places_of(image)), bytearray(image)
     for _ in range(data.draw(st.integers(1, 6))):
-        if data.draw(st.booleans()):
-            flat[data.draw(st.integers(0, flat.size - 1))] = data.draw(st.integers(0, 0xFFFF))
-        else:
-            bytes_[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
+        damaged = data.draw(st.sampled_from([places, bytes_]))
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     size = data.draw(st.integers(1, len(places)))
-    cut(bytes(bytes_), places[: size if data.draw(st.booleans()) else len(places)], (20, 10, 100, 70))
+    cut(bytes(bytes_), bytes(places[: size if data.draw(st.booleans()) else len(places)]), (20, 10, 100, 70))
     places_of(bytes(bytes_))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), *[st.integers(-(1 << 15), 1 << 15)] * 3), min_size=1, max_size=50))
+def test_packed_places_are_the_same_again_and_no_others_fit(rows):
+    places = np.array(rows, np.int64)
+    places[:, 0] = np.cumsum(places[:, 0])
+    packed = np.frombuffer(pack(places) + bytes(SLACK), np.uint8)
+    found = np.zeros_like(places)
+    assert unpack(packed, found)
+    assert np.array_equal(found, places)
+    assert not unpack(packed[:-1], found)
+    assert not unpack(packed, np.zeros((len(places) + 3, 4), np.int64))
 
 
 # Data sets
