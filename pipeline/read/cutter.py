@@ -61,12 +61,13 @@ class Cutter:
         offset = HEADER_BYTES + table["offset"].astype(np.int64)
         return np.stack([offset, size, table["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
 
-    def __call__(self, block: Block, places: ndarray, pixels: ndarray) -> list[Cut]:
-        """Cuts the images of a block that has been fetched; valid until this thread's next call."""
+    def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
+        """Cuts the images of a block that has been fetched; unless kept, valid until this thread's next call."""
         wanted = zip(block.rows[:, SHARD].tolist(), places[:, 1].tolist(), strict=True)
         files = [self._opened(shard) if size else None for shard, size in wanted]
         fds = np.array([file.fd if file else IN_MEMORY for file in files], np.int64)
-        out, found = self._out(int((2 * block.rows[:, SIZE] + EXTRA).sum())), np.zeros((len(fds), 6), np.int64)
+        size, found = int((2 * block.rows[:, SIZE] + EXTRA).sum()), np.zeros((len(fds), 6), np.int64)
+        out = np.empty(size, np.uint8) if keep else self._out(size)
         cut_images(block.buffer, block.at, block.rows, fds, places, pixels, out, found)
         return [Cut(out[start:end], *placed) for start, end, *placed in found.tolist()]
 

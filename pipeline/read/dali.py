@@ -5,17 +5,22 @@ Nothing here is random, shuffles or reads a file: bytes and crops come from outs
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..cuts import Cuts
 from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Output, Work, check_raw_sizes, undecodable
+from .cutter import Cut, Cutter, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH
 from .reader import Reader
+
+CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Graph:
     raw: bool  # images are stored as pixels
     resized: bool  # otherwise every crop is a plain copy of pixels
     whole: bool  # decode whole images and crop them then, instead of decoding the crop's region alone
+    cut: bool = False  # some images are cuts, whose memory is not pinned
     hw_decoder_load: float = 0.65  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
 
     @property
@@ -54,7 +60,7 @@ class Graph:
         """
         from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
-        pinned = self.decoder.device is not None  # as the reader's buffers
+        pinned = self.decoder.device is not None and not self.cut  # as the reader's buffers
         layout = "HWC" if self.raw else ""
         if self.raw:
             shapes = work.rows[:, [HEIGHT, WIDTH]].tolist()
@@ -129,23 +135,39 @@ class Graph:
 
 
 class Dali(Engine):
-    """See backend.Engine. rows: crops of the largest batch."""
+    """See backend.Engine. rows: crops of the largest batch. cuts: places of the JPEGs' MCUs."""
 
-    def __init__(self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int) -> None:
+    def __init__(
+        self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int, cuts: Cuts | None = None
+    ) -> None:
         self.graph, self.rows, self.threads, self.depth, self._reader = graph, rows, threads, depth, reader
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
+        self._cutter, self._cutting = Cutter(cuts) if cuts else None, deque[tuple[Work, list[Future[list[Cut]]]]]()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-cut")
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
 
     def start(self, source: Callable[[], Work]) -> None:
         def feed() -> tuple[Any, ...]:
-            work = source()
+            while len(self._cutting) <= bool(self._cutter):  # one batch is cut while the one before it is decoded
+                self._cutting.append(self._cut(source()))
+            work, cuts = self._cutting.popleft()
             images = self._acceptable(work)
             self._decoding.append((work, images))
-            return self.graph.inputs(work, images)
+            return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
         self._pipeline = self.graph.pipeline(feed, rows=self.rows, threads=self.threads, depth=self.depth)
+
+    def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
+        def cut(a: int, b: int) -> list[Cut]:
+            assert self._cutter
+            rows, pixels = work.rows[a:b], pixels_under(work.box[a:b], self.graph.output.crop)
+            places = self._cutter.places(work.ids[a:b], rows, pixels)
+            return self._cutter(self._reader.fetch(work.read, a, b, lambda _: 0), places, pixels, keep=True)
+
+        starts = range(0, len(work.ids), CUT_A_TASK) if self._cutter else ()
+        return work, [self._pool.submit(cut, a, min(a + CUT_A_TASK, len(work.ids))) for a in starts]
 
     def _acceptable(self, work: Work) -> list[memoryview]:
         """The stored images in forms that DALI decodes to our pixels. Raises BadSample.
@@ -184,8 +206,15 @@ class Dali(Engine):
 
     def stop(self) -> None:
         self._pipeline = None  # its threads end before the buffers they decode from may go
+        wait([task for _, cuts in self._cutting for task in cuts if not task.cancel()])
+        self._cutting.clear()
         self._decoding.clear()
         self._spent.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        if self._cutter:
+            self._cutter.close()
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()
@@ -202,6 +231,19 @@ class Dali(Engine):
         work, images = self._decoding[0]
         found = decoder.first_rejected(images, threads=self.threads)
         return undecodable(work, *found, self._reader) if found else err
+
+
+def _replaced(work: Work, images: list[memoryview], cuts: list[Cut]) -> Work:
+    """The batch with cuts in place of the images that were cut: sizes and boxes are the cuts'."""
+    chosen = [i for i, cut in enumerate(cuts) if len(cut.data)]
+    if not chosen:
+        return work
+    rows, box, placed = work.rows.copy(), work.box.copy(), np.array([cuts[i][1:] for i in chosen])
+    rows[np.ix_(chosen, [WIDTH, HEIGHT])] = placed[:, 2:]
+    box[chosen, :, :2] -= placed[:, None, :2]
+    for i in chosen:
+        images[i] = cuts[i].data.data
+    return work._replace(rows=rows, box=box)
 
 
 def _acceptable(image: memoryview, size: tuple[int, int]) -> memoryview:

@@ -143,7 +143,7 @@ class Loader(AbstractContextManager["Loader"]):
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
-        cuts = _cuts(self.dataset, self.split) if self.backend == "portable" and not raw else None
+        cuts = _cuts(self.dataset, self.split) if self.backend != "synthetic" and not raw else None
         engine = self.backend, output, self._reader, self.plan, self.config
         self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cuts=cuts)
         self._check: PixelCheck | None = None

@@ -30,7 +30,7 @@ def make(
     threads: int,
     cuts: Cuts | None = None,
 ) -> Engine:
-    """raw: images are stored as pixels. cuts: places of the JPEGs' MCUs; the portable backend alone uses them."""
+    """raw: images are stored as pixels. cuts: places of the JPEGs' MCUs."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
         from .synthetic import Synthetic
@@ -46,5 +46,5 @@ def make(
     jittered = plan.train and plan.augment.scale_jitter is not None
     resized = jittered or bool((short_sides != plan.augment.resize).any())
     whole = backend == "dali-gpu" if config.decode == "auto" else config.decode == "whole"
-    graph = Graph(output, raw, resized, whole, config.hw_decoder_load)
-    return Dali(graph, reader, rows=rows, threads=threads, depth=depth)
+    graph = Graph(output, raw, resized, whole, bool(cuts), config.hw_decoder_load)
+    return Dali(graph, reader, rows=rows, threads=threads, depth=depth, cuts=cuts)

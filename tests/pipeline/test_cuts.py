@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from simplejpeg import decode_jpeg, encode_jpeg
 
-from pipeline import AugmentConfig, Loader, cuts, verify
+from pipeline import AugmentConfig, Loader, LoaderConfig, cuts, verify
 from pipeline.cut_jpeg import EXTRA, cut_jpeg
 from pipeline.errors import ConfigError, DataError
 from pipeline.huffman import SLACK
@@ -185,10 +185,10 @@ def with_cuts(folder, tmp_path):
     return out
 
 
-def crops(shards, **augment) -> list[torch.Tensor]:
-    chosen = {"resize": 64, "crop": 48} | augment
+def crops(shards, backend="portable", **augment) -> list[torch.Tensor]:
+    chosen, config = {"resize": 64, "crop": 48} | augment, LoaderConfig(backend, threads=2)
     train = chosen.get("views") != 10
-    with Loader(shards, batch=5, dtype="uint8", train=train, augment=AugmentConfig(**chosen)) as loader:
+    with Loader(shards, batch=5, dtype="uint8", train=train, augment=AugmentConfig(**chosen), config=config) as loader:
         return [batch.images for _ in range(2) for batch in loader]
 
 
@@ -206,6 +206,21 @@ def test_batches_are_the_same_with_cuts_and_without(augment, folder, with_cuts, 
     for theirs, ours in zip(crops(folder, **augment), crops(with_cuts, **augment), strict=True):
         assert torch.equal(theirs, ours)
     assert any(calls) or augment.get("views") == 10
+
+
+@pytest.mark.parametrize("augment", [{}, {"scale_jitter": (0.05, 0.5)}], ids=str)
+def test_dali_gets_the_cuts_and_makes_the_same_crops(augment, folder, with_cuts, monkeypatch):
+    """Boxes of resized crops are moved to the cut, in floats: a grey level at a few pixels. Copied crops are equal."""
+    from pipeline.read import dali
+
+    sizes = []
+    original = dali._replaced
+    monkeypatch.setattr(dali, "_replaced", lambda *a: sizes.extend(len(c.data) for c in a[2]) or original(*a))
+    batches = zip(crops(folder, "dali-cpu", **augment), crops(with_cuts, "dali-cpu", **augment), strict=True)
+    differences = torch.cat([(ours.int() - theirs.int()).abs().flatten() for theirs, ours in batches])
+    assert sum(size > 0 for size in sizes) > len(sizes) / 2
+    assert differences.max() <= 1
+    assert (differences > 0).float().mean() < 1e-3
 
 
 def test_cuts_change_nothing_else_and_are_the_same_bytes_each_time(folder, with_cuts):
