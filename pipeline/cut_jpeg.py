@@ -61,7 +61,8 @@ def _put(out: ndarray, q: int, acc: int, held: int, value: int, size: int) -> tu
 def _copy(clean: ndarray, bit: int, end: int, out: ndarray, q: int, acc: int, held: int) -> Any:
     """Appends the bits [bit, end)."""
     while end - bit >= 32:
-        q, acc, held = _put(out, q, acc, held, peek(clean, bit), 32)
+        acc = (acc & 0xFFFFFFFF) << 32 | peek(clean, bit)
+        q = _write(out, q, acc >> held)
         bit += 32
     return _put(out, q, acc, held, peek(clean, bit) >> (32 - (end - bit)), end - bit)
 
@@ -163,7 +164,8 @@ def cut_jpeg(
         # The first MCU, whose differences are to other values now.
         copied = bit
         for i in range(header[COMPONENTS]):
-            q, acc, held = _copy(clean, copied, bit, out, q, acc, held)
+            if bit > copied:
+                q, acc, held = _copy(clean, copied, bit, out, q, acc, held)
             dc, ac, size = header[CODES + 2 * i], header[CODES + 2 * i + 1], 0
             length, difference = read_difference(header, dc, peek(clean, bit))
             copied, difference = bit + length, difference + before[i] - written[i]
