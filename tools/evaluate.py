@@ -37,14 +37,13 @@ def parser() -> cli.Parser:
     p = cli.Parser(prog="evaluate.py", description=__doc__)
     p.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("--data.shards", dest="shards", type=Path, required=True, metavar="DIR", help="what to measure on")
-    p.add_argument("--data.split", dest="split", default="val", metavar="NAME", help="(%(default)s)")
-    p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
-    p.add_argument("--batch", type=int, default=256, metavar="N", help="images at once, over all ranks (%(default)s)")
-    p.add_argument("--precision", choices=("trained", "fp32", "bf16"), default="trained", help="(as %(default)s)")
-    cli.add_model_options(p)
-    p.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 0: none (%(default)s)")
-    cli.add_files(
-        p,
+    p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
+    p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
+    p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
+    p.option("precision", "trained", "(as %(default)s)", choices=("trained", "fp32", "bf16"))
+    p.model_options()
+    p.option("resamples", 1000, "of the bootstrap, 0: none (%(default)s)", metavar="N")
+    p.files(
         json="all figures, by class too, with what they depend on",
         csv="each image's label and five predictions",
         submission="five labels a line, for ImageNet's test images",

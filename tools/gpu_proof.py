@@ -45,13 +45,13 @@ def parser() -> cli.Parser:
     p = cli.Parser(prog="gpu_proof.py", description=__doc__)
     steps = f"A, B, or of {', '.join(STEPS)} (default: all)"
     p.add_argument("--steps", nargs="+", choices=["A", "B", *STEPS], default=["A", "B"], metavar="STEP", help=steps)
-    p.add_argument("--device", default="cuda:0", help="(%(default)s)")
-    p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
+    p.option("device", "cuda:0", "(%(default)s)")
+    p.flag("tiny", "a few images and seconds: to see it run, not for figures")
     p.add_argument("--shards", type=Path, metavar="DIR", help="holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
     p.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar")
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
-    p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="folder for the JSON (%(default)s)")
+    p.add_argument("--out", type=Path, default="runs/gpu-proof", help="folder for the JSON (%(default)s)")
     p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
     for own in ("--step", "--answer", "--scratch", "--limit"):  # how the script runs itself for one step
         p.add_argument(own, help=argparse.SUPPRESS)

@@ -31,10 +31,10 @@ def parser() -> cli.Parser:
     p = cli.Parser(prog="predict.py", description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for standard input")
-    p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
-    cli.add_model_options(p)
-    p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="the training data, if asked for")
-    cli.add_files(p, html="a page with the pictures and bars", json="all predictions")
+    p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
+    p.model_options()
+    p.option("data.shards", "", "the training data, if asked for", dest="shards", metavar="DIR")
+    p.files(html="a page with the pictures and bars", json="all predictions")
     return p
 
 

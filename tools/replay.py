@@ -35,8 +35,8 @@ def main() -> None:
     p = cli.Parser(prog="replay.py", description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     p.add_argument("step", type=int, metavar="STEP", help="counted from 1, as in metrics.jsonl and exit.json")
-    p.add_argument("--shards", default="", metavar="DIR", help="where the run's data lie now (default: where they lay)")
-    cli.add_files(p, json="write the numbers there, with all ids")
+    p.option("shards", "", "where the run's data lie now (default: where they lay)", metavar="DIR")
+    p.files(json="write the numbers there, with all ids")
     args = p.parse_args()
     if args.step < 1:
         raise ConfigError(f"STEP {args.step}: steps count from 1")

@@ -94,7 +94,7 @@ def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> di
 def main() -> None:
     p = cli.Parser(prog="report.py", description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    cli.add_files(p, json="also write the result with what it depended on")
+    p.files(json="also write the result with what it depended on")
     args = p.parse_args()
     run = args.run
     lines = read_metrics(run)

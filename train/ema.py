@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Average:
@@ -23,13 +23,9 @@ class Average:
     def update(self, net: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = list(zip(_tensors(self.net), _tensors(net), strict=True))
+        pairs = list(zip(self.net.state_dict().values(), net.state_dict().values(), strict=True))
         averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, counter in pairs:
             if not average.is_floating_point():
                 average.copy_(counter)
-
-
-def _tensors(net: nn.Module) -> list[Tensor]:
-    return [t.detach() for t in (*net.parameters(), *net.buffers())]

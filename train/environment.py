@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
+from pipeline.files import Json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -23,14 +24,16 @@ PACKAGES = (
 LAUNCHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, set for each rank
 
 
-def describe() -> dict[str, Any]:
+def describe() -> Json:
     """Hardware and versions, without anything that names the machine."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": usable_cores(),
-        "gpus": _gpus(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: v for name in PACKAGES if (v := version(name))},
         "commit": git_commit(),
     }
@@ -100,9 +103,3 @@ def _cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,11 @@ Group = dict[str, Any]  # of parameters that an update treats alike, as in torch
 
 class _InGroups(torch.optim.Optimizer):
     """SGD with momentum that updates a group by a few calls over all its tensors: one by one, a GPU would wait for the
-    host to start some 60 small kernels."""
+    host to start some 60 small kernels.
 
-    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
-        """Updates weights and velocities by the gradients."""
-        raise NotImplementedError
+    move: updates weights and velocities by the gradients."""
+
+    move: Callable[..., None]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

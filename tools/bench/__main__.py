@@ -33,7 +33,7 @@ def make_parser() -> cli.Parser:
     for name, module in BENCHMARKS.items():
         own = kinds.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(own)
-        cli.add_files(own, json="write all measurements there")
+        own.files(json="write all measurements there")
     return p
 
 
