@@ -3,8 +3,6 @@
 python -m model.alexnet paper    prints shapes, parameters, multiply-adds and receptive fields.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

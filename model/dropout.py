@@ -1,7 +1,5 @@
 """Dropout whose masks come from coordinates: the same on one rank and on eight, and no generator's state to save."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Local response normalisation, forward and backward by formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -74,7 +72,8 @@ def saves_scale(device: torch.device) -> bool:
 
 
 def _normalise(x: Tensor, window: Window, *, compiled: bool = False, save_scale: bool | None = None) -> Tensor:
-    """compiled: by torch.compile, if it works. save_scale: what the backward pass reads; None: as `saves_scale` says."""
+    """compiled: by torch.compile, if it works. save_scale: what the backward pass reads; None: as `saves_scale` says.
+    Raises ValueError when the window's size is even."""
     if window.size < 1 or window.size % 2 == 0:
         raise ValueError(f"size={window.size}: must be odd, so that a channel is the middle of its neighbours")
     save_scale = saves_scale(x.device) if save_scale is None else save_scale
@@ -85,10 +84,8 @@ def _normalise(x: Tensor, window: Window, *, compiled: bool = False, save_scale:
         if torch.compiler.is_compiling() and not save_scale:
             # torch.compile chooses what a compiled model saves; this makes it recompute (torch 2.12 or newer: older
             # ones compute the same and save float32 squares).
-            normalised: Tensor = checkpoint(_Normalise.apply, *arguments, use_reentrant=False)
-        else:
-            normalised = _Normalise.apply(*arguments)
-    return normalised
+            return checkpoint(_Normalise.apply, *arguments, use_reentrant=False)
+        return _Normalise.apply(*arguments)
 
 
 class _Normalise(torch.autograd.Function):
@@ -100,7 +97,6 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: Window, compiled: bool, save_scale: bool) -> Tensor:
-        y: Tensor
         y, *scale = _form(forward, compiled)(_readable(x, compiled), window, save_scale)
         ctx.save_for_backward(x, *scale)
         ctx.window, ctx.compiled = window, compiled
@@ -111,7 +107,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *scale = ctx.saved_tensors
         grad_, x_ = _readable(grad, ctx.compiled), _readable(x, ctx.compiled)
-        dx: Tensor = _form(backward, ctx.compiled)(grad_, x_, ctx.window, *scale)
+        dx = _form(backward, ctx.compiled)(grad_, x_, ctx.window, *scale)
         return _cast(dx, x.dtype), None, None, None
 
 

@@ -1,7 +1,5 @@
 """A net's layers as a table: shapes, parameters, multiply-adds, receptive fields."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The choice of a net, and each AlexNet variant as a table that reads like that of its source."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 

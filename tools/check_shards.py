@@ -6,8 +6,6 @@
 Exit codes: 0 all is well, 1 something is wrong and was named, 2 usage, 65 the folder is no dataset.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

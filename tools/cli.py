@@ -1,7 +1,5 @@
 """What every tool shares: one-line errors and exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

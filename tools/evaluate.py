@@ -7,8 +7,6 @@ accelerate launch --config_file docker/accelerate/8gpu.yaml tools/evaluate.py â€
 Exit codes: 0 done, 2 usage, 65 bad data, 74 not writable.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from typing import Any
 from unicodedata import normalize
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import atomic_write, write_json
+from pipeline.files import Json, atomic_write, write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from tools import cli
@@ -172,7 +170,7 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
         write_json(args.json, described | found)
 
 
-def figure(found: dict[str, Any], name: str) -> str:
+def figure(found: Json, name: str) -> str:
     value, interval = found[name], found["interval_95"].get(name)
     shown = (lambda x: f"{x:.4f}") if name == "loss" else (lambda x: f"{x:.2%}")
     counted = f"   {found['correct'][name]:,} right" if name in found["correct"] else ""

@@ -7,8 +7,6 @@ Beside it, NAME.json and NAME.md describe it. Exit codes: 0 done, 1 its logits a
 65 bad data, 74 not writable.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

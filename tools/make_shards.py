@@ -9,8 +9,6 @@ Run again, it resumes, and changes nothing that is whole. Exit codes: 0 done, 2 
 74 disk full or folder not writable.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

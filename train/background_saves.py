@@ -1,7 +1,5 @@
 """Saving in the background: how a run learns of failed saves, and what it does about them."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any, Literal
 

@@ -6,8 +6,6 @@ hold the names of the newest and of the best.
 A checkpoint that does not verify is kept as `step-NNNNNNNN.damaged` until a later one is whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

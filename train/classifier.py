@@ -1,7 +1,5 @@
 """A trained net, ready to classify images: from a run, a checkpoint, or a file of weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ class Classifier:
 
     @property
     def classes(self) -> int:
-        return int(self.card.weights["classes"])
+        return self.card.weights["classes"]
 
     def statistics(self, dataset: Dataset | None) -> Statistics:
         """The statistics that normalise its images. Raises ConfigError if neither the card nor `dataset` has them."""
@@ -148,16 +146,8 @@ def _from_weights(path: Path, preset: str) -> Classifier:
         raise ConfigError(f"--preset {preset}: {path} has a model card that names its net; leave it out")
     card = card or _card_of_preset(path, preset)
     net = _new_net(card.model, card.augment.crop, card.weights["classes"])
-    try:
-        note = load_weights(net, path)
-    except DataError as err:
-        # The cure for --model.init, another model.name, is none here.
-        reason, other, _ = str(err).removeprefix("model.init: ").partition("; choose its model.name")
-        if other:
-            whose = f"it is not of --preset {preset}" if preset else "its card is of other weights"
-            reason = f"{reason.partition('; it holds')[0]}; {whose}"
-        raise DataError(reason) from err
-    if note:
+    whose = f"it is not of --preset {preset}" if preset else "its card is of other weights"
+    if note := load_weights(net, path, cure=whose):
         raise DataError(f"{note.partition(':')[0]}, and its model card of {card.weights['classes']}; export it again")
     return Classifier(path, net, card)
 

@@ -4,10 +4,8 @@ Fields declare bounds, whether they may change on resume or between hosts, and w
 their types: see pipeline/settings.py. Order of precedence: preset < --config < flags.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -210,15 +208,15 @@ FewSteps = Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 
 class Config:
     """All of a run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    regularize: RegularizeConfig = field(default_factory=RegularizeConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    loader: MayChange[LoaderConfig] = field(default_factory=LoaderConfig)
-    guard: MayChange[GuardConfig] = field(default_factory=GuardConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    regularize: RegularizeConfig = RegularizeConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loader: MayChange[LoaderConfig] = LoaderConfig()
+    guard: MayChange[GuardConfig] = GuardConfig()
+    run: RunConfig = RunConfig()
     resume: InHelp[PerHost[str]] = ""
     """A checkpoint folder to resume from; default: the newest that verifies, if any; a bare --resume requires one."""
     overfit: InHelp[FewImages] = 0

@@ -1,7 +1,5 @@
 """A moving average of the weights, which is often the better net."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

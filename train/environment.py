@@ -1,7 +1,5 @@
 """What a result depends on beside the code: hardware, versions, commit and command, for every record we keep."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource
@@ -61,6 +59,10 @@ def check_launch() -> None:
 def launched(name: str, default: int = 0) -> int:
     """A number that launchers set for each rank, such as RANK; `default` for a process that was started alone."""
     return int(os.environ.get(name, default))
+
+
+def world_size() -> int:
+    return launched("WORLD_SIZE", 1)
 
 
 def memory_gb(device: Any) -> float:

@@ -4,8 +4,6 @@
 several, by one view or ten; `summary` counts those.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from pipeline.files import Json
 from pipeline.read.loader import Loader
 
 NAMES = ("top1", "top5", "loss", "images")  # of a Result, as records have them
@@ -167,7 +166,7 @@ def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices[:, :BEST], found.values[:, :BEST]
 
 
-def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> dict[str, Any]:
+def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> Json:
     """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
 
     All labels must be known.

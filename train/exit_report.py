@@ -12,7 +12,7 @@ from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
 
 from . import signals, watchdog
-from .environment import launched
+from .environment import launched, world_size
 from .run_folder import EXIT, RunFolder
 
 if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before that
@@ -102,7 +102,7 @@ class ExitReport:
             print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
         elif before_training:  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
             time.sleep(LOST_SECONDS)
-        if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:
+        if self.config is None and not isinstance(err, Interrupted) and world_size() > 1:
             from .preflight import report_rejection
 
             report_rejection(err)
@@ -124,7 +124,7 @@ class ExitReport:
 
 def is_lost_connection(err: RuntimeError) -> bool:
     """Whether a collective failed because its peer is gone; torch has no class of error for gloo's."""
-    if launched("WORLD_SIZE") <= 1:
+    if world_size() == 1:
         return False
     from torch.distributed import DistError
 

@@ -1,7 +1,5 @@
 """The training loop: `train` takes a run from its first batch to its last figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shlex

@@ -1,7 +1,5 @@
 """A run's metrics: summed on the device, then written to metrics.jsonl, to trackers and to the console."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -1,7 +1,5 @@
 """Optimisers, and the learning rate as a function of the update's number alone: the same at any number of processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,8 +70,7 @@ def _adapted(w: list[Tensor], g: list[Tensor], group: Group) -> Tensor:
     others = gradient + group["weight_decay"] * weight
     has_scale = (weight > 0) & (others > 0)
     trust = torch.where(has_scale, group["eta"] * weight / others, torch.full_like(weight, group["eta"]))
-    rate: Tensor = trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
-    return rate
+    return trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
 
 
 def make_optimizer(

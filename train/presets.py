@@ -1,7 +1,5 @@
 """Recipes by name. Each docstring gives the command, what to expect with its source, and on what, in how many hours."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from model import ModelConfig

@@ -1,7 +1,5 @@
 """Where the time of a few steps goes: torch's profiler, and waiting for data against computing."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

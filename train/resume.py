@@ -1,7 +1,5 @@
 """Which checkpoint a run resumes from, and whether it is of the same run: settings that are fixed on resume."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A second signal ends the process at once; copies of one signal, which launchers and schedulers forward, do not count.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -13,8 +13,6 @@ Each prints a table. With --json FILE it writes every single measurement with ha
 round it writes the file again, so an interrupted benchmark leaves the rounds that it finished, and nothing else.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -7,8 +7,6 @@ the paper's, pixels less the mean image, the loss ran off within six steps at it
 it. A run that was stopped is resumed; one that is done is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The DALI feed's Python work: the part of it that holds the interpreter's lock."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

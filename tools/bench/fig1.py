@@ -4,8 +4,6 @@ ReLU against tanh, each at every rate of one grid; the best rate of each counts.
 the best of its activation, since it could not win any more.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Imports only the standard library, pipeline's errors and files: tools/gpu_proof.py must start without any package.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 Ours are the cells of cells.py. In each round every peer, and each of our backends, is measured by a process of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The cost of the order, and how well a window mixes: computed on made labels, nothing is read."""
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

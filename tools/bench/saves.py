@@ -4,8 +4,6 @@ Steps on synthetic images, in blocks of equal length that have a save at their s
 begins when the save is on the disk, so that writing, hashing and copying all fall into the block that pays for them.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

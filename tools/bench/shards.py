@@ -4,8 +4,6 @@ Interleaved, each measurement in a process of its own. Starting a process and li
 writing, fsync and the manifest are.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

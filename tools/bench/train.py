@@ -3,8 +3,6 @@
 Interleaved, each measurement in a process of its own; compiling and the first three steps are not in the figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

@@ -1,7 +1,5 @@
 """Runs that other benchmarks are made of: CIFAR-10 as shards, and training runs that are not begun twice."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The registry of steps, in the order in which they run."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable
