@@ -30,6 +30,27 @@ from pipeline.settings import (
 )
 
 
+def _plain(numbers: tuple[Any, ...]) -> str:
+    return " ".join(map(str, numbers)) or "none"
+
+
+def _rise(numbers: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in pairwise(numbers))
+
+
+def _check_tracker(name: str) -> None:
+    if name == "tensorboard":  # a dependency of ours; the import costs a second
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [logger.value for logger in LoggerType if logger.value != "all"]
+    if name not in known:
+        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
+    if name not in map(str, get_available_trackers()):
+        raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images are."""
@@ -264,27 +285,6 @@ def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
         for name, named in epochs.items()
         if named and named[-1] >= train.epochs
     ]
-
-
-def _plain(numbers: tuple[Any, ...]) -> str:
-    return " ".join(map(str, numbers)) or "none"
-
-
-def _rise(numbers: tuple[float, ...]) -> bool:
-    return all(a < b for a, b in pairwise(numbers))
-
-
-def _check_tracker(name: str) -> None:
-    if name == "tensorboard":  # a dependency of ours; the import costs a second
-        return
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    known = [logger.value for logger in LoggerType if logger.value != "all"]
-    if name not in known:
-        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
-    if name not in map(str, get_available_trackers()):
-        raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
 
 
 def augment_at(train: TrainConfig, augment: AugmentConfig, epoch: int) -> AugmentConfig:
