@@ -27,6 +27,7 @@ from pipeline.files import Json, atomic_write, write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from tools import cli
+from train import environment
 
 SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 
@@ -71,8 +72,7 @@ def main() -> None:
     started = time.monotonic()
     predictions = predicted(models, dataset, args, accelerator)
     if accelerator.is_main_process:
-        seconds = time.monotonic() - started
-        print(f"{len(predictions.labels):,} images in {seconds:.1f} s", file=sys.stderr)
+        print(f"{len(predictions.labels):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
         if args.submission:
@@ -99,8 +99,10 @@ def check_classes(model: Any, dataset: Dataset) -> None:
         return
     for number, (theirs, ours) in enumerate(zip(known.classes, dataset.classes, strict=True)):
         if normalize("NFC", theirs) != normalize("NFC", ours):
-            both = f"its class {number} is {theirs}, but {dataset.root} has {ours}"
-            raise DataError(f"{model.source}: {both}; use shards of its classes")
+            raise DataError(
+                f"{model.source}: its class {number} is {theirs}, but {dataset.root} has {ours}; use shards of its"
+                " classes"
+            )
 
 
 def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
@@ -153,11 +155,11 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
     if found["confusions"]:
         print("confused most")
     for row in found["confusions"]:
-        pair = f"{named(row['class'], names)} taken for {named(row['taken_for'], names)}"
-        print(f"{row['count']:>7} of {row['images']:,}  {pair}")
+        print(
+            f"{row['count']:>7} of {row['images']:,}  {named(row['class'], names)} taken for"
+            f" {named(row['taken_for'], names)}"
+        )
     if args.json:
-        from train import environment
-
         described = {
             "command": environment.command(),
             "models": [str(model) for model in models],

@@ -49,7 +49,7 @@ def parser() -> cli.Parser:
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
     p.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar")
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
-    p.add_argument("--out", type=Path, default="runs/gpu-proof", help="folder for the JSON (%(default)s)")
+    p.option("out", Path("runs/gpu-proof"), "folder for the JSON (%(default)s)")
     p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
     for own in ("--step", "--answer", "--scratch", "--limit"):  # how the script runs itself for one step
         p.add_argument(own, help=argparse.SUPPRESS)

@@ -140,6 +140,11 @@ def index(args: argparse.Namespace) -> dict:
     return written
 
 
+def print_passed_over(passed_over: PassedOver) -> None:
+    if passed_over:
+        print(cli.printable(f"passed over: {passed_over}"))
+
+
 def cut(args: argparse.Namespace) -> None:
     dataset = open_dataset(args.out)
     if dataset.encoding == "raw":
@@ -149,11 +154,6 @@ def cut(args: argparse.Namespace) -> None:
         made = make_cuts(dataset, workers=args.workers, check_all=args.check_cuts == "all", progress=progress.update)
     number, size = (sum(file[name] for file in made) for name in ("cut", "bytes"))
     print(f"{args.out}: {number:,} of {images:,} images can be cut; {size / 1e6:,.1f} MB")
-
-
-def print_passed_over(passed_over: PassedOver) -> None:
-    if passed_over:
-        print(cli.printable(f"passed over: {passed_over}"))
 
 
 def class_names(path: Path | None) -> list[str] | None:
@@ -169,8 +169,9 @@ def class_names(path: Path | None) -> list[str] | None:
         if not name:
             raise DataError(f"{path}: line {number} is empty; write a class name a line")
         if name in number_of:
-            both = f"lines {number_of[name]} and {number}"
-            raise DataError(f"{path}: {both} are both {name!r}; give each class a name of its own")
+            raise DataError(
+                f"{path}: lines {number_of[name]} and {number} are both {name!r}; give each class a name of its own"
+            )
         number_of[name] = number
     return [line.strip() for line in lines]
 
@@ -201,9 +202,9 @@ def make(args: argparse.Namespace) -> dict | None:
         print_forecast(plan, only, args.out, min(args.workers, len(only)))
         return None
     with Progress("sharding", plan.images(only)) as progress:
-        nothing = range(0) if args.merge else only
+        chosen = range(0) if args.merge else only
         written = build(
-            plan, args.out, workers=args.workers, report=progress.update, only=nothing, merge=not args.shards
+            plan, args.out, workers=args.workers, report=progress.update, only=chosen, merge=not args.shards
         )
     if written is None:
         print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")

@@ -57,5 +57,8 @@ class Saver:
 
     def raise_failure(self, step: int) -> None:
         """Raises StorageError; at all ranks together."""
-        error = self._error or "another rank could not write"
-        raise StorageError(f"{error}; step {step} is not saved", together=True, here=bool(self._error))
+        raise StorageError(
+            f"{self._error or 'another rank could not write'}; step {step} is not saved",
+            together=True,
+            here=bool(self._error),
+        )

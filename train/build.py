@@ -102,8 +102,8 @@ def build_trainer(
         more = f" and {steps} of {len(loader)} steps" if steps else ""
         say(f"resuming from {saved.path}: {state.epoch} of {config.train.epochs} epochs{more} done")
     if main:
-        compiled = stepper.compiled
-        folder.describe(config, dataset, loader, precision=precision, compiled=compiled, ranks=world, threads=cores)
+        facts = {"precision": precision, "compiled": stepper.compiled, "ranks": world, "threads": cores}
+        folder.describe(config, dataset, loader, facts)
         write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
     record = Record(folder.path, accelerator, config, resumed_at=resumed_at)
@@ -154,7 +154,6 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
         state.plateau = Plateau(**kept["plateau"])
         if average:
             average.net.load_state_dict(saved.average)
-            average.updates = state.updates
         meter.load_state_dict(kept["meter"])
     except (LookupError, RuntimeError, TypeError, ValueError) as err:
         raise DataError(f"{saved.path}: does not fit this net ({first_line(err)}); choose another --run.dir") from err

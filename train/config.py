@@ -101,8 +101,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         validate(self)
         if len(self.crop_sizes) != len(self.crop_until):
-            both = f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}"
-            raise ConfigError(f"{both}: give one epoch for each size")
+            raise ConfigError(
+                f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}: give one"
+                " epoch for each size"
+            )
         if not _rise((0, *self.crop_until)):
             raise ConfigError(f"train.crop_until={_plain(self.crop_until)}: must be epochs that rise, from 1")
 

@@ -27,7 +27,7 @@ class Interrupted(ExpressError):
 
 
 class LostRank(ExpressError):
-    code = CHECK_FAILED
+    """Another rank ended, which reports why."""
 
 
 class ExitReport:

@@ -142,7 +142,7 @@ def end_epoch(t: Trainer) -> None:
         t.record.log(
             f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}: loss {means['loss']:.4f}, lr {t.state.rate:.4g},"
             f" {means['images_per_second']:,.0f} img/s, waiting for data {means['data_wait']:.0%},"
-            f" {clock(t.meter.seconds)}"
+            f" {clock(means['seconds'])}"
         )
     t.meter = Meter(t.accelerator, t.config.train.batch)
 

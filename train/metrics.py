@@ -49,13 +49,11 @@ class Meter:
         self.all_steps, self.steps, self.loss, self.last = self.all_steps + self.steps, 0, 0.0, now
         return metrics
 
-    @property
-    def seconds(self) -> float:
-        return self.last - self.started
-
     def whole(self) -> dict[str, float]:
-        """The same over all readings."""
-        return self._metrics(self.all_loss / self.all_steps, self.all_steps, self.seconds, self.all_wait)
+        """The same over all readings, and their seconds."""
+        seconds = self.last - self.started
+        means = self._metrics(self.all_loss / self.all_steps, self.all_steps, seconds, self.all_wait)
+        return means | {"seconds": seconds}
 
     def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
         return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}

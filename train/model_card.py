@@ -137,8 +137,7 @@ class Card:
         a, config = self.augment, self.recipe.get("config", {})
         kind = "A net of another library" if ":" in self.model.name else "An AlexNet"
         lines = [f"# {name}", "", f"{kind}, `{self.model.name}`, of imagenet-express.", ""]
-        if self.inputs:
-            i = self.inputs
+        if i := self.inputs:
             lines += [f"- Data: {i.dataset}, {len(i.classes):,} classes, fingerprint `{i.fingerprint[:16]}`"]
         lines += [f"- Sees: short side {a.resize}, {a.crop} × {a.crop} pixels, normalised by `{a.normalize}`"]
         if self.weights:

@@ -123,8 +123,10 @@ def _check_same_rates(train: TrainConfig, optim: OptimConfig, saved: Saved, step
     if epochs == train.epochs:
         return
     if train.epochs * steps_per_epoch < done:
-        behind = f"{done // steps_per_epoch} epochs and {done % steps_per_epoch} steps behind it"
-        raise ConfigError(f"train.epochs={train.epochs} but {saved.path} has {behind}")
+        raise ConfigError(
+            f"train.epochs={train.epochs} but {saved.path} has {done // steps_per_epoch} epochs and"
+            f" {done % steps_per_epoch} steps behind it"
+        )
     optim = scaled_to_batch(optim, train.batch)
     for step in range(done):
         then, now = (

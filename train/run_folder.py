@@ -83,13 +83,12 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
 
-    def describe(self, config: Config, dataset: Dataset, loader: Loader, *, precision: str, **facts: Any) -> None:
+    def describe(self, config: Config, dataset: Dataset, loader: Loader, facts: Json) -> None:
         """Writes config.json: the configuration, what it resolved to, and what the result depends on beside it."""
         described = {
             "config": dataclasses.asdict(config),
             "shards": os.path.abspath(config.data.shards),
             "fingerprint": dataset.fingerprint,
-            "precision": precision,
             "backend": loader.backend,
             "backend_reason": loader.backend_reason,
             **facts,

@@ -85,14 +85,15 @@ class Stepper:
         torch.manual_seed(rng.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
         return self.net(images)
 
-    def update(self) -> bool:
-        """Updates the weights; returns False if the loss scaler found infinite gradients and skipped the update."""
+    def update(self, number: int) -> bool:
+        """Makes the run's update `number`, counted from 1; returns False if the loss scaler found infinite gradients
+        and skipped it."""
         if self.config.optim.clip_norm:
             self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         moved = not self.optimizer.step_was_skipped
         if moved and self.average is not None:
-            self.average.update(self.bare)
+            self.average.update(self.bare, number)
         return moved
 
     def settle_buckets(self, loader: Loader) -> None:

@@ -142,7 +142,7 @@ class Trainer:
         set_learning_rate(self.stepper.optimizer, state.rate, freeze_first=freeze_first)
 
     def _update(self) -> None:
-        moved = self.stepper.update()
+        moved = self.stepper.update(self.state.updates + 1)
         self.state.updates += moved
         self.state.overflows += not moved
         self._overflows_in_a_row = 0 if moved else self._overflows_in_a_row + 1
