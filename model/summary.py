@@ -49,7 +49,7 @@ def _window(module: Any) -> tuple[str, int, int]:
     match module:
         case nn.Conv2d(kernel_size=(side, _), stride=(stride, _), groups=groups):
             return f"Conv {side}×{side} / {stride}{f', {groups} towers' if groups > 1 else ''}", side, stride
-        case nn.MaxPool2d(kernel_size=side, stride=stride):
+        case nn.MaxPool2d(kernel_size=int(side), stride=int(stride)):
             return f"MaxPool {side} / {stride}", side, stride
         case SpatialResponseNorm():
             return type(module).__name__, module.options["size"], 1

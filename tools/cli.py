@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import streams
-from pipeline.errors import IO_FAILED, USAGE, BadSample, ExpressError, StorageError, leave
+from pipeline.errors import USAGE, BadSample, ExpressError, StorageError, leave
 from train import environment
 
 
@@ -90,18 +90,16 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
             main()
         finally:
             sys.stdout.flush()
-    except ExpressError as err:
-        if ranks and environment.launched("LOCAL_RANK") and not isinstance(err, BadSample | StorageError):
-            time.sleep(1)  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
-        else:
-            print(f"error: {printable(str(err))}", file=sys.stderr)
-        sys.exit(err.code)
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as err:
-        print(f"error: {os.fsdecode(err.filename or 'storage')}: {err.strerror or err}", file=sys.stderr)
-        sys.exit(IO_FAILED)
+    except (ExpressError, OSError) as err:
+        known = StorageError.of(err, "storage") if isinstance(err, OSError) else err
+        if ranks and environment.launched("LOCAL_RANK") and not isinstance(known, BadSample | StorageError):
+            time.sleep(1)  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
+        else:
+            print(f"error: {printable(str(known))}", file=sys.stderr)
+        sys.exit(known.code)
     except KeyboardInterrupt:
         streams.clear_line()
         print("error: interrupted", file=sys.stderr)

@@ -87,7 +87,7 @@ def recorded(path: Path) -> tuple[Json, Inputs | None]:
     if path.is_dir():
         run, saved = find(path)
         return saved.state["config"], read_inputs(run)
-    card = _card(path, _metadata(path)) if path.is_file() else None
+    card = _card(path) if path.is_file() else None
     return (flatten(card), card.inputs) if card else ({}, None)
 
 
@@ -141,7 +141,7 @@ def _validated(run: Path, config: Config, weights: Json, recipe: Json) -> list[J
 
 
 def _from_weights(path: Path, preset: str) -> Classifier:
-    card = _card(path, _metadata(path))
+    card = _card(path)
     if card and preset:
         raise ConfigError(f"--preset {preset}: {path} has a model card that names its net; leave it out")
     card = card or _card_of_preset(path, preset)
@@ -190,8 +190,9 @@ def _metadata(path: Path) -> str | None:
         return header.get("__metadata__", {}).get(METADATA)
 
 
-def _card(path: Path, text: str | None) -> Card | None:
-    """The card of a file: `text`, from its metadata, or else the card beside it."""
+def _card(path: Path, text: str | None = None) -> Card | None:
+    """The card of a file: `text`, or what its metadata hold, or else the card beside it."""
+    text = text or _metadata(path)
     with reading(f"{path}: its model card", "export the weights again"):
         return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
 
