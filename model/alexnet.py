@@ -166,7 +166,7 @@ class _Builder:
             towers = self._towers("a norm", self.channels, across=not row.in_tower)
             module = LocalResponseNorm(size=row.size, alpha=row.alpha, beta=row.beta, k=row.k, towers=towers)
         elif self.norm == "lrn":
-            module = SpatialResponseNorm(**vars(row))
+            module = SpatialResponseNorm(**row._asdict())
         self._append("norm" if isinstance(row, Norm) else "spatialnorm", module)
 
     def _linear(self, row: Linear, units: int) -> None:

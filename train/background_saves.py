@@ -1,6 +1,7 @@
 """Saving in the background: how a run learns of failed saves, and what it does about them."""
 
 import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import StorageError
@@ -10,17 +11,17 @@ from .distributed import Agreement
 from .metrics import Record
 
 
+@dataclass
 class Saver:
     """Checkpoints of a run, written by rank 0; all ranks learn of failed writes.
 
     on_error: whether a run stops, or continues and retries at its next save.
     """
 
-    def __init__(
-        self, checkpoints: Checkpoints, agreement: Agreement, *, on_error: Literal["stop", "continue"]
-    ) -> None:
-        self.checkpoints, self.agreement, self.on_error = checkpoints, agreement, on_error
-        self._error = ""  # this rank's last
+    checkpoints: Checkpoints
+    agreement: Agreement
+    on_error: Literal["stop", "continue"]
+    _error: str = ""  # this rank's last
 
     def save(self, step: int, **what: Any) -> None:
         """At rank 0: copies the arguments of Checkpoints.save, and returns while they are being written."""

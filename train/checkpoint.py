@@ -15,7 +15,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -38,8 +38,7 @@ Weights = dict[str, Tensor]  # by name, as a state_dict
 NAME = re.compile(r"step-(\d{8,})")
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """The content of a checkpoint, as `Checkpoints.save` received it."""
 
     path: Path

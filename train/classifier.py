@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from .presets import PRESETS
 from .run_folder import CONFIG, read_config, read_metrics
 
 
-@dataclass(frozen=True)
-class Classifier:
+class Classifier(NamedTuple):
     """source: the file or folder that was read. net: float32, in evaluation mode: (N, 3, crop, crop) → (N, classes).
 
     precision: of its training, if known.

@@ -6,7 +6,6 @@ several, by one view or ten; `summary` counts those.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +23,7 @@ BEST = 5  # predicted classes kept for each image
 CONFUSIONS = 10
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """Fractions of `images`, and their mean cross-entropy."""
 
     top1: float
@@ -37,8 +35,7 @@ class Result:
         return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}"
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """Results of the weights, and of their average if there is one."""
 
     weights: Result
@@ -46,10 +43,10 @@ class Evaluation:
 
     @property
     def best(self) -> Result:
-        return max(filter(None, (self.weights, self.average)), key=lambda result: result.top1)
+        return max(filter(None, self), key=lambda result: result.top1)
 
     def __str__(self) -> str:
-        average = str(self.average).replace("val", "val of averaged weights") + "\n" if self.average else ""
+        average = f"{self.average}\n".replace("val", "val of averaged weights") if self.average else ""
         return f"{average}{self.weights}"
 
 

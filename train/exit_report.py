@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline import streams
@@ -30,17 +31,17 @@ class LostRank(ExpressError):
     """Another rank ended, which reports why."""
 
 
+@dataclass
 class ExitReport:
     """A context around a run, from its command line on: whatever is raised in it becomes `code`, a line and exit.json.
 
     A crash passes on with its traceback, after exit.json has named it.
     """
 
-    def __init__(self) -> None:
-        self.code = DONE
-        self.config: Config | None = None  # once it is parsed, with its folder
-        self.folder: RunFolder | None = None
-        self.trainer: Trainer | None = None  # once it is built
+    code: int = DONE
+    config: Config | None = None  # once it is parsed, with its folder
+    folder: RunFolder | None = None
+    trainer: Trainer | None = None  # once it is built
 
     def __enter__(self) -> ExitReport:
         return self

@@ -204,9 +204,9 @@ def count(t: Trainer) -> Evaluation:
 
 
 def record_evaluation(t: Trainer, evaluation: Evaluation, *, epoch: int) -> None:
-    for kind, result in (("val", evaluation.weights), ("val of average", evaluation.average)):
+    for kind, result in zip(("val", "val of average"), evaluation):
         if result:
-            t.record.write(kind, t.state.step, {"epoch": epoch, **vars(result)})
+            t.record.write(kind, t.state.step, {"epoch": epoch, **result._asdict()})
             top5 = f", top-5 {result.top5:.2%}" if len(t.loader.dataset.classes) > BEST else ""
             done = f"epoch {epoch}/{t.config.train.epochs}"
             t.record.log(f"{done}: {kind} top-1 {result.top1:.2%}{top5}, loss {result.loss:.4f}")

@@ -157,13 +157,11 @@ class Card:
             "| accuracy on | images | views | top-1 | top-5 | measured by |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
-        for row in self.accuracy:
-            lines += [
-                f"| {row['split']} | {row['images']:,} | {row['views']} | {row['top1']:.2%} | {row['top5']:.2%}"
-                f" | `{row['command']}` |"
-            ]
-        if not self.accuracy:
-            lines += ["| not measured | | | | | |"]
+        lines += [
+            f"| {row['split']} | {row['images']:,} | {row['views']} | {row['top1']:.2%} | {row['top5']:.2%}"
+            f" | `{row['command']}` |"
+            for row in self.accuracy
+        ] or ["| not measured | | | | | |"]
         return "\n".join([*lines, ""])
 
 

@@ -35,15 +35,16 @@ def another(run: Path) -> str:
     return f"--run.dir {shlex.quote(next(name for name in names if not os.path.lexists(name)))}"
 
 
+@dataclasses.dataclass
 class RunFolder:
     """A run's claim on its folder, held by rank 0 until the process ends.
 
     private: each rank has a folder of its own, as tools do that only replay a run.
     """
 
-    def __init__(self, path: Path, *, private: bool = False) -> None:
-        self.path, self.private = path, private
-        self._lock = -1
+    path: Path
+    private: bool = False
+    _lock: int = -1
 
     @property
     def is_ours(self) -> bool:
