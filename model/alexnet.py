@@ -47,8 +47,8 @@ class AlexNet(nn.Module):
         if classes < 1:
             raise ValueError(f"classes={classes}: must be at least 1")
         self.config = config
-        self.variant = VARIANTS[config.name]
         builder = _Builder(config, crop)
+        self.variant = builder.variant
         builder.build(classes)
         layers = list(builder.modules.items())
         self._before_fc = list(builder.modules).index("flatten") + 1

@@ -22,7 +22,7 @@ from tools import cli
 
 
 def main() -> None:
-    p = cli.Parser(prog="check_shards.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
     p.flag("deep", "also decode every image and read the tars with webdataset")
     p.workers()

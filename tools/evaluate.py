@@ -33,7 +33,7 @@ SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="evaluate.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("--data.shards", dest="shards", type=Path, required=True, metavar="DIR", help="what to measure on")
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")

@@ -30,7 +30,7 @@ OPSET = 18
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="export.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or weights")
     p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(WRITERS)}")
     p.model_options()
@@ -122,7 +122,7 @@ def evaluated(path: Path) -> Json:
     from train.evaluation import NAMES
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         if len(values["models"]) != 1:
             raise DataError(f"{path}: is of {len(values['models'])} nets; name an evaluation of this one")
         return {name: values[name] for name in ("split", "views", "command", *NAMES)}

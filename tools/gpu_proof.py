@@ -40,7 +40,7 @@ NO_TIME = "no time left"
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="gpu_proof.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     steps = f"A, B, or of {', '.join(STEPS)} (default: all)"
     p.add_argument("--steps", nargs="+", choices=["A", "B", *STEPS], default=["A", "B"], metavar="STEP", help=steps)
     p.option("device", "cuda:0", "(%(default)s)")

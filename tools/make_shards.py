@@ -44,7 +44,7 @@ OLDEST = ".".join(map(str, PILLOW))
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="make_shards.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
         kind = kinds.add_parser(name, help=source.help)

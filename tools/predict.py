@@ -26,7 +26,7 @@ SHOWN = 320  # pixels of a picture's longer side on the page
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="predict.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for standard input")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))

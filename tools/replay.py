@@ -30,7 +30,7 @@ CLOSE = 1e-3  # of a loss, between numbers of ranks
 
 
 def main() -> None:
-    p = cli.Parser(prog="replay.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     p.add_argument("step", type=int, metavar="STEP", help="counted from 1, as in metrics.jsonl and exit.json")
     p.option("shards", "", "where the run's data lie now (default: where they lay)", metavar="DIR")

@@ -90,7 +90,7 @@ def result(run: Path, lines: dict[str, list[Json]], *, timed: bool = True) -> Js
 
 
 def main() -> None:
-    p = cli.Parser(prog="report.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     p.files(json="also write the result with what it depended on")
     args = p.parse_args()

@@ -37,13 +37,13 @@ class Saver:
             self._error = str(StorageError.of(err, self.checkpoints.folder))
             kept = self.checkpoints.all()
             last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
-            print(f"could not save: {self._error}; {last}", file=sys.stderr, flush=True)
+            print(f"could not save: {self._error}; {last}", file=sys.stderr)
 
     def is_broken(self, record: Record) -> int:
         """1 if this rank has met an error that must stop the run. Prints any error."""
         if record.error is not None:
             self._error, record.error = str(StorageError.of(record.error, record.run)), None
-            print(f"could not record: {self._error}", file=sys.stderr, flush=True)
+            print(f"could not record: {self._error}", file=sys.stderr)
         elif self.checkpoints.failed:
             self.settle()
         else:

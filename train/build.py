@@ -72,7 +72,7 @@ def build_trainer(
 
     def say(line: str) -> None:
         if main:
-            print(line, flush=True)
+            print(line)
 
     loader_at, val_loader = make_loaders(config, dataset, accelerator)
     loader = loader_at(0)

@@ -34,10 +34,10 @@ def make_accelerator(config: Config) -> Accelerator:
     world = world_size()
     if world > 1:  # one process joins no group
         backend = None if run.ddp_backend == "auto" else run.ddp_backend
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=patience(config.guard.hang_seconds)))
+        group = InitProcessGroupKwargs(backend=backend, timeout=patience(config.guard.hang_seconds))
         # Views: gradients are stored in DDP's buffers, which saves a copy and memory of the weights' size.
         hook = DDPCommunicationHookType(NAMES.get(train.compress, train.compress))
-        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook))
+        handlers = [group, DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]
     torch.backends.cudnn.benchmark = not run.deterministic  # batches are all of one size
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -100,7 +100,7 @@ class ExitReport:
         if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
             streams.clear_line()
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
-            print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+            print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr)
         elif before_training:  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
             time.sleep(LOST_SECONDS)
         if self.config is None and not isinstance(err, Interrupted) and world_size() > 1:

@@ -135,7 +135,7 @@ class Record:
 
     def log(self, line: str) -> None:
         if self.main:
-            print(line, flush=True)
+            print(line)
 
     def close(self) -> None:
         for file in filter(None, (self._metrics, self._ids)):

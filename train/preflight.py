@@ -169,7 +169,7 @@ def _awaited(store: Any, key: str, who: str) -> Any:
         return store.check([key])
 
     if not _until(is_there, seconds=NOTICE_SECONDS):
-        print(f"waiting for {who} of {world_size()} to start", file=sys.stderr, flush=True)
+        print(f"waiting for {who} of {world_size()} to start", file=sys.stderr)
         if not _until(is_there, seconds=START_SECONDS - NOTICE_SECONDS):
             raise ExpressError(f"{who} of {world_size()} did not start within {START_SECONDS:.0f} seconds")
     return json.loads(store.get(key))

@@ -75,7 +75,7 @@ def _check_shared_folder(folder: RunFolder, claim: str, agreement: Agreement) ->
 def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     saved, damaged = checkpoints.newest()
     for line in damaged:
-        print("passed over:", line.removesuffix("; " + RESUME_ANOTHER), flush=True)
+        print("passed over:", line.removesuffix("; " + RESUME_ANOTHER))
     if asked and asked != RESUME_NEWEST:
         named = Path(asked)
         if named.resolve().parent != checkpoints.folder.resolve():
@@ -88,7 +88,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
             )
         return load(named)
     if damaged and not saved:
-        print(f"{checkpoints.run}: no checkpoint is whole; starting from scratch", flush=True)
+        print(f"{checkpoints.run}: no checkpoint is whole; starting from scratch")
     if asked and not saved:
         raise ConfigError(f"{checkpoints.run}: no checkpoint to resume from; start without --resume")
     return saved

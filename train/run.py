@@ -52,9 +52,7 @@ def main(argv: list[str]) -> int:
             config = parse(argv)
             report.config, report.folder = config, RunFolder(Path(config.run.dir))
             if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
-                print(
-                    f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}", flush=True
-                )
+                print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}")
             train_run(config, report.folder, stop, report)
         return report.code
     finally:
@@ -77,7 +75,7 @@ def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport)
     report.trainer.close()
     if accelerator.is_main_process:
         folder.write_exit(code=DONE, reason="done", step=report.trainer.state.step)
-        print(result, flush=True)
+        print(result)
 
 
 if __name__ == "__main__":

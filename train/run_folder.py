@@ -64,7 +64,7 @@ class RunFolder:
                     raise ConfigError(
                         f"{self.path}: {self._holder()} trains there; wait for its end, or use {another(self.path)}"
                     ) from None
-                print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
+                print(f"{self.path}: waiting for {self._holder()} to end")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps(holder).encode(), 0)
@@ -109,7 +109,7 @@ class RunFolder:
 def read_json(path: Path, *, cure: str) -> Any:
     """The content of a JSON file; None if it is missing. Raises DataError, with the cure, if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as err:

@@ -165,7 +165,7 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         dump_stacks(self.folder, self.rank, reason)
         with contextlib.suppress(Exception):
-            print(f"error: [rank {self.rank}] {reason}", file=sys.stderr, flush=True)
+            print(f"error: [rank {self.rank}] {reason}", file=sys.stderr)
             self.on_hang(reason)
         os._exit(errors.HANG)
 
@@ -241,4 +241,4 @@ def _kill(beat: Json) -> None:
     if ours and beat["started"] and _started(pid) == beat["started"]:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-            print(f"killed process {pid}, which had stopped responding", file=sys.stderr, flush=True)
+            print(f"killed process {pid}, which had stopped responding", file=sys.stderr)

@@ -87,7 +87,7 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any
 def read_json(path: Path) -> Json:
     """The object in a file; empty if it was not written, or not to its end."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
