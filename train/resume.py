@@ -34,26 +34,20 @@ def choose(
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
-    path: Path | None = None
-    saved: Saved | None = None
-    error: ExpressError | None = None
-    claim = ""
+    saved, error, claim = None, None, ""
     if first:
         try:
             folder.claim()
             claim = folder.claimed_by()
             saved = _choose(config.resume, checkpoints)
             if saved:
-                path = saved.path
                 check_same_run(fixed, saved)
                 _check_same_rates(config.train, config.optim, saved, steps_per_epoch)
-            here = saved is not None and saved.path.parent.resolve() == checkpoints.folder.resolve()
+            here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
-        except ExpressError as err:
-            error = err
-        except OSError as err:
-            error = StorageError.of(err, folder.path)
-    path, claim, error = agreement.from_first((path, claim, error))
+        except (ExpressError, OSError) as err:
+            error = StorageError.of(err, folder.path) if isinstance(err, OSError) else err
+    path, claim, error = agreement.from_first((saved and saved.path, claim, error))
     if error:
         raise error
     if not folder.private:
