@@ -1,7 +1,5 @@
 """AlexNet, its layers and its initialisations. Imports torch and nothing else."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -3,8 +3,6 @@
 python -m model.alexnet paper    prints shapes, parameters, multiply-adds and receptive fields.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -32,7 +30,6 @@ from .variants import (
     Place,
     Pool,
     SpatialNorm,
-    Variant,
 )
 
 
@@ -50,8 +47,8 @@ class AlexNet(nn.Module):
         if classes < 1:
             raise ValueError(f"classes={classes}: must be at least 1")
         self.config = config
-        self.variant: Variant = VARIANTS[config.name]
         builder = _Builder(config, crop)
+        self.variant = builder.variant
         builder.build(classes)
         layers = list(builder.modules.items())
         self._before_fc = list(builder.modules).index("flatten") + 1
@@ -62,14 +59,12 @@ class AlexNet(nn.Module):
             if self.variant.names != "layer":
                 named = [(str(position), module) for position, (_, module) in enumerate(named)]
             self.add_module(part, nn.Sequential(OrderedDict(named)))
-        own = config.weight_init == "variant"
-        _initialise(builder.weighted, self.variant.weight_init if own else config.weight_init)
+        _initialise(builder.weighted, chosen(config.weight_init, self.variant.weight_init))
 
     def forward(self, images: Tensor, rows: Tensor | None = None) -> Tensor:
-        x = images
         for module in self.in_order():
-            x = module(x, rows) if isinstance(module, Dropout) else module(x)
-        return x
+            images = module(images, rows) if isinstance(module, Dropout) else module(images)
+        return images
 
     def in_order(self) -> Iterator[nn.Module]:
         """Every layer, from the image to the logits."""
@@ -90,7 +85,7 @@ class _Builder:
     def __init__(self, config: ModelConfig, crop: int) -> None:
         self.config, self.variant, self.crop = config, VARIANTS[config.name], crop
         self.towers = config.towers or self.variant.towers
-        self.norm = self.variant.norm if config.norm == "variant" else config.norm
+        self.norm = chosen(config.norm, self.variant.norm)
         places = {"none": True, "lrn": any(isinstance(row, Norm) for row in self.variant.layers)}
         if not places.get(self.norm, BatchNorm in self.variant.layers):
             raise ValueError(f"model.norm={self.norm}: model.name={config.name} has no place for it")
@@ -171,7 +166,7 @@ class _Builder:
             towers = self._towers("a norm", self.channels, across=not row.in_tower)
             module = LocalResponseNorm(size=row.size, alpha=row.alpha, beta=row.beta, k=row.k, towers=towers)
         elif self.norm == "lrn":
-            module = SpatialResponseNorm(**vars(row))
+            module = SpatialResponseNorm(**row._asdict())
         self._append("norm" if isinstance(row, Norm) else "spatialnorm", module)
 
     def _linear(self, row: Linear, units: int) -> None:
@@ -195,8 +190,7 @@ class PoolToFit(nn.AdaptiveAvgPool2d):
     deterministic kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        fits = x.shape[-2] == x.shape[-1] == self.output_size
-        return x if fits else super().forward(x)
+        return x if x.shape[-2] == x.shape[-1] == self.output_size else super().forward(x)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -206,6 +200,10 @@ class PaddedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, self.beyond, 0, self.beyond)))
+
+
+def chosen(value: str, of_variant: str) -> str:
+    return of_variant if value == "variant" else value
 
 
 def _scaled(size: int, width: float) -> int:

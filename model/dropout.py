@@ -1,7 +1,5 @@
 """Dropout whose masks come from coordinates: the same on one rank and on eight, and no generator's state to save."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +14,8 @@ def keep_mask(rows: Tensor, units: int, *, layer: int, p: float) -> Tensor:
     rows: (N,) int32, a hash of (seed, step, sample id) for each row, so that equal rows have equal masks on every
     rank. p is rounded to a multiple of 2^-32.
     """
-    unit = torch.arange(units, dtype=torch.int32, device=rows.device) + _signed(layer * _LAYER)
-    unit = _scrambled(unit)
+    # int64 holds the sum, and wraps when it becomes int32.
+    unit = _scrambled((torch.arange(units, device=rows.device) + layer * _LAYER).to(torch.int32))
     unit = unit ^ _shifted(unit, 16)
     # The sum with the row omits the hash's last step, which changes low bits only: they hardly affect the comparison.
     return _scrambled(rows[:, None] ^ unit[None, :]) >= min(round(p * (1 << 32)), (1 << 32) - 1) - (1 << 31)
@@ -32,10 +30,6 @@ def _scrambled(x: Tensor) -> Tensor:
 def _shifted(x: Tensor, by: int) -> Tensor:
     """To the right, zeros coming in, since torch does not shift unsigned numbers on every device."""
     return (x >> by) & ((1 << (32 - by)) - 1)
-
-
-def _signed(value: int) -> int:
-    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 class Dropout(nn.Module):

@@ -1,7 +1,5 @@
 """Local response normalisation, forward and backward by formula."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -31,18 +29,15 @@ def local_response_norm(
     beta: float,
     k: float,
     towers: int = 1,
-    compiled: bool = False,
-    save_scale: bool | None = None,
+    **how: Any,
 ) -> Tensor:
     """Divides each channel by its neighbours' energy (Krizhevsky et al. 2012, section 3.3).
 
     x: (N, C, ...), any float dtype; computed in float32 (float64 stays), returned in x's dtype and memory format.
     alpha is divided by `size`, as in the original code and in torch: the paper's formula is alpha = size · 1e-4.
-    towers: equal groups of channels that do not see each other. compiled: by torch.compile, if it works.
-    save_scale: what the backward pass reads, see `saves_scale`, which decides if it is None.
+    towers: equal groups of channels that do not see each other. how: see `_normalise`.
     Raises ValueError when size is even or C does not divide.
     """
-    _check_odd(size)
     if x.shape[1] % towers:
         raise ValueError(f"towers={towers}: {x.shape[1]} channels do not divide")
     # As the memory lies, so that padding and sums go along whole lines: channels last is a contiguous (N, H, W, C).
@@ -51,31 +46,16 @@ def local_response_norm(
     before, after = (lying.shape[:3], ()) if last else (lying.shape[:1], lying.shape[2:])
     window = Window(size, (len(before) + 1,), alpha / size, beta, k)
     grouped = lying.reshape(*before, towers, x.shape[1] // towers, *after)
-    normalised = _normalise(grouped, window, compiled, save_scale).view(lying.shape)
+    normalised = _normalise(grouped, window, **how).view(lying.shape)
     return normalised.permute(0, 3, 1, 2) if last else normalised
 
 
-def spatial_response_norm(
-    x: Tensor,
-    *,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    compiled: bool = False,
-    save_scale: bool | None = None,
-) -> Tensor:
+def spatial_response_norm(x: Tensor, *, size: int, alpha: float, beta: float, k: float, **how: Any) -> Tensor:
     """The same within each channel, over `size` × `size` pixels: as the original code does after its second LRN.
 
     x: (N, C, H, W). alpha is divided by size². Raises ValueError when size is even.
     """
-    _check_odd(size)
-    return _normalise(x, Window(size, (2, 3), alpha / size**2, beta, k), compiled, save_scale)
-
-
-def _check_odd(size: int) -> None:
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"size={size}: must be odd, so that a channel is the middle of its neighbours")
+    return _normalise(x, Window(size, (2, 3), alpha / size**2, beta, k), **how)
 
 
 def saves_scale(device: torch.device) -> bool:
@@ -91,7 +71,11 @@ def saves_scale(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _normalise(x: Tensor, window: Window, compiled: bool, save_scale: bool | None) -> Tensor:
+def _normalise(x: Tensor, window: Window, *, compiled: bool = False, save_scale: bool | None = None) -> Tensor:
+    """compiled: by torch.compile, if it works. save_scale: what the backward pass reads; None: as `saves_scale` says.
+    Raises ValueError when the window's size is even."""
+    if window.size < 1 or window.size % 2 == 0:
+        raise ValueError(f"size={window.size}: must be odd, so that a channel is the middle of its neighbours")
     save_scale = saves_scale(x.device) if save_scale is None else save_scale
     arguments = (x, window, compiled and torch.is_grad_enabled(), save_scale)
     # Autocast would put the casts elsewhere: the function does its own.
@@ -100,10 +84,8 @@ def _normalise(x: Tensor, window: Window, compiled: bool, save_scale: bool | Non
         if torch.compiler.is_compiling() and not save_scale:
             # torch.compile chooses what a compiled model saves; this makes it recompute (torch 2.12 or newer: older
             # ones compute the same and save float32 squares).
-            normalised: Tensor = checkpoint(_Normalise.apply, *arguments, use_reentrant=False)
-        else:
-            normalised = _Normalise.apply(*arguments)
-    return normalised
+            return checkpoint(_Normalise.apply, *arguments, use_reentrant=False)
+        return _Normalise.apply(*arguments)
 
 
 class _Normalise(torch.autograd.Function):
@@ -115,7 +97,6 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: Window, compiled: bool, save_scale: bool) -> Tensor:
-        y: Tensor
         y, *scale = _form(forward, compiled)(_readable(x, compiled), window, save_scale)
         ctx.save_for_backward(x, *scale)
         ctx.window, ctx.compiled = window, compiled
@@ -126,7 +107,7 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *scale = ctx.saved_tensors
         grad_, x_ = _readable(grad, ctx.compiled), _readable(x, ctx.compiled)
-        dx: Tensor = _form(backward, ctx.compiled)(grad_, x_, ctx.window, *scale)
+        dx = _form(backward, ctx.compiled)(grad_, x_, ctx.window, *scale)
         return _cast(dx, x.dtype), None, None, None
 
 

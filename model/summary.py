@@ -1,7 +1,5 @@
 """A net's layers as a table: shapes, parameters, multiply-adds, receptive fields."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -28,22 +26,17 @@ def table(net: nn.Module, crop: int) -> str:
         if any(module.children()):
             continue
         x = module(x)
-        products = 0
-        match module:
-            case nn.Conv2d() | nn.Linear():
-                products = x.numel() * module.weight[0].numel()
-                neurons += x.numel()
-                multiply_adds += products
-        match module:
-            case nn.Conv2d() | nn.MaxPool2d():
-                receptive += (_side(module.kernel_size) - 1) * jump
-                jump *= _side(module.stride)
-            case SpatialResponseNorm():
-                receptive += (module.options["size"] - 1) * jump
+        products, (kind, kernel, stride) = 0, _window(module)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            products = x.numel() * module.weight[0].numel()
+            neurons += x.numel()
+            multiply_adds += products
+        receptive += (kernel - 1) * jump
+        jump *= stride
         spatial = x.dim() == 4 and not isinstance(module, nn.AdaptiveAvgPool2d)
         numbers = (count_parameters(module), products, min(receptive, crop) if spatial else 0)
         shape = " × ".join(map(str, x.shape[1:]))
-        lines.append((name, _kind(module), shape, *(f"{n:,}" if n else "" for n in numbers)))
+        lines.append((name, kind, shape, *(f"{n:,}" if n else "" for n in numbers)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     template = "  ".join(f"{{:{align}{width}}}" for align, width in zip("<<<>>>", widths))  # names left, numbers right
     text = [template.format(*line).rstrip() for line in lines]
@@ -51,16 +44,14 @@ def table(net: nn.Module, crop: int) -> str:
     return "\n".join([*text, "", sums])
 
 
-def _side(size: Any) -> int:
-    return int(size if isinstance(size, int) else size[0])
-
-
-def _kind(module: nn.Module) -> str:
+def _window(module: Any) -> tuple[str, int, int]:
+    """A layer in words, and the side and stride of the window that each of its outputs sees."""
     match module:
-        case nn.Conv2d():
-            towers = f", {module.groups} towers" if module.groups > 1 else ""
-            return f"Conv {_side(module.kernel_size)}×{_side(module.kernel_size)} / {_side(module.stride)}{towers}"
-        case nn.MaxPool2d():
-            return f"MaxPool {_side(module.kernel_size)} / {_side(module.stride)}"
+        case nn.Conv2d(kernel_size=(side, _), stride=(stride, _), groups=groups):
+            return f"Conv {side}×{side} / {stride}{f', {groups} towers' if groups > 1 else ''}", side, stride
+        case nn.MaxPool2d(kernel_size=int(side), stride=int(stride)):
+            return f"MaxPool {side} / {stride}", side, stride
+        case SpatialResponseNorm():
+            return type(module).__name__, module.options["size"], 1
         case _:
-            return type(module).__name__
+            return type(module).__name__, 1, 1

@@ -1,9 +1,7 @@
 """The choice of a net, and each AlexNet variant as a table that reads like that of its source."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 IN_HELP = "in the short help"  # as pipeline.settings declares it, which is not imported here
 
@@ -62,8 +60,7 @@ class ModelConfig:
             raise ValueError(f"model.drop={min(unknown)}: {only}")
 
 
-@dataclass(frozen=True)
-class Conv:
+class Conv(NamedTuple):
     """A convolution. across: it sees the channels of all towers; otherwise those of its own, or the whole image.
 
     std, bias: of its initial weights and biases. ceil: zeros are added to the right and below until the last window
@@ -80,8 +77,7 @@ class Conv:
     ceil: bool = False
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A fully connected layer. std, bias: as in Conv."""
 
     units: int
@@ -89,8 +85,7 @@ class Linear:
     bias: float = 0.0
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """Local response normalisation over `size` channels; alpha is divided by size, as in torch."""
 
     size: int = 5
@@ -100,8 +95,7 @@ class Norm:
     in_tower: bool = False
 
 
-@dataclass(frozen=True)
-class SpatialNorm:
+class SpatialNorm(NamedTuple):
     """The same over size × size pixels of a channel; alpha is divided by size²."""
 
     size: int = 5
@@ -110,16 +104,14 @@ class SpatialNorm:
     k: float = 1.0
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """Max pooling; overlapping if stride < kernel."""
 
     kernel: int = 3
     stride: int = 2
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A layer without numbers of its own."""
 
     what: str
@@ -129,8 +121,7 @@ Act, Drop, BatchNorm, Pool6 = (Place(what) for what in ("act", "drop", "bn", "po
 Layer = Conv | Linear | Norm | SpatialNorm | Pool | Place
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A net from the image to the last hidden layer, with its source's initialisation and treatment of biases.
 
     crop: the input it is made for. names: of its weights: the seed's, torchvision's, or by layer.

@@ -6,8 +6,6 @@
 Exit codes: 0 all is well, 1 something is wrong and was named, 2 usage, 65 the folder is no dataset.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -24,11 +22,11 @@ from tools import cli
 
 
 def main() -> None:
-    p = cli.Parser(prog="check_shards.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
-    p.add_argument("--deep", action="store_true", help="also decode every image and read the tars with webdataset")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
-    cli.add_files(p, json="write all that was found there, with class histograms")
+    p.flag("deep", "also decode every image and read the tars with webdataset")
+    p.workers()
+    p.files(json="write all that was found there, with class histograms")
     args = p.parse_args()
     workers = pool.worker_count(args.workers)
     dataset = manifest.open_dataset(args.dir, check_splits=False)

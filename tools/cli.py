@@ -1,31 +1,46 @@
 """What every tool shares: one-line errors and exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import streams
-from pipeline.errors import IO_FAILED, USAGE, BadSample, ExpressError, StorageError, leave
+from pipeline.errors import USAGE, BadSample, ExpressError, StorageError, leave
 from train import environment
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and whose help begins with what to paste."""
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", _Help)
-        super().__init__(allow_abbrev=False, **options)
+        wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
+        super().__init__(formatter_class=wide, allow_abbrev=False, **options)
+
+    def option(self, name: str, default: Any, help: str, **more: Any) -> None:
+        """An option of the default's type."""
+        self.add_argument(f"--{name}", type=type(default), default=default, help=help, **more)
+
+    def flag(self, name: str, help: str) -> None:
+        self.add_argument(f"--{name}", action="store_true", help=help)
+
+    def files(self, **helps: str) -> None:
+        """Options that name files to write."""
+        for name, text in helps.items():
+            self.add_argument(f"--{name}", type=new_file, metavar="FILE", help=text)
+
+    def model_options(self) -> None:
+        """How a MODEL is meant, of every tool that takes one."""
+        self.option("checkpoint", "best", "of a run (%(default)s)", choices=("best", "latest"))
+        self.flag("raw", "the weights themselves, even if their average was kept")
+        self.option("preset", "", "what weights without a model card are of", metavar="NAME")
+
+    def workers(self) -> None:
+        self.option("workers", 0, "processes (default: a core each)", metavar="N")
 
     def format_help(self) -> str:
         usage, _, rest = super().format_help().partition("\n\n")
@@ -48,26 +63,13 @@ def new_file(name: str) -> Path:
     return path
 
 
-def add_files(p: argparse.ArgumentParser, **helps: str) -> None:
-    """Options that name files to write."""
-    for name, text in helps.items():
-        p.add_argument(f"--{name}", type=new_file, metavar="FILE", help=text)
-
-
 def printable(name: str) -> str:
     """A file's name on one line, without what would steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
-def add_model_options(p: argparse.ArgumentParser) -> None:
-    """How a MODEL is meant, of every tool that takes one."""
-    p.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="of a run (%(default)s)")
-    p.add_argument("--raw", action="store_true", help="the weights themselves, even if their average was kept")
-    p.add_argument("--preset", default="", metavar="NAME", help="what weights without a model card are of")
-
-
 def open_model(path: Path, args: argparse.Namespace) -> Any:
-    """The Classifier that a MODEL is, as the options of `add_model_options` and --data.shards ask for it."""
+    """The Classifier that a MODEL is, as `Parser.model_options` and --data.shards ask for it."""
     from train.classifier import open_classifier
 
     return open_classifier(
@@ -88,18 +90,16 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
             main()
         finally:
             sys.stdout.flush()
-    except ExpressError as err:
-        if ranks and environment.launched("LOCAL_RANK") and not isinstance(err, BadSample | StorageError):
-            time.sleep(1)  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
-        else:
-            print(f"error: {printable(str(err))}", file=sys.stderr)
-        sys.exit(err.code)
     except BrokenPipeError:  # whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as err:
-        print(f"error: {os.fsdecode(err.filename or 'storage')}: {err.strerror or err}", file=sys.stderr)
-        sys.exit(IO_FAILED)
+    except (ExpressError, OSError) as err:
+        known = StorageError.of(err, "storage") if isinstance(err, OSError) else err
+        if ranks and environment.launched("LOCAL_RANK") and not isinstance(known, BadSample | StorageError):
+            time.sleep(1)  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
+        else:
+            print(f"error: {printable(str(known))}", file=sys.stderr)
+        sys.exit(known.code)
     except KeyboardInterrupt:
         streams.clear_line()
         print("error: interrupted", file=sys.stderr)

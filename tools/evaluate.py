@@ -7,8 +7,6 @@ accelerate launch --config_file docker/accelerate/8gpu.yaml tools/evaluate.py â€
 Exit codes: 0 done, 2 usage, 65 bad data, 74 not writable.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -25,26 +23,26 @@ from typing import Any
 from unicodedata import normalize
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import atomic_write, write_json
+from pipeline.files import Json, atomic_write, write_json
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from tools import cli
+from train import environment
 
 SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="evaluate.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("--data.shards", dest="shards", type=Path, required=True, metavar="DIR", help="what to measure on")
-    p.add_argument("--data.split", dest="split", default="val", metavar="NAME", help="(%(default)s)")
-    p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
-    p.add_argument("--batch", type=int, default=256, metavar="N", help="images at once, over all ranks (%(default)s)")
-    p.add_argument("--precision", choices=("trained", "fp32", "bf16"), default="trained", help="(as %(default)s)")
-    cli.add_model_options(p)
-    p.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap, 0: none (%(default)s)")
-    cli.add_files(
-        p,
+    p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
+    p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
+    p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
+    p.option("precision", "trained", "(as %(default)s)", choices=("trained", "fp32", "bf16"))
+    p.model_options()
+    p.option("resamples", 1000, "of the bootstrap, 0: none (%(default)s)", metavar="N")
+    p.files(
         json="all figures, by class too, with what they depend on",
         csv="each image's label and five predictions",
         submission="five labels a line, for ImageNet's test images",
@@ -74,8 +72,7 @@ def main() -> None:
     started = time.monotonic()
     predictions = predicted(models, dataset, args, accelerator)
     if accelerator.is_main_process:
-        seconds = time.monotonic() - started
-        print(f"{len(predictions.labels):,} images in {seconds:.1f} s", file=sys.stderr)
+        print(f"{len(predictions.labels):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
         if args.submission:
@@ -102,8 +99,10 @@ def check_classes(model: Any, dataset: Dataset) -> None:
         return
     for number, (theirs, ours) in enumerate(zip(known.classes, dataset.classes, strict=True)):
         if normalize("NFC", theirs) != normalize("NFC", ours):
-            both = f"its class {number} is {theirs}, but {dataset.root} has {ours}"
-            raise DataError(f"{model.source}: {both}; use shards of its classes")
+            raise DataError(
+                f"{model.source}: its class {number} is {theirs}, but {dataset.root} has {ours}; use shards of its"
+                " classes"
+            )
 
 
 def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
@@ -156,11 +155,11 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
     if found["confusions"]:
         print("confused most")
     for row in found["confusions"]:
-        pair = f"{named(row['class'], names)} taken for {named(row['taken_for'], names)}"
-        print(f"{row['count']:>7} of {row['images']:,}  {pair}")
+        print(
+            f"{row['count']:>7} of {row['images']:,}  {named(row['class'], names)} taken for"
+            f" {named(row['taken_for'], names)}"
+        )
     if args.json:
-        from train import environment
-
         described = {
             "command": environment.command(),
             "models": [str(model) for model in models],
@@ -173,7 +172,7 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
         write_json(args.json, described | found)
 
 
-def figure(found: dict[str, Any], name: str) -> str:
+def figure(found: Json, name: str) -> str:
     value, interval = found[name], found["interval_95"].get(name)
     shown = (lambda x: f"{x:.4f}") if name == "loss" else (lambda x: f"{x:.2%}")
     counted = f"   {found['correct'][name]:,} right" if name in found["correct"] else ""

@@ -7,8 +7,6 @@ Beside it, NAME.json and NAME.md describe it. Exit codes: 0 done, 1 its logits a
 65 bad data, 74 not writable.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -20,8 +18,8 @@ import json
 import os
 from typing import Any
 
-from pipeline.errors import CHECK_FAILED, ConfigError, DataError, ExpressError
-from pipeline.files import PARTIAL, fsync_path
+from pipeline.errors import ConfigError, DataError, ExpressError
+from pipeline.files import PARTIAL, Json, fsync_path
 from tools import cli, predict
 
 COMPARED = 16  # images
@@ -31,18 +29,12 @@ ONNX_CLOSE = 1e-4  # greatest difference of logits, relative to the greatest log
 OPSET = 18
 
 
-class AnswersOtherwise(ExpressError):
-    """The written file does not hold the net of the source."""
-
-    code = CHECK_FAILED
-
-
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="export.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or weights")
     p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(WRITERS)}")
-    cli.add_model_options(p)
-    p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="images to compare (the run's own)")
+    p.model_options()
+    p.option("data.shards", "", "images to compare (the run's own)", dest="shards", metavar="DIR")
     p.add_argument("--images", type=Path, metavar="DIR", help="a folder of images to compare, if there are no shards")
     p.add_argument(
         "--evaluation",
@@ -52,7 +44,7 @@ def parser() -> cli.Parser:
         metavar="FILE",
         help="evaluate.py's --json, for the card",
     )
-    p.add_argument("--force", action="store_true", help="overwrite existing files")
+    p.flag("force", "overwrite existing files")
     return p
 
 
@@ -79,7 +71,7 @@ def main() -> None:
             ours, theirs = model.net(images), reloaded(partial, model)(images)
         differs = float((ours - theirs).abs().max())
         if not differs <= (kind == ".onnx") * ONNX_CLOSE * max(1.0, float(ours.abs().max())):
-            raise AnswersOtherwise(f"{out}: its logits differ by {differs:.3g} from the source's, so it is not kept")
+            raise ExpressError(f"{out}: its logits differ by {differs:.3g} from the source's, so it is not kept")
         fsync_path(partial)
         os.replace(partial, out)
     finally:
@@ -125,12 +117,12 @@ def check_cards(model: Any, out: Path) -> None:
         raise ConfigError(f"{existing}: exists already, of something else; choose another name, or --force")
 
 
-def evaluated(path: Path) -> dict[str, Any]:
+def evaluated(path: Path) -> Json:
     """A row of the card from evaluate.py's --json."""
     from train.evaluation import NAMES
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
         if len(values["models"]) != 1:
             raise DataError(f"{path}: is of {len(values['models'])} nets; name an evaluation of this one")
         return {name: values[name] for name in ("split", "views", "command", *NAMES)}
@@ -183,11 +175,9 @@ def write_pth(model: Any, images: Any, path: Path) -> None:
     torch.save(own_tensors(model), path)
 
 
-def own_tensors(model: Any) -> dict[str, Any]:
+def own_tensors(model: Any) -> Json:
     """Copies of the weights that share no memory, in the format of files."""
-    import torch
-
-    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.net.state_dict().items()}
+    return {name: t.clone().contiguous() for name, t in model.net.state_dict().items()}
 
 
 def metadata(model: Any) -> dict[str, str]:

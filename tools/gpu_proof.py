@@ -12,8 +12,6 @@ Each step is a process with a time limit and writes gpu-STEP.json at once, so an
 Exit codes: 0 all steps passed, 1 a step failed or had no time left, 2 usage.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys
@@ -42,16 +40,16 @@ NO_TIME = "no time left"
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="gpu_proof.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     steps = f"A, B, or of {', '.join(STEPS)} (default: all)"
     p.add_argument("--steps", nargs="+", choices=["A", "B", *STEPS], default=["A", "B"], metavar="STEP", help=steps)
-    p.add_argument("--device", default="cuda:0", help="(%(default)s)")
-    p.add_argument("--tiny", action="store_true", help="a few images and seconds: to see it run, not for figures")
+    p.option("device", "cuda:0", "(%(default)s)")
+    p.flag("tiny", "a few images and seconds: to see it run, not for figures")
     p.add_argument("--shards", type=Path, metavar="DIR", help="holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
     p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
     p.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar")
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
-    p.add_argument("--out", type=Path, default=Path("runs/gpu-proof"), help="folder for the JSON (%(default)s)")
+    p.option("out", Path("runs/gpu-proof"), "folder for the JSON (%(default)s)")
     p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
     for own in ("--step", "--answer", "--scratch", "--limit"):  # how the script runs itself for one step
         p.add_argument(own, help=argparse.SUPPRESS)
@@ -93,7 +91,11 @@ def answer(args: argparse.Namespace) -> None:
 def walk(args: argparse.Namespace) -> None:
     """Runs the steps one after the other. Raises ExpressError if one failed or had no time left."""
     started = time.monotonic()
-    names = [name for name in STEPS if is_chosen(name, args)]
+    names = [
+        name
+        for name, step in STEPS.items()
+        if name in args.steps or (step.command in args.steps and (step.in_tiny or not args.tiny))
+    ]
     deadline = args.deadline
     if deadline is None:
         deadline = sum(DEADLINE_SECONDS[command] for command in {STEPS[name].command for name in names})
@@ -105,11 +107,13 @@ def walk(args: argparse.Namespace) -> None:
             raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
         common = {"device": args.device, "tiny": args.tiny, "command": command_line("tools/gpu_proof.py")}
         common["environment"] = where["answer"] or {"error": where["ended"]}
+        data = {"images": args.shards or args.images, "cifar": args.cifar}
         for name in names:
             left = deadline - (time.monotonic() - started)
             reason = why_skipped(name, args, left)
             record = {"passed": None, "skipped": reason} if reason else run_step(name, args, scratch, seconds_left=left)
-            record |= {"data": data_of(name, args), **common}
+            given = data.get(STEPS[name].data)
+            record |= {"data": given.name if given else "made pictures", **common}
             path = args.out / f"gpu-{name}.json"
             if not reason or not path.exists():  # a skipped step leaves an earlier answer alone
                 write_json(path, {"step": name, **record})
@@ -120,16 +124,6 @@ def walk(args: argparse.Namespace) -> None:
     print(f"{time.monotonic() - started:.0f} s of {deadline:.0f}; {args.out}/gpu-*.json", flush=True)
     if failed:
         raise ExpressError(f"{len(failed)} of {len(names)} steps failed or had no time left: {', '.join(failed)}")
-
-
-def is_chosen(name: str, args: argparse.Namespace) -> bool:
-    step = STEPS[name]
-    return name in args.steps or (step.command in args.steps and (step.in_tiny or not args.tiny))
-
-
-def data_of(name: str, args: argparse.Namespace) -> str:
-    given = {"images": args.shards or args.images, "cifar": args.cifar}.get(STEPS[name].data)
-    return given.name if given else "made pictures"
 
 
 def why_skipped(name: str, args: argparse.Namespace, seconds_left: float) -> str:

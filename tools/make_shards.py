@@ -9,8 +9,6 @@ Run again, it resumes, and changes nothing that is whole. Exit codes: 0 done, 2 
 74 disk full or folder not writable.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path
@@ -42,10 +40,11 @@ from pipeline.write.sources.base import PassedOver, check_fraction, check_name, 
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
+OLDEST = ".".join(map(str, PILLOW))
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="make_shards.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     kinds = p.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
         kind = kinds.add_parser(name, help=source.help)
@@ -56,67 +55,50 @@ def parser() -> cli.Parser:
     return p
 
 
-def add_index(p: argparse.ArgumentParser) -> None:
+def add_index(p: cli.Parser) -> None:
     p.add_argument("tars", metavar="PATTERN", help="training tars, with {0000..1023} or *; quote it")
     p.add_argument("--val", metavar="PATTERN", help="validation tars")
-    p.add_argument("--name", default="webdataset", help="the dataset's name (%(default)s)")
+    p.option("name", "webdataset", "the dataset's name (%(default)s)")
     p.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each (default: their numbers)")
-    measured = "images to measure mean and deviation of (%(default)s)"
-    p.add_argument("--statistics", type=int, default=10_000, metavar="N", help=measured)
+    p.option("statistics", 10_000, "images to measure mean and deviation of (%(default)s)", metavar="N")
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
-def add_cuts(p: argparse.ArgumentParser) -> None:
+def add_cuts(p: cli.Parser) -> None:
     p.add_argument("out", type=Path, metavar="DIR", help="the shard folder")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
+    p.workers()
     checks = "images whose cut is compared with the whole: one in 32, or all (%(default)s)"
-    p.add_argument("--check-cuts", choices=("some", "all"), default="some", help=checks)
+    p.option("check-cuts", "some", checks, choices=("some", "all"))
 
 
-def add_common(p: argparse.ArgumentParser, *, out: str, size: str) -> None:
+def add_common(p: cli.Parser, *, out: str, size: str) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
-    p.add_argument("--size", type=int, default=256, help=f"short side in pixels, for {size} (%(default)s)")
-    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: a core each)")
+    p.option("size", 256, f"short side in pixels, for {size} (%(default)s)")
+    p.workers()
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
-    p.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help=allowed)
+    p.option("max-bad-fraction", 0.0, allowed, metavar="F")
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
+def add_options(p: cli.Parser) -> None:
     add_common(p, out="folder to write, empty or new", size="jpeg, raw and statistics")
-    p.add_argument(
-        "--encode",
-        choices=("keep", "jpeg", "raw"),
-        default="keep",
-        help="keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)",
-    )
-    p.add_argument("--square", action="store_true", help="jpeg, raw: store only the centre square")
-    p.add_argument("--quality", type=int, default=90, help="jpeg: quality, 1 to 100 (%(default)s)")
-    p.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
-    p.add_argument(
-        "--stats",
-        choices=("on", "off"),
-        default="on",
-        help="measure mean, deviation, mean image and covariance of the training images (%(default)s)",
-    )
-    p.add_argument(
-        "--check",
-        choices=("full", "header"),
-        default="full",
-        help="keep, with --stats off: decode every image, or read only headers (%(default)s)",
-    )
+    encode = "keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)"
+    p.option("encode", "keep", encode, choices=("keep", "jpeg", "raw"))
+    p.flag("square", "jpeg, raw: store only the centre square")
+    p.option("quality", 90, "jpeg: quality, 1 to 100 (%(default)s)")
+    p.option("samples-per-shard", 1000, "(%(default)s)", metavar="N")
+    p.option("seed", 0, "of the shuffle (%(default)s)")
+    measured = "measure mean, deviation, mean image and covariance of the training images (%(default)s)"
+    p.option("stats", "on", measured, choices=("on", "off"))
+    checks = "keep, with --stats off: decode every image, or read only headers (%(default)s)"
+    p.option("check", "full", checks, choices=("full", "header"))
     p.add_argument(
         "--shards",
         metavar="A:B|I/N",
         help="make only these, counted over all splits, or slice I, from 0, of N: for job arrays",
     )
-    p.add_argument("--merge", action="store_true", help="make none; check that all exist and write the manifest")
-    p.add_argument("--dry-run", action="store_true", help="print the plan, its size and its time, and write nothing")
-    p.add_argument(
-        "--trust-images",
-        action="store_true",
-        help=f"decode with a Pillow older than {'.'.join(map(str, PILLOW))}, whose faults are known",
-    )
+    p.flag("merge", "make none; check that all exist and write the manifest")
+    p.flag("dry-run", "print the plan, its size and its time, and write nothing")
+    p.flag("trust-images", f"decode with a Pillow older than {OLDEST}, whose faults are known")
 
 
 def main() -> None:
@@ -158,6 +140,11 @@ def index(args: argparse.Namespace) -> dict:
     return written
 
 
+def print_passed_over(passed_over: PassedOver) -> None:
+    if passed_over:
+        print(cli.printable(f"passed over: {passed_over}"))
+
+
 def cut(args: argparse.Namespace) -> None:
     dataset = open_dataset(args.out)
     if dataset.encoding == "raw":
@@ -167,11 +154,6 @@ def cut(args: argparse.Namespace) -> None:
         made = make_cuts(dataset, workers=args.workers, check_all=args.check_cuts == "all", progress=progress.update)
     number, size = (sum(file[name] for file in made) for name in ("cut", "bytes"))
     print(f"{args.out}: {number:,} of {images:,} images can be cut; {size / 1e6:,.1f} MB")
-
-
-def print_passed_over(passed_over: PassedOver) -> None:
-    if passed_over:
-        print(cli.printable(f"passed over: {passed_over}"))
 
 
 def class_names(path: Path | None) -> list[str] | None:
@@ -187,8 +169,9 @@ def class_names(path: Path | None) -> list[str] | None:
         if not name:
             raise DataError(f"{path}: line {number} is empty; write a class name a line")
         if name in number_of:
-            both = f"lines {number_of[name]} and {number}"
-            raise DataError(f"{path}: {both} are both {name!r}; give each class a name of its own")
+            raise DataError(
+                f"{path}: lines {number_of[name]} and {number} are both {name!r}; give each class a name of its own"
+            )
         number_of[name] = number
     return [line.strip() for line in lines]
 
@@ -219,9 +202,9 @@ def make(args: argparse.Namespace) -> dict | None:
         print_forecast(plan, only, args.out, min(args.workers, len(only)))
         return None
     with Progress("sharding", plan.images(only)) as progress:
-        nothing = range(0) if args.merge else only
+        chosen = range(0) if args.merge else only
         written = build(
-            plan, args.out, workers=args.workers, report=progress.update, only=nothing, merge=not args.shards
+            plan, args.out, workers=args.workers, report=progress.update, only=chosen, merge=not args.shards
         )
     if written is None:
         print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")
@@ -252,7 +235,7 @@ def print_decoders(*, trusted: bool) -> None:
     name = f"{'Pillow-SIMD' if simd else 'Pillow'} {PIL.__version__}"
     if tuple(int(part) for part in PIL.__version__.split(".")[:2]) < PILLOW and not trusted:
         raise ConfigError(
-            f"{name} is older than {'.'.join(map(str, PILLOW))}, whose predecessors have known security faults;"
+            f"{name} is older than {OLDEST}, whose predecessors have known security faults;"
             " install a newer one, or pass --trust-images if you know where the images are from"
         )
     print(f"decoding with libjpeg-turbo (simplejpeg {simplejpeg.__version__}), odd images with {name}", flush=True)

@@ -6,8 +6,6 @@ IMAGE is a file, a folder (with all below it), or - for an image on standard inp
 Exit codes: 0 done, 2 usage, 65 an image or the net cannot be used (the other images are classified all the same).
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import io
 from typing import Any, NamedTuple
 
 from pipeline.errors import BAD_DATA, ConfigError, DataError
-from pipeline.files import atomic_write, write_json
+from pipeline.files import Json, atomic_write, write_json
 from tools import cli
 
 AT_ONCE = 32  # images
@@ -28,13 +26,13 @@ SHOWN = 320  # pixels of a picture's longer side on the page
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(prog="predict.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for standard input")
-    p.add_argument("--views", type=int, choices=(1, 10), default=1, help="centre, or ten as the paper (%(default)s)")
-    cli.add_model_options(p)
-    p.add_argument("--data.shards", dest="shards", default="", metavar="DIR", help="the training data, if asked for")
-    cli.add_files(p, html="a page with the pictures and bars", json="all predictions")
+    p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
+    p.model_options()
+    p.option("data.shards", "", "the training data, if asked for", dest="shards", metavar="DIR")
+    p.files(html="a page with the pictures and bars", json="all predictions")
     return p
 
 
@@ -48,7 +46,7 @@ def main() -> None:
     viewer = make_viewer(model, views=args.views, shards=args.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.net.to(device)
-    answers: list[dict[str, Any]] = []
+    answers: list[Json] = []
     pictures: list[str] = []
     for start in range(0, len(files), AT_ONCE):
         batch = [image for name in files[start : start + AT_ONCE] if (image := read(name, viewer, args.html))]
@@ -129,7 +127,7 @@ def make_viewer(model: Any, *, views: int, shards: str) -> Any:
     return Viewer(dataclasses.replace(model.card.augment, views=views), model.statistics(dataset))
 
 
-def predicted(model: Any, views: Any, names: list[str]) -> list[dict[str, Any]]:
+def predicted(model: Any, views: Any, names: list[str]) -> list[Json]:
     """views: (n, views, 3, crop, crop)."""
     import torch
 
@@ -157,13 +155,13 @@ def predicted(model: Any, views: Any, names: list[str]) -> list[dict[str, Any]]:
 # Output
 
 
-def show(answer: dict[str, Any]) -> None:
+def show(answer: Json) -> None:
     print(cli.printable(answer["image"]))
     for row in answer["best"]:
         print(f"  {row['probability']:7.2%}  {label_of(row)}")
 
 
-def label_of(row: dict[str, Any]) -> str:
+def label_of(row: Json) -> str:
     return row["name"] if row["class"] in (row["name"], "") else f"{row['name']} ({row['class']})"
 
 
@@ -199,14 +197,14 @@ figcaption {{ font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere }}
 """
 
 
-def write_page(path: Path, title: str, answers: list[dict[str, Any]], pictures: list[str]) -> None:
+def write_page(path: Path, title: str, answers: list[Json], pictures: list[str]) -> None:
     """Writes a page that holds its pictures and its style."""
     figures = "\n".join(figure(answer, picture) for answer, picture in zip(answers, pictures, strict=True))
     with atomic_write(path) as file:
         file.write(PAGE.format(title=html.escape(title), figures=figures).encode(errors="backslashreplace"))
 
 
-def figure(answer: dict[str, Any], picture: str) -> str:
+def figure(answer: Json, picture: str) -> str:
     name = html.escape(answer["image"])
     bars = "".join(
         f'<div class="bar"><i style="width:{row["probability"]:.2%}"></i>'

@@ -9,8 +9,6 @@ the same kind of machine, the numbers are the recorded ones to the last bit; wit
 Exit codes: 0 printed, 1 the loss is not the recorded one, 2 usage, 65 bad data.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -23,7 +21,7 @@ import tempfile
 from typing import Any
 
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError
-from pipeline.files import write_json
+from pipeline.files import Json, write_json
 from pipeline.settings import updated
 from tools import cli
 
@@ -32,11 +30,11 @@ CLOSE = 1e-3  # of a loss, between numbers of ranks
 
 
 def main() -> None:
-    p = cli.Parser(prog="replay.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     p.add_argument("step", type=int, metavar="STEP", help="counted from 1, as in metrics.jsonl and exit.json")
-    p.add_argument("--shards", default="", metavar="DIR", help="where the run's data lie now (default: where they lay)")
-    cli.add_files(p, json="write the numbers there, with all ids")
+    p.option("shards", "", "where the run's data lie now (default: where they lay)", metavar="DIR")
+    p.files(json="write the numbers there, with all ids")
     args = p.parse_args()
     if args.step < 1:
         raise ConfigError(f"STEP {args.step}: steps count from 1")
@@ -80,7 +78,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
         sys.exit(CHECK_FAILED)
 
 
-def measured(run: Any, step: int) -> dict[str, Any]:
+def measured(run: Any, step: int) -> Json:
     """Trains up to `step`, counted from 1, and returns its numbers in place of an update; all ranks together."""
     import torch
 
@@ -100,7 +98,7 @@ def measured(run: Any, step: int) -> dict[str, Any]:
             }
 
 
-def report(found: dict[str, Any], recorded: float | None, names: list[str], *, same_ranks: bool) -> bool:
+def report(found: Json, recorded: float | None, names: list[str], *, same_ranks: bool) -> bool:
     """Prints what was measured; returns whether the loss is the recorded one, if there is one."""
     loss, losses = found["loss"], found["losses"]
     same, beside = True, "not recorded by itself"

@@ -6,8 +6,6 @@
 Exit codes: 0 done, 2 usage, 65 not a run folder.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 from pathlib import Path
@@ -16,12 +14,12 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipeline.errors import DataError
-from pipeline.files import write_json
+from pipeline.files import Json, write_json
 from tools import cli
 from train.run_folder import read_config, read_metrics
 
 
-def draw(path: Path, *panels: tuple[dict[str, Any], list[tuple[Any, ...]]]) -> None:
+def draw(path: Path, *panels: tuple[Json, list[tuple[Any, ...]]]) -> None:
     """Panels side by side as PNG: of each, labels as Axes.set takes them, and curves as (x, y, style, name)."""
     import matplotlib
 
@@ -51,7 +49,7 @@ CURVES = {  # of each panel: the kind of line, the field, the style and the name
 }
 
 
-def draw_curves(lines: dict[str, list[dict]], best: dict, path: Path) -> None:
+def draw_curves(lines: dict[str, list[Json]], best: Json, path: Path) -> None:
     """Loss and accuracy over epochs, with the `best` evaluation marked."""
     last, panels = lines["train"][-1], []
     for ylabel, curves in CURVES.items():
@@ -68,7 +66,7 @@ def draw_curves(lines: dict[str, list[dict]], best: dict, path: Path) -> None:
     draw(path, *panels)
 
 
-def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> dict[str, Any]:
+def result(run: Path, lines: dict[str, list[Json]], *, timed: bool = True) -> Json:
     """The result of a run and what it depended on, for docs/results. timed: with seconds, of a run never resumed."""
     names = ("command", "ranks", "precision", "backend", "fingerprint", "environment")
     described = read_config(run, *names)
@@ -92,9 +90,9 @@ def result(run: Path, lines: dict[str, list[dict]], *, timed: bool = True) -> di
 
 
 def main() -> None:
-    p = cli.Parser(prog="report.py", description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    cli.add_files(p, json="also write the result with what it depended on")
+    p.files(json="also write the result with what it depended on")
     args = p.parse_args()
     run = args.run
     lines = read_metrics(run)

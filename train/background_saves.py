@@ -1,8 +1,7 @@
 """Saving in the background: how a run learns of failed saves, and what it does about them."""
 
-from __future__ import annotations
-
 import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import StorageError
@@ -12,17 +11,17 @@ from .distributed import Agreement
 from .metrics import Record
 
 
+@dataclass
 class Saver:
     """Checkpoints of a run, written by rank 0; all ranks learn of failed writes.
 
     on_error: whether a run stops, or continues and retries at its next save.
     """
 
-    def __init__(
-        self, checkpoints: Checkpoints, agreement: Agreement, *, on_error: Literal["stop", "continue"]
-    ) -> None:
-        self.checkpoints, self.agreement, self.on_error = checkpoints, agreement, on_error
-        self._error = ""  # this rank's last
+    checkpoints: Checkpoints
+    agreement: Agreement
+    on_error: Literal["stop", "continue"]
+    _error: str = ""  # this rank's last
 
     def save(self, step: int, **what: Any) -> None:
         """At rank 0: copies the arguments of Checkpoints.save, and returns while they are being written."""
@@ -38,13 +37,13 @@ class Saver:
             self._error = str(StorageError.of(err, self.checkpoints.folder))
             kept = self.checkpoints.all()
             last = f"{kept[-1].name} is the last good checkpoint" if kept else "there is no checkpoint yet"
-            print(f"could not save: {self._error}; {last}", file=sys.stderr, flush=True)
+            print(f"could not save: {self._error}; {last}", file=sys.stderr)
 
     def is_broken(self, record: Record) -> int:
         """1 if this rank has met an error that must stop the run. Prints any error."""
         if record.error is not None:
             self._error, record.error = str(StorageError.of(record.error, record.run)), None
-            print(f"could not record: {self._error}", file=sys.stderr, flush=True)
+            print(f"could not record: {self._error}", file=sys.stderr)
         elif self.checkpoints.failed:
             self.settle()
         else:
@@ -59,5 +58,8 @@ class Saver:
 
     def raise_failure(self, step: int) -> None:
         """Raises StorageError; at all ranks together."""
-        error = self._error or "another rank could not write"
-        raise StorageError(f"{error}; step {step} is not saved", together=True, here=bool(self._error))
+        raise StorageError(
+            f"{self._error or 'another rank could not write'}; step {step} is not saved",
+            together=True,
+            here=bool(self._error),
+        )

@@ -1,12 +1,8 @@
 """Builds a run from its configuration: loaders, net, optimiser, checkpoint to resume from, records."""
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,11 +10,10 @@ from torch import nn
 
 from model import AlexNet
 from model.summary import count_parameters
-from pipeline.errors import HANG, ConfigError, DataError, first_line
-from pipeline.files import write_json
+from pipeline.errors import ConfigError, DataError, first_line
+from pipeline.files import Json, write_json
 from pipeline.manifest import Dataset
 from pipeline.read import order, rng
-from pipeline.read.augment import AugmentConfig
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
 
@@ -27,7 +22,7 @@ from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
 from .config import Config, TrainConfig, augment_at
-from .distributed import Agreement, resolved_precision, take_cores, timeout_seconds
+from .distributed import Agreement, patience, resolved_precision, take_cores
 from .environment import launched
 from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
@@ -70,21 +65,17 @@ def build_trainer(
     """
     main, world = accelerator.is_main_process, accelerator.num_processes
     optim = scaled_to_batch(config.optim, config.train.batch)
-    agreement = Agreement(world, timeout_seconds=timeout_seconds(config.guard.hang_seconds))
+    agreement = Agreement(world, patience(config.guard.hang_seconds))
     precision, cores = resolved_precision(config.train.precision, accelerator), take_cores(accelerator.device)
     samples = config.overfit or dataset.split(config.data.train_split).samples
     check_batch(config.train, samples=samples, world=world, partitions=config.data.partitions)
 
     def say(line: str) -> None:
         if main:
-            print(line, flush=True)
+            print(line)
 
-    def loader_at(epoch: int) -> Loader:
-        augment = augment_at(config.train, config.augment, epoch)
-        return make_loader(config, dataset, accelerator, train=True, augment=augment)
-
+    loader_at, val_loader = make_loaders(config, dataset, accelerator)
     loader = loader_at(0)
-    val_loader = make_loader(config, dataset, accelerator, train=False, augment=config.augment)
     net = make_net(config, classes=len(dataset.classes), say=say)
     checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
     fixed = resume.invariants(config, dataset, precision=precision)
@@ -111,8 +102,8 @@ def build_trainer(
         more = f" and {steps} of {len(loader)} steps" if steps else ""
         say(f"resuming from {saved.path}: {state.epoch} of {config.train.epochs} epochs{more} done")
     if main:
-        compiled = stepper.compiled
-        folder.describe(config, dataset, loader, precision=precision, compiled=compiled, ranks=world, threads=cores)
+        facts = {"precision": precision, "compiled": stepper.compiled, "ranks": world, "threads": cores}
+        folder.describe(config, dataset, loader, facts)
         write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
     record = Record(folder.path, accelerator, config, resumed_at=resumed_at)
@@ -144,17 +135,10 @@ def build_trainer(
             world,
             config.guard.hang_seconds,
             on_orphan=lambda: stop.request(signals.ORPHAN),
-            on_hang=partial(report_hang, folder, state, accelerator.process_index),
             parent=parent if watchdog.is_launched() else 0,
         ),
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
     )
-
-
-def report_hang(folder: RunFolder, state: TrainState, rank: int, reason: str) -> None:
-    """Called in the watchdog's thread before the process ends."""
-    print(f"error: [rank {rank}] {reason}", file=sys.stderr, flush=True)
-    folder.write_exit(code=HANG, reason=reason, step=state.step)
 
 
 def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, loader: Loader) -> None:
@@ -170,14 +154,13 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
         state.plateau = Plateau(**kept["plateau"])
         if average:
             average.net.load_state_dict(saved.average)
-            average.updates = state.updates
         meter.load_state_dict(kept["meter"])
     except (LookupError, RuntimeError, TypeError, ValueError) as err:
         raise DataError(f"{saved.path}: does not fit this net ({first_line(err)}); choose another --run.dir") from err
     loader.load_state_dict(kept["loader"])
 
 
-def of_this_rank(accelerator: Accelerator) -> dict[str, Any]:
+def of_this_rank(accelerator: Accelerator) -> Json:
     """The arguments of a Loader that feeds a net on this rank's device."""
     return {
         "rank": accelerator.process_index,
@@ -189,23 +172,25 @@ def of_this_rank(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def make_loader(
-    config: Config, dataset: Dataset, accelerator: Accelerator, *, train: bool, augment: AugmentConfig
-) -> Loader:
-    """This rank's; of the training or the validation split."""
-    return Loader(
+def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> tuple[Callable[[int], Loader], Loader]:
+    """This rank's: a function that makes the training loader of an epoch, and the validation loader."""
+    data, train = config.data, config.train
+    make = partial(
+        Loader,
         dataset,
-        split=config.data.train_split if train else config.data.val_split,
-        batch=config.train.batch if train else config.train.eval_batch,
-        train=train,
         seed=config.run.seed,
-        partitions=config.data.partitions,
-        window=config.data.window,
+        partitions=data.partitions,
+        window=data.window,
         first=config.overfit,
         **of_this_rank(accelerator),
-        augment=augment,
         config=config.loader,
     )
+
+    def loader_at(epoch: int) -> Loader:
+        augment = augment_at(train, config.augment, epoch)
+        return make(split=data.train_split, batch=train.batch, train=True, augment=augment)
+
+    return loader_at, make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
 
 
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:

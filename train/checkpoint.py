@@ -6,8 +6,6 @@ hold the names of the newest and of the best.
 A checkpoint that does not verify is kept as `step-NNNNNNNN.damaged` until a later one is whole.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -17,7 +15,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -40,13 +38,12 @@ Weights = dict[str, Tensor]  # by name, as a state_dict
 NAME = re.compile(r"step-(\d{8,})")
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """The content of a checkpoint, as `Checkpoints.save` received it."""
 
     path: Path
     model: Weights
-    optimizer: dict[str, Any]  # by "<parameter>.<name>", for `restore_optimizer`
+    optimizer: Weights  # by "<parameter>.<name>", for `restore_optimizer`
     state: Json
     average: Weights  # none: empty
 
@@ -90,10 +87,8 @@ class Checkpoints:
             self._pending = self._writer.submit(self._remove_old, step, state.get("best_step"))
             return
         moments = {f"{p}.{name}": v for p, values in optimizer["state"].items() for name, v in values.items()}
-        tensors = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
-        numbers = {name: value for name, value in moments.items() if name not in tensors}
-        self._stage({MODEL: model, OPTIMIZER: tensors} | ({AVERAGE: average} if average else {}))
-        self._pending = self._writer.submit(self._publish, step, {**state, "step": step, "optimizer": numbers})
+        self._stage({MODEL: model, OPTIMIZER: moments} | ({AVERAGE: average} if average else {}))
+        self._pending = self._writer.submit(self._publish, step, {**state, "step": step})
 
     def wait(self) -> None:
         """Returns when the last save is on the disk. Raises OSError, once, if it failed."""
@@ -232,12 +227,12 @@ def load(path: Path) -> Saved:
     files = verified(path)
     with reading(f"{path}:", RESUME_ANOTHER, SafetensorError):
         state = json.loads(files[STATE])
-        optimizer = deserialise(files[OPTIMIZER]) | state.pop("optimizer")
+        state.pop("optimizer", None)  # of older checkpoints, always empty
         for name, kind in KINDS.items():
             if not isinstance(state[name], kind):
                 raise ValueError(f"{STATE}: {name}={state[name]!r}")
         average = deserialise(files[AVERAGE]) if AVERAGE in files else {}
-        return Saved(path, deserialise(files[MODEL]), optimizer, state, average)
+        return Saved(path, deserialise(files[MODEL]), deserialise(files[OPTIMIZER]), state, average)
 
 
 def verified(path: Path) -> dict[str, bytes]:
@@ -260,18 +255,18 @@ def verified(path: Path) -> dict[str, bytes]:
     return files
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Weights) -> None:
     """Loads the state; groups stay as configured, since the schedule sets their lr at every step.
 
     Momenta take the memory format of their parameters, which files do not keep: torch's fused updates assume that both
     are equal, and would silently mix up the momenta of a channels-last net.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, Weights] = {}
     for key, value in saved.items():
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,12 +1,9 @@
 """A trained net, ready to classify images: from a run, a checkpoint, or a file of weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +24,7 @@ from .presets import PRESETS
 from .run_folder import CONFIG, read_config, read_metrics
 
 
-@dataclass(frozen=True)
-class Classifier:
+class Classifier(NamedTuple):
     """source: the file or folder that was read. net: float32, in evaluation mode: (N, 3, crop, crop) → (N, classes).
 
     precision: of its training, if known.
@@ -41,7 +37,7 @@ class Classifier:
 
     @property
     def classes(self) -> int:
-        return int(self.card.weights["classes"])
+        return self.card.weights["classes"]
 
     def statistics(self, dataset: Dataset | None) -> Statistics:
         """The statistics that normalise its images. Raises ConfigError if neither the card nor `dataset` has them."""
@@ -89,7 +85,7 @@ def recorded(path: Path) -> tuple[Json, Inputs | None]:
     if path.is_dir():
         run, saved = find(path)
         return saved.state["config"], read_inputs(run)
-    card = _card(path, _metadata(path)) if path.is_file() else None
+    card = _card(path) if path.is_file() else None
     return (flatten(card), card.inputs) if card else ({}, None)
 
 
@@ -143,21 +139,13 @@ def _validated(run: Path, config: Config, weights: Json, recipe: Json) -> list[J
 
 
 def _from_weights(path: Path, preset: str) -> Classifier:
-    card = _card(path, _metadata(path))
+    card = _card(path)
     if card and preset:
         raise ConfigError(f"--preset {preset}: {path} has a model card that names its net; leave it out")
     card = card or _card_of_preset(path, preset)
     net = _new_net(card.model, card.augment.crop, card.weights["classes"])
-    try:
-        note = load_weights(net, path)
-    except DataError as err:
-        # The cure for --model.init, another model.name, is none here.
-        reason, other, _ = str(err).removeprefix("model.init: ").partition("; choose its model.name")
-        if other:
-            whose = f"it is not of --preset {preset}" if preset else "its card is of other weights"
-            reason = f"{reason.partition('; it holds')[0]}; {whose}"
-        raise DataError(reason) from err
-    if note:
+    whose = f"it is not of --preset {preset}" if preset else "its card is of other weights"
+    if note := load_weights(net, path, cure=whose):
         raise DataError(f"{note.partition(':')[0]}, and its model card of {card.weights['classes']}; export it again")
     return Classifier(path, net, card)
 
@@ -200,8 +188,9 @@ def _metadata(path: Path) -> str | None:
         return header.get("__metadata__", {}).get(METADATA)
 
 
-def _card(path: Path, text: str | None) -> Card | None:
-    """The card of a file: `text`, from its metadata, or else the card beside it."""
+def _card(path: Path, text: str | None = None) -> Card | None:
+    """The card of a file: `text`, or what its metadata hold, or else the card beside it."""
+    text = text or _metadata(path)
     with reading(f"{path}: its model card", "export the weights again"):
         return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
 

@@ -1,7 +1,5 @@
 """The command line of train/run.py: preset < --config < flags. Every error names the field and its value."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -16,6 +14,7 @@ import tyro
 
 from model import ModelConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import Json
 from pipeline.settings import IN_HELP, declared, did_you_mean, flatten, marked, updated
 
 from .config import RESUME_NEWEST, Config
@@ -153,7 +152,7 @@ def _read_config(file: Path, base: Config) -> Config:
         raise ConfigError(f"--config {file}: {err}") from err
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _distinct(pairs: list[tuple[str, Any]]) -> Json:
     """Raises ValueError for a name that is given twice, of which JSON's reader would take the last."""
     names = [name for name, _ in pairs]
     for name in names:
@@ -191,8 +190,7 @@ def _tyro(flags: list[str], base: Config, **options: Any) -> Config:
     printed = _Box()
     try:
         with contextlib.redirect_stderr(printed):
-            config: Config = tyro.cli(Config, default=base, args=flags, **options)
-            return config
+            return tyro.cli(Config, default=base, args=flags, **options)
     except ValueError as err:  # of packages that do not import ConfigError
         raise ConfigError(str(err)) from err
     except SystemExit as end:

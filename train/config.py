@@ -4,10 +4,8 @@ Fields declare bounds, whether they may change on resume or between hosts, and w
 their types: see pipeline/settings.py. Order of precedence: preset < --config < flags.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -30,6 +28,27 @@ from pipeline.settings import (
     did_you_mean,
     validate,
 )
+
+
+def _plain(numbers: tuple[Any, ...]) -> str:
+    return " ".join(map(str, numbers)) or "none"
+
+
+def _rise(numbers: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in pairwise(numbers))
+
+
+def _check_tracker(name: str) -> None:
+    if name == "tensorboard":  # a dependency of ours; the import costs a second
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [logger.value for logger in LoggerType if logger.value != "all"]
+    if name not in known:
+        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
+    if name not in map(str, get_available_trackers()):
+        raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         validate(self)
         if len(self.crop_sizes) != len(self.crop_until):
-            both = f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}"
-            raise ConfigError(f"{both}: give one epoch for each size")
+            raise ConfigError(
+                f"train.crop_sizes={_plain(self.crop_sizes)}, train.crop_until={_plain(self.crop_until)}: give one"
+                " epoch for each size"
+            )
         if not _rise((0, *self.crop_until)):
             raise ConfigError(f"train.crop_until={_plain(self.crop_until)}: must be epochs that rise, from 1")
 
@@ -210,15 +231,15 @@ FewSteps = Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 
 class Config:
     """All of a run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    regularize: RegularizeConfig = field(default_factory=RegularizeConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    loader: MayChange[LoaderConfig] = field(default_factory=LoaderConfig)
-    guard: MayChange[GuardConfig] = field(default_factory=GuardConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    regularize: RegularizeConfig = RegularizeConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loader: MayChange[LoaderConfig] = LoaderConfig()
+    guard: MayChange[GuardConfig] = GuardConfig()
+    run: RunConfig = RunConfig()
     resume: InHelp[PerHost[str]] = ""
     """A checkpoint folder to resume from; default: the newest that verifies, if any; a bare --resume requires one."""
     overfit: InHelp[FewImages] = 0
@@ -266,27 +287,6 @@ def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
         for name, named in epochs.items()
         if named and named[-1] >= train.epochs
     ]
-
-
-def _plain(numbers: tuple[Any, ...]) -> str:
-    return " ".join(map(str, numbers)) or "none"
-
-
-def _rise(numbers: tuple[float, ...]) -> bool:
-    return all(a < b for a, b in pairwise(numbers))
-
-
-def _check_tracker(name: str) -> None:
-    if name == "tensorboard":  # a dependency of ours; the import costs a second
-        return
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    known = [logger.value for logger in LoggerType if logger.value != "all"]
-    if name not in known:
-        raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
-    if name not in map(str, get_available_trackers()):
-        raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
 
 
 def augment_at(train: TrainConfig, augment: AugmentConfig, epoch: int) -> AugmentConfig:

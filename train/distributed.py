@@ -1,7 +1,5 @@
 """Devices, precision and processes, and every collective of a run."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from typing import Any
@@ -14,9 +12,10 @@ from torch import nn
 
 from pipeline import cores
 from pipeline.errors import ConfigError, first_line
+from pipeline.files import Json
 
 from .config import Config
-from .environment import check_launch, launched
+from .environment import check_launch, launched, world_size
 
 # Our names of precisions and hooks that have others in Accelerate
 NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
@@ -30,14 +29,13 @@ def make_accelerator(config: Config) -> Accelerator:
     if train.precision == "tf32" and not torch.cuda.is_available():
         raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
     handlers: list[Any] = []
-    world = launched("WORLD_SIZE", 1)
+    world = world_size()
     if world > 1:  # one process joins no group
         backend = None if run.ddp_backend == "auto" else run.ddp_backend
-        timeout = datetime.timedelta(seconds=timeout_seconds(config.guard.hang_seconds))
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+        group = InitProcessGroupKwargs(backend=backend, timeout=patience(config.guard.hang_seconds))
         # Views: gradients are stored in DDP's buffers, which saves a copy and memory of the weights' size.
         hook = DDPCommunicationHookType(NAMES.get(train.compress, train.compress))
-        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook))
+        handlers = [group, DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]
     torch.backends.cudnn.benchmark = not run.deterministic  # batches are all of one size
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -96,11 +94,11 @@ def set_products(precision: str) -> None:
 
 def resolved_precision(precision: str, accelerator: Accelerator) -> str:
     """What train.precision resolves to: the launcher may decide."""
-    mixed: str = accelerator.mixed_precision
+    mixed = accelerator.mixed_precision
     return "tf32" if precision == "tf32" else {"no": "fp32"}.get(mixed, mixed)
 
 
-def take_cores(device: torch.device) -> dict[str, Any]:
+def take_cores(device: torch.device) -> Json:
     """Pins this rank to its share of the cores near its GPU, if they are known, and lets torch use all of them.
 
     Launchers set one thread a rank, which starves a CPU. Returns what was done, for config.json.
@@ -108,7 +106,11 @@ def take_cores(device: torch.device) -> dict[str, Any]:
     ranks = launched("LOCAL_WORLD_SIZE", 1)
     shares = None
     if device.type == "cuda" and hasattr(os, "sched_setaffinity"):
-        near = [_cores_near_gpu(gpu) for gpu in range(min(ranks, torch.cuda.device_count()))]
+        gpus = (torch.cuda.get_device_properties(gpu) for gpu in range(min(ranks, torch.cuda.device_count())))
+        near = [
+            cores.near_device(f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0")  # type: ignore[attr-defined]
+            for p in gpus
+        ]
         shares = cores.divide(near, sorted(os.sched_getaffinity(0))) if len(near) == ranks else None
     if shares is not None:
         cores.pin(shares[launched("LOCAL_RANK")])
@@ -117,19 +119,13 @@ def take_cores(device: torch.device) -> dict[str, Any]:
     return {"ranks_on_this_machine": ranks, "threads_a_rank": threads, "pinned_to_cores": shares}
 
 
-def _cores_near_gpu(gpu: int) -> list[int] | None:
-    p: Any = torch.cuda.get_device_properties(gpu)
-    return cores.near_device(f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0")
-
-
 class Agreement:
     """Exchanges small values between the ranks' hosts, without waiting for the devices' queued work.
 
-    A call costs 0.2 ms between processes of one machine. timeout_seconds: how long a rank waits for another.
+    A call costs 0.2 ms between processes of one machine. timeout: how long a rank waits for another.
     """
 
-    def __init__(self, world: int, *, timeout_seconds: float) -> None:
-        timeout = datetime.timedelta(seconds=timeout_seconds)
+    def __init__(self, world: int, timeout: datetime.timedelta) -> None:
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
 
     def largest(self, *values: int) -> list[int]:
@@ -138,7 +134,7 @@ class Agreement:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        return [int(value) for value in tensor]
+        return tensor.tolist()
 
     def from_all(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, at every rank."""
@@ -160,6 +156,6 @@ def broadcast_buffers(net: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def timeout_seconds(hang_seconds: float) -> float:
+def patience(hang_seconds: float) -> datetime.timedelta:
     """How long a rank waits for another: longer than the watchdog, which can name the cause. 0: a year."""
-    return max(1800.0, 20 * hang_seconds) if hang_seconds else 365 * 86400.0
+    return datetime.timedelta(seconds=max(1800.0, 20 * hang_seconds) if hang_seconds else 365 * 86400.0)

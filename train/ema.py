@@ -1,11 +1,9 @@
 """A moving average of the weights, which is often the better net."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Average:
@@ -16,20 +14,16 @@ class Average:
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, net: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = list(zip(_tensors(self.net), _tensors(net), strict=True))
+    def update(self, net: nn.Module, number: int) -> None:
+        """number: of the update, counted from 1."""
+        decay = min(self.decay, (1 + number) / (10 + number))
+        pairs = list(zip(self.net.state_dict().values(), net.state_dict().values(), strict=True))
         averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, counter in pairs:
             if not average.is_floating_point():
                 average.copy_(counter)
-
-
-def _tensors(net: nn.Module) -> list[Tensor]:
-    return [t.detach() for t in (*net.parameters(), *net.buffers())]

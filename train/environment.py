@@ -1,7 +1,5 @@
 """What a result depends on beside the code: hardware, versions, commit and command, for every record we keep."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource
@@ -14,6 +12,7 @@ from typing import Any
 
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
+from pipeline.files import Json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -23,14 +22,16 @@ PACKAGES = (
 LAUNCHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, set for each rank
 
 
-def describe() -> dict[str, Any]:
+def describe() -> Json:
     """Hardware and versions, without anything that names the machine."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": usable_cores(),
-        "gpus": _gpus(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: v for name in PACKAGES if (v := version(name))},
         "commit": git_commit(),
     }
@@ -58,6 +59,10 @@ def check_launch() -> None:
 def launched(name: str, default: int = 0) -> int:
     """A number that launchers set for each rank, such as RANK; `default` for a process that was started alone."""
     return int(os.environ.get(name, default))
+
+
+def world_size() -> int:
+    return launched("WORLD_SIZE", 1)
 
 
 def memory_gb(device: Any) -> float:
@@ -100,9 +105,3 @@ def _cpu_name() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -4,11 +4,8 @@
 several, by one view or ten; `summary` counts those.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from pipeline.files import Json
 from pipeline.read.loader import Loader
 
 NAMES = ("top1", "top5", "loss", "images")  # of a Result, as records have them
@@ -25,8 +23,7 @@ BEST = 5  # predicted classes kept for each image
 CONFUSIONS = 10
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """Fractions of `images`, and their mean cross-entropy."""
 
     top1: float
@@ -38,8 +35,7 @@ class Result:
         return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}"
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """Results of the weights, and of their average if there is one."""
 
     weights: Result
@@ -47,10 +43,10 @@ class Evaluation:
 
     @property
     def best(self) -> Result:
-        return max(filter(None, (self.weights, self.average)), key=lambda result: result.top1)
+        return max(filter(None, self), key=lambda result: result.top1)
 
     def __str__(self) -> str:
-        average = str(self.average).replace("val", "val of averaged weights") + "\n" if self.average else ""
+        average = f"{self.average}\n".replace("val", "val of averaged weights") if self.average else ""
         return f"{average}{self.weights}"
 
 
@@ -167,7 +163,7 @@ def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices[:, :BEST], found.values[:, :BEST]
 
 
-def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> dict[str, Any]:
+def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> Json:
     """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
 
     All labels must be known.

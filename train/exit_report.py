@@ -6,13 +6,14 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
 
 from . import signals, watchdog
-from .environment import launched
+from .environment import launched, world_size
 from .run_folder import EXIT, RunFolder
 
 if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before that
@@ -27,20 +28,20 @@ class Interrupted(ExpressError):
 
 
 class LostRank(ExpressError):
-    code = CHECK_FAILED
+    """Another rank ended, which reports why."""
 
 
+@dataclass
 class ExitReport:
     """A context around a run, from its command line on: whatever is raised in it becomes `code`, a line and exit.json.
 
     A crash passes on with its traceback, after exit.json has named it.
     """
 
-    def __init__(self) -> None:
-        self.code = DONE
-        self.config: Config | None = None  # once it is parsed, with its folder
-        self.folder: RunFolder | None = None
-        self.trainer: Trainer | None = None  # once it is built
+    code: int = DONE
+    config: Config | None = None  # once it is parsed, with its folder
+    folder: RunFolder | None = None
+    trainer: Trainer | None = None  # once it is built
 
     def __enter__(self) -> ExitReport:
         return self
@@ -99,10 +100,10 @@ class ExitReport:
         if launched("LOCAL_RANK") == 0 or not (before_training or err.together):  # one line if all ranks have it
             streams.clear_line()
             kind, rank = "" if err.code == PREEMPTED else "error: ", launched("RANK")
-            print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr, flush=True)
+            print(f"{kind}{f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr)
         elif before_training:  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
             time.sleep(LOST_SECONDS)
-        if self.config is None and not isinstance(err, Interrupted) and launched("WORLD_SIZE") > 1:
+        if self.config is None and not isinstance(err, Interrupted) and world_size() > 1:
             from .preflight import report_rejection
 
             report_rejection(err)
@@ -124,7 +125,7 @@ class ExitReport:
 
 def is_lost_connection(err: RuntimeError) -> bool:
     """Whether a collective failed because its peer is gone; torch has no class of error for gloo's."""
-    if launched("WORLD_SIZE") <= 1:
+    if world_size() == 1:
         return False
     from torch.distributed import DistError
 

@@ -1,7 +1,5 @@
 """The training loop: `train` takes a run from its first batch to its last figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shlex
@@ -144,7 +142,7 @@ def end_epoch(t: Trainer) -> None:
         t.record.log(
             f"epoch {t.state.epoch + 1}/{t.config.train.epochs}{part}: loss {means['loss']:.4f}, lr {t.state.rate:.4g},"
             f" {means['images_per_second']:,.0f} img/s, waiting for data {means['data_wait']:.0%},"
-            f" {clock(t.meter.seconds)}"
+            f" {clock(means['seconds'])}"
         )
     t.meter = Meter(t.accelerator, t.config.train.batch)
 
@@ -206,9 +204,9 @@ def count(t: Trainer) -> Evaluation:
 
 
 def record_evaluation(t: Trainer, evaluation: Evaluation, *, epoch: int) -> None:
-    for kind, result in (("val", evaluation.weights), ("val of average", evaluation.average)):
+    for kind, result in zip(("val", "val of average"), evaluation):
         if result:
-            t.record.write(kind, t.state.step, {"epoch": epoch, **vars(result)})
+            t.record.write(kind, t.state.step, {"epoch": epoch, **result._asdict()})
             top5 = f", top-5 {result.top5:.2%}" if len(t.loader.dataset.classes) > BEST else ""
             done = f"epoch {epoch}/{t.config.train.epochs}"
             t.record.log(f"{done}: {kind} top-1 {result.top1:.2%}{top5}, loss {result.loss:.4f}")

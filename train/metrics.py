@@ -1,7 +1,5 @@
 """A run's metrics: summed on the device, then written to metrics.jsonl, to trackers and to the console."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time
@@ -51,13 +49,11 @@ class Meter:
         self.all_steps, self.steps, self.loss, self.last = self.all_steps + self.steps, 0, 0.0, now
         return metrics
 
-    @property
-    def seconds(self) -> float:
-        return self.last - self.started
-
     def whole(self) -> dict[str, float]:
-        """The same over all readings."""
-        return self._metrics(self.all_loss / self.all_steps, self.all_steps, self.seconds, self.all_wait)
+        """The same over all readings, and their seconds."""
+        seconds = self.last - self.started
+        means = self._metrics(self.all_loss / self.all_steps, self.all_steps, seconds, self.all_wait)
+        return means | {"seconds": seconds}
 
     def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
         return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}
@@ -139,7 +135,7 @@ class Record:
 
     def log(self, line: str) -> None:
         if self.main:
-            print(line, flush=True)
+            print(line)
 
     def close(self) -> None:
         for file in filter(None, (self._metrics, self._ids)):

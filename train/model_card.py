@@ -137,8 +137,7 @@ class Card:
         a, config = self.augment, self.recipe.get("config", {})
         kind = "A net of another library" if ":" in self.model.name else "An AlexNet"
         lines = [f"# {name}", "", f"{kind}, `{self.model.name}`, of imagenet-express.", ""]
-        if self.inputs:
-            i = self.inputs
+        if i := self.inputs:
             lines += [f"- Data: {i.dataset}, {len(i.classes):,} classes, fingerprint `{i.fingerprint[:16]}`"]
         lines += [f"- Sees: short side {a.resize}, {a.crop} × {a.crop} pixels, normalised by `{a.normalize}`"]
         if self.weights:
@@ -158,13 +157,11 @@ class Card:
             "| accuracy on | images | views | top-1 | top-5 | measured by |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
-        for row in self.accuracy:
-            lines += [
-                f"| {row['split']} | {row['images']:,} | {row['views']} | {row['top1']:.2%} | {row['top5']:.2%}"
-                f" | `{row['command']}` |"
-            ]
-        if not self.accuracy:
-            lines += ["| not measured | | | | | |"]
+        lines += [
+            f"| {row['split']} | {row['images']:,} | {row['views']} | {row['top1']:.2%} | {row['top5']:.2%}"
+            f" | `{row['command']}` |"
+            for row in self.accuracy
+        ] or ["| not measured | | | | | |"]
         return "\n".join([*lines, ""])
 
 

@@ -1,7 +1,5 @@
 """The net of a run: an AlexNet or another library's classifier, new or from weights, compiled if it helps."""
 
-from __future__ import annotations
-
 import re
 import warnings
 import zipfile
@@ -58,8 +56,8 @@ def _others_net(name: str, classes: int) -> nn.Module:
         known = models.list_models(module=models)
         # By default these two return more than logits in training.
         with_aux = which in ("googlenet", "inception_v3")
-        extra: dict[str, Any] = {"aux_logits": False, "init_weights": True} if with_aux else {}
-        make: Callable[..., Any] = partial(models.get_model, weights=None, **extra)
+        extra = {"aux_logits": False, "init_weights": True} if with_aux else {}
+        make: Callable[..., nn.Module] = partial(models.get_model, weights=None, **extra)
     elif library == "timm":
         try:
             import timm
@@ -71,8 +69,7 @@ def _others_net(name: str, classes: int) -> nn.Module:
         raise ConfigError(f"model.name={name}: choose torchvision:NAME or timm:NAME")
     if which not in known:
         raise ConfigError(f"model.name={name}: {library} has no classifier {which!r}{did_you_mean(which, known)}")
-    net: nn.Module = make(which, num_classes=classes)
-    return net
+    return make(which, num_classes=classes)
 
 
 def _check_crop(net: nn.Module, name: str, crop: int) -> None:
@@ -87,49 +84,49 @@ def _check_crop(net: nn.Module, name: str, crop: int) -> None:
 
 # Weights
 
+OTHER_NET = "it holds another net's weights; choose its model.name and width"
 
-def load_weights(net: nn.Module, path: Path, *, other_classes: bool = False) -> str | None:
+
+def load_weights(net: nn.Module, path: Path, *, other_classes: bool = False, cure: str = OTHER_NET) -> str | None:
     """Loads weights of the same net; if the number of classes differs, or they are other ones, the output layer stays
     new.
 
-    Returns a note about that, or None. Raises DataError if names, shapes or kinds of numbers differ otherwise.
+    Returns a note about that, or None. Raises DataError, with the cure, if names, shapes or kinds of numbers differ
+    otherwise.
     """
     weights, wanted = read_weights(path), net.state_dict()
     note = None
     for head, layer in heads(net):
-        classes = _classes_of(weights, wanted, head)
-        ours = len(layer.weight)
+        classes, ours = _classes_of(weights, layer, head), len(layer.weight)
         if classes and (other_classes or classes != ours):
             other = " other" * (classes == ours)
             note = f"{path} is of {classes}{other} classes: the output layer {head} is new, with {ours}"
             weights |= {n: wanted[n] for n in (f"{head}.weight", f"{head}.bias") if n in weights}
     for name, w in wanted.items():
         if name not in weights:
-            raise DataError(f"{path}: has no {name}; it holds another net's weights; choose its model.name")
+            raise DataError(f"{path}: has no {name}; {cure}")
         theirs = weights[name]
         if theirs.shape != w.shape:
-            both = f"{tuple(theirs.shape)} but this net has {tuple(w.shape)}"
-            raise DataError(f"{path}: {name} is {both}; choose its model.name and width")
+            raise DataError(f"{path}: {name} is {tuple(theirs.shape)} but this net has {tuple(w.shape)}; {cure}")
         if theirs.is_floating_point() != w.is_floating_point():
-            kinds = f"{theirs.dtype} but this net has {w.dtype}"
-            raise DataError(f"{path}: {name} is of {kinds}; save the weights as floating-point numbers")
-        if theirs.is_floating_point() and not bool(theirs.isfinite().all()):
+            raise DataError(
+                f"{path}: {name} is of {theirs.dtype} but this net has {w.dtype}; save the weights as floating-point"
+                " numbers"
+            )
+        if theirs.is_floating_point() and not theirs.isfinite().all():
             raise DataError(f"{path}: {name} holds NaN or infinity; take weights of an earlier checkpoint")
     if unknown := [name for name in weights if name not in wanted]:
-        raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; choose its model.name")
+        raise DataError(f"{path}: has {_plain(unknown[0])}, which this net has not; {cure}")
     net.load_state_dict(weights)
     return note
 
 
-def _classes_of(weights: Weights, wanted: Weights, head: str) -> int:
+def _classes_of(weights: Weights, layer: Any, head: str) -> int:
     """The number of classes of the output layer in the file if nothing but that can differ; else 0."""
     weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
-    ours = wanted[f"{head}.weight"]
-    if weight is None or weight.shape[1:] != ours.shape[1:]:
+    if weight is None or weight.shape[1:] != layer.weight.shape[1:]:
         return 0
-    classes = len(weight)
-    fits = bias is None or bias.shape == (classes,)
-    return classes if fits else 0
+    return len(weight) if bias is None or bias.shape == weight.shape[:1] else 0
 
 
 def read_weights(path: Path) -> Weights:
@@ -141,9 +138,7 @@ def read_weights(path: Path) -> Weights:
         saved = _read(path)
     except FileNotFoundError as err:
         raise DataError(f"model.init={path}: no such file") from err
-    except DataError as err:
-        raise DataError(f"model.init: {err}") from err
-    except OSError:
+    except (DataError, OSError):
         raise
     except Exception as err:  # a damaged pickle may raise anything
         raise DataError(f"{path}: {_why_unreadable(err)}; nothing of it was run") from err
@@ -196,8 +191,7 @@ def _plain(text: str) -> str:
 def heads(net: nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of the output layers: what timm calls a net's classifier, else the last layer with weights."""
     weighted = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    get: Any = getattr(net, "get_classifier", tuple)
-    named = get()
+    named: Any = getattr(net, "get_classifier", tuple)()
     named = named if isinstance(named, tuple | list) else (named,)
     return [(n, m) for n, m in weighted if m in named] or weighted[-1:]
 

@@ -1,7 +1,5 @@
 """A loss or gradient that is NaN or infinite: how it is found without waiting for the device, and what follows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

@@ -1,8 +1,7 @@
 """Optimisers, and the learning rate as a function of the update's number alone: the same at any number of processes."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +17,11 @@ Group = dict[str, Any]  # of parameters that an update treats alike, as in torch
 
 class _InGroups(torch.optim.Optimizer):
     """SGD with momentum that updates a group by a few calls over all its tensors: one by one, a GPU would wait for the
-    host to start some 60 small kernels."""
+    host to start some 60 small kernels.
 
-    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
-        """Updates weights and velocities by the gradients."""
-        raise NotImplementedError
+    move: updates weights and velocities by the gradients."""
+
+    move: Callable[..., None]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -71,8 +70,7 @@ def _adapted(w: list[Tensor], g: list[Tensor], group: Group) -> Tensor:
     others = gradient + group["weight_decay"] * weight
     has_scale = (weight > 0) & (others > 0)
     trust = torch.where(has_scale, group["eta"] * weight / others, torch.full_like(weight, group["eta"]))
-    rate: Tensor = trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
-    return rate
+    return trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
 
 
 def make_optimizer(

@@ -5,8 +5,6 @@ all exit with one line that names the host and what differs there. Nothing was w
 for a rank that will not come. Costs two messages a rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib
@@ -29,7 +27,7 @@ from pipeline.settings import PER_HOST, flatten, marked
 
 from . import environment
 from .config import Config
-from .environment import launched
+from .environment import launched, world_size
 from .signals import heed_no_more
 
 START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
@@ -44,7 +42,7 @@ def open_alike(config: Config) -> Dataset:
     if _alone():
         return open_dataset(config.data.shards)
     name_interface()
-    dataset, found = None, _who()
+    dataset, found = None, Json()
     try:
         dataset = open_dataset(config.data.shards)
         found["facts"] = facts(config, dataset)
@@ -61,7 +59,7 @@ def report_rejection(err: ExpressError) -> None:
     if _alone() or not _several_hosts():
         return  # the ranks of one host read the same line
     with contextlib.suppress(Exception):  # only spares the others a long wait; this rank's own line says all
-        _meet(_who() | {"error": str(err), "code": err.code, "leaves": True})
+        _meet({"error": str(err), "code": err.code, "leaves": True})
 
 
 def facts(config: Config, dataset: Dataset) -> Json:
@@ -117,21 +115,13 @@ def _name(rank: Json, ranks: list[Json]) -> str:
 # The exchange
 
 
-def _world() -> int:
-    return launched("WORLD_SIZE", 1)
-
-
 def _alone() -> bool:
     """Whether there is one process, or no way to the others; make_accelerator reports what is wrong with the launch."""
-    return _world() == 1 or "MASTER_ADDR" not in os.environ or "RANK" not in os.environ
-
-
-def _who() -> Json:
-    return {"rank": launched("RANK"), "host": socket.gethostname()}
+    return world_size() == 1 or not {"MASTER_ADDR", "RANK"} <= os.environ.keys()
 
 
 def _several_hosts() -> bool:
-    return _world() > launched("LOCAL_WORLD_SIZE", _world())
+    return world_size() > launched("LOCAL_WORLD_SIZE", world_size())
 
 
 def _meet(found: Json) -> None:
@@ -139,7 +129,8 @@ def _meet(found: Json) -> None:
     import torch.distributed
 
     dist: Any = torch.distributed
-    rank, world, (code, reason) = found["rank"], _world(), (0, "")
+    rank, world, (code, reason) = launched("RANK"), world_size(), (0, "")
+    found |= {"rank": rank, "host": socket.gethostname()}
     # A key of this start: after a restart by torchrun the store still holds the last one's.
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")
     prefix = "/".join(["imagenet-express", *(os.environ.get(name, "") for name in names)])
@@ -161,8 +152,9 @@ def _meet(found: Json) -> None:
         if code and not rank:  # rank 0's process may hold the store
             _until(lambda: own.add("read", 0) == world - 1, seconds=ACK_SECONDS)
     except dist.DistError as err:
-        why = "their own lines say why"
-        raise ExpressError(f"rank {rank} lost the others before the start; {why} ({first_line(err)})") from err
+        raise ExpressError(
+            f"rank {rank} lost the others before the start; their own lines say why ({first_line(err)})"
+        ) from err
     if code:
         raise ExpressError(reason, code=code)
 
@@ -174,12 +166,12 @@ def _awaited(store: Any, key: str, who: str) -> Any:
     """A key's value, waited for in short sleeps, in which a signal is handled."""
 
     def is_there() -> bool:
-        return bool(store.check([key]))
+        return store.check([key])
 
     if not _until(is_there, seconds=NOTICE_SECONDS):
-        print(f"waiting for {who} of {_world()} to start", file=sys.stderr, flush=True)
+        print(f"waiting for {who} of {world_size()} to start", file=sys.stderr)
         if not _until(is_there, seconds=START_SECONDS - NOTICE_SECONDS):
-            raise ExpressError(f"{who} of {_world()} did not start within {START_SECONDS:.0f} seconds")
+            raise ExpressError(f"{who} of {world_size()} did not start within {START_SECONDS:.0f} seconds")
     return json.loads(store.get(key))
 
 
@@ -229,8 +221,7 @@ def interface_to(host: str, port: int) -> str | None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing
         address = probe.getsockname()[0]
-        interfaces: dict[str, Any] = psutil.net_if_addrs()
-        for name, addresses in interfaces.items():
+        for name, addresses in psutil.net_if_addrs().items():
             if any(a.address == address for a in addresses) and not address.startswith("127."):
                 return name
     return None

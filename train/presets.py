@@ -1,7 +1,5 @@
 """Recipes by name. Each docstring gives the command, what to expect with its source, and on what, in how many hours."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from model import ModelConfig
@@ -10,8 +8,8 @@ from pipeline.settings import updated
 
 from .config import Config, DataConfig, OptimConfig, RegularizeConfig, RunConfig, TrainConfig
 
-# The recipe that all of 2012 has in common.
-PAPER: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+# The recipe that all of 2012 has in common, with the default momentum of 0.9, which every preset keeps.
+PAPER: dict[str, Any] = {"lr": 0.01, "weight_decay": 5e-4}
 
 
 def demo() -> Config:
@@ -24,7 +22,7 @@ def demo() -> Config:
     """
     return Config(
         train=TrainConfig(epochs=12, batch=64, compile="off"),
-        optim=OptimConfig(lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=3),
+        optim=OptimConfig(lr=0.02, weight_decay=5e-4, schedule="cosine", warmup_epochs=3),
         model=ModelConfig(name="small", width=0.25, weight_init="he"),
         augment=AugmentConfig(resize=36, crop=32, flip=False, normalize="mean-std"),
         run=RunConfig(log_every=10),
@@ -40,9 +38,9 @@ def seed() -> Config:
     """
     return Config(
         train=TrainConfig(epochs=15, batch=128),
-        optim=OptimConfig(lr=0.01, momentum=0.9),
+        optim=OptimConfig(lr=0.01),
         model=ModelConfig(name="seed"),
-        augment=AugmentConfig(resize=256, crop=224, normalize="mean-std", statistics="imagenet"),
+        augment=AugmentConfig(normalize="mean-std", statistics="imagenet"),
     )
 
 
@@ -105,7 +103,7 @@ def torchvision() -> Config:
     """
     return Config(
         train=TrainConfig(epochs=90, batch=256),
-        optim=OptimConfig(lr=0.01, momentum=0.9, weight_decay=1e-4, schedule="step", milestones=(30, 60)),
+        optim=OptimConfig(lr=0.01, weight_decay=1e-4, schedule="step", milestones=(30, 60)),
         model=ModelConfig(name="torchvision"),
         augment=AugmentConfig(scale_jitter=(0.08, 1.0), square=False, normalize="mean-std", statistics="imagenet"),
     )
@@ -123,13 +121,11 @@ def modern() -> Config:
         train=TrainConfig(epochs=90, batch=1024, crop_sizes=(128, 160, 192), crop_until=(25, 45, 65)),
         optim=OptimConfig(
             lr=0.1,
-            momentum=0.9,
             nesterov=True,
             weight_decay=1e-4,
             schedule="cosine",
             warmup_epochs=5,
             scale_lr="linear",
-            base_batch=256,
             biases="no-decay",
             norms="no-decay",
         ),
@@ -153,17 +149,14 @@ def large_batch() -> Config:
         optim=OptimConfig(
             name="lars",
             lr=10.0,
-            momentum=0.9,
             weight_decay=5e-4,
             schedule="poly",
-            power=2.0,
             warmup_epochs=3.84,
             warmup_from=1.0,
             scale_lr="linear",
             base_batch=8192,
             norms="no-decay",
             biases="no-decay",
-            lars_eta=0.001,
             lars_clip=True,
         ),
         model=ModelConfig(name="modern", norm="bn"),
@@ -183,7 +176,7 @@ def fig1() -> Config:
     return Config(
         data=DataConfig(val_split="train"),
         train=TrainConfig(epochs=60, batch=128, stop_at=0.75),
-        optim=OptimConfig(lr=0.01, momentum=0.9),
+        optim=OptimConfig(lr=0.01),
         model=ModelConfig(name="fig1"),
         augment=AugmentConfig(resize=32, crop=32, flip=False, normalize="mean-std"),
         run=RunConfig(log_every=50),
@@ -201,7 +194,7 @@ def finetune() -> Config:
     """
     return Config(
         train=TrainConfig(epochs=20, batch=32),
-        optim=OptimConfig(lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
+        optim=OptimConfig(lr=0.01, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
         model=ModelConfig(name="torchvision"),
         augment=AugmentConfig(scale_jitter=(0.5, 1.0), square=False, normalize="mean-std", statistics="imagenet"),
         run=RunConfig(log_every=10),

@@ -1,10 +1,9 @@
 """Where the time of a few steps goes: torch's profiler, and waiting for data against computing."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ BEFORE = 5  # steps that are not profiled: compiling, first allocations
 ROWS = 10
 
 
+@dataclass
 class Profile:
     """Profiles `steps` steps of this process within an epoch, after the first BEFORE ones. 0 steps: does nothing.
 
@@ -25,10 +25,15 @@ class Profile:
     which `log` receives too. Not by torch.profiler.schedule: its step marks would be the slowest rows of the table.
     """
 
-    def __init__(self, run: Path, steps: int, device: torch.device, log: Callable[[str], None]) -> None:
-        self.folder, self.steps, self.device, self.log = run / FOLDER, steps, device, log
-        self.seen, self.waited, self.computed, self._asked = 0, 0.0, 0.0, 0.0
-        self._profiler: Any = None
+    run: Path
+    steps: int
+    device: torch.device
+    log: Callable[[str], None]
+    seen: int = 0
+    waited: float = 0.0
+    computed: float = 0.0
+    _asked: float = 0.0
+    _profiler: Any = None
 
     def waits(self) -> None:
         if self.steps and self.seen == BEFORE and not self._profiler:
@@ -56,16 +61,17 @@ class Profile:
         if not self._profiler or self.seen == BEFORE:
             return
         self._profiler.stop()
-        self.folder.mkdir(exist_ok=True)
-        self._profiler.export_chrome_trace(str(self.folder / TRACE))
+        folder = self.run / FOLDER
+        folder.mkdir(exist_ok=True)
+        self._profiler.export_chrome_trace(str(folder / TRACE))
         by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table = self._profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=50)
         steps, whole = self.seen - BEFORE, max(self.waited + self.computed, 1e-9)
         summary = (
             f"profile of {steps} steps: waiting for data {self.waited / whole:.1%}, computing"
-            f" {self.computed / whole:.1%}, {whole / steps * 1000:.1f} ms a step; {self.folder / TRACE}"
+            f" {self.computed / whole:.1%}, {whole / steps * 1000:.1f} ms a step; {folder / TRACE}"
         )
-        (self.folder / TABLE).write_text(f"{summary}\n{table}\n")
+        (folder / TABLE).write_text(f"{summary}\n{table}\n")
         self.log(f"{table}\n{summary}")
         self._profiler = None
 

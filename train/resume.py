@@ -1,7 +1,5 @@
 """Which checkpoint a run resumes from, and whether it is of the same run: settings that are fixed on resume."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 
@@ -36,26 +34,20 @@ def choose(
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
-    path: Path | None = None
-    saved: Saved | None = None
-    error: ExpressError | None = None
-    claim = ""
+    saved, error, claim = None, None, ""
     if first:
         try:
             folder.claim()
             claim = folder.claimed_by()
             saved = _choose(config.resume, checkpoints)
             if saved:
-                path = saved.path
                 check_same_run(fixed, saved)
                 _check_same_rates(config.train, config.optim, saved, steps_per_epoch)
-            here = saved is not None and saved.path.parent.resolve() == checkpoints.folder.resolve()
+            here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
-        except ExpressError as err:
-            error = err
-        except OSError as err:
-            error = StorageError.of(err, folder.path)
-    path, claim, error = agreement.from_first((path, claim, error))
+        except (ExpressError, OSError) as err:
+            error = StorageError.of(err, folder.path) if isinstance(err, OSError) else err
+    path, claim, error = agreement.from_first((saved and saved.path, claim, error))
     if error:
         raise error
     if not folder.private:
@@ -77,7 +69,7 @@ def _check_shared_folder(folder: RunFolder, claim: str, agreement: Agreement) ->
 def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     saved, damaged = checkpoints.newest()
     for line in damaged:
-        print("passed over:", line.removesuffix("; " + RESUME_ANOTHER), flush=True)
+        print("passed over:", line.removesuffix("; " + RESUME_ANOTHER))
     if asked and asked != RESUME_NEWEST:
         named = Path(asked)
         if named.resolve().parent != checkpoints.folder.resolve():
@@ -90,7 +82,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
             )
         return load(named)
     if damaged and not saved:
-        print(f"{checkpoints.run}: no checkpoint is whole; starting from scratch", flush=True)
+        print(f"{checkpoints.run}: no checkpoint is whole; starting from scratch")
     if asked and not saved:
         raise ConfigError(f"{checkpoints.run}: no checkpoint to resume from; start without --resume")
     return saved
@@ -125,8 +117,10 @@ def _check_same_rates(train: TrainConfig, optim: OptimConfig, saved: Saved, step
     if epochs == train.epochs:
         return
     if train.epochs * steps_per_epoch < done:
-        behind = f"{done // steps_per_epoch} epochs and {done % steps_per_epoch} steps behind it"
-        raise ConfigError(f"train.epochs={train.epochs} but {saved.path} has {behind}")
+        raise ConfigError(
+            f"train.epochs={train.epochs} but {saved.path} has {done // steps_per_epoch} epochs and"
+            f" {done % steps_per_epoch} steps behind it"
+        )
     optim = scaled_to_batch(optim, train.batch)
     for step in range(done):
         then, now = (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if not __package__:  # started as a file: the packages lie beside this folder, n
     sys.path[0] = ROOT
 
 from pipeline import streams
-from pipeline.errors import CHECK_FAILED, DONE, leave
+from pipeline.errors import CHECK_FAILED, DONE, HANG, leave
 from train.environment import check_launch, launched
 from train.exit_report import ExitReport
 from train.run_folder import RunFolder
@@ -51,9 +52,7 @@ def main(argv: list[str]) -> int:
             config = parse(argv)
             report.config, report.folder = config, RunFolder(Path(config.run.dir))
             if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
-                print(
-                    f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}", flush=True
-                )
+                print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}")
             train_run(config, report.folder, stop, report)
         return report.code
     finally:
@@ -70,12 +69,13 @@ def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport)
     dataset = open_alike(config)
     accelerator = make_accelerator(config)
     report.trainer = build_trainer(config, accelerator, dataset, folder=folder, stop=stop, parent=PARENT)
-    stop.at_second = lambda reason: report.write(CHECK_FAILED, reason)
+    report.trainer.watchdog.on_hang = partial(report.write, HANG)
+    stop.at_second = partial(report.write, CHECK_FAILED)
     result = train(report.trainer)
     report.trainer.close()
     if accelerator.is_main_process:
         folder.write_exit(code=DONE, reason="done", step=report.trainer.state.step)
-        print(result, flush=True)
+        print(result)
 
 
 if __name__ == "__main__":

@@ -35,15 +35,16 @@ def another(run: Path) -> str:
     return f"--run.dir {shlex.quote(next(name for name in names if not os.path.lexists(name)))}"
 
 
+@dataclasses.dataclass
 class RunFolder:
     """A run's claim on its folder, held by rank 0 until the process ends.
 
     private: each rank has a folder of its own, as tools do that only replay a run.
     """
 
-    def __init__(self, path: Path, *, private: bool = False) -> None:
-        self.path, self.private = path, private
-        self._lock = -1
+    path: Path
+    private: bool = False
+    _lock: int = -1
 
     @property
     def is_ours(self) -> bool:
@@ -63,7 +64,7 @@ class RunFolder:
                     raise ConfigError(
                         f"{self.path}: {self._holder()} trains there; wait for its end, or use {another(self.path)}"
                     ) from None
-                print(f"{self.path}: waiting for {self._holder()} to end", flush=True)
+                print(f"{self.path}: waiting for {self._holder()} to end")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps(holder).encode(), 0)
@@ -83,13 +84,12 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
 
-    def describe(self, config: Config, dataset: Dataset, loader: Loader, *, precision: str, **facts: Any) -> None:
+    def describe(self, config: Config, dataset: Dataset, loader: Loader, facts: Json) -> None:
         """Writes config.json: the configuration, what it resolved to, and what the result depends on beside it."""
         described = {
             "config": dataclasses.asdict(config),
             "shards": os.path.abspath(config.data.shards),
             "fingerprint": dataset.fingerprint,
-            "precision": precision,
             "backend": loader.backend,
             "backend_reason": loader.backend_reason,
             **facts,
@@ -109,7 +109,7 @@ class RunFolder:
 def read_json(path: Path, *, cure: str) -> Any:
     """The content of a JSON file; None if it is missing. Raises DataError, with the cure, if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as err:

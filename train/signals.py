@@ -3,8 +3,6 @@
 A second signal ends the process at once; copies of one signal, which launchers and schedulers forward, do not count.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -12,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,16 @@ class Preempted(ExpressError):
     code, together = PREEMPTED, True
 
 
+@dataclass
 class Stop:
     """This process's request to stop. `code` is 0 until there is one; `name` puts it into words."""
 
-    def __init__(self) -> None:
-        self.code = 0
-        self.at = 0.0  # of the first signal
-        self.at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
-        self.running = False  # before, a signal breaks off what is being done
-        self._file: Path | None = None
-        self._looked = 0.0
+    code: int = 0
+    at: float = 0.0  # of the first signal
+    at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
+    running: bool = False  # before, a signal breaks off what is being done
+    _file: Path | None = None
+    _looked: float = 0.0
 
     def install(self) -> None:
         """Installs the handlers; call it in the main thread."""

@@ -1,7 +1,5 @@
 """What one step does to the net: forward, backward, update. When, and what about failures, is the loop's business."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -82,21 +80,20 @@ class Stepper:
         if isinstance(self.bare, AlexNet):  # masks from coordinates: the same at any world size
             rows = rng.bits(ids, seed=seed, epoch=step, stream=rng.DROPOUT)
             upper = (rows >> np.uint64(32)).astype(np.uint32).view(np.int32)
-            of_alexnet: Tensor = self.net(images, to_device(upper, images.device))
-            return of_alexnet
+            return self.net(images, to_device(upper, images.device))
         # Other nets draw from torch's generator: seeded from coordinates, so that it has no state to save.
         torch.manual_seed(rng.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
-        logits: Tensor = self.net(images)
-        return logits
+        return self.net(images)
 
-    def update(self) -> bool:
-        """Updates the weights; returns False if the loss scaler found infinite gradients and skipped the update."""
+    def update(self, number: int) -> bool:
+        """Makes the run's update `number`, counted from 1; returns False if the loss scaler found infinite gradients
+        and skipped it."""
         if self.config.optim.clip_norm:
             self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()
         moved = not self.optimizer.step_was_skipped
         if moved and self.average is not None:
-            self.average.update(self.bare)
+            self.average.update(self.bare, number)
         return moved
 
     def settle_buckets(self, loader: Loader) -> None:

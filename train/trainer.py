@@ -1,15 +1,13 @@
 """What a run consists of, and one step of it. When steps, evaluations and checkpoints happen: loop.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline.files import Json
 from pipeline.progress import Progress
 from pipeline.read.loader import Batch, Loader
 
@@ -53,7 +51,7 @@ class Trainer:
     """
 
     config: Config
-    fixed: dict[str, Any]
+    fixed: Json
     accelerator: Accelerator
     loader: Loader
     loader_at: Callable[[int], Loader]
@@ -85,20 +83,19 @@ class Trainer:
 
     @property
     def at_limit(self) -> bool:
-        return bool(self.config.limit_steps) and self.state.step >= self.config.limit_steps
+        return 0 < self.config.limit_steps <= self.state.step
 
     @property
     def evaluation_is_missing(self) -> bool:
         """Whether an epoch was trained, and the run stopped before its evaluation was over."""
-        return bool(self.loader.state_dict()["epoch"] > self.state.epoch)
+        return self.loader.state_dict()["epoch"] > self.state.epoch
 
     def tick(self, phase: str) -> None:
         self.watchdog.tick(self.state.step, phase)
 
     def ids_of(self, number: int) -> list[int]:
         """The global batch of the run's step `number`, counted from 1."""
-        ids: list[int] = self.loader.ids(*divmod(number - 1, self.steps_per_epoch), whole=True).tolist()
-        return ids
+        return self.loader.ids(*divmod(number - 1, self.steps_per_epoch), whole=True).tolist()
 
     def enter_epoch(self) -> None:
         """Replaces the loader if the epoch that it stands in has other crops or colours."""
@@ -141,11 +138,11 @@ class Trainer:
             drops=state.plateau.drops,
         )
         frozen_from = self.config.train.conv1_epochs
-        freeze_first = bool(frozen_from) and state.step >= frozen_from * self.steps_per_epoch
+        freeze_first = 0 < frozen_from * self.steps_per_epoch <= state.step
         set_learning_rate(self.stepper.optimizer, state.rate, freeze_first=freeze_first)
 
     def _update(self) -> None:
-        moved = self.stepper.update()
+        moved = self.stepper.update(self.state.updates + 1)
         self.state.updates += moved
         self.state.overflows += not moved
         self._overflows_in_a_row = 0 if moved else self._overflows_in_a_row + 1

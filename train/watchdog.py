@@ -6,8 +6,6 @@ behind, writes its threads' stacks to `stacks/` and exits with code 77, as all r
 process of the same host is killed, since it holds memory, devices and perhaps the run's lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import json
@@ -34,6 +32,8 @@ SAVING_FACTOR = 10  # a disk may be slow, and what is being written would be los
 DATA, FORWARD, BACKWARD, EVALUATING, SAVING = PHASES = (
     "waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving",
 )  # fmt: skip
+# Of a rank whose heartbeat cannot be read
+UNKNOWN: Json = {"step": 0, "phase": DATA, "host": "an unknown host", "pid": "unknown", "started": "", "time": 0}
 
 
 @dataclass
@@ -49,15 +49,14 @@ class Watchdog:
     world: int
     hang_seconds: float
     on_orphan: Callable[[], None]
-    on_hang: Callable[[str], None]
     parent: int = 0
+    on_hang: Callable[[str], None] = lambda reason: None
     step: int = 0
     phase: str = DATA
     _at: float = field(default_factory=time.monotonic)
-    _beats: int = 0
     _beat_at: float = 0.0
     _orphan_at: float = 0.0
-    _seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank → beats, and when they last rose
+    _seen: dict[int, tuple[float, float]] = field(default_factory=dict)  # rank → its last beat, and when it was new
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -116,38 +115,40 @@ class Watchdog:
                 self._end(f"rank {self.rank} has lost its launcher and makes no step")
 
     def _beat(self) -> None:
-        self._beats += 1
         beat = {
             "rank": self.rank,
             "step": self.step,
             "phase": self.phase,
-            "beats": self._beats,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": _started(os.getpid()),
             "time": round(time.time(), 3),
         }
-        path = _beat_path(self.folder, self.rank)
+        path = self._beat_path(self.rank)
         partial = path.with_suffix(".partial")
         with contextlib.suppress(OSError):  # a full disk is reported by the save that fails
             partial.write_text(json.dumps(beat) + "\n")
             os.replace(partial, path)
 
-    def _listen(self, now: float) -> None:
+    def _beat_path(self, rank: int) -> Path:
+        return self.folder / HEARTBEATS / f"rank-{rank:05d}.json"
+
+    def _listen(self, now: float) -> dict[int, Json]:
+        """Reads all ranks' heartbeats, and remembers when each was new."""
+        beats = {}
         for rank in range(self.world):
-            beats = _read_beat(self.folder, rank)["beats"]
-            if rank not in self._seen or self._seen[rank][0] != beats:
-                self._seen[rank] = (beats, now)
+            beats[rank] = dict(UNKNOWN)
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                beats[rank] |= json.loads(self._beat_path(rank).read_text())
+            if self._seen.get(rank, (None,))[0] != beats[rank]["time"]:
+                self._seen[rank] = (beats[rank]["time"], now)
+        return beats
 
     def _declare(self, now: float) -> None:
         """This rank is the first to notice, unless another one is as quick."""
-        beats = {rank: _read_beat(self.folder, rank) for rank in range(self.world)}
-        patience = max(3 * self.beat_seconds, 1.5)
-        silent = [
-            r
-            for r in beats
-            if r != self.rank and now - self._seen.get(r, (0, now))[1] > min(patience, self.hang_seconds / 3)
-        ]
+        beats = self._listen(now)
+        patience = min(max(3 * self.beat_seconds, 1.5), self.hang_seconds / 3)
+        silent = [rank for rank, (_, at) in self._seen.items() if rank != self.rank and now - at > patience]
         reason = describe(beats, silent, seconds=self.hang_seconds, step=self.step)
         with contextlib.suppress(OSError), open(self.folder / HANG, "x") as file:
             json.dump({"reason": reason, "silent": silent}, file)
@@ -164,6 +165,7 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         dump_stacks(self.folder, self.rank, reason)
         with contextlib.suppress(Exception):
+            print(f"error: [rank {self.rank}] {reason}", file=sys.stderr)
             self.on_hang(reason)
         os._exit(errors.HANG)
 
@@ -203,7 +205,7 @@ def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | 
 def read_hang(folder: Path) -> str:
     """The hang that a rank has declared; empty: none."""
     try:
-        return str(json.loads((folder / HANG).read_text())["reason"])
+        return json.loads((folder / HANG).read_text())["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
@@ -220,21 +222,8 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _beat_path(folder: Path, rank: int) -> Path:
-    return folder / HEARTBEATS / f"rank-{rank:05d}.json"
-
-
 def _stack_path(folder: Path, rank: int) -> Path:
     return folder / STACKS / f"rank-{rank:05d}.txt"
-
-
-def _read_beat(folder: Path, rank: int) -> Json:
-    unknown = {"step": 0, "phase": DATA, "beats": 0, "host": "an unknown host", "pid": "unknown", "started": ""}
-    try:
-        beat: Json = unknown | json.loads(_beat_path(folder, rank).read_text())
-        return beat
-    except (OSError, ValueError, TypeError):
-        return unknown
 
 
 def _started(pid: int) -> str:
@@ -252,4 +241,4 @@ def _kill(beat: Json) -> None:
     if ours and beat["started"] and _started(pid) == beat["started"]:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-            print(f"killed process {pid}, which had stopped responding", file=sys.stderr, flush=True)
+            print(f"killed process {pid}, which had stopped responding", file=sys.stderr)

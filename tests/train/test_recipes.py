@@ -97,7 +97,7 @@ def test_an_average_follows_the_weights():
         with torch.no_grad():
             for t in net.state_dict().values():
                 t.add_(torch.randn_like(t) if t.is_floating_point() else 1)
-        average.update(net)
+        average.update(net, number)
         decay = min(0.9, (1 + number) / (10 + number))
         for name, t in net.state_dict().items():
             wanted[name] = decay * wanted[name] + (1 - decay) * t if t.is_floating_point() else t.double()

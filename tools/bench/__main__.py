@@ -13,8 +13,6 @@ Each prints a table. With --json FILE it writes every single measurement with ha
 round it writes the file again, so an interrupted benchmark leaves the rounds that it finished, and nothing else.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -33,7 +31,7 @@ def make_parser() -> cli.Parser:
     for name, module in BENCHMARKS.items():
         own = kinds.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(own)
-        cli.add_files(own, json="write all measurements there")
+        own.files(json="write all measurements there")
     return p
 
 

@@ -7,9 +7,6 @@ the paper's, pixels less the mean image, the loss ran off within six steps at it
 it. A run that was stopped is resumed; one that is done is not run again.
 """
 
-from __future__ import annotations
-
-import argparse
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -32,14 +29,14 @@ RECIPES = {
 }
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     trained.add_arguments(p, "runs/accuracy")
-    p.add_argument("--epochs", type=int, default=EPOCHS, help="of modern; of the others 1 / 1.4 of it (%(default)s)")
-    p.add_argument("--width", type=float, default=WIDTH, help="of the net, 1 on a GPU (%(default)s)")
+    p.option("epochs", EPOCHS, "of modern; of the others 1 / 1.4 of it (%(default)s)")
+    p.option("width", WIDTH, "of the net, 1 on a GPU (%(default)s)")
     p.add_argument("--only", choices=RECIPES, help="one recipe; what --json holds of others stays")
 
 
-def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, scratch, size=36)

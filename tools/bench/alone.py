@@ -7,8 +7,6 @@ end, and they are counted for "seconds". A module may have VERSIONS of its envir
 The standard library alone: FFCV runs in an environment that has none of our packages.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

@@ -3,8 +3,6 @@
 The GPU proof measures CELLS, `tools/bench loader` the CPU's of them and VARIANTS: add a cell there.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

@@ -1,7 +1,5 @@
 """The images that benchmarks read: unpacked, as shards of each kind, and as a set of ImageNet's size."""
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What rates do not show: the first batch of a large dataset, memory over many epochs, the planner's time."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from pathlib import Path

@@ -1,8 +1,5 @@
 """The DALI feed's Python work: the part of it that holds the interpreter's lock."""
 
-from __future__ import annotations
-
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -45,7 +42,7 @@ def timed(function: Callable[..., Any], spent: list[float], sign: int) -> Callab
     return call
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     harness.add_images(p)
     harness.add_options(p, rounds=5, batch=256, batches=200)
 
@@ -75,7 +72,7 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
     return round((consumer + sum(spent)) / (batches * batch) * 1e6, 2)
 
 
-def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     rounds = []
     data.shard(data.unpacked(args.images, scratch / "images"), scratch / "jpeg")
     large = data.enlarge(scratch / "jpeg", scratch / "large")  # small sets are shuffled every few batches

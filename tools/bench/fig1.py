@@ -4,9 +4,6 @@ ReLU against tanh, each at every rate of one grid; the best rate of each counts.
 the best of its activation, since it could not win any more.
 """
 
-from __future__ import annotations
-
-import argparse
 from pathlib import Path
 
 from tools.bench import harness, trained
@@ -19,11 +16,11 @@ TARGET = 0.75
 CLAIM = "six times as fast (Krizhevsky et al. 2012, figure 1)"
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     trained.add_arguments(p, "runs/fig1")
 
 
-def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     shards = trained.shards(args.images, args.dir, scratch, size=32)
     results = {}
     for activation in ACTIVATIONS:

@@ -3,9 +3,6 @@
 Imports only the standard library, pipeline's errors and files: tools/gpu_proof.py must start without any package.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import shlex
@@ -14,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from typing import Any
 
 from pipeline.errors import ExpressError
 from pipeline.files import write_json
+from tools.cli import Parser
 from train import environment
 
 Json = dict[str, Any]  # an object of JSON values
@@ -42,12 +41,12 @@ HELP = {
 }
 
 
-def add_options(p: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_options(p: Parser, **defaults: Any) -> None:
     for name, default in defaults.items():
-        p.add_argument(f"--{name}", type=type(default), default=default, help=f"{HELP[name]} (%(default)s)")
+        p.option(name, default, f"{HELP[name]} (%(default)s)")
 
 
-def add_images(p: argparse.ArgumentParser, *pythons: str) -> None:
+def add_images(p: Parser, *pythons: str) -> None:
     p.add_argument("--images", type=Path, required=True, help="class folders of JPEGs, or a tar of them")
     for name in pythons:
         p.add_argument(f"--{name}", type=Path, metavar="FILE", help=HELP[name])
@@ -88,7 +87,7 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any
 def read_json(path: Path) -> Json:
     """The object in a file; empty if it was not written, or not to its end."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
@@ -96,7 +95,7 @@ def read_json(path: Path) -> Json:
 class Record:
     """A benchmark's JSON. Each `keep` writes it, so an early end leaves what was measured until then."""
 
-    def __init__(self, args: argparse.Namespace, what: str) -> None:
+    def __init__(self, args: Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
         self._path, command = args.json, command_line("tools/bench")
         self.content = {"what": what, "command": command, "settings": settings, "environment": environment.describe()}

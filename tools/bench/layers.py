@@ -3,8 +3,6 @@
 `items` decide which form of each layer the network uses on a device.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import statistics

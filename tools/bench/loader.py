@@ -3,9 +3,6 @@
 Ours are the cells of cells.py. In each round every peer, and each of our backends, is measured by a process of its own.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +37,7 @@ PEERS = {  # the module, the kinds of data that it can read, and its own options
 NAMES = [*OURS, *dict.fromkeys(module for module, *_ in PEERS.values()), "extremes"]
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     harness.add_images(p, "ffcv-python")
     harness.add_options(p, rounds=3, seconds=1.5, batch=128, threads=usable_cores())
     p.add_argument(
@@ -48,7 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     if args.only != NAMES and "ffcv" in args.only and not args.ffcv_python:
         raise ConfigError("--only ffcv: name the interpreter that has it by --ffcv-python")
     images = data.unpacked(args.images, scratch / "images")
@@ -70,7 +67,7 @@ def described(manifest: Json) -> Json:
     return {"images": split["samples"], "bytes": stored, "fingerprint": manifest["fingerprint"]}
 
 
-def cells_on(kind: str, images: Path, scratch: Path, args: argparse.Namespace) -> Iterator[Cell]:
+def cells_on(kind: str, images: Path, scratch: Path, args: harness.Namespace) -> Iterator[Cell]:
     """The cells on one kind of data: ours, and the peers that can read it."""
     common = {name: getattr(args, name) for name in ("batch", "threads", "seconds")}
     for name, loader in OURS.items():

@@ -1,8 +1,5 @@
 """The cost of the order, and how well a window mixes: computed on made labels, nothing is read."""
 
-from __future__ import annotations
-
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +15,7 @@ WHAT = f"{SAMPLES} samples in {SHARDS} shards, {CLASSES} classes, global batch {
 SETTINGS = [(1, 0), (1, 1), (1, 4), (1, 16), (1, 64), (1, 256), (8, 0), (8, 16)]
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     harness.add_options(p, rounds=5)
 
 
@@ -28,7 +25,7 @@ def classes_a_batch(labels: np.ndarray, ids: np.ndarray) -> float:
     return round(float((np.diff(batches, axis=1) != 0).sum(1).mean() + 1), 1)
 
 
-def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     by_class = np.arange(SAMPLES) * CLASSES // SAMPLES
     stored = {"shuffled": by_class[np.random.default_rng(0).permutation(SAMPLES)], "by_class": by_class}
     results = []

@@ -4,9 +4,6 @@ Steps on synthetic images, in blocks of equal length that have a save at their s
 begins when the save is on the disk, so that writing, hashing and copying all fall into the block that pays for them.
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -25,11 +22,11 @@ NETS = {
 }
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     harness.add_options(p, blocks=5, seconds=6.0, batch=64, device="cpu")
 
 
-def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     results = []
     for name in NETS:
         results.append(measure(name, args, scratch / name))
@@ -37,7 +34,7 @@ def run(args: argparse.Namespace, record: harness.Record, scratch: Path) -> None
     print(harness.table([{field: value for field, value in r.items() if field != "blocks"} for r in results]))
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path) -> harness.Json:
+def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
     """Seconds that a save stalls, and that it adds to a block of steps."""
     (config, classes, crop), device = NETS[name], torch.device(args.device)
     net = AlexNet(config, classes=classes, crop=crop).to(device, memory_format=torch.channels_last)

@@ -4,9 +4,6 @@ Interleaved, each measurement in a process of its own. Starting a process and li
 writing, fsync and the manifest are.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +21,12 @@ JPEG, KEEP = "ours, jpeg 256", "ours, keep"
 SECONDS = 4.0  # of what is no work with an end
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     harness.add_images(p, "ffcv-python", "simd-python")
     harness.add_options(p, rounds=3, workers=usable_cores(), repeat=10)
 
 
-def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     images = unpacked(args.images, scratch / "images")
     cells = list(cells_on(images, repeated(images, scratch / "many", args.repeat), scratch / "out", args))
     print(harness.rates(harness.interleave(cells, args.rounds, record)))
@@ -45,7 +42,7 @@ def repeated(images: Path, many: Path, times: int) -> Path:
     return many
 
 
-def cells_on(images: Path, many: Path, out: Path, args: argparse.Namespace) -> Iterator[Cell]:
+def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> Iterator[Cell]:
     def cell(what: str, function: str, against: str = "", *, python: Any = sys.executable, **options: Any) -> Cell:
         return Cell({"what": what}, f"tools.bench.peers.{function}", options, against, python=python)
 

@@ -3,9 +3,6 @@
 Interleaved, each measurement in a process of its own; compiling and the first three steps are not in the figures.
 """
 
-from __future__ import annotations
-
-import argparse
 import itertools
 import sys
 from collections.abc import Iterator
@@ -25,11 +22,11 @@ PRECISIONS = ("fp32", "bf16")
 STEP = "tools.bench.peers.step"
 
 
-def add_arguments(p: argparse.ArgumentParser) -> None:
+def add_arguments(p: harness.Parser) -> None:
     harness.add_options(p, rounds=3, seconds=6.0, batch=64, device="cpu")
 
 
-def run(args: argparse.Namespace, record: Record, scratch: Path) -> None:
+def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     common = {"device": args.device, "batch": args.batch, "seconds": args.seconds}
     cells = list(cells_of(common))
     if reason := no_compiler(torch.device(args.device)):

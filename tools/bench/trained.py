@@ -1,8 +1,5 @@
 """Runs that other benchmarks are made of: CIFAR-10 as shards, and training runs that are not begun twice."""
 
-from __future__ import annotations
-
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +20,10 @@ from train.config import Config
 from train.run_folder import EXIT, read_metrics
 
 
-def add_arguments(p: argparse.ArgumentParser, folder: str) -> None:
+def add_arguments(p: harness.Parser, folder: str) -> None:
     images = "CIFAR-10: a folder of train/ and test/, or a tar"
     p.add_argument("--images", type=Path, required=True, metavar="PATH", help=images)
-    p.add_argument("--dir", type=Path, default=Path(folder), help="shards and runs; what is done stays (%(default)s)")
+    p.option("dir", Path(folder), "shards and runs; what is done stays (%(default)s)")
 
 
 def shards(images: Path, folder: Path, scratch: Path, *, size: int) -> Path:

@@ -4,8 +4,6 @@
 seconds. FFCV's modules import nothing of the project: their environment has none of its packages.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The least that sharding costs: reading, hashing and writing every byte, in forked processes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

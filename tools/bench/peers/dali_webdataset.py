@@ -1,7 +1,5 @@
 """DALI's own readers.webdataset on the same shards, set up as its users do: buffer shuffle, DALI's random operators."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from nvidia.dali import fn, pipeline_def, types

@@ -1,7 +1,5 @@
 """The limit: libjpeg-turbo alone, on all threads, from memory into buffers that are used again. Nothing is cropped."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path

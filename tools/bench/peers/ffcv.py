@@ -3,8 +3,6 @@
 It encodes them its own way, for the loader once.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from importlib import metadata

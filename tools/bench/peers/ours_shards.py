@@ -1,7 +1,5 @@
 """imagenet-express's sharder, from class folders."""
 
-from __future__ import annotations
-
 import resource
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Who decodes, resizes to a short side of 256 and encodes as JPEG fastest, on one thread; equal work, equal quality."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The seed's loader: torchvision's ImageFolder and a DataLoader of two workers, on the original files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader

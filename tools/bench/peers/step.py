@@ -3,8 +3,6 @@
 Seconds are medians over many calls: one that the machine disturbs does not describe the net.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torchvision.io: decode_jpeg and an antialiased uint8 resize in threads, on the original files."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """webdataset and Pillow in a DataLoader's worker processes, on the same shards, as webdataset's examples do it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a step is given, and how it runs other programs."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable

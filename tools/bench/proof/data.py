@@ -1,7 +1,5 @@
 """The shards that steps read: made ones, and those that are given."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Step 5: the loader alone, for each cell of tools/bench/cells.py, with the GPU's and its JPEG engine's utilisation."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import threading

@@ -1,7 +1,5 @@
 """Step 1: what the machine has, and whether DALI decodes there what the CPU decodes."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json

@@ -1,12 +1,10 @@
 """The registry of steps, in the order in which they run."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pipeline.errors import ExpressError
 from train.environment import ROOT
@@ -44,8 +42,7 @@ def gpu_tests(proof: Proof) -> Json:
     return {"summary": lines[-1], "tests": [line for line in lines if line.startswith(("PASSED", "SKIPPED"))]}
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """data: what it needs on the command line, "images" or "cifar". in_tiny: whether a tiny walk includes it; another
     step runs the same code with another number."""
 

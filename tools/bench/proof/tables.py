@@ -1,7 +1,5 @@
 """The GPU tables of docs/results.md, made from the JSON of tools/gpu_proof.py."""
 
-from __future__ import annotations
-
 import collections
 import json
 from pathlib import Path

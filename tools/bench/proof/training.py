@@ -1,7 +1,5 @@
 """Steps 2, 6 and 7: train/run.py as it is, on noise, fed from shards, and on CIFAR-10."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import statistics
