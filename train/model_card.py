@@ -22,6 +22,7 @@ from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from pipeline.settings import updated
 
 from .config import Config
+from .evaluation import BEST
 from .run_folder import read_json
 
 INPUTS = "inputs.json"
@@ -153,18 +154,17 @@ class Card:
                 f"- Trained by: `{self.recipe.get('command')}`, {self.recipe.get('precision')},"
                 f" {self.recipe.get('ranks')} ranks",
             ]
+        top5 = self.weights.get("classes", 0) > BEST  # of five classes it is always 1
         lines += [
             "",
-            "| accuracy on | images | views | top-1 | top-5 | measured by |",
-            "| --- | --- | --- | --- | --- | --- |",
+            f"| accuracy on | images | views | top-1 |{' top-5 |' * top5} measured by |",
+            f"| --- | --- | --- | --- |{' --- |' * top5} --- |",
         ]
         for row in self.accuracy:
-            lines += [
-                f"| {row['split']} | {row['images']:,} | {row['views']} | {row['top1']:.2%} | {row['top5']:.2%}"
-                f" | `{row['command']}` |"
-            ]
+            best = f"{row['top1']:.2%} |" + f" {row['top5']:.2%} |" * top5
+            lines += [f"| {row['split']} | {row['images']:,} | {row['views']} | {best} `{row['command']}` |"]
         if not self.accuracy:
-            lines += ["| not measured | | | | | |"]
+            lines += [f"| not measured | | | |{' |' * top5} |"]
         return "\n".join([*lines, ""])
 
 
