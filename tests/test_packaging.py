@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -197,8 +198,8 @@ def test_a_wheel_and_the_scripts_of_the_documentation_work_in_a_foreign_director
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed; pip install lightning")
 def test_the_script_for_lightning_runs_as_it_stands(elsewhere, digits):
-    pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
     last = elsewhere(scripts(digits)[4], str(digits)).splitlines()[-1]
     assert float(last.removeprefix("top-1 ")) > 0.3
 
