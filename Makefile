@@ -1,6 +1,7 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
 # make test    format, lint, types and the tests that prove each promise once, in seven minutes on two cores
 # make test-all   and those that prove a promise a second time (tests/README.md)
+# make docs-test   the commands and scripts of README.md and docs/, as they stand there; make test-all includes it
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
 # make slurm-test   sharding and training on a real Slurm of two nodes on this machine: needs root and Debian
@@ -25,7 +26,7 @@ SCRIPTS := .ci/run $(shell find docker tests tools -name '*.sh' -o -name '*.sbat
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test types test-fast test-slow test-all format faults simd accuracy bench gpu-proof netns-test slurm-test image clean
+.PHONY: setup demo test types test-fast test-slow test-all docs-test format faults simd accuracy bench gpu-proof netns-test slurm-test image clean
 
 setup: $(INSTALLED)
 
@@ -61,6 +62,9 @@ test-slow: $(INSTALLED)
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow
+
+docs-test: $(INSTALLED)
+	$(PYTEST) tests/test_docs.py tests/test_docs_commands.py tests/test_packaging.py $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

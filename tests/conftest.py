@@ -37,7 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the slowest files first, so that no worker starts one at the end."""
-    first = ["train/test_run", "tools/test_gpu", "train", "faults", "tools", "cluster", "docker", "test_p", "test_e"]
+    first = [
+        "train/test_run",
+        "tools/test_gpu",
+        "test_docs_c",
+        "train",
+        "faults",
+        "tools",
+        "cluster",
+        "docker",
+        "test_p",
+        "test_e",
+    ]
     items.sort(key=lambda item: next((i for i, name in enumerate(first) if f"tests/{name}" in item.nodeid), len(first)))
 
 

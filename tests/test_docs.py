@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, open_dataset
 from pipeline.read import make_backend
@@ -66,6 +68,16 @@ def test_the_recipe_for_each_kind_of_images_is_one_that_the_command_line_takes()
     assert [recipe.split()[0] for recipe in recipes] == ["finetune", "demo", "modern", "modern"]
     for recipe in recipes:
         cli.parse([*recipe.split(), "--data.shards", "x"])
+
+
+def test_the_script_that_reads_an_image_by_the_index_works(digits, tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "digits").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, bytes] = {}
+    exec(PAGES["docs/shards.md"].split("```python\n")[1].split("```")[0], names)
+    with Image.open(io.BytesIO(names["jpeg"])) as image:
+        assert image.size == (36, 36)
 
 
 # The examples of CONTRIBUTING.md

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -177,8 +178,12 @@ def scripts(shards: Path) -> list[str]:
 
 def test_a_wheel_and_the_scripts_of_the_documentation_work_in_a_foreign_directory(elsewhere, digits):
     """One process runs all, each with names of its own: loading torch and compiling takes longer than they do."""
-    plain, transforms, _, adapter = scripts(digits)
-    code = f"for script in {[USE, plain, transforms, adapter]!r}: exec(script, {{'__name__': '__main__'}})"
+    plain, transforms, _, adapter, _ = scripts(digits)
+    readme = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for old, new in (("/data/shards", str(digits)), ("cuda", "cpu"), ("range(90)", "range(1)"), ("...", "break")):
+        assert old in readme
+        readme = readme.replace(old, new)
+    code = f"for script in {[USE, readme, plain, transforms, adapter]!r}: exec(script, {{'__name__': '__main__'}})"
     used, *_, last, shown, adapted = elsewhere(code, str(digits)).splitlines()
     assert used == "(64, 10) 64"
     assert last.startswith("epoch 1: loss ")
@@ -190,6 +195,13 @@ def test_a_wheel_and_the_scripts_of_the_documentation_work_in_a_foreign_director
     everyone = {key: label for items in Digits().splits.values() for key, label, *_ in items}
     assert everyone[f"digit{found[1]}"] == int(found[2])
     assert adapted.startswith("22 batches, next {'epoch': 1, 'step': 0, ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed; pip install lightning")
+def test_the_script_for_lightning_runs_as_it_stands(elsewhere, digits):
+    last = elsewhere(scripts(digits)[4], str(digits)).splitlines()[-1]
+    assert float(last.removeprefix("top-1 ")) > 0.3
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
 from pipeline.settings import updated
 
 from .config import Config
+from .evaluation import BEST
 from .run_folder import read_json
 
 INPUTS = "inputs.json"
@@ -152,16 +153,17 @@ class Card:
                 f"- Trained by: `{self.recipe.get('command')}`, {self.recipe.get('precision')},"
                 f" {self.recipe.get('ranks')} ranks",
             ]
+        top5 = self.weights.get("classes", 0) > BEST  # of five classes it is always 1
         lines += [
             "",
-            "| accuracy on | images | views | top-1 | top-5 | measured by |",
-            "| --- | --- | --- | --- | --- | --- |",
+            f"| accuracy on | images | views | top-1 |{' top-5 |' * top5} measured by |",
+            f"| --- | --- | --- | --- |{' --- |' * top5} --- |",
         ]
-        lines += [
-            f"| {row['split']} | {row['images']:,} | {row['views']} | {row['top1']:.2%} | {row['top5']:.2%}"
-            f" | `{row['command']}` |"
-            for row in self.accuracy
-        ] or ["| not measured | | | | | |"]
+        for row in self.accuracy:
+            best = f"{row['top1']:.2%} |" + f" {row['top5']:.2%} |" * top5
+            lines += [f"| {row['split']} | {row['images']:,} | {row['views']} | {best} `{row['command']}` |"]
+        if not self.accuracy:
+            lines += [f"| not measured | | | |{' |' * top5} |"]
         return "\n".join([*lines, ""])
 
 

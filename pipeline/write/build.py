@@ -164,14 +164,18 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
     """
     names = folder.names()
     if manifest.NAME in names:
-        finished = manifest.open_dataset(folder.path).manifest
+        dataset = manifest.open_dataset(folder.path)
+        finished = dataset.manifest
         if "plan" not in finished:
             raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
-        images = plan.images(plan.numbers(None))
         with reading(f"{folder.path / manifest.NAME}: its plan", "choose another --out or remove it"):
-            left_out = len(finished["quarantine"])
-            theirs = sum(split["samples"] for split in finished["splits"].values()) + left_out
-            before, now = finished["plan"] | {"image count": theirs}, plan.identity | {"image count": images}
+            left_out, before, now = len(finished["quarantine"]), finished["plan"], plan.identity
+            journal.reject_other(folder, before | {"images": now["images"]}, now, "a finished dataset")
+            if before["images"] != now["images"] and (changes := _changed_images(plan, dataset)):
+                raise ConfigError(
+                    f"{folder.path}: holds a finished dataset of other images; this run would have {changes};"
+                    " remove it, or choose another --out"
+                )
             journal.reject_other(folder, before, now, "a finished dataset")
         if left_out > plan.bad_allowed:
             raise ConfigError(
@@ -187,6 +191,22 @@ def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
             raise ConfigError(f"{folder.path}: holds {name}, which is none of ours; choose an empty --out")
     journal.check_plan(folder, plan.identity)
     return None
+
+
+def _changed_images(plan: Plan, dataset: manifest.Dataset) -> str:
+    """The images that only the plan has, and those that only the dataset has, in words: by key if they were stored.
+
+    Reads every tar header.
+    """
+    then = {bad["image"] for bad in dataset.manifest["quarantine"]}
+    now = {
+        item.where if item.where in then else f"{split}/{item.key}"
+        for split, items in plan.source.splits.items()
+        for item in items
+    }
+    then |= {f"{name}/{key}" for name, split in dataset.splits.items() for key in split.keys()}  # noqa: SIM118
+    changes = {"more": sorted(now - then), "fewer": sorted(then - now)}
+    return ", ".join(f"{len(keys)} {word} ({', '.join(keys[:3])})" for word, keys in changes.items() if keys)
 
 
 def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:

@@ -459,8 +459,39 @@ def test_removing_a_bad_image_continues_the_sharding(tmp_path, monkeypatch):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "fresh")
     assert manifest.open_dataset(tmp_path / "out").split("train").samples == 13
     bad.write_bytes(whole)
-    with pytest.raises(ConfigError, match="holds a finished dataset with image count=13, but this one has 14;"):
+    with pytest.raises(ConfigError, match=rf"of other images; this run would have 1 more \(train/{key(bad)}\); remove"):
         build(Plan(ImageFolder(source), options), tmp_path / "out", workers=1)
+
+
+def key(image: Path) -> str:
+    return f"{image.parent.name}_{image.stem}"
+
+
+def test_images_that_differ_from_a_finished_dataset_are_named(tmp_path):
+    """Also those that were left out, which no tar holds; if only a label differs, both hashes are reported."""
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(5):
+            image = picture(np.random.default_rng(i + 10 * label), 40, 40)
+            (tmp_path / "in" / name / f"{i}.jpg").write_bytes(encoded(image, "JPEG"))
+    cat, dog = tmp_path / "in" / "cat", tmp_path / "in" / "dog"
+    (cat / "2.jpg").write_bytes(b"no image")
+    options = Options(samples_per_shard=3, max_bad_fraction=0.2)
+    build(Plan(ImageFolder(tmp_path / "in"), options), tmp_path / "out", workers=1)
+
+    def differences() -> str:
+        with pytest.raises(ConfigError) as raised:
+            build(Plan(ImageFolder(tmp_path / "in"), options), tmp_path / "out", workers=1)
+        return str(raised.value).partition("finished dataset ")[2]
+
+    (cat / "2.jpg").unlink()
+    cure = "remove it, or choose another --out"
+    assert differences() == f"of other images; this run would have 1 fewer (train/cat/2.jpg); {cure}"
+    (cat / "2.jpg").write_bytes(b"no image")
+    (dog / "0.jpg").rename(dog / "new.jpg")
+    (dog / "1.jpg").unlink()
+    both = "1 more (train/dog_new), 2 fewer (train/dog_0, train/dog_1)"
+    assert differences() == f"of other images; this run would have {both}; {cure}"
 
 
 def test_a_finished_dataset_and_foreign_files_are_never_overwritten(tmp_path):

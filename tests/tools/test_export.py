@@ -234,6 +234,26 @@ def test_a_card_names_the_kind_of_net(name, kind):
     assert f"\n{kind}, `{name}`, of imagenet-express.\n" in card.as_markdown("net")
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_card_of_five_classes_leaves_out_top5(measured):
+    row = {"split": "val", "images": 1000, "views": 1, "top1": 0.5, "top5": 0.75, "command": "evaluate"}
+
+    def table(classes: int) -> list[str]:
+        card = Card(ModelConfig("small"), AugmentConfig(), None, {"classes": classes}, accuracy=[row] * measured)
+        return [line for line in card.as_markdown("net").splitlines() if line.startswith("|")]
+
+    assert table(6) == [
+        "| accuracy on | images | views | top-1 | top-5 | measured by |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| val | 1,000 | 1 | 50.00% | 75.00% | `evaluate` |" if measured else "| not measured | | | | | |",
+    ]
+    assert table(5) == [
+        "| accuracy on | images | views | top-1 | measured by |",
+        "| --- | --- | --- | --- | --- |",
+        "| val | 1,000 | 1 | 50.00% | `evaluate` |" if measured else "| not measured | | | | |",
+    ]
+
+
 def test_a_card_tells_of_evaluations(trained, few_digits, tmp_path):
     told = ["--data.shards", few_digits, "--views", 10, "--json", tmp_path / "e.json"]
     done = run_tool("tools/evaluate.py", trained, *told)
