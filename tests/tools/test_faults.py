@@ -195,7 +195,7 @@ def test_bad_images_that_are_then_allowed_need_no_second_look(image_folder, tmp_
     assert run_tool(*args, "--max-bad-fraction", 0.1).returncode == 0
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "d").glob("*.tar")} == before
     assert open_dataset(tmp_path / "d").manifest["quarantine"] == [
-        {"image": "train/cat/0.jpg", "reason": "not an image"}
+        {"image": "train/cat/0.jpg", "reason": "not an image that Pillow reads"}
     ]
 
 
