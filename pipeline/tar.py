@@ -39,9 +39,12 @@ _COMPRESSED = {
 }
 _NO_TARS = {  # what people have under the name of a tar, by its first bytes
     **{magic: f"compressed by {name}; decompress it first ({name} -dc)" for magic, name in _COMPRESSED.items()},
-    **dict.fromkeys((b"PK", b"7z\xbc\xaf", b"Rar!"), "an archive of ZIP, 7-Zip or RAR; write its files into a tar"),
+    b"PK": "a ZIP archive; write its files into a tar",
+    b"7z\xbc\xaf": "a 7-Zip archive; write its files into a tar",
+    b"Rar!": "a RAR archive; write its files into a tar",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the tar itself (git lfs pull)",
-    **dict.fromkeys((b"<", b"{"), "a web page, XML or JSON; download the tar itself"),
+    b"<": "a web page or XML; download the tar itself",
+    b"{": "JSON, such as a server's error; download the tar itself",
 }
 
 

@@ -231,6 +231,9 @@ def test_classes_that_can_hardly_be_learnt_or_measured_are_noted(image_folder, t
         [one, "no validation image in 1 of the classes, such as ant"],
     ]
     assert list(few_images(ImageFolder(image_folder / "train", image_folder / "val"))) == []
+    for split in ("test", "train"):  # one folder too high
+        shutil.copytree(image_folder / "train", tmp_path / "all" / split)
+    assert next(few_images(ImageFolder(tmp_path / "all"))).startswith("classes are named as splits are; pass")
 
 
 def test_another_split_of_finished_shards_is_named_by_its_option(image_folder, tmp_path):
