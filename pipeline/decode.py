@@ -78,7 +78,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
     except Exception as err:  # the parsers of thirty formats raise many kinds
-        raise BadImage("not an image") from err
+        raise BadImage("not an image that Pillow reads") from err
     if fault := _size_fault(*image.size):
         raise BadImage(fault)
     # Only a PGM is opened as 32-bit integers though it has 16 bits.

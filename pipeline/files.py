@@ -33,16 +33,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     same file.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with open(locked(partial), "wb") as file:
-        try:
-            file.truncate()  # what a killed process left
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    try:
+        with open(locked(partial), "wb") as file:
+            try:
+                file.truncate()  # what a killed process left
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except OSError as err:  # of a full disk: it names no file
+        err.filename = err.filename or str(path)
+        raise
     fsync_path(path.parent)
 
 

@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parent
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
-    with _set("CACHE_DIR", _cache_folder()):
-        try:
+    try:
+        with _set("CACHE_DIR", _cache_folder()):
             return numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
-        except RuntimeError:  # no folder for the machine code: a read-only installation without a home
-            return numba.njit(nogil=True, fastmath=fastmath)(function)
+    except RuntimeError:  # no folder for the machine code: a read-only installation without a home
+        return numba.njit(nogil=True, fastmath=fastmath)(function)
 
 
 # For floating point with fractions: without fastmath the result is the same on every processor.
@@ -42,8 +42,8 @@ def _cache_folder() -> str:
         if b"jit import" in (source := path.read_bytes()):
             digest.update(source)
     own = PACKAGE / "__pycache__"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imagenet-express"
-    base = Path(NUMBA.CACHE_DIR or (own if os.access(PACKAGE, os.W_OK) else home))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    base = Path(NUMBA.CACHE_DIR or (own if os.access(PACKAGE, os.W_OK) else home.expanduser() / "imagenet-express"))
     folder = base / f"{__package__}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         for older in own.glob(f"{__package__}-*"):

@@ -1,6 +1,5 @@
 """Standard streams that end no program: closed ones, encodings that lack a character, readers that are gone."""
 
-import errno
 import io
 import os
 import sys
@@ -9,8 +8,9 @@ import sys
 def prepare(*, outlive_readers: bool) -> None:
     """Mends this process's standard streams; to be called first, before anything opens a file.
 
-    outlive_readers: whether output that nobody reads any more (`| head`, a terminal that was closed) is dropped, for
-    programs whose work matters more. Otherwise print() raises BrokenPipeError. Messages on stderr are dropped always.
+    outlive_readers: whether output that cannot be written (`| head`, a terminal that was closed, a full disk) is
+    dropped, for programs whose work matters more. Otherwise print() raises OSError. Messages on stderr are dropped
+    always.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -37,12 +37,10 @@ def clear_line() -> None:
 
 
 class _Heedless(io.FileIO):
-    """Drops what nobody can read."""
+    """Drops what cannot be written: nobody reads it, or the disk of a log is full."""
 
     def write(self, data: object) -> int:
         try:
             return super().write(data)  # type: ignore[arg-type]
-        except OSError as err:
-            if err.errno not in (errno.EPIPE, errno.EIO):
-                raise
+        except OSError:
             return len(memoryview(data))  # type: ignore[arg-type]

@@ -26,12 +26,23 @@ _KINDS = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 AFRESH = "write the tar with the files themselves, such as by tar --dereference --hard-dereference"
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b'\x04"M\x18': "lz4"}
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"]\0\0": "lzma",
+    b"(\xb5/\xfd": "zstd",
+    b'\x04"M\x18': "lz4",
+    b"\x1f\x9d": "compress",
+}
 _NO_TARS = {  # what people have under the name of a tar, by its first bytes
     **{magic: f"compressed by {name}; decompress it first ({name} -dc)" for magic, name in _COMPRESSED.items()},
     b"PK": "a ZIP archive; write its files into a tar",
+    b"7z\xbc\xaf": "a 7-Zip archive; write its files into a tar",
+    b"Rar!": "a RAR archive; write its files into a tar",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the tar itself (git lfs pull)",
     b"<": "a web page or XML; download the tar itself",
+    b"{": "JSON, such as a server's error; download the tar itself",
 }
 
 
@@ -79,8 +90,8 @@ def _header(fd: int, at: int, start: int, end: int) -> tarfile.TarInfo | None:
         try:
             return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as err:
-            what = f"not a tar header ({err})" if at > start else f"not an uncompressed tar ({err})"
-    known = next((kind for magic, kind in _NO_TARS.items() if at == start and header.startswith(magic)), None)
+            what = f"not a tar header ({err})" if at > start else f"not an uncompressed tar, or damaged ({err})"
+    known = next((kind for magic, kind in _NO_TARS.items() if at == start and header.lstrip().startswith(magic)), None)
     raise _Damage(at, "not an uncompressed tar", f"it is {known}") if known else _Damage(at, what)
 
 

@@ -55,9 +55,9 @@ class Parser(argparse.ArgumentParser):
 
 def new_file(name: str) -> Path:
     """The type of an option that names a file to write: a name that cannot be one is rejected before any work."""
-    path = Path(name)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{name} is a folder; name a file")
+    path = Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
+    if path.exists() and not path.is_file():  # publishing it would put a file in the place of /dev/stdout
+        raise argparse.ArgumentTypeError(f"{name} is a folder, a device or a pipe; name a file")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path

@@ -161,8 +161,8 @@ def class_names(path: Path | None) -> list[str] | None:
         return None
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except ValueError as err:
-        raise DataError(f"{path}: not UTF-8; save it as UTF-8, a class name a line") from err
+    except (OSError, ValueError) as err:
+        raise DataError(f"{path}: cannot be read ({err}); name a file in UTF-8, a class name a line") from err
     number_of: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         name = unicodedata.normalize("NFC", line.strip())

@@ -15,6 +15,7 @@ import base64
 import dataclasses
 import html
 import io
+import os
 from typing import Any, NamedTuple
 
 from pipeline.errors import BAD_DATA, ConfigError, DataError
@@ -80,7 +81,12 @@ def image_files(names: list[str]) -> list[str]:
         if name == "-" or not Path(name).is_dir():
             files.append(name)
             continue
-        inside = sorted(files_of_images(Path(name), passed_over))
+        inside = []
+        for file in sorted(files_of_images(Path(name), passed_over)):
+            if os.path.exists(file) and not os.path.isfile(file):  # a pipe would wait
+                passed_over.add("pipes and devices", file)
+            else:
+                inside.append(file)
         if not inside:
             raise DataError(f"{name}: holds no image; name a folder of images, or the files themselves")
         files += inside

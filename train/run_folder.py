@@ -54,7 +54,10 @@ class RunFolder:
         """Makes the folder and locks it. Raises ConfigError if another run holds it, OSError if it cannot be made."""
         if self.is_ours:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ConfigError(f"{self.path}: exists, but is no folder; use {another(self.path)}") from None
         for waited, seconds in ((False, min(1.0, wait_seconds)), (True, wait_seconds)):
             try:
                 self._lock = locked(self.path / LOCK, wait_seconds=seconds)

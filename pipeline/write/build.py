@@ -116,7 +116,7 @@ def build(
         folder.remove(manifest.PARTS)  # a run that was killed at its very end leaves it
         return finished
     except OSError as err:
-        raise StorageError(f"{StorageError.of(err, out)}; run it again to resume") from err
+        raise StorageError(f"{StorageError.of(err, out)}; solve that, and run it again to resume") from err
 
 
 def _missing(plan: Plan, folder: Folder) -> list[int]:

@@ -47,6 +47,7 @@ def expand(pattern: str) -> list[Path]:
     try:
         if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
             raise ValueError("over a million numbers")  # braceexpand would hold them all
+        pattern = os.path.expanduser(pattern)  # a shell leaves what is quoted
         parts = [pattern] if Path(pattern).is_file() else braceexpand(pattern)
         paths = [path for part in parts for path in _matches(Path(part))]
     except (ValueError, RecursionError) as err:
@@ -55,7 +56,7 @@ def expand(pattern: str) -> list[Path]:
         raise DataError(f"{pattern}: no such tar; quote the pattern, and mind its folder")
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: no such tar; the pattern names {len(paths)}")
+            raise DataError(f"{path}: no such tar; {pattern} names {len(paths)} files, and no URL or command is read")
     return paths
 
 
@@ -131,7 +132,10 @@ def _samples(path: Path, bad: dict[Member, BadImage], unused: list[Member]) -> I
         elif name and (images or name.endswith("cls") or b'"label"' in _read(path, found[name])):
             bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
         elif images and not name and not any(map(litter, images[0].name.split("/"))):
-            raise DataError(f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside}")
+            raise DataError(
+                f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside};"
+                " name one .cls, and sort the tar by name (tar --sort=name) if its parts lie apart"
+            )
         unused += [member for member in found.values() if member not in used and member not in bad]
 
 

@@ -175,6 +175,7 @@ def test_labels_are_read_or_named_with_tar_and_sample(tmp_path, label, found):
     [
         (["f.0.cls", "f.0.jpg", "f.1.cls", "f.1.jpg"], "a name up to its first dot, has 0.cls, 0.jpg, 1.cls, 1.jpg"),
         (["a.cls", "b.cls", "a.jpg", "b.jpg"], r"'a.cls' and 'a.jpg' are not adjacent.*tar --sort=name"),
+        (["a.jpg", "b.jpg", "a.cls", "b.cls"], r"'a' has no label, .*has jpg; name one .cls, and sort the tar by name"),
     ],
 )
 def test_members_that_share_a_key_are_explained(tmp_path, names, message):
@@ -201,6 +202,8 @@ def test_patterns_name_what_the_shell_and_webdataset_would(tmp_path, monkeypatch
     both = [Path("t-00.tar"), Path("t-01.tar")]
     for pattern in ("t-{00..01}.tar", "t-??.tar", "t-[0-9][01].tar", f"{tmp_path}/t-*.tar"):
         assert [path.name for path in index_existing.expand(pattern)] == [path.name for path in both]
+    monkeypatch.setenv("HOME", str(tmp_path))  # quoted, as the help asks for, a shell leaves the tilde
+    assert [path.name for path in index_existing.expand("~/t-{00..01}.tar")] == [path.name for path in both]
     assert index_existing.expand("d[1]/t-*.tar") == index_existing.expand("d[1]/t-0.tar") == [Path("d[1]/t-0.tar")]
     assert index_existing.expand("odd{.tar") == [Path("odd{.tar")]
     for pattern in ("t-{00..01.tar", "t-00..01}.tar", "t-{0..999999999999}.tar"):

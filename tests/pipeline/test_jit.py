@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from pipeline import jit
 from tests.conftest import ROOT
 
 LOOKS = """
@@ -51,3 +52,13 @@ def test_tools_and_own_scripts_share_a_checkout_and_a_changed_function_is_compil
     assert looks("pipeline") == ["[False]", "0"]
     kept = [path.name.rpartition("-")[0] for path in (root / "pipeline/__pycache__").glob("*pipeline-*")]
     assert sorted(kept) == ["imagenet_express.pipeline", "pipeline"]
+
+
+def test_a_user_without_a_home_compiles_for_each_start(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1 << 20)  # a number that has no name, as in containers
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(jit.NUMBA, "CACHE_DIR", "")
+    monkeypatch.setattr(jit, "_cache_folder", jit._cache_folder.__wrapped__)
+    assert jit.compiled(lambda x: x + 1)(1) == 2

@@ -63,6 +63,12 @@ def test_a_reader_that_is_gone_ends_only_programs_that_want_it(tmp_path, unbuffe
     os.close(write)
 
 
+def test_a_full_disk_ends_only_programs_whose_output_is_their_work(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert run(tmp_path / "file", stdout=full, stderr=full).returncode == 0
+        assert b"No space left" in run(tmp_path / "file", outlive=False, stdout=full).stderr
+
+
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
+import socket
 import tarfile
 import time
 import zlib
@@ -639,6 +641,13 @@ def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path):
     (folder / "1.jpg").write_bytes(GOOD)
     os.mkfifo(folder / "pipe.jpg")
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    plan = Plan(ImageFolder(tmp_path / "in"), Options())
-    with pytest.raises(DataError, match=r"2 of 3 .*gone.jpg: neither a file.*pipe.jpg: neither a file"):
+    for loop in (folder / "loop.jpg", tmp_path / "in" / "loop"):
+        loop.symlink_to(loop.name)
+    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as server:  # a path of a socket is short
+        server.bind("socket.jpg")
+    source = ImageFolder(tmp_path / "in")
+    assert source.passed_over == {"outside the class folders": (1, f"{tmp_path}/in/loop")}
+    plan = Plan(source, Options())
+    listed = ".*".join(f"{name}.jpg: neither a file" for name in ("gone", "loop", "pipe", "socket"))
+    with pytest.raises(DataError, match=f"4 of 5 .*{listed}"):
         build(plan, tmp_path / "out", workers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tools import cli
 
 LINES = 40
 # In this order: export rejects a file that exists already. bench and gpu_proof take minutes; other tests run them.
@@ -47,3 +49,11 @@ def test_help_begins_with_what_works_and_stands_in_the_readme(trained, digits, t
         done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, f"{example}: {done.stderr}"
         assert done.stdout
+
+
+def test_a_file_to_write_takes_the_place_of_no_device_and_goes_through_a_link(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # stands for /dev/stdout: root could replace that
+    with pytest.raises(argparse.ArgumentTypeError, match="pipe is a folder, a device or a pipe; name a file"):
+        cli.new_file(str(tmp_path / "pipe"))
+    (tmp_path / "link").symlink_to("result.json")
+    assert cli.new_file(str(tmp_path / "link")) == tmp_path / "result.json"

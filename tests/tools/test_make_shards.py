@@ -98,7 +98,7 @@ def bad_folder(image_folder, tmp_path, kind):
     ("kind", "message"),
     [
         ("empty class", "in/train/emu: no image in this class folder; fill or remove it"),
-        ("text", "1 of 17 images cannot be used (train/cat/notes.doc: not an image)"),
+        ("text", "1 of 17 images cannot be used (train/cat/notes.doc: not an image that Pillow reads)"),
         ("cut", "train/cat/0.jpg: damaged or truncated image"),
         ("foreign class", "in/val/gnu: this class is not among those of"),
         ("no classes", "in/train: no class folders"),
@@ -143,10 +143,13 @@ def test_wrong_usage_is_one_line_with_code_2(args, message):
         ("cat\ndog\ncat\n", "lines 1 and 3 are both 'cat'"),
         ("caf\u00e9\ncafe\u0301\n", "lines 1 and 2 are both"),
         ("", "line 1 is empty"),
+        (b"caf\xe9", "cannot be read .*; name a file in UTF-8"),
+        (None, "cannot be read .*No such file.*; name a file in UTF-8"),
     ],
 )
 def test_a_file_of_class_names_is_read_as_editors_write_it(tmp_path, content, found):
-    (tmp_path / "names.txt").write_text(content, encoding="utf-8", newline="")
+    if content is not None:
+        (tmp_path / "names.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     if isinstance(found, list):
         assert make_shards.class_names(tmp_path / "names.txt") == found
     else:
@@ -228,6 +231,9 @@ def test_classes_that_can_hardly_be_learnt_or_measured_are_noted(image_folder, t
         [one, "no validation image in 1 of the classes, such as ant"],
     ]
     assert list(few_images(ImageFolder(image_folder / "train", image_folder / "val"))) == []
+    for split in ("test", "train"):  # one folder too high
+        shutil.copytree(image_folder / "train", tmp_path / "all" / split)
+    assert next(few_images(ImageFolder(tmp_path / "all"))).startswith("classes are named as splits are; pass")
 
 
 def test_another_split_of_finished_shards_is_named_by_its_option(image_folder, tmp_path):

@@ -135,7 +135,12 @@ def test_a_folder_is_searched_as_make_shards_does(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "p" / "readme.txt").write_text("no image")
     (tmp_path / "p" / "link").symlink_to("../real")
+    os.mkfifo(tmp_path / "p" / "pipe.jpg")
     found = predict.image_files([str(tmp_path / "p")])
     names = ["0.jpg", "link/5", "noext", "sub/1.JPEG", "x.jfif"]
     assert found == [f"{tmp_path}/p/{name}" for name in names]
-    assert set(capsys.readouterr().err.strip().removeprefix("passed over: ").split(", ")) == {"2 hidden", "1 .txt"}
+    assert set(capsys.readouterr().err.strip().removeprefix("passed over: ").split(", ")) == {
+        "2 hidden",
+        "1 .txt",
+        "1 pipes and devices",
+    }

@@ -319,6 +319,11 @@ def test_a_run_folder_that_cannot_be_looked_at_is_one_line(few_digits, tmp_path)
     done = alone("demo", "--data.shards", few_digits, "--run.dir", tmp_path / ("x" * 300))
     assert done.returncode == 74
     assert the_error(done) == f"error: {tmp_path / ('x' * 300)}: File name too long"
+    (tmp_path / "file").write_text("")
+    done = alone("demo", "--data.shards", few_digits, "--run.dir", tmp_path / "file")
+    assert done.returncode == 2
+    cure = f"exists, but is no folder; use --run.dir {tmp_path}/file-2"
+    assert the_error(done) == f"error: {tmp_path}/file: {cure}"
 
 
 def test_each_epoch_tells_its_accuracy_and_the_end_the_best_which_evaluate_and_report_take(one, few_digits, tmp_path):

@@ -162,6 +162,8 @@ def check_fraction(option: str, value: float) -> float:
 
 def few_images(source: Source) -> Iterator[str]:
     """Yields what keeps classes from being learnt or measured."""
+    if len({"train", "val", "valid", "test"}.intersection(source.classes)) > 1:
+        yield "classes are named as splits are; pass the folder train as --train, and val, valid or test as --val"
     if "val" not in source.splits:
         yield "no validation split, which training needs; --val names one, --val-fraction 0.1 holds one out"
     for name, number, what in (("train", 1, "one training image"), ("val", 0, "no validation image")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -88,7 +89,9 @@ class ImageFolder(Source):
     def read(self, item: Item) -> bytes:
         try:
             fd = self._opened.pop(item.where) if item.where in self._opened else self._open(item)
-        except FileNotFoundError as err:
+        except OSError as err:
+            if err.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+                raise
             raise BadImage(NO_FILE) from err
         with open(fd, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -141,7 +144,7 @@ def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for entry in sorted(_entries(folder, passed_over), key=lambda entry: entry.name):
         name = unicodedata.normalize("NFC", entry.name)
-        if not entry.is_dir():
+        if not _is_folder(entry):
             passed_over.add("outside the class folders", entry.path)
         elif name in found:
             both = f"{found[name].name!a} and {entry.name!a}"
@@ -163,7 +166,7 @@ def files_of_images(folder: Path, passed_over: PassedOver) -> Iterator[str]:
         path, above = todo.pop()
         for entry in _entries(path, passed_over):
             suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 if (inside := os.path.realpath(entry.path)) not in above:
                     todo.append((entry.path, above | {inside}))
             elif suffix in TEXTS and not (entry.is_file() and is_image(entry.path)):  # a pipe would wait
@@ -180,6 +183,13 @@ def _entries(folder: Path | str, passed_over: PassedOver) -> Iterator[os.DirEntr
             passed_over.add(kind, entry.path, sum(map(len, within)) if within else 1)
         else:
             yield entry
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def litter(name: str) -> str:
