@@ -110,9 +110,12 @@ class Popen(Real):
         ends = zip((given["p2cread"], given["c2pwrite"], given["errwrite"]), range(3))
         fds = [end if end != -1 else standard for end, standard in ends]
         if _Mode.forked:
+            # Python ignores what a signal's handler raises within the hooks of os.fork
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # a launcher has threads, which wait
                 self.pid = os.fork()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if not self.pid:
                 become(job, fds)
         else:
@@ -226,8 +229,9 @@ def become(job: dict, fds: list[int]) -> None:
         for fd in {*high, *(fd for fd in fds if fd > 2)}:
             os.close(fd)
         open_streams()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        # Also if the tests were started by `&` or nohup, whose processes ignore SIGINT, SIGQUIT and SIGHUP
+        for number in ("INT", "QUIT", "HUP", "TERM", "USR1", "CHLD"):
+            signal.signal(getattr(signal, f"SIG{number}"), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         atexit._clear()
         os.chdir(job["cwd"])
