@@ -16,8 +16,8 @@ PYTHON ?= python3
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 IMAGES ?=
-# Files of tests at a time; if they share cores, threads that spin while they wait take them from each other
-JOBS ?= 2
+# Files of tests at a time: one more than two cores, since tests wait for processes and for time
+JOBS ?= 3
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
