@@ -163,7 +163,9 @@ def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_
     crop = 32 if name == "small" else 224
     config = ModelConfig(name, **switch)
     card = Card(config, AugmentConfig(crop=crop, statistics="imagenet"), None, {"classes": 10})
-    weights = AlexNet(config, classes=10, crop=crop).state_dict()
+    with torch.device("meta"):
+        net = AlexNet(config, classes=10, crop=crop)
+    weights = {weight: torch.zeros(value.shape) for weight, value in net.state_dict().items()}
     save_file(weights, tmp_path / "a.safetensors", {"card": json.dumps(card.as_json())})
     told = [tmp_path / "a.safetensors", tmp_path / "b.pth", "--images", image_folder]
     code, error = run_here(export.main, monkeypatch, capsys, *told)
