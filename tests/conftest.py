@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -33,6 +34,8 @@ SHARED = Path(os.environ.get("IMAGENET_EXPRESS_DATA", ROOT.parent / "shared" / "
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):  # the workers inherit its address
         fork_server.start()
+    elif signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by `pytest &`: processes would ignore Ctrl-C too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,6 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "FORK_SERVER"  # the environment variable with the server's socket
 MODULES = {"accelerate.commands.launch", "torch.distributed.run", "train.run"}
+WORKER = "import sys;exec(eval(sys.stdin.readline()))"  # how pytest-xdist starts a worker
 PRELOADED = """
 torch torch.distributed.run torch._dynamo torch.distributed.fsdp torch.utils.tensorboard accelerate.commands.launch
 matplotlib.pyplot scipy.stats webdataset
@@ -70,8 +71,8 @@ def ours(argv: object, env: dict[str, str]) -> bool:
     if any(env.get(name) != STARTED.get(name) for name in {*env, *STARTED} if name.startswith(AT_IMPORT)):
         return False
     words = words[2:] if words[1] == "-u" else words[1:]
-    if words[0] == "-m":
-        return words[1] in MODULES
+    if words[0] in ("-m", "-c"):
+        return words[1] in {*MODULES, WORKER}
     script = Path(words[0])
     return script.is_absolute() and script.exists() and script.resolve().is_relative_to(ROOT)
 
@@ -109,9 +110,12 @@ class Popen(Real):
         ends = zip((given["p2cread"], given["c2pwrite"], given["errwrite"]), range(3))
         fds = [end if end != -1 else standard for end, standard in ends]
         if _Mode.forked:
+            # Python ignores what a signal's handler raises within the hooks of os.fork
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # a launcher has threads, which wait
                 self.pid = os.fork()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if not self.pid:
                 become(job, fds)
         else:
@@ -225,8 +229,9 @@ def become(job: dict, fds: list[int]) -> None:
         for fd in {*high, *(fd for fd in fds if fd > 2)}:
             os.close(fd)
         open_streams()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        # Also if the tests were started by `&` or nohup, whose processes ignore SIGINT, SIGQUIT and SIGHUP
+        for number in ("INT", "QUIT", "HUP", "TERM", "USR1", "CHLD"):
+            signal.signal(getattr(signal, f"SIG{number}"), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         atexit._clear()
         os.chdir(job["cwd"])
@@ -273,7 +278,10 @@ def run(argv: list[str]) -> int:
         sys.stdout.reconfigure(write_through=True)
     interrupted = False
     try:
-        if argv[0] == "-m":
+        if argv[0] == "-c":  # a worker asks the server itself
+            _Mode.forked, sys.argv = False, argv[:1]
+            exec(argv[1], {"__name__": "__main__"})
+        elif argv[0] == "-m":
             sys.argv, sys.path[0] = argv[1:], os.getcwd()
             sys.modules.pop(argv[1], None)
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

@@ -66,8 +66,10 @@ class Job:
 
     def ranks(self) -> list[psutil.Process]:
         """The rank processes that exist, in order of rank."""
-        found = {}
-        for child in self.process.children(recursive=True) if self.process.is_running() else []:
+        found, children = {}, []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile, and the fork server reaps it
+            children = self.process.children(recursive=True)
+        for child in children:
             try:
                 if SCRIPT.name in " ".join(child.cmdline()):
                     found[int(child.environ().get("RANK", "0"))] = child

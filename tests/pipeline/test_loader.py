@@ -80,6 +80,7 @@ def test_resized_crops_are_pillows_within_a_grey_level(shards, train, backend):
     assert differences(shards["keep"], "train", small, config=backend, train=train).mean((1, 2, 3)).max() <= 1
 
 
+@pytest.mark.slow
 def test_real_imagenet_images_match_pillow(imagenet_sample, tmp_path, backend):
     from pipeline.write.build import Options, Plan, build
     from pipeline.write.images import Encoding

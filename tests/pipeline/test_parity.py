@@ -260,7 +260,10 @@ def test_every_type_and_layout_holds_the_same_values(shards, backend, dtype, cha
             torch.testing.assert_close(b.images.float(), a.images, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("encoding", [Encoding(), Encoding("jpeg"), Encoding("raw", size=128)], ids=lambda e: e.kind)
+OTHERS = [pytest.param(encoding, marks=pytest.mark.slow) for encoding in (Encoding(), Encoding("raw", size=128))]
+
+
+@pytest.mark.parametrize("encoding", [Encoding("jpeg"), *OTHERS], ids=lambda e: e.kind)
 def test_64_real_images_agree_and_resume_at_every_step(imagenet_sample, tmp_path, encoding):
     build(Plan(ImageFolder(imagenet_sample), Options(encoding, samples_per_shard=10)), tmp_path, workers=2)
     view = AugmentConfig(resize=encoding.size, crop=encoding.size * 7 // 8)

@@ -111,9 +111,14 @@ def test_what_is_whole_is_not_touched_again(job, tmp_path):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_other_options_are_refused_with_both_values(job, tmp_path, finished):
-    args, _ = job
+    args, clean = job
     out = tmp_path / "d"
-    run_tool(MAKE, *args, "--out", out, *([] if finished else ["--shards", "0:2"]))
+    if finished:
+        out.mkdir()
+        for name, data in clean.items():
+            (out / name).write_bytes(data)
+    else:
+        run_tool(MAKE, *args, "--out", out, "--shards", "0:2")
     done = run_tool(MAKE, *args, "--out", out, "--quality", 70)
     assert done.returncode == 2
     what = "a finished dataset" if finished else "an unfinished sharding"

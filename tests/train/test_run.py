@@ -277,7 +277,7 @@ def test_gloo_asked_for_by_one_process_is_no_error(few_digits, tmp_path):
         few_digits,
         "--run.dir",
         tmp_path / "run",
-        "--train.epochs",
+        "--limit-steps",
         1,
         "--run.ddp-backend",
         "gloo",
