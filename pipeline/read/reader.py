@@ -30,6 +30,7 @@ from .fetch import (
     SHARD,
     SIZE,
     Block,
+    all_end,
     fetch_images,
     index_rows,
     not_plain_jpegs,
@@ -72,9 +73,8 @@ class ReadBatch:
         return np.flatnonzero(not_plain_jpegs(self.buffer, self.at, self.rows)).tolist()
 
     def all_end(self) -> bool:
-        """Whether each image ends with a JPEG's last marker. After wait()."""
-        last = self.at + self.rows[:, SIZE] - 1
-        return bool(((self.buffer[last - 1] == 0xFF) & (self.buffer[last] == 0xD9)).all())
+        """Whether each image ends as a JPEG does. After wait()."""
+        return all_end(self.buffer, self.at, self.rows)
 
     def cancel(self) -> None:
         for task in self.tasks:
