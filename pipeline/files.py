@@ -87,3 +87,13 @@ def write_json(path: Path, value: Any) -> None:
     """Publishes `value` as indented JSON."""
     with atomic_write(path) as file:
         file.write(json_bytes(value))
+
+
+class OpenFile:
+    """A descriptor that is closed when nobody refers to it any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)

@@ -10,9 +10,10 @@ from ..cut_jpeg import EXTRA, cut_jpeg
 from ..cuts import HEADER_BYTES, Cuts
 from ..decode import Scratch
 from ..errors import StorageError
+from ..files import OpenFile
 from ..huffman import SLACK
 from ..jit import compiled
-from .byte_source import LocalShards, OpenFile
+from .byte_source import LocalShards
 from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
 
