@@ -23,7 +23,7 @@ from typing import Any
 from unicodedata import normalize
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import Json, atomic_write, write_json
+from pipeline.files import Json, write_json, write_text
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from tools import cli
@@ -75,8 +75,10 @@ def main() -> None:
         print(f"{len(predictions.labels):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
-        if args.submission:
-            write_submission(args.submission, predictions, order, dataset)
+        if args.submission:  # official numbers, the most probable first
+            ids = dataset.manifest["class_ids"]
+            lines = (" ".join(str(ids[label]) for label in best) + "\n" for best in predictions.best[order])
+            write_text(args.submission, "".join(lines))
             print(f"{args.submission}: {len(order):,} lines of five labels")
         if labelled:
             report(predictions, models, dataset, args, precision)
@@ -191,8 +193,7 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
     columns = (predictions.labels, predictions.best, predictions.probabilities.tolist())
     for key, label, best, probabilities in zip(dataset.split(split).keys(), *columns, strict=True):
         rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities])
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+    write_text(path, text.getvalue())
 
 
 # The submission
@@ -214,14 +215,6 @@ def submission_order(dataset: Dataset, split: str) -> list[int]:
             f"{dataset.root}: test image {missing} is missing, and a submission has a line for each; shard again"
         )
     return [found[number] for number in sorted(found)]
-
-
-def write_submission(path: Path, predictions: Any, order: list[int], dataset: Dataset) -> None:
-    """Five official numbers a line, the most probable first."""
-    ids = dataset.manifest["class_ids"]
-    with atomic_write(path) as file:
-        for best in predictions.best[order]:
-            file.write((" ".join(str(ids[label]) for label in best) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from model import ModelConfig
 from pipeline.errors import ConfigError, DataError, first_line, reading
 from pipeline.files import Json
 from pipeline.manifest import Dataset, Statistics, open_dataset
+from pipeline.read.augment import IMAGENET_STATISTICS
 from pipeline.settings import flatten, updated
 
 from .checkpoint import BEST, Saved, find
 from .config import Config
 from .evaluation import NAMES
-from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_beside, read_inputs
+from .model_card import INPUTS, METADATA, Card, Inputs, read_beside, read_inputs
 from .networks import create_net, heads, load_weights, read_weights
 from .presets import PRESETS
 from .run_folder import CONFIG, read_config, read_metrics
@@ -44,7 +45,7 @@ class Classifier(NamedTuple):
         if self.card.inputs:
             return self.card.inputs.statistics
         if self.card.augment.statistics == "imagenet":
-            return PLAIN
+            return IMAGENET_STATISTICS
         if dataset is None:
             unknown = f"{self.source}: how its images were normalised is not known"
             raise ConfigError(f"{unknown}; name the shards by --data.shards")
@@ -167,7 +168,7 @@ def _card_of_preset(path: Path, preset: str) -> Card:
         from torchvision.models import AlexNet_Weights
 
         names = tuple(AlexNet_Weights.DEFAULT.meta["categories"])  # in the order of their WordNet ids
-        inputs = Inputs("ImageNet", "", names, names, PLAIN) if classes == len(names) else None
+        inputs = Inputs("ImageNet", "", names, names, IMAGENET_STATISTICS) if classes == len(names) else None
     return Card(model, augment, inputs, {"classes": classes})
 
 
