@@ -32,7 +32,8 @@ class Preempted(ExpressError):
     code, together = PREEMPTED, True
 
 
-@dataclass
+# Without repr: signal.signal() makes that of the handler it replaces, and of all tensors it reaches, for a second.
+@dataclass(repr=False)
 class Stop:
     """This process's request to stop. `code` is 0 until there is one; `name` puts it into words."""
 
