@@ -66,7 +66,8 @@ def main() -> None:
     models = [cli.open_model(path, args) for path in args.models]
     for model in models:
         check_classes(model, dataset)
-    precision = chosen_precision(args.precision, models)
+    chosen = {model.precision for model in models} if args.precision == "trained" else {args.precision}
+    precision = "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"  # also for nets of different precisions
     accelerator = distributed.make_plain_accelerator(precision)
     distributed.take_cores(accelerator.device)
     started = time.monotonic()
@@ -82,12 +83,6 @@ def main() -> None:
             print(f"{args.submission}: {len(order):,} lines of five labels")
         if labelled:
             report(predictions, models, dataset, args, precision)
-
-
-def chosen_precision(asked: str, models: list[Any]) -> str:
-    """fp32 also for nets that were trained in different precisions."""
-    chosen = {model.precision for model in models} if asked == "trained" else {asked}
-    return "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"
 
 
 def check_classes(model: Any, dataset: Dataset) -> None:

@@ -172,23 +172,17 @@ def _card_of_preset(path: Path, preset: str) -> Card:
     return Card(model, augment, inputs, {"classes": classes})
 
 
-def _metadata(path: Path) -> str | None:
-    """The text of the card in a safetensors file. Other files have none."""
-    if path.suffix.lower() != ".safetensors":
-        return None
-    damaged = f"{path}: not a whole safetensors file: its header"
-    with (
-        reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
-        open(path, "rb") as file,
-    ):
-        # By hand: the library opens no path that is not UTF-8.
-        header: dict[str, dict[str, str]] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return header.get("__metadata__", {}).get(METADATA)
-
-
 def _card(path: Path, text: str | None = None) -> Card | None:
-    """The card of a file: `text`, or what its metadata hold, or else the card beside it."""
-    text = text or _metadata(path)
+    """The card of a file: `text`, or what a safetensors file's metadata hold, or else the card beside it."""
+    if path.suffix.lower() == ".safetensors":
+        damaged = f"{path}: not a whole safetensors file: its header"
+        with (
+            reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
+            open(path, "rb") as file,
+        ):
+            # By hand: the library opens no path that is not UTF-8.
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            text = header.get("__metadata__", {}).get(METADATA)
     with reading(f"{path}: its model card", "export the weights again"):
         return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
 
