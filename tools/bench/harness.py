@@ -46,7 +46,7 @@ HELP = {
 
 
 def add_options(p: Parser, options: Json) -> None:
-    """options: by name the default, Path for what has none, or all that argparse is told."""
+    """options: by name, the default, Path for a path without one, or argparse's own arguments."""
     for name, default in options.items():
         if default is Path:
             p.path(f"--{name}", "PATH", HELP[name], required=name == "images")
