@@ -83,13 +83,13 @@ class Loader(AbstractContextManager["Loader"]):
         device: str | torch.device = "cpu",
         dtype: PixelType = "float32",
         channels_last: bool = False,
-        augment: AugmentConfig | None = None,
-        config: LoaderConfig | None = None,
+        augment: AugmentConfig = AugmentConfig(),
+        config: LoaderConfig = LoaderConfig(),
     ) -> None:
         if dtype not in get_args(PixelType):
             raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
         train = split == "train" if train is None else train
-        self.augment, self.config = augment or AugmentConfig(), config or LoaderConfig()
+        self.augment, self.config = augment, config
         if self.augment.colour and train and dtype == "uint8":
             raise ConfigError(
                 "augment.colour needs dtype float32, float16 or bfloat16: uint8 batches hold plain pixels"

@@ -138,7 +138,7 @@ class Source:
     @classmethod
     def from_options(cls, args: argparse.Namespace) -> Source:
         """The options' values go to the dataclass's fields of the same names."""
-        fields: tuple[Any, ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        fields: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         return cls(**{field.name: getattr(args, field.name) for field in fields})
 
 
