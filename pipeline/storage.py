@@ -1,12 +1,24 @@
-"""The folder that a sharding writes. Storage without files would implement the same methods."""
+"""The folder that a sharding writes, and URLs. Storage without files would implement the same methods."""
 
 import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 from .files import LOCK_SECONDS, atomic_write, locked
+
+
+def is_url(place: object) -> bool:
+    return "://" in str(place)
+
+
+def absolute(place: str) -> str:
+    """A folder's absolute path, or a URL as it is; file:// names a folder."""
+    if place.startswith("file://"):
+        place = unquote(urlsplit(place).path)
+    return place if is_url(place) else os.path.abspath(place)
 
 
 class Folder:

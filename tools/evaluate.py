@@ -35,7 +35,7 @@ SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint, .safetensors, .pth or .onnx")
-    p.add_argument("--data.shards", dest="shards", type=Path, required=True, metavar="DIR", help="what to measure on")
+    p.add_argument("--data.shards", dest="shards", required=True, metavar="DIR", help="what to measure on")
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
@@ -92,7 +92,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
     """Raises DataError if the classes of the net are not those of the data."""
     if model.classes != len(dataset.classes):
         raise DataError(
-            f"{model.source}: predicts {model.classes:,} classes, but {dataset.root} has {len(dataset.classes):,}"
+            f"{model.source}: predicts {model.classes:,} classes, but {dataset.place} has {len(dataset.classes):,}"
         )
     known = model.card.inputs
     if known is None or not known.fingerprint:  # another project's weights
@@ -100,7 +100,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
     for number, (theirs, ours) in enumerate(zip(known.classes, dataset.classes, strict=True)):
         if normalize("NFC", theirs) != normalize("NFC", ours):
             raise DataError(
-                f"{model.source}: its class {number} is {theirs}, but {dataset.root} has {ours}; use shards of its"
+                f"{model.source}: its class {number} is {theirs}, but {dataset.place} has {ours}; use shards of its"
                 " classes"
             )
 
@@ -201,17 +201,17 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
 def submission_order(dataset: Dataset, split: str) -> list[int]:
     """Positions in the order of the official numbers. Raises DataError if these are not ImageNet's whole test split."""
     if "class_ids" not in dataset.manifest:
-        raise DataError(f"{dataset.root}: its manifest has no official class numbers; shard ImageNet's archives again")
+        raise DataError(f"{dataset.place}: its manifest has no official class numbers; shard ImageNet's archives again")
     found: dict[int, int] = {}
     for position, key in enumerate(dataset.split(split).keys()):
         match = SUBMITTED.fullmatch(key)
         if match is None:
-            raise DataError(f"{dataset.root}: {key} is no test image of ImageNet; --submission needs its test split")
+            raise DataError(f"{dataset.place}: {key} is no test image of ImageNet; --submission needs its test split")
         found[int(match[1])] = position
     missing = min(set(range(1, len(found) + 1)) - found.keys(), default=None)
     if missing is not None:
         raise DataError(
-            f"{dataset.root}: test image {missing} is missing, and a submission has a line for each; shard again"
+            f"{dataset.place}: test image {missing} is missing, and a submission has a line for each; shard again"
         )
     return [found[number] for number in sorted(found)]
 

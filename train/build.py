@@ -74,10 +74,11 @@ def build_trainer(
         if main:
             print(line)
 
+    checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
+    config = resume.with_window(config, dataset, checkpoints, agreement, first=main)
     loader_at, val_loader = make_loaders(config, dataset, accelerator)
     loader = loader_at(0)
     net = make_net(config, classes=len(dataset.classes), say=say)
-    checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
     fixed = resume.invariants(config, dataset, precision=precision)
     saved = resume.choose(
         config,

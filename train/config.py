@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from model import ModelConfig
 from model.variants import VARIANTS
 from pipeline.errors import ConfigError
+from pipeline.manifest import FETCH_MEMORY
 from pipeline.read.augment import AugmentConfig
 from pipeline.read.config import LoaderConfig
 from pipeline.settings import (
@@ -28,6 +29,8 @@ from pipeline.settings import (
     did_you_mean,
     validate,
 )
+
+MB = 1_000_000
 
 
 def _plain(numbers: tuple[Any, ...]) -> str:
@@ -56,16 +59,26 @@ class DataConfig:
     """Where the images are."""
 
     shards: InHelp[PerHost[str]] = ""
-    """Folder made by tools/make_shards.py. Another place of the same data is the same run: the fingerprint decides."""
+    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, https:// (docs/remote.md). Another place of
+    the same data is the same run: the fingerprint decides."""
     train_split: str = "train"
     val_split: InHelp[str] = "val"
     partitions: Positive = 1
     """Partitions that are shuffled by themselves, so that a node reads only its own shards; see docs/order.md."""
-    window: NonNegative = 0
-    """Shards that are shuffled together; 0: all of a partition."""
+    window: Annotated[int, Bounds(ge=-1)] = -1
+    """Shards that are shuffled together; 0: all of a partition; -1: 16 if shards is a URL, otherwise 0."""
+    allow_http: PerHost[bool] = False
+    """Also read from servers without encryption, by http://."""
+    fetch_memory: PerHost[Positive] = FETCH_MEMORY // MB
+    """MB of a rank's memory for what it fetches ahead from a URL; more makes fewer requests (docs/order.md)."""
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def remote(self) -> dict[str, Any]:
+        """open_dataset's arguments."""
+        return {"allow_http": self.allow_http, "fetch_memory": self.fetch_memory * MB}
 
 
 @dataclass(frozen=True)

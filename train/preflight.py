@@ -40,11 +40,11 @@ CURE = "start the same command, with the same versions and shards, on every host
 def open_alike(config: Config) -> Dataset:
     """Opens the dataset, after all ranks have shown that they start the same run. Raises ExpressError, at all alike."""
     if _alone():
-        return open_dataset(config.data.shards)
+        return open_dataset(config.data.shards, **config.data.remote)
     name_interface()
     dataset, found = None, Json()
     try:
-        dataset = open_dataset(config.data.shards)
+        dataset = open_dataset(config.data.shards, **config.data.remote)
         found["facts"] = facts(config, dataset)
     except (ExpressError, OSError) as err:
         known = StorageError.of(err, config.data.shards) if isinstance(err, OSError) else err

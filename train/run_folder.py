@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import Json, locked, write_json
+from pipeline.storage import absolute
 
 from . import environment, watchdog
 
@@ -91,7 +92,7 @@ class RunFolder:
         """Writes config.json: the configuration, what it resolved to, and what the result depends on beside it."""
         described = {
             "config": dataclasses.asdict(config),
-            "shards": os.path.abspath(config.data.shards),
+            "shards": absolute(config.data.shards),
             "fingerprint": dataset.fingerprint,
             "backend": loader.backend,
             "backend_reason": loader.backend_reason,

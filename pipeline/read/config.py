@@ -25,7 +25,7 @@ class LoaderConfig:
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 32
-    """Reads in flight."""
+    """Reads in flight; from a URL, four times as many requests."""
     prefetch_batches: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 2
     """Batches decoded ahead of the consumer; the same number is read ahead of decoding."""
     verify: PerHost[bool] = True

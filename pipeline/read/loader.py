@@ -10,6 +10,7 @@ The content of a batch is a function of (dataset, seed, epoch, step, batch) alon
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -49,11 +50,12 @@ class Batch(NamedTuple):
 class Loader(AbstractContextManager["Loader"]):
     """Iterates `Batch`es from its state to the end of the epoch; iterate once more for the next epoch.
 
-    shards: a folder made by tools/make_shards.py, or an opened Dataset.
+    shards: a folder made by tools/make_shards.py, its URL (docs/remote.md), or an opened Dataset.
     batch: the global batch size; each rank gets batch / world images a step. In evaluation it only bounds memory.
     train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
         over all ranks, so that ranks may differ by one sample and by one batch. Default: whether split is "train".
-    partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
+    partitions, window: how far the shuffle reaches (docs/order.md); 1 and 0 shuffle over everything. window=-1: 16 for
+        shards at a URL, otherwise 0; a loaded state sets the one that it was made with.
     first: use only this number of samples, the first in stored order; 0: all.
     statistics: to normalise with. Default: the dataset's own; pass those of another dataset that a net was trained on.
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
@@ -72,7 +74,7 @@ class Loader(AbstractContextManager["Loader"]):
         train: bool | None = None,
         seed: int = 0,
         partitions: int = 1,
-        window: int = 0,
+        window: int = -1,
         first: int = 0,
         statistics: Statistics | None = None,
         rank: int = 0,
@@ -111,7 +113,7 @@ class Loader(AbstractContextManager["Loader"]):
             train=train,
             seed=seed,
             partitions=partitions,
-            window=window,
+            window=self.dataset.window if window < 0 else window,
             first=first,
             rank=rank,
             world=world,
@@ -122,7 +124,8 @@ class Loader(AbstractContextManager["Loader"]):
         self.samples = self.plan.samples
         self.threads = self.config.threads or threads_per_rank(local_world or world)
         ahead = self.plan.batch_per_rank * self.config.prefetch_batches
-        self._reader = Reader(
+        self._open_window = window < 0
+        self._reader = _reader_class(self.split)(
             self.split,
             threads=self.config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
@@ -191,6 +194,8 @@ class Loader(AbstractContextManager["Loader"]):
         Raises ConfigError if the state is of another dataset, seed, batch, partitions or window, with both values.
         """
         saved = state.get("of", {})
+        if self._open_window:
+            self.plan = dataclasses.replace(self.plan, window=saved.get("window", self.plan.window))
         for name, mine in self.state_dict()["of"].items():
             if saved.get(name, mine) != mine:
                 raise ConfigError(f"{name}={mine} but the loader's state is of {name}={saved[name]}; use that one")
@@ -222,6 +227,10 @@ class Loader(AbstractContextManager["Loader"]):
     def decoder(self) -> str:
         """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""
         return self._engine.decoder()
+
+    def cost(self) -> str:
+        """How many requests and bytes an epoch takes from a URL, for the log; "" for a folder."""
+        return self._reader.cost(self.plan)
 
     def close(self) -> None:
         """Ends all threads and closes all files. The loader cannot be used afterwards."""
@@ -267,7 +276,7 @@ class Loader(AbstractContextManager["Loader"]):
         """All batches from the state on; their bytes are requested batches before they are yielded."""
         reading: deque[Work] = deque()
         try:
-            for epoch, step in self.plan.coordinates(self._epoch, self._step):
+            for epoch, step in self._reader.follow(self.plan.coordinates(self._epoch, self._step), self.plan):
                 planned = self.plan.step(epoch, step, self._reader.rows)
                 reading.append(Work(*planned, self._reader.read(planned.ids, planned.rows)))
                 if len(reading) <= self.config.prefetch_batches:
@@ -285,6 +294,14 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.stop()
             self._works.close()
             self._works = None
+
+
+def _reader_class(split: Split) -> type[Reader]:
+    if not split.remote:
+        return Reader
+    from .remote_reader import RemoteReader
+
+    return RemoteReader
 
 
 def _cuts(dataset: Dataset, split: Split) -> Cuts | None:

@@ -23,6 +23,7 @@ from ..shards import crc32, sample_keys
 from .buffers import Buffers
 from .byte_source import LocalShards
 from .fetch import ALL_ROWS, CRC32, IN_MEMORY, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
+from .plan import Plan
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
@@ -92,6 +93,14 @@ class Reader:
     def is_slow(self) -> bool:
         """Whether threads recently had to wait for storage."""
         return self._slow_for > 0
+
+    def follow(self, steps: Iterator[tuple[int, int]], plan: Plan) -> Iterator[tuple[int, int]]:
+        """The steps of `plan` that will be read, for storage that fetches them ahead."""
+        return steps
+
+    def cost(self, plan: Plan) -> str:
+        """What an epoch costs, for the log, if bytes and requests are worth counting."""
+        return ""
 
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
