@@ -14,9 +14,11 @@ import numpy as np
 from numpy import ndarray
 
 from .errors import ConfigError, DataError
-from .files import canonical_json, json_bytes
+from .files import Json, json_bytes
+from .manifest_values import EXISTING as EXISTING
+from .manifest_values import check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
-from .storage import Folder, absolute, is_url
+from .storage import Folder, absolute, file_size, is_url
 from .tar import BLOCK
 
 if TYPE_CHECKING:  # needs a library that only URLs need
@@ -27,9 +29,8 @@ VERSION = 1
 NAME = "manifest.json"
 INFO = "_info.json"  # read by timm's reader_wds
 PARTS = "parts"  # the folder that a sharding keeps its records in until the manifest is written
-FETCH_MEMORY = 2_000_000_000
+FETCH_MEMORY = 2000  # MB
 REMOTE_WINDOW = 16  # shards
-EXISTING = "existing webdataset tars"  # the kind of a source whose tars stay where they are: apart from the manifest
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,7 @@ class Split:
         Reads no image.
         """
         for shard in self.shards:
-            path = self.root / shard.name
-            if self.remote:
-                size = self.remote.size(shard)
-            else:
-                size = path.stat().st_size if path.is_file() else None
+            size = self.remote.size(shard) if self.remote else file_size(self.root / shard.name)
             if size != shard.bytes:
                 what = "the shard is missing" if size is None else f"{size} bytes, {shard.bytes} in the manifest"
                 yield shard.name, f"{what}; copy it again or shard the data again"
@@ -113,10 +110,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset. `manifest` is the parsed file, `splits` its typed part. remote: where it is, if not in `root`."""
+    """An opened dataset. `manifest` is the parsed file, `splits` its typed part.
+
+    remote: where it is, if not in `root`.
+    """
 
     root: Path
-    manifest: dict[str, Any]
+    manifest: Json
     splits: dict[str, Split]
     remote: RemoteFolder | None = None
 
@@ -132,15 +132,15 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
+        return self.manifest["fingerprint"]
 
     @property
     def classes(self) -> list[str]:
-        return list(self.manifest["classes"])
+        return self.manifest["classes"]
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.manifest.get("class_names", self.classes))
+        return self.manifest.get("class_names", self.classes)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -177,7 +177,7 @@ class Dataset:
     @property
     def encoding(self) -> str:
         """How images are stored: "raw" pixels, or anything else for encoded images."""
-        return str(self.manifest.get("options", {}).get("encoding", {}).get("kind", "keep"))
+        return self.manifest.get("options", {}).get("encoding", {}).get("kind", "keep")
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -194,12 +194,12 @@ def _local(root: Path, remote: RemoteFolder | None, name: str, sha256: str) -> P
 
 
 def open_dataset(
-    root: str | Path, *, check_splits: bool = True, allow_http: bool = False, fetch_memory: int = FETCH_MEMORY
+    root: str | Path, *, check_splits: bool = True, allow_http: bool = False, fetch_memory: float = FETCH_MEMORY
 ) -> Dataset:
     """Opens a shard folder, or one at a URL; every shard's presence and size is checked, no image is read.
 
     check_splits: False leaves the shards unchecked. For URLs, see docs/remote.md. allow_http: also without encryption.
-    fetch_memory: bytes that a loader of each split may fetch ahead.
+    fetch_memory: MB that a loader of training and one of evaluation may fetch ahead, together.
     Raises DataError if the folder is missing, unfinished, damaged or of another kind.
     """
     root = absolute(str(root)) if is_url(root) else root
@@ -239,10 +239,12 @@ def _dataset(root: Path, remote: RemoteFolder | None, text: bytes, check_splits:
             )
         if fingerprint(manifest) != manifest["fingerprint"]:
             raise DataError(f"{path}: changed since it was written (its fingerprint differs); shard the data again")
-        _check_types(manifest)
+        check_types(manifest)
         classes = len(manifest["classes"])
         splits = {
-            name: Split(root, name, _shards(manifest, split), split["index"], split["index_sha256"], classes, remote)
+            name: Split(
+                root, name, checked_shards(manifest, split), split["index"], split["index_sha256"], classes, remote
+            )
             for name, split in manifest["splits"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -253,53 +255,7 @@ def _dataset(root: Path, remote: RemoteFolder | None, text: bytes, check_splits:
     return Dataset(root, manifest, splits, remote)
 
 
-def _check_types(manifest: dict[str, Any]) -> None:
-    """Raises ValueError, or what Python raises, for values that no sharding writes: anybody may have made them."""
-    classes, statistics = manifest["classes"], manifest["statistics"]
-    numbers = [statistics[name] for name in ("mean", "std") if name in statistics] + statistics.get("covariance", [])
-    lists = {
-        "classes": (classes, str),
-        "class_names": (manifest.get("class_names", classes), str),
-        "class_ids": (manifest.get("class_ids", [0] * len(classes)), int),
-    }
-    for name, (values, kind) in lists.items():
-        if type(values) is not list or len(values) != len(classes) or {type(value) for value in values} != {kind}:
-            raise ValueError(f"{name} are not a list with one {kind.__name__} for each class")
-    for values in numbers:
-        if len(values) != 3 or not all(type(value) in (int, float) and abs(value) < 1e9 for value in values):
-            raise ValueError("statistics are not three numbers")
-    if len(statistics.get("covariance", [0] * 3)) != 3:
-        raise ValueError("the covariance is not three rows")
-    files = [split["index"] for split in manifest["splits"].values()]
-    files += [statistics["mean_image"]["file"]] if "mean_image" in statistics else []
-    for name in files:
-        _check_name(name)
-    for split in manifest["splits"].values():
-        int(split["index_sha256"], 16)  # a file's name, for remote shards
-    int(statistics.get("mean_image", {}).get("sha256", "0"), 16)
-    manifest.get("options", {}).get("encoding", {}).get("kind")
-
-
-def _shards(manifest: dict[str, Any], split: dict[str, Any]) -> tuple[Shard, ...]:
-    shards = tuple(Shard(**shard) for shard in split["shards"])
-    for shard in shards:
-        _check_name(shard.name, elsewhere=manifest.get("source", {}).get("kind") == EXISTING)
-        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (shard.samples, shard.bytes)):
-            raise ValueError(f"{shard.name} has {shard.samples!r} samples in {shard.bytes!r} bytes")
-    if not shards or sum(shard.samples for shard in shards) != split["samples"]:
-        raise ValueError(f"{split['samples']!r} samples in {len(shards)} shards")
-    return shards
-
-
-def _check_name(name: str, *, elsewhere: bool = False) -> None:
-    """elsewhere: the name may be a relative path that leaves the folder."""
-    parts = name.split("/")
-    lengths = [len(part.encode()) for part in parts]
-    if not 0 < min(lengths) <= max(lengths) < 256 or "\0" in name or (len(parts) > 1 and not elsewhere):
-        raise ValueError(f"{name!r} names no file of the folder")
-
-
-def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dict[str, Any]:
+def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Json:
     """A split's part of the manifest."""
     return {
         "samples": sum(shard.samples for shard in shards),
@@ -309,7 +265,7 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
     }
 
 
-def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
+def timm_info(splits: Json) -> Json:
     """The content of INFO. splits: of the manifest."""
     return {
         "splits": {
@@ -324,13 +280,14 @@ def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fingerprint(manifest: dict[str, Any]) -> str:
+def fingerprint(manifest: Json) -> str:
     """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
     content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Folder, content: Json) -> Json:
     """Adds format, version and fingerprint and publishes the manifest: the last file of a dataset."""
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["fingerprint"] = fingerprint(manifest)

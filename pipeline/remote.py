@@ -39,11 +39,11 @@ TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "20s", "timeout": "600s"}
 class RemoteFolder:
     """The objects under a URL. Thread-safe.
 
-    allow_http: also without encryption. fetch_memory: bytes that a rank may hold of what it fetches ahead.
+    allow_http: also without encryption. fetch_memory: MB that a rank may hold of what it fetches ahead.
     Raises ConfigError for a URL that cannot work.
     """
 
-    def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: int) -> None:
+    def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: float) -> None:
         check_url(url, allow_http=allow_http)
         self.url, self.fetch_memory = url.rstrip("/"), fetch_memory
         options = TIMEOUTS | ({"allow_http": True} if allow_http else {})
@@ -69,8 +69,9 @@ class RemoteFolder:
         patience: float = 0,
         stop: threading.Event | None = None,
     ) -> Any:
-        """The bytes [start, end) of an object, all if `end` is 0, as a buffer; retried for `patience` seconds, or AT_OPENING.
+        """The bytes [start, end) of an object, all if `end` is 0, as a buffer.
 
+        It is retried for `patience` seconds, by default AT_OPENING.
         size: bytes that the object must have. stop: gives up as soon as it is set.
         Raises StorageError if it cannot be read; DataError if it is missing, was replaced, or has another size.
         """
@@ -105,7 +106,7 @@ class RemoteFolder:
             raise DataError(f"{self / name}: was replaced while it was in use; start again with shards that stay")
 
     def size(self, shard: Shard) -> int | None:
-        """In bytes; None if it is missing. A web server lists nothing: what the manifest says, checked when it is read."""
+        """In bytes; None if it is missing. A web server lists nothing: what the manifest says, until it is read."""
         if shard.name.startswith("../"):
             raise DataError(f"{self.url}: its tars lie outside it ({shard.name}); copy shards and tars to this machine")
         if self.url.startswith("http") or "/" in shard.name:

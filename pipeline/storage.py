@@ -3,6 +3,7 @@
 import os
 import shutil
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -21,11 +22,16 @@ def absolute(place: str) -> str:
     return place if is_url(place) else os.path.abspath(place)
 
 
+def file_size(path: Path) -> int | None:
+    """In bytes; None if there is no such file."""
+    return path.stat().st_size if path.is_file() else None
+
+
+@dataclass
 class Folder:
     """A local folder. A name may have one folder before it: `parts/lock`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def names(self) -> list[str]:
         """All files and folders in it, sorted. Makes the folder."""
@@ -34,8 +40,7 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         """In bytes; None if there is no such file."""
-        path = self.path / name
-        return path.stat().st_size if path.is_file() else None
+        return file_size(self.path / name)
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from model import ModelConfig
 from model.variants import VARIANTS
 from pipeline.errors import ConfigError
-from pipeline.manifest import FETCH_MEMORY
 from pipeline.read.augment import AugmentConfig
-from pipeline.read.config import LoaderConfig
+from pipeline.read.config import DataConfig, LoaderConfig
 from pipeline.settings import (
     BelowOne,
     Bounds,
@@ -29,8 +28,6 @@ from pipeline.settings import (
     did_you_mean,
     validate,
 )
-
-MB = 1_000_000
 
 
 def _plain(numbers: tuple[Any, ...]) -> str:
@@ -52,33 +49,6 @@ def _check_tracker(name: str) -> None:
         raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
     if name not in map(str, get_available_trackers()):
         raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images are."""
-
-    shards: InHelp[PerHost[str]] = ""
-    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, https:// (docs/remote.md). Another place of
-    the same data is the same run: the fingerprint decides."""
-    train_split: str = "train"
-    val_split: InHelp[str] = "val"
-    partitions: Positive = 1
-    """Partitions that are shuffled by themselves, so that a node reads only its own shards; see docs/order.md."""
-    window: Annotated[int, Bounds(ge=-1)] = -1
-    """Shards that are shuffled together; 0: all of a partition; -1: 16 if shards is a URL, otherwise 0."""
-    allow_http: PerHost[bool] = False
-    """Also read from servers without encryption, by http://."""
-    fetch_memory: PerHost[Positive] = FETCH_MEMORY // MB
-    """MB of a rank's memory for what it fetches ahead from a URL; more makes fewer requests (docs/order.md)."""
-
-    def __post_init__(self) -> None:
-        validate(self)
-
-    @property
-    def remote(self) -> dict[str, Any]:
-        """open_dataset's arguments."""
-        return {"allow_http": self.allow_http, "fetch_memory": self.fetch_memory * MB}
 
 
 @dataclass(frozen=True)
@@ -266,48 +236,48 @@ class Config:
     def __post_init__(self) -> None:
         validate(self)
         if self.train.crop_sizes:
-            _check_crop_sizes(self.train, self.augment, self.model)
+            self._check_crop_sizes()
 
+    def _check_crop_sizes(self) -> None:
+        train, crop, model = self.train, self.augment.crop, self.model.name
+        sizes = f"train.crop_sizes={_plain(train.crop_sizes)}"
+        if not _rise((0, *train.crop_sizes, crop)):
+            alone = f"--augment.resize {crop * 9 // 8} --train.crop-sizes --train.crop-until"
+            raise ConfigError(f"{sizes}: must be sizes that rise, all below augment.crop={crop}; or add {alone}")
+        if self.augment.normalize == "mean-image":
+            raise ConfigError(f"{sizes}: augment.normalize=mean-image is of one size; use mean or mean-std")
+        if train.crop_until[-1] >= train.epochs:
+            raise ConfigError(
+                f"train.crop_until={_plain(train.crop_until)}, train.epochs={train.epochs}: augment.crop={crop} would"
+                " never be trained; give earlier epochs, or neither crop_sizes nor crop_until"
+            )
+        if ":" not in model and not VARIANTS[model].any_crop:
+            raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
 
-def _check_crop_sizes(train: TrainConfig, augment: AugmentConfig, model: ModelConfig) -> None:
-    sizes, until = f"train.crop_sizes={_plain(train.crop_sizes)}", _plain(train.crop_until)
-    if not _rise((0, *train.crop_sizes, augment.crop)):
-        alone = f"--augment.resize {augment.crop * 9 // 8} --train.crop-sizes --train.crop-until"
-        raise ConfigError(f"{sizes}: must be sizes that rise, all below augment.crop={augment.crop}; or add {alone}")
-    if augment.normalize == "mean-image":
-        raise ConfigError(f"{sizes}: augment.normalize=mean-image is of one size; use mean or mean-std")
-    if train.crop_until[-1] >= train.epochs:
-        raise ConfigError(
-            f"train.crop_until={until}, train.epochs={train.epochs}: augment.crop={augment.crop} would never be"
-            " trained; give earlier epochs, or neither crop_sizes nor crop_until"
-        )
-    if ":" not in model.name and not VARIANTS[model.name].any_crop:
-        raise ConfigError(f"{sizes}: model.name={model.name} takes one size; use modern")
+    def behind_the_end(self) -> list[str]:
+        """A line for each field that names an epoch which the run does not reach: presets are made for their own
+        length."""
+        optim, end = self.optim, self.train.epochs
+        epochs: dict[str, list[float]] = {
+            "optim.milestones": [m for m in optim.milestones if m >= end and optim.schedule == "step"],
+            "optim.warmup_epochs": [optim.warmup_epochs],
+            "train.colour_epochs": [self.train.colour_epochs],
+            "train.conv1_epochs": [self.train.conv1_epochs],
+        }
+        effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
+        return [
+            f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {end} epochs{effects.get(name, '')}"
+            for name, named in epochs.items()
+            if named and named[-1] >= end
+        ]
 
-
-def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
-    """A line for each field that names an epoch which the run does not reach: presets are made for their own length."""
-    late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
-    epochs: dict[str, list[float]] = {
-        "optim.milestones": late,
-        "optim.warmup_epochs": [optim.warmup_epochs],
-        "train.colour_epochs": [train.colour_epochs],
-        "train.conv1_epochs": [train.conv1_epochs],
-    }
-    effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
-    return [
-        f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{effects.get(name, '')}"
-        for name, named in epochs.items()
-        if named and named[-1] >= train.epochs
-    ]
-
-
-def augment_at(train: TrainConfig, augment: AugmentConfig, epoch: int) -> AugmentConfig:
-    """The augmentation of training images in an epoch, from 0: crops may grow, colour shifts may end."""
-    for size, until in zip(train.crop_sizes, train.crop_until):
-        if epoch < until:
-            augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))
-            break
-    if train.colour_epochs and epoch >= train.colour_epochs:
-        augment = dataclasses.replace(augment, colour=0.0)
-    return augment
+    def augment_at(self, epoch: int) -> AugmentConfig:
+        """The augmentation of training images in an epoch, from 0: crops may grow, colour shifts may end."""
+        train, augment = self.train, self.augment
+        for size, until in zip(train.crop_sizes, train.crop_until):
+            if epoch < until:
+                augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))
+                break
+        if train.colour_epochs and epoch >= train.colour_epochs:
+            augment = dataclasses.replace(augment, colour=0.0)
+        return augment

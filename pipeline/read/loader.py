@@ -19,21 +19,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..cores import threads_per_rank
 from ..cuts import Cuts, open_cuts
 from ..errors import ConfigError, DataError
+from ..files import Json
 from ..manifest import Dataset, Split, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
 from .backend import Output, PixelType, Work, to_device
 from .config import LoaderConfig, choose_backend
 from .plan import Plan
-from .reader import Reader
 
 if TYPE_CHECKING:
     from .pixel_check import PixelCheck
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """One rank's slice of a global batch."""
 
-    images: torch.Tensor  # (n, 3, crop, crop), the loader's dtype; (n, 10, 3, crop, crop) with augment.views=10
-    labels: torch.Tensor  # (n,) int64, on the loader's device as the images
-    ids: torch.Tensor  # (n,) int64, on the CPU: positions in the split's index
+    images: Tensor  # (n, 3, crop, crop), the loader's dtype; (n, 10, 3, crop, crop) with augment.views=10
+    labels: Tensor  # (n,) int64, on the loader's device as the images
+    ids: Tensor  # (n,) int64, on the CPU: positions in the split's index
 
 
 class Loader(AbstractContextManager["Loader"]):
@@ -121,11 +122,10 @@ class Loader(AbstractContextManager["Loader"]):
             covariance=self.dataset.covariance if train and self.augment.colour else None,
             check_every=self.config.check_every(self.backend, self.device),
         )
-        self.samples = self.plan.samples
+        self.samples, self._open_window = self.plan.samples, window < 0
         self.threads = self.config.threads or threads_per_rank(local_world or world)
         ahead = self.plan.batch_per_rank * self.config.prefetch_batches
-        self._open_window = window < 0
-        self._reader = _reader_class(self.split)(
+        self._reader = make_backend.reader(self.split)(
             self.split,
             threads=self.config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
@@ -134,7 +134,8 @@ class Loader(AbstractContextManager["Loader"]):
             always_ahead=self.backend.startswith("dali"),
             pinned=self.backend == "dali-gpu",
         )
-        self._mean_image: torch.Tensor | None = None
+        self.cost = self._reader.cost(self.plan)  # of an epoch from a URL, a line for the log
+        self._mean_image: Tensor | None = None
         if normal.image is not None and dtype != "uint8":
             image = torch.from_numpy(normal.image)[None].to(self.device)
             # In the images' memory format: reading across another one would be slow.
@@ -157,8 +158,7 @@ class Loader(AbstractContextManager["Loader"]):
             self._check = PixelCheck(output, raw=raw, reader=self._reader, decoder=name)
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = 0
-        self._wait_seconds = 0.0
-        self._closed = False
+        self._wait_seconds, self._closed = 0.0, False
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -181,14 +181,14 @@ class Loader(AbstractContextManager["Loader"]):
         """Names a sample of `ids`: shard, key, offset."""
         return self._reader.describe(sample)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """The next batch's coordinates, and the dataset and settings they are for. Prefetched batches do not count."""
         # Everything that determines the ids of a step, except the step; ranks, threads and backend do not.
         of = {"fingerprint": self.dataset.fingerprint, "split": self.split.name}
         of |= {name: getattr(self.plan, name) for name in ("seed", "batch", "partitions", "window", "first")}
         return {"epoch": self._epoch, "step": self._step, "of": of}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Json) -> None:
         """Resumes as if all batches before these coordinates had been consumed. O(1); another world size is fine.
 
         Raises ConfigError if the state is of another dataset, seed, batch, partitions or window, with both values.
@@ -227,10 +227,6 @@ class Loader(AbstractContextManager["Loader"]):
     def decoder(self) -> str:
         """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""
         return self._engine.decoder()
-
-    def cost(self) -> str:
-        """How many requests and bytes an epoch takes from a URL, for the log; "" for a folder."""
-        return self._reader.cost(self.plan)
 
     def close(self) -> None:
         """Ends all threads and closes all files. The loader cannot be used afterwards."""
@@ -294,14 +290,6 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.stop()
             self._works.close()
             self._works = None
-
-
-def _reader_class(split: Split) -> type[Reader]:
-    if not split.remote:
-        return Reader
-    from .remote_reader import RemoteReader
-
-    return RemoteReader
 
 
 def _cuts(dataset: Dataset, split: Split) -> Cuts | None:

@@ -143,7 +143,7 @@ class RemoteReader(Reader):
 
     def _limit(self, plan: Plan) -> int:
         """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
-        return self._folder.fetch_memory * (7 if plan.train else 1) // 16
+        return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
 
     def _fetch(self, ids: ndarray) -> dict[int, tuple[Future[ndarray], int]]:
         rows = self.rows[ids]
@@ -157,7 +157,7 @@ class RemoteReader(Reader):
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self._closed)
         return np.frombuffer(data, np.uint8)
 
-    def _read_ahead(self, batch: ReadBatch, a: int, b: int) -> None:
+    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         for i in range(a, b):
             at = int(batch.at[i])
             batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))

@@ -67,7 +67,7 @@ def assert_same(found, wanted) -> None:
 
 
 @pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
-@pytest.mark.parametrize("memory", [100_000, 2_000_000_000])
+@pytest.mark.parametrize("memory", [0.1, 2000])
 def test_a_web_server_gives_the_ids_and_pixels_of_a_folder(shards, web, backend, memory):
     wanted = two_epochs(shards["jpeg"], backend=backend, window=2)
     assert_same(two_epochs(opened(web, fetch_memory=memory), backend=backend, window=2), wanted)
@@ -77,7 +77,7 @@ def test_a_web_server_gives_the_ids_and_pixels_of_a_folder(shards, web, backend,
 def test_requests_that_fail_change_no_id_and_no_pixel(shards, web, fault):
     failing = (6, 9) if fault == "wrong" else range(0, 1000, 3)
     web.fault = lambda number, name: fault if name.endswith(".tar") and number in failing else ""
-    assert_same(two_epochs(opened(web, fetch_memory=100_000)), two_epochs(shards["jpeg"], window=16))
+    assert_same(two_epochs(opened(web, fetch_memory=0.1)), two_epochs(shards["jpeg"], window=16))
 
 
 def test_evaluation_sees_each_sample_once_over_ranks(web):
@@ -223,7 +223,7 @@ def test_what_is_fetched_ahead_stays_within_the_memory(web, monkeypatch):
         return fetch(self, ids)
 
     monkeypatch.setattr(remote_reader.RemoteReader, "_fetch", watched)
-    dataset = opened(web, fetch_memory=400_000)
+    dataset = opened(web, fetch_memory=0.4)
     two_epochs(dataset)
     a_batch = int(np.sort(dataset.split("train").index["size"])[-4:].sum())  # is still being copied
     assert 100_000 < most[0] <= 400_000 + a_batch
@@ -271,8 +271,7 @@ def test_a_shard_that_is_replaced_cut_or_missing_is_named(web):
         data = path.read_bytes()
         path.write_bytes(data[:-1] + b"x")
         with pytest.raises(DataError, match=f"{path.name}: was replaced while it was in use"):
-            for _ in range(9):  # some tiny epochs were fetched ahead
-                list(loader)
+            list(itertools.chain.from_iterable([loader] * 9))  # some tiny epochs were fetched ahead
     path.write_bytes(data[:-512])
     with pytest.raises(DataError, match=f"{path.name}: {len(data) - 512} bytes, {len(data)} in the manifest"):
         two_epochs(opened(web))
@@ -365,7 +364,7 @@ def bucket(s3, monkeypatch):
 
 def test_s3_gives_the_ids_and_pixels_of_a_folder(shards, bucket):
     url = bucket(shards["keep"], "pets")
-    with pytest.raises(StorageError, match="manifest.json: cannot be read, .* is not encrypted; .* --data.allow-http"):
+    with pytest.raises(StorageError, match=r"manifest.json: cannot be read, .* is not encrypted; .* --data.allow-http"):
         open_dataset(url)
     assert_same(two_epochs(open_dataset(url, allow_http=True)), two_epochs(shards["keep"], window=16))
     name = open_dataset(shards["keep"]).split("val").shards[0].name
