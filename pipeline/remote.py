@@ -4,6 +4,7 @@ Credentials come from the environment (docs/remote.md). No message repeats what 
 rejected requests hold signatures and tokens.
 """
 
+import logging
 import os
 import re
 import threading
@@ -30,6 +31,7 @@ PATIENCE = 180.0  # seconds in which a request is retried
 AT_OPENING = 30.0  # a name that is wrong should not take three minutes to be reported
 REJECTED = 5.0  # for a request that lacks permission: credentials may just be renewed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0
+WARN_EVERY = 30.0
 RETRIED = (408, 425, 429)  # of the answers that blame the request
 BEYOND_END = "416"
 # obstore's own: 30 s for a whole request, too short if many share a slow line, and none for a server that stalls.
@@ -50,8 +52,13 @@ class RemoteFolder:
         more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
         # Its retries keep the signature of the first attempt, and end with a body that was cut: `get` has its own.
         retries = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
-        self._store: Any = from_url(self.url, client_options=options, retry_config=retries, **more)
+        try:
+            self._store: Any = from_url(self.url, client_options=options, retry_config=retries, **more)
+        except Exception as err:
+            about = f"settings in the environment are missing or wrong ({type(err).__name__}); see docs/remote.md"
+            raise ConfigError(f"{self.url}: {about}") from None
         self._versions: dict[str, str] = {}
+        self._warned = 0.0
 
     def __str__(self) -> str:
         return self.url
@@ -96,6 +103,9 @@ class RemoteFolder:
             waited = time.monotonic() - started
             if waited + pause > min(seconds, patience or AT_OPENING) or stop.wait(pause):
                 raise StorageError(f"{what}: cannot be read, tried for {waited:.0f} s: {reason}")
+            if waited > 2 and time.monotonic() > self._warned + WARN_EVERY:
+                self._warned = time.monotonic()
+                logging.getLogger("imagenet_express").warning("%s: %s; retrying", what, reason)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _check(self, name: str, meta: Any, size: int) -> None:

@@ -36,6 +36,7 @@ def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.path("models", "MODEL", "run, checkpoint, .safetensors, .pth or .onnx", nargs="+")
     p.add_argument("--data.shards", dest="shards", required=True, metavar="DIR", help="what to measure on")
+    p.add_argument("--data.allow-http", dest="allow_http", action="store_true", help="also from a URL of http://")
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
@@ -55,7 +56,7 @@ def main() -> None:
     for name, least in (("batch", 1), ("resamples", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
-    dataset = open_dataset(args.shards)
+    dataset = open_dataset(args.shards, allow_http=args.allow_http)
     labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
     if not (labelled or args.submission or args.csv):
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")

@@ -134,8 +134,12 @@ class RemoteReader(Reader):
             self._fetched = []
 
     def cost(self, plan: Plan) -> str:
-        count, size = expected_requests(plan, limit=self._limit(plan)), sum(shard.bytes for shard in self._shards)
-        fewer = f"; --data.partitions {plan.world} makes fewer" if plan.partitions < plan.world else ""
+        limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
+        count, fewer = expected_requests(plan, limit=limit), ""
+        if plan.partitions < plan.world:
+            fewer = f"; --data.partitions {plan.world} makes fewer"
+        elif held > limit:
+            fewer = f"; --data.fetch-memory {held / limit * self._folder.fetch_memory:.0f} makes fewer"
         return (
             f"remote: {self._folder}, window={plan.window}; an epoch takes about {count:,.0f} requests and"
             f" {size / 1e9:.1f} GB, over all ranks{fewer}"

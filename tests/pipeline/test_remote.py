@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +104,23 @@ def test_a_loader_resumes_at_every_step_wherever_the_shards_are(shards, web):
             assert loader.state_dict()["of"]["window"] == 1  # the state's, not the default of 16
             found = [(batch.ids.tolist(), batch.images.clone()) for batch in loader]
             assert_same(found, wanted[3:] if step == 2 else wanted[step + 1 : 3])
+
+
+def test_the_mean_image_comes_along_and_ranks_are_told_what_makes_fewer_requests(shards, web):
+    view = dataclasses.replace(VIEW, normalize="mean-image")
+    wanted = two_epochs(shards["jpeg"], window=16, augment=view, dtype="float32")
+    assert_same(two_epochs(opened(web), augment=view, dtype="float32"), wanted)
+    settings = {"batch": 4, "augment": VIEW, "world": 2}
+    with Loader(opened(web), **settings) as alone, Loader(opened(web), partitions=2, **settings) as apart:
+        assert alone.cost.endswith("over all ranks; --data.partitions 2 makes fewer")
+        assert apart.cost.endswith("over all ranks")
+        assert f"remote: {web.url}, window=16; an epoch takes about 1" in alone.cost
+    with Loader(opened(web, fetch_memory=0.1), batch=4, augment=VIEW) as poor:
+        memory = float(re.fullmatch(r".*; --data.fetch-memory (\d+) makes fewer", poor.cost)[1])
+        size = sum(shard.bytes for shard in poor.split.shards)
+        assert memory == pytest.approx(16 / 7 * size / 1e6, abs=1)
+    with Loader(shards["jpeg"], batch=4, augment=VIEW) as local:
+        assert (local.cost, local.state_dict()["of"]["window"]) == ("", 0)
 
 
 # What is requested
@@ -304,6 +323,24 @@ def test_urls_that_cannot_work_or_hold_secrets_are_rejected_without_them(url, me
     with pytest.raises(ConfigError, match=message) as err:
         open_dataset(url)
     assert CANARY not in str(err.value)
+
+
+@pytest.mark.parametrize("profile", ["mine", ""])
+def test_credentials_come_from_the_profile_or_are_not_sent(web, tmp_path, monkeypatch, profile):
+    (tmp_path / "credentials").write_text(f"[mine]\naws_access_key_id = MYKEY\naws_secret_access_key = {CANARY}\n")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web.url.removesuffix("/data"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE" if profile else "AWS_SKIP_SIGNATURE", profile or "true")
+    web.fault = lambda number, name: "403"
+    with pytest.raises(StorageError, match="status code: 403 Forbidden; check the credentials") as err:
+        open_dataset("s3://data", allow_http=True)
+    assert ("Credential=MYKEY/" in web.rejected[0], "Credential" in web.rejected[0]) == (bool(profile), bool(profile))
+    assert CANARY not in web.rejected[0] + str(err.value)
+    monkeypatch.setenv("AWS_PROFILE", "of-nobody")
+    with pytest.raises(ConfigError, match="AWS_PROFILE=of-nobody: gives no credentials"):
+        open_dataset("s3://data", allow_http=True)
+    with pytest.raises(ConfigError, match="az://box/x: settings in the environment are missing or wrong"):
+        open_dataset("az://box/x")
 
 
 def test_closing_a_loader_does_not_wait_for_a_server_that_fails(web):
