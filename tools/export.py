@@ -131,13 +131,14 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
 
     from pipeline.manifest import open_dataset
     from pipeline.read.loader import Loader
+    from pipeline.storage import is_url
 
     if args.images:
         viewer = predict.make_viewer(model, views=1, shards=args.shards)
         files = predict.image_files([str(args.images)])[:COMPARED]
         return torch.from_numpy(np.concatenate([viewer(predict.decoded(file)) for file in files]))
     shards = args.shards or model.card.recipe.get("config", {}).get("data", {}).get("shards", "")
-    if not shards or not Path(shards).is_dir():
+    if not (shards and (is_url(shards) or Path(shards).is_dir())):
         where = f"its shards {shards} are not here" if shards else "it does not record its shards"
         raise ConfigError(f"{model.source}: {where}; name images to compare by --data.shards or --images")
     dataset = open_dataset(shards, check_splits=False)
