@@ -154,7 +154,7 @@ def test_stop_ends_the_iteration_with_the_sample_named(shards):
 def test_cpus_check_nothing_unless_asked(shards):
     with Loader(shards["jpeg"], batch=4, augment=AugmentConfig(), config=LoaderConfig("dali-cpu")) as loader:
         next(iter(loader))
-        assert loader.stats().keys() == {"wait_seconds"}
+        assert loader.stats().keys() == {"wait_seconds", "cuts_missed"}
 
 
 def test_the_chosen_crops_are_a_function_of_the_coordinates(digits_jpeg):

@@ -12,9 +12,11 @@ from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 
 
-def measure(images: str, out: str, workers: int, encode: str = "keep", **options: Any) -> dict[str, float]:
+def measure(
+    images: str, out: str, workers: int, encode: str = "keep", cuts: int = 0, **options: Any
+) -> dict[str, float]:
     """options: of the sharding."""
-    plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options))
+    plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options), cuts)
     count = plan.images(plan.numbers(None))  # lists the images
     resize.prepare()
     started = time.perf_counter()
