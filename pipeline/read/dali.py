@@ -40,29 +40,32 @@ class Graph:
 
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
         """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
-        left, top, wide, high = work.box.reshape(-1, 4).T
+        left, top, wide, high = np.moveaxis(work.box, 2, 0)
         if self.resized:  # the corners of the box, as (y, x)
-            place = [np.stack([top, left], axis=1), np.stack([top + high, left + wide], axis=1)]
+            place = [np.stack([top, left], axis=2), np.stack([top + high, left + wide], axis=2)]
         else:
             # DALI wants the position as a fraction of the room, and rounds: whole pixels come back exactly.
-            room = np.maximum(work.rows[:, [WIDTH, HEIGHT]] - self.output.crop, 1).repeat(self.output.views, axis=0)
-            place = [left / room[:, 0], top / room[:, 1]]
-        first, second = (each.astype(np.float32) for each in place)
+            room = np.maximum(work.rows[:, [WIDTH, HEIGHT]] - self.output.crop, 1)
+            place = [left / room[:, :1], top / room[:, 1:]]
+        first, second = (each.astype(np.float32).reshape(-1, *each.shape[2:]) for each in place)
         fed = (self._stored(work, images), first, second, work.flip.reshape(-1).astype(np.int32))
         return fed if self.output.dtype == "uint8" else (*fed, work.mean.reshape(-1, 3))
 
     def _stored(self, work: Work, images: list[memoryview]) -> Any:
         """The stored images as the pipeline takes them, one for each crop, without a copy.
 
-        Given a list of arrays, DALI makes and checks a tensor of each in Python, for 6 µs an image: making the list of
-        tensors here takes 3 µs.
+        images: none if they are the rows of the reader's buffer, which cost 0.1 µs an image. Given a list of arrays,
+        DALI makes and checks a tensor of each in Python, for 6 µs an image: making the list of tensors here takes 3 µs.
         """
         from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
         pinned = self.decoder.device is not None and not self.cut  # as the reader's buffers
         layout = "HWC" if self.raw else ""
+        shapes = work.rows[:, [HEIGHT, WIDTH]].tolist() if self.raw else []
+        if not images:
+            shape = (*shapes[0], 3) if self.raw else (work.read.room,)
+            return TensorListCPU(work.read.buffer.reshape(-1, *shape), layout, pinned)
         if self.raw:
-            shapes = work.rows[:, [HEIGHT, WIDTH]].tolist()
             images = [image.cast("B", (h, w, 3)) for image, (h, w) in zip(images, shapes, strict=True)]
         tensors = [TensorCPU(image, layout, pinned) for image in images]
         if self.output.views > 1:
@@ -169,16 +172,23 @@ class Dali(Engine):
         return work, [self._pool.submit(cut, a, min(a + CUT_A_TASK, len(work.ids))) for a in starts]
 
     def _acceptable(self, work: Work) -> list[memoryview]:
-        """The stored images in forms that DALI decodes to our pixels. Raises BadSample.
+        """The stored images in forms that DALI decodes to our pixels; none if it can take the rows of the reader's
+        buffer. Raises BadSample.
 
         DALI 2.4.0 parses the headers of a batch in threads, and ends the process by SIGSEGV if one of a large batch is
         bad: seen at 1,024 images. The search for other than plain JPEGs runs without the GIL.
         """
-        images = work.read.wait()
+        work.read.wait()
         if self.graph.raw:
             check_raw_sizes(work, 0, len(work.ids), self._reader)
-            return images
-        for i in work.read.not_plain_jpegs():
+            odd, rows = [], (work.rows[:, [WIDTH, HEIGHT]] == work.rows[0, [WIDTH, HEIGHT]]).all()
+        else:
+            odd = work.read.not_plain_jpegs()
+            rows = not odd and work.read.all_end()  # zeros behind an image that is cut short would hide it
+        if rows and work.read.room and not self._cutter and self.graph.output.views == 1:
+            return []
+        images = work.read.images()
+        for i in odd:
             width, height = work.rows[i, [WIDTH, HEIGHT]].tolist()
             try:
                 images[i] = _acceptable(images[i], (width, height))
@@ -226,7 +236,7 @@ class Dali(Engine):
         if not self._decoding or self.graph.raw or decoder.why_not_decoded([memoryview(ANY_JPEG)]):
             return err
         work, images = self._decoding[0]
-        found = decoder.first_rejected(images, threads=self.threads)
+        found = decoder.first_rejected(images or work.read.images(), threads=self.threads)
         return undecodable(work, *found, self._reader) if found else err
 
 

@@ -22,7 +22,20 @@ from ..manifest import Split
 from ..shards import crc32, sample_keys
 from .buffers import Buffers
 from .byte_source import LocalShards
-from .fetch import ALL_ROWS, CRC32, IN_MEMORY, OFFSET, SHARD, SIZE, Block, fetch_images, index_rows, not_plain_jpegs
+from .fetch import (
+    ALL_ROWS,
+    CRC32,
+    IN_MEMORY,
+    OFFSET,
+    SHARD,
+    SIZE,
+    Block,
+    all_end,
+    fetch_images,
+    index_rows,
+    not_plain_jpegs,
+    zero_rest,
+)
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
@@ -30,6 +43,7 @@ WAITS_A_READ = 0.3  # of a thread, on average: reads from the page cache do not 
 SLOW_SHARE = 0.5  # of the latest blocks
 RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
 FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is fast; a task costs 15 µs
+MOST_ROOM = 3  # a batch is read into rows of an array if that takes at most so many times its images' bytes
 
 
 @dataclass
@@ -40,19 +54,27 @@ class ReadBatch:
     rows: ndarray  # see fetch.py
     buffer: ndarray = field(init=False)
     at: ndarray = field(init=False)
+    room: int = 0  # bytes from one image to the next, if it is the same for all; zeros follow an image
     images_a_task: int = 1
     tasks: list[Future[None]] = field(default_factory=list)
 
-    def wait(self) -> list[memoryview]:
-        """The stored bytes of all images, verified. Raises DataError or StorageError."""
+    def wait(self) -> None:
+        """Waits until all images are in the buffer, verified. Raises DataError or StorageError."""
         for task in self.tasks:
             task.result()
+
+    def images(self) -> list[memoryview]:
+        """The stored bytes of each image. After wait()."""
         whole, ends = self.buffer.data, self.at + self.rows[:, SIZE]  # half the cost of an array's slices
         return [whole[at:end] for at, end in zip(self.at.tolist(), ends.tolist(), strict=True)]
 
     def not_plain_jpegs(self) -> list[int]:
         """The numbers of those images that do not begin as JPEGs of their size. After wait()."""
         return np.flatnonzero(not_plain_jpegs(self.buffer, self.at, self.rows)).tolist()
+
+    def all_end(self) -> bool:
+        """Whether each image ends as a JPEG does. After wait()."""
+        return all_end(self.buffer, self.at, self.rows)
 
     def cancel(self) -> None:
         for task in self.tasks:
@@ -107,13 +129,17 @@ class Reader:
             return
         size, n = batch.rows[:, SIZE], len(batch.ids)
         ends = np.cumsum(size)
-        batch.at, total = ends - size, int(ends[-1])
+        batch.at, total, room = ends - size, int(ends[-1]), int(size.max())
+        if n * room <= MOST_ROOM * total:
+            batch.at, total, batch.room = np.arange(n) * room, n * room, room
         batch.buffer = self._buffers.take((total,), spare=total // 4)
         step = batch.images_a_task = self.images_a_task if self.is_slow else self._fast_task
         batch.tasks = [self._pool.submit(self._read_ahead, batch, a, min(a + step, n)) for a in range(0, n, step)]
 
     def _read_ahead(self, batch: ReadBatch, a: int, b: int) -> None:
         """A pool thread's task: images [a, b)."""
+        if batch.room:
+            zero_rest(batch.buffer, batch.at[a:b], batch.rows[a:b], batch.room)
         while a < b:
             with self._opened(batch.rows[a:b]) as fds:
                 a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)

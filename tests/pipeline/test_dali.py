@@ -13,6 +13,7 @@ import pytest
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
 from pipeline.errors import BadSample, ConfigError
 from pipeline.read import buffers, dali_decoder
+from pipeline.read.dali import Dali
 from pipeline.read.dali_decoder import Decoder
 from pipeline.shards import Sample, write_array, write_shard
 from pipeline.storage import Folder
@@ -157,6 +158,28 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_a_dozen_pipelines(
         assert caught.value.sample == at
     assert len(built) <= 14
     assert sum(built) <= 3 * 1024  # images that were decoded again
+
+
+@pytest.mark.parametrize(
+    ("odd", "in_rows"),
+    [(jpeg(), True), (jpeg() + b"\0\0", False), (jpeg()[: len(jpeg()) * 19 // 20], None)],
+    ids=["whole", "bytes behind the end", "cut short"],
+)
+def test_dali_gets_the_rows_of_one_array_if_each_image_ends_with_its_marker(tmp_path, monkeypatch, odd, in_rows):
+    """DALI accepts this JPEG without its last twentieth if zeros follow, as they do in rows."""
+    given, acceptable = [], Dali._acceptable
+    monkeypatch.setattr(Dali, "_acceptable", lambda *args: given.append(acceptable(*args)) or given[-1])
+    root = poisoned(tmp_path, odd, count=8, at=3)
+    view = AugmentConfig(resize=32, crop=32)
+    with Loader(root, batch=8, train=False, augment=view, config=LoaderConfig("dali-cpu"), dtype="uint8") as loader:
+        if in_rows is None:
+            with pytest.raises(BadSample, match=r"sample 3 \('s3'\) .*cannot be decoded"):
+                next(iter(loader))
+        else:
+            images = next(iter(loader)).images
+            assert (images == images[0]).all()
+            assert images[0].float().std() > 1
+            assert (given[0] == []) is in_rows
 
 
 @pytest.mark.parametrize("at", [0, 1, 500, 1022, 1023])

@@ -15,7 +15,7 @@ from zlib_ng import zlib_ng
 
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
-from pipeline.read import byte_source
+from pipeline.read import byte_source, reader
 from pipeline.read.fetch import ALL_ROWS, SIZE, fetch_images
 from pipeline.read.reader import Reader
 from pipeline.write.build import Options, Plan, build
@@ -36,11 +36,27 @@ def test_batches_in_flight_do_not_disturb_each_other_and_buffers_are_reused(spli
         asked = [rng.permutation(12)[:7] for _ in range(3)]
         batches = [r.read(ids) for ids in asked]
         for ids, batch in zip(asked, batches):
-            for sample, image in zip(ids, batch.wait()):
+            batch.wait()
+            for sample, image in zip(ids, batch.images()):
                 assert zlib_ng.crc32(image) == split.index["crc32"][sample]
         for batch in batches:
             buffers.add(batch.buffer.ctypes.data)
     assert len(buffers) < 15
+    r.close()
+
+
+@pytest.mark.parametrize("most", [1, 100])
+def test_images_lie_in_rows_with_zeros_behind_them_or_one_behind_the_other(split, monkeypatch, most):
+    monkeypatch.setattr(reader, "MOST_ROOM", most)
+    r = Reader(split, threads=2, always_ahead=True)
+    for ids in (np.arange(8), np.arange(8)[::-1], np.arange(4)):  # buffers are reused, with an older batch's bytes
+        batch = r.read(ids)
+        batch.wait()
+        images = [r.stored(sample).tobytes() for sample in ids]
+        room = max(map(len, images)) if most > 1 else 0
+        assert batch.room == room
+        assert batch.buffer.tobytes() == b"".join(image.ljust(room, b"\0") for image in images)
+        assert list(map(bytes, batch.images())) == images
     r.close()
 
 
@@ -105,7 +121,7 @@ split = open_dataset(sys.argv[1]).split("train")
 readers = [Reader(split, threads=8, always_ahead=True) for _ in range(2)]
 ids = np.arange(split.samples)
 batches = [reader.read(ids) for _ in range(8) for reader in readers]
-print(sum(len(batch.wait()) for batch in batches))
+print(sum(batch.wait() or len(batch.images()) for batch in batches))
 taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(64 - len(os.listdir("/proc/self/fd")) + 1)]
 print(sum(len(readers[0].stored(int(i))) > 0 for i in ids))
 """

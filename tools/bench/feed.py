@@ -50,7 +50,10 @@ def add_arguments(p: harness.Parser) -> None:
 def microseconds(shards: Path, *, batch: int, batches: int) -> float:
     """CPU time an image of the Python threads; see WHAT."""
     spent: list[float] = []  # beside the consumer's thread
-    compiled = {name: timed(getattr(fetch, name), spent, -1) for name in ("fetch_images", "not_plain_jpegs")}
+    compiled = {
+        name: timed(getattr(fetch, name), spent, -1)
+        for name in ("fetch_images", "not_plain_jpegs", "all_end", "zero_rest")
+    }
     tasks = timed(reader.Reader._read_ahead, spent, 1)
     with patch.multiple(reader.Reader, _read_ahead=tasks), patch.multiple(reader, **compiled):
         view = AugmentConfig(square=False)
