@@ -32,6 +32,8 @@ from .variants import (
     SpatialNorm,
 )
 
+Weighted = list[tuple[nn.Conv2d | nn.Linear, Conv | Linear]]
+
 
 class AlexNet(nn.Module):
     """The variant of `config` for square crops of `crop` pixels.
@@ -92,7 +94,7 @@ class _Builder:
         self.channels, self.side, self.units = 3, crop, 0  # of the last layer's output; units: once it is flat
         self.counts = Counter(fc=5, drop=5)  # fully connected layers count on from the convolutions: fc6, fc7, fc8
         self.modules: dict[str, nn.Module] = {}
-        self.weighted: list[tuple[nn.Conv2d | nn.Linear, Conv | Linear]] = []
+        self.weighted: Weighted = []
 
     def build(self, classes: int) -> None:
         left_out = False  # whether the last convolution was, and its activation must be
@@ -141,12 +143,13 @@ class _Builder:
     def _conv(self, row: Conv) -> None:
         name, out = f"conv{self.counts['conv']}", _scaled(row.channels, self.config.width)
         towers = self._towers(name, self.channels, out, across=row.across)
+        padding = row.kernel // 2 if row.padding is None else row.padding
         beyond = -(self.side - row.kernel) % row.stride if row.ceil and self.side >= row.kernel else 0
         kind = PaddedConv2d if beyond else nn.Conv2d
-        conv = kind(self.channels, out, row.kernel, row.stride, row.padding, groups=towers)
+        conv = kind(self.channels, out, row.kernel, row.stride, padding, groups=towers)
         if isinstance(conv, PaddedConv2d):
             conv.beyond = beyond
-        self.side = (self.side + beyond + 2 * row.padding - row.kernel) // row.stride + 1
+        self.side = (self.side + beyond + 2 * padding - row.kernel) // row.stride + 1
         self.channels = out
         self.modules[name] = conv
         self.weighted.append((conv, row))
@@ -210,7 +213,7 @@ def _scaled(size: int, width: float) -> int:
     return max(1, round(size * width))
 
 
-def _initialise(weighted: list[tuple[nn.Conv2d | nn.Linear, Conv | Linear]], scheme: str) -> None:
+def _initialise(weighted: Weighted, scheme: str) -> None:
     """Sets weights and biases as model.weight_init says, from torch's global generator."""
     for module, row in weighted:
         std, bias = row.std, row.bias

@@ -63,6 +63,7 @@ class ModelConfig:
 class Conv(NamedTuple):
     """A convolution. across: it sees the channels of all towers; otherwise those of its own, or the whole image.
 
+    padding: zeros on each side; None: as many as keep the size, for an odd kernel without a stride.
     std, bias: of its initial weights and biases. ceil: zeros are added to the right and below until the last window
     fits, as the original code counts its modules.
     """
@@ -70,7 +71,7 @@ class Conv(NamedTuple):
     channels: int
     kernel: int
     stride: int = 1
-    padding: int = 0
+    padding: int | None = None
     across: bool = False
     std: float = 0.01
     bias: float = 0.0
@@ -152,50 +153,50 @@ VARIANTS: dict[str, Variant] = {
     # The document that this project comes from: one tower, torch's initialisation.
     "seed": Variant([
         Conv(96, 11, stride=4, padding=2), Act, Norm(), Pool(),  # 96 × 27 × 27
-        Conv(256, 5, padding=2), Act, Norm(), Pool(),  # 256 × 13 × 13
-        Conv(384, 3, padding=1, across=True), Act,
-        Conv(384, 3, padding=1), Act,
-        Conv(256, 3, padding=1), Act, Pool(),  # 256 × 6 × 6
+        Conv(256, 5), Act, Norm(), Pool(),  # 256 × 13 × 13
+        Conv(384, 3, across=True), Act,
+        Conv(384, 3), Act,
+        Conv(256, 3), Act, Pool(),  # 256 × 6 × 6
         Drop, Linear(4096), Act,
         Drop, Linear(4096), Act,
     ], names="seed", weight_init="torch"),
     # Krizhevsky et al. 2012, section 3 and 5. Its formula of LRN has alpha on the sum, and over all maps.
     "paper": Variant([
-        Conv(96, 11, stride=4, ceil=True), Act, Norm(alpha=5e-4), Pool(),  # 96 × 27 × 27
-        Conv(256, 5, padding=2, bias=1), Act, Norm(alpha=5e-4), Pool(),  # 256 × 13 × 13
-        Conv(384, 3, padding=1, across=True), Act,
-        Conv(384, 3, padding=1, bias=1), Act,
-        Conv(256, 3, padding=1, bias=1), Act, Pool(),  # 256 × 6 × 6
+        Conv(96, 11, stride=4, padding=0, ceil=True), Act, Norm(alpha=5e-4), Pool(),  # 96 × 27 × 27
+        Conv(256, 5, bias=1), Act, Norm(alpha=5e-4), Pool(),  # 256 × 13 × 13
+        Conv(384, 3, across=True), Act,
+        Conv(384, 3, bias=1), Act,
+        Conv(256, 3, bias=1), Act, Pool(),  # 256 × 6 × 6
         Linear(4096, bias=1), Act, Drop,
         Linear(4096, bias=1), Act, Drop,
     ], towers=2),
     # The code of 2012, layers-145.cfg: in the first block ReLU comes after the pool, so LRN sees negative values too.
     "original": Variant([
-        Conv(96, 11, stride=4, ceil=True), Norm(in_tower=True), Pool(), Act,  # 96 × 27 × 27
-        Conv(256, 5, padding=2, bias=1), Act, Norm(in_tower=True), SpatialNorm(), Pool(),  # 256 × 13²
-        Conv(384, 3, padding=1, across=True, std=0.03), Act,
-        Conv(384, 3, padding=1, std=0.03, bias=1), Act,
-        Conv(256, 3, padding=1, std=0.03, bias=1), Pool(), Act,  # 256 × 6 × 6
+        Conv(96, 11, stride=4, padding=0, ceil=True), Norm(in_tower=True), Pool(), Act,  # 96 × 27 × 27
+        Conv(256, 5, bias=1), Act, Norm(in_tower=True), SpatialNorm(), Pool(),  # 256 × 13²
+        Conv(384, 3, across=True, std=0.03), Act,
+        Conv(384, 3, std=0.03, bias=1), Act,
+        Conv(256, 3, std=0.03, bias=1), Pool(), Act,  # 256 × 6 × 6
         Linear(4096, bias=1), Act, Drop,
         Linear(4096, bias=1), Act, Drop,
     ], towers=2, bias_lr=2, bias_decay=0),
     # BVLC AlexNet: crops of 227, k = 1, smaller biases.
     "caffe": Variant([
-        Conv(96, 11, stride=4), Act, Norm(k=1), Pool(),  # 96 × 27 × 27
-        Conv(256, 5, padding=2, bias=0.1), Act, Norm(k=1), Pool(),  # 256 × 13 × 13
-        Conv(384, 3, padding=1, across=True), Act,
-        Conv(384, 3, padding=1, bias=0.1), Act,
-        Conv(256, 3, padding=1, bias=0.1), Act, Pool(),  # 256 × 6 × 6
+        Conv(96, 11, stride=4, padding=0), Act, Norm(k=1), Pool(),  # 96 × 27 × 27
+        Conv(256, 5, bias=0.1), Act, Norm(k=1), Pool(),  # 256 × 13 × 13
+        Conv(384, 3, across=True), Act,
+        Conv(384, 3, bias=0.1), Act,
+        Conv(256, 3, bias=0.1), Act, Pool(),  # 256 × 6 × 6
         Linear(4096, std=0.005, bias=0.1), Act, Drop,
         Linear(4096, std=0.005, bias=0.1), Act, Drop,
     ], crop=227, towers=2, bias_lr=2, bias_decay=0),
     # torchvision.models.alexnet: narrower, no LRN.
     "torchvision": Variant([
         Conv(64, 11, stride=4, padding=2), Act, Pool(),  # 64 × 27 × 27
-        Conv(192, 5, padding=2), Act, Pool(),  # 192 × 13 × 13
-        Conv(384, 3, padding=1, across=True), Act,
-        Conv(256, 3, padding=1), Act,
-        Conv(256, 3, padding=1), Act, Pool(), Pool6,  # 256 × 6 × 6
+        Conv(192, 5), Act, Pool(),  # 192 × 13 × 13
+        Conv(384, 3, across=True), Act,
+        Conv(256, 3), Act,
+        Conv(256, 3), Act, Pool(), Pool6,  # 256 × 6 × 6
         Drop, Linear(4096), Act,
         Drop, Linear(4096), Act,
     ], names="torchvision", norm="none", weight_init="torch"),
@@ -203,27 +204,27 @@ VARIANTS: dict[str, Variant] = {
     # fully connected layers, as the large-batch recipes have it.
     "modern": Variant([
         Conv(96, 11, stride=4, padding=2), Act, Norm(), Pool(), BatchNorm,  # 96 × 27 × 27
-        Conv(256, 5, padding=2), Act, Norm(), Pool(), BatchNorm,  # 256 × 13 × 13
-        Conv(384, 3, padding=1, across=True), Act, BatchNorm,
-        Conv(384, 3, padding=1), Act, BatchNorm,
-        Conv(256, 3, padding=1), Act, Pool(), BatchNorm, Pool6,  # 256 × 6 × 6
+        Conv(256, 5), Act, Norm(), Pool(), BatchNorm,  # 256 × 13 × 13
+        Conv(384, 3, across=True), Act, BatchNorm,
+        Conv(384, 3), Act, BatchNorm,
+        Conv(256, 3), Act, Pool(), BatchNorm, Pool6,  # 256 × 6 × 6
         Drop, Linear(4096), Act,
         Drop, Linear(4096), Act,
     ], weight_init="he"),
     # For crops of about 32 pixels: the first convolution keeps the resolution, the rest is AlexNet's.
     "small": Variant([
-        Conv(96, 5, padding=2), Act, Norm(), Pool(), BatchNorm,  # 96 × 15 × 15
-        Conv(256, 5, padding=2, bias=1), Act, Norm(), Pool(), BatchNorm,  # 256 × 7 × 7
-        Conv(384, 3, padding=1, across=True), Act, BatchNorm,
-        Conv(384, 3, padding=1, bias=1), Act, BatchNorm,
-        Conv(256, 3, padding=1, bias=1), Act, Pool(), BatchNorm,  # 256 × 3 × 3
+        Conv(96, 5), Act, Norm(), Pool(), BatchNorm,  # 96 × 15 × 15
+        Conv(256, 5, bias=1), Act, Norm(), Pool(), BatchNorm,  # 256 × 7 × 7
+        Conv(384, 3, across=True), Act, BatchNorm,
+        Conv(384, 3, bias=1), Act, BatchNorm,
+        Conv(256, 3, bias=1), Act, Pool(), BatchNorm,  # 256 × 3 × 3
         Drop, Linear(4096, bias=1), Act,
         Drop, Linear(4096, bias=1), Act,
     ], crop=32),
     # The four layers of the paper's figure 1, which does not give their sizes: those of its author's CIFAR-10 nets.
     "fig1": Variant([
-        Conv(32, 5, padding=2), Act, Pool(),  # 32 × 15 × 15
-        Conv(32, 5, padding=2, across=True), Act, Pool(),  # 32 × 7 × 7
-        Conv(64, 5, padding=2, across=True), Act, Pool(),  # 64 × 3 × 3
+        Conv(32, 5), Act, Pool(),  # 32 × 15 × 15
+        Conv(32, 5, across=True), Act, Pool(),  # 32 × 7 × 7
+        Conv(64, 5, across=True), Act, Pool(),  # 64 × 3 × 3
     ], crop=32, norm="none", weight_init="he"),
 }  # fmt: skip

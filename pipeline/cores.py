@@ -17,11 +17,7 @@ def usable_cores() -> int:
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
     """Cores' worth of time that the control groups of this process allow; None without a limit."""
     quotas = []
-    try:
-        lines = process.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
+    for line in _read(process).splitlines():
         _, controllers, path = line.split(":", 2)
         folders = [Path(path), *Path(path).parents]
         if not controllers:  # version 2
@@ -51,16 +47,8 @@ def near_device(pci: str, devices: Path = Path("/sys/bus/pci/devices")) -> list[
     """The cores of the NUMA node that a PCI device ("0000:3b:00.0") is attached to; None if it is not reported."""
     if _read(devices / pci.lower() / "numa_node") in ("", "-1"):
         return None
-    return parse_list(_read(devices / pci.lower() / "local_cpulist")) or None
-
-
-def parse_list(text: str) -> list[int]:
-    """ "0-3,8" → [0, 1, 2, 3, 8]."""
-    cores: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cores += range(int(first), int(last or first) + 1)
-    return cores
+    mask = int(_read(devices / pci.lower() / "local_cpus").replace(",", "") or "0", 16)  # a bit for each core
+    return [core for core in range(mask.bit_length()) if mask >> core & 1] or None
 
 
 def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list[list[int]] | None:
@@ -68,8 +56,6 @@ def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list
 
     near: of each local rank, the cores near its device. None if any is unknown or has too few allowed ones.
     """
-    if any(cores is None for cores in near):
-        return None
     groups = [tuple(sorted(set(cores or ()) & set(allowed))) for cores in near]
     shares = []
     for rank, group in enumerate(groups):

@@ -10,6 +10,7 @@ import threading
 import warnings
 
 import numpy as np
+from numpy import ndarray
 from PIL import Image
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
@@ -29,21 +30,19 @@ class Scratch(threading.local):
 
     _memory = np.empty(0, np.uint8)
 
-    def __call__(self, size: int) -> np.ndarray:
+    def __call__(self, size: int) -> ndarray:
         """(size,) uint8, not initialised; valid until this thread's next call."""
         if len(self._memory) < size:
             self._memory = np.empty(size + size // 4, np.uint8)
         return self._memory[:size]
 
 
-def decode(
-    data: bytes | memoryview, *, size: tuple[int, int] | None = None, memory: Scratch | None = None
-) -> np.ndarray:
+def decode(data: bytes | memoryview, *, size: tuple[int, int] | None = None, memory: Scratch | None = None) -> ndarray:
     """(height, width, 3) uint8, RGB: colours as stored, without transparency and EXIF's orientation; the first frame.
 
     size: (width, height) that the image must have. memory: where it may go. Raises BadImage with the reason.
     """
-    pixels: np.ndarray | None = None
+    pixels: ndarray | None = None
     if header := plain_jpeg_size(data):
         width, height = size or header
         with contextlib.suppress(ValueError):  # also if the buffer is too small: the memory is the index's size
@@ -88,7 +87,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
     return image
 
 
-def pillows_pixels(image: Image.Image) -> np.ndarray:
+def pillows_pixels(image: Image.Image) -> ndarray:
     """(height, width, 3) uint8, RGB. 16 bits keep their upper byte; Pillow alone would clip grey ones to white."""
     shift = 4 if "I;12" in str(getattr(image, "tile", "")) else 8
     try:

@@ -77,11 +77,6 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = LOCK_SECON
         os.close(fd)
 
 
-def canonical_json(value: Any) -> str:
-    """JSON whose bytes depend on the value alone."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def json_bytes(value: Any) -> bytes:
     """Indented JSON. A file's name that is no UTF-8 comes back from it unchanged."""
     # Such a byte is a surrogate in Python's strings, whose replacement by a backslash is JSON's own way to write it.

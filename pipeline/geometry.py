@@ -3,8 +3,9 @@
 from typing import TypeVar
 
 import numpy as np
+from numpy import ndarray
 
-Pixels = TypeVar("Pixels", int, np.ndarray)
+Pixels = TypeVar("Pixels", int, ndarray)
 
 
 def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
@@ -12,10 +13,10 @@ def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
 
     The long side is cut to whole pixels, as torchvision's Resize does, and never below one.
     """
-    shorter: Pixels = np.minimum(width, height)
+    shorter = np.minimum(width, height)
     return short * width // shorter, short * height // shorter
 
 
-def centre_offset(length: int | np.ndarray, part: int | np.ndarray) -> np.ndarray:
+def centre_offset(length: int | ndarray, part: int | ndarray) -> ndarray:
     """The start of a centred `part` of `length` pixels; a half rounds to even, as torchvision's CenterCrop."""
     return np.asarray(np.rint((np.asarray(length) - part) / 2), np.int64)

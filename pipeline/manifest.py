@@ -12,7 +12,7 @@ import numpy as np
 from numpy import ndarray
 
 from .errors import DataError
-from .files import canonical_json, json_bytes
+from .files import Json, json_bytes
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
 from .storage import Folder
 from .tar import BLOCK
@@ -102,20 +102,20 @@ class Dataset:
     """An opened dataset folder. `manifest` is the parsed file, `splits` its typed part."""
 
     root: Path
-    manifest: dict[str, Any]
+    manifest: Json
     splits: dict[str, Split]
 
     @property
     def fingerprint(self) -> str:
-        return str(self.manifest["fingerprint"])
+        return self.manifest["fingerprint"]
 
     @property
     def classes(self) -> list[str]:
-        return list(self.manifest["classes"])
+        return self.manifest["classes"]
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.manifest.get("class_names", self.classes))
+        return self.manifest.get("class_names", self.classes)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -152,7 +152,7 @@ class Dataset:
     @property
     def encoding(self) -> str:
         """How images are stored: "raw" pixels, or anything else for encoded images."""
-        return str(self.manifest.get("options", {}).get("encoding", {}).get("kind", "keep"))
+        return self.manifest.get("options", {}).get("encoding", {}).get("kind", "keep")
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -209,7 +209,7 @@ def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
     return Dataset(root, manifest, splits)
 
 
-def _check_types(manifest: dict[str, Any]) -> None:
+def _check_types(manifest: Json) -> None:
     """Raises ValueError, or what Python raises, for values that no sharding writes: anybody may have made them."""
     classes, statistics = manifest["classes"], manifest["statistics"]
     numbers = [statistics[name] for name in ("mean", "std") if name in statistics] + statistics.get("covariance", [])
@@ -233,7 +233,7 @@ def _check_types(manifest: dict[str, Any]) -> None:
     manifest.get("options", {}).get("encoding", {}).get("kind")
 
 
-def _shards(manifest: dict[str, Any], split: dict[str, Any]) -> tuple[Shard, ...]:
+def _shards(manifest: Json, split: Json) -> tuple[Shard, ...]:
     shards = tuple(Shard(**shard) for shard in split["shards"])
     for shard in shards:
         _check_name(shard.name, elsewhere=manifest.get("source", {}).get("kind") == EXISTING)
@@ -252,7 +252,7 @@ def _check_name(name: str, *, elsewhere: bool = False) -> None:
         raise ValueError(f"{name!r} names no file of the folder")
 
 
-def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dict[str, Any]:
+def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Json:
     """A split's part of the manifest."""
     return {
         "samples": sum(shard.samples for shard in shards),
@@ -262,7 +262,7 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> dic
     }
 
 
-def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
+def timm_info(splits: Json) -> Json:
     """The content of INFO. splits: of the manifest."""
     return {
         "splits": {
@@ -277,13 +277,14 @@ def timm_info(splits: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fingerprint(manifest: dict[str, Any]) -> str:
+def fingerprint(manifest: Json) -> str:
     """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
     content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_manifest(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Folder, content: Json) -> Json:
     """Adds format, version and fingerprint and publishes the manifest: the last file of a dataset."""
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["fingerprint"] = fingerprint(manifest)

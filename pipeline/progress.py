@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -12,14 +13,19 @@ PLAIN_SECONDS = 10.0
 BAR = "{desc}: |{bar}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left{postfix}"
 
 
+@dataclass
 class Progress:
     """Counts towards `total`, from the first update on; `note` is shown beside it. Writes to stderr."""
 
-    def __init__(self, label: str, total: int, *, unit: str = "img", enabled: bool = True) -> None:
-        self.label, self.total, self.unit, self.enabled = label, total, unit, enabled
-        self.done, self.note = 0, ""
-        self.started = self.printed = 0.0
-        self.bar: Any = None
+    label: str
+    total: int
+    unit: str = "img"
+    enabled: bool = True
+    note: str = ""
+    done: int = 0
+    started: float = 0.0
+    printed: float = 0.0
+    bar: Any = None
 
     def __enter__(self) -> Progress:
         return self
@@ -57,4 +63,4 @@ class Progress:
 
 def clock(seconds: float) -> str:
     """3725 → "1:02:05"."""
-    return str(tqdm.format_interval(round(seconds)))
+    return tqdm.format_interval(round(seconds))

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+from .files import Json
 
 T = TypeVar("T")
 MAY_CHANGE, PER_HOST, IN_HELP = "may change on resume", "may differ between hosts", "in the short help"
@@ -79,25 +80,25 @@ def validate(config: Any) -> None:
                 raise ConfigError(f"{full}={value}: {bounds}")
 
 
-def flatten(values: Any, name: str = "") -> dict[str, Any]:
+def flatten(values: Any, name: str = "") -> Json:
     """{"train.batch": 128, …} of nested dataclasses or dicts; values as JSON returns them."""
     inside = vars(values) if dataclasses.is_dataclass(values) else values
     if not isinstance(inside, dict):
         return {name: list(inside) if isinstance(inside, tuple) else inside}
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for inner, value in inside.items():
         flat |= flatten(value, f"{name}.{inner}".lstrip("."))
     return flat
 
 
-def updated(config: T, values: dict[str, Any]) -> T:
+def updated(config: T, values: Json) -> T:
     """`config` with `values`, flat or nested as JSON returns them. Ignores names of no field, as of other versions.
 
     Raises ConfigError if they set a removed field.
     """
     flat = flatten(values)
     check_removed(flat, "configuration")
-    changes: dict[str, Any] = {}
+    changes: Json = {}
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             group = f"{name}."
@@ -111,7 +112,7 @@ def updated(config: T, values: dict[str, Any]) -> T:
 REMOVED = {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha": "variant"}
 
 
-def check_removed(saved: dict[str, Any], source: str) -> None:
+def check_removed(saved: Json, source: str) -> None:
     """Raises ConfigError if saved values, by flat name, set a removed field."""
     for name, unused in REMOVED.items():
         if (value := saved.get(name, unused)) != unused:

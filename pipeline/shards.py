@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from .errors import DataError
 from .storage import Folder
@@ -98,7 +99,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 def write_shard(
     folder: Folder, name: str, samples: Iterable[Sample], *, extension: str = "jpg"
-) -> tuple[Shard, np.ndarray]:
+) -> tuple[Shard, ndarray]:
     """Writes the tar `name` and its DALI index; both appear whole or not at all.
 
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
@@ -161,7 +162,7 @@ def stored_label(fields: Mapping[str, bytes]) -> int:
     return int(text)
 
 
-def write_array(folder: Folder, name: str, array: np.ndarray) -> str:
+def write_array(folder: Folder, name: str, array: ndarray) -> str:
     """Publishes an array as .npy; returns the file's sha256."""
     data = io.BytesIO()
     np.save(data, array, allow_pickle=False)
@@ -179,10 +180,10 @@ def file_digest(path: Path, digest: Any, progress: Callable[[int], None] = lambd
         while chunk := file.read(1 << 20):
             digest.update(chunk)
             progress(len(chunk))
-    return str(digest.hexdigest())
+    return digest.hexdigest()
 
 
-def read_array(path: Path, what: str, *, sha256: str) -> np.ndarray:
+def read_array(path: Path, what: str, *, sha256: str) -> ndarray:
     """The array of an .npy file as a read-only memory map; nothing is unpickled.
 
     Raises DataError, which calls it `what`, if it is not what was written.
@@ -192,10 +193,9 @@ def read_array(path: Path, what: str, *, sha256: str) -> np.ndarray:
     if file_sha256(path) != sha256:
         raise DataError(f"{path}: the {what} is damaged (its sha256 differs); copy it again or shard the data again")
     try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except Exception as err:  # a header is parsed as Python, which raises many kinds
         raise DataError(f"{path}: cannot be read as an array ({err}); shard the data again") from err
-    return array
 
 
 def sample_keys(path: Path, offsets: Iterable[int]) -> list[str]:

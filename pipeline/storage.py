@@ -3,17 +3,18 @@
 import os
 import shutil
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from .files import LOCK_SECONDS, atomic_write, locked
 
 
+@dataclass
 class Folder:
     """A local folder. A name may have one folder before it: `parts/lock`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     def names(self) -> list[str]:
         """All files and folders in it, sorted. Makes the folder."""

@@ -3,12 +3,12 @@
 Each finding names the file, and the byte or sample.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, zip_longest
@@ -196,7 +196,7 @@ def _compare_samples(
 
 
 def _label(fields: dict[str, bytes]) -> int | None:
-    with contextlib.suppress(DataError):
+    with suppress(DataError):
         return stored_label(fields)
     return None
 
@@ -288,7 +288,7 @@ def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     for split, of_split in zip(splits, keys):
         for sample in np.flatnonzero(np.isin(of_split, values[counts > 1])).tolist():
             row = split.index[sample]
-            with contextlib.suppress(OSError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
+            with suppress(OSError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
                 data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
                 groups[hashlib.sha256(data).hexdigest()].append(Copy(split.name, sample, int(row["label"])))
     return [group for group in groups.values() if len(group) > 1]

@@ -23,7 +23,7 @@ from tools import cli
 
 def main() -> None:
     p = cli.Parser(description=__doc__)
-    p.add_argument("dir", type=Path, metavar="DIR", help="the shard folder")
+    p.path("dir", "DIR", "the shard folder")
     p.flag("deep", "also decode every image and read the tars with webdataset")
     p.workers()
     p.files(json="write all that was found there, with class histograms")

@@ -28,6 +28,10 @@ class Parser(argparse.ArgumentParser):
     def flag(self, name: str, help: str) -> None:
         self.add_argument(f"--{name}", action="store_true", help=help)
 
+    def path(self, name: str, metavar: str, help: str, **more: Any) -> None:
+        """An option or argument that names what exists."""
+        self.add_argument(name, type=Path, metavar=metavar, help=help, **more)
+
     def files(self, **helps: str) -> None:
         """Options that name files to write."""
         for name, text in helps.items():

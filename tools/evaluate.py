@@ -34,8 +34,8 @@ SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 
 def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
-    p.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="run, checkpoint, .safetensors, .pth or .onnx")
-    p.add_argument("--data.shards", dest="shards", type=Path, required=True, metavar="DIR", help="what to measure on")
+    p.path("models", "MODEL", "run, checkpoint, .safetensors, .pth or .onnx", nargs="+")
+    p.path("--data.shards", "DIR", "what to measure on", dest="shards", required=True)
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
@@ -111,7 +111,7 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
     from train.build import of_this_rank
     from train.evaluation import Group, predict
 
-    groups: dict[Any, Group] = {}  # nets that see the same pixels share a loader
+    groups = {}  # nets that see the same pixels share a loader
     with contextlib.ExitStack() as loaders:
         for model in models:
             augment = dataclasses.replace(model.card.augment, views=args.views)
@@ -202,7 +202,7 @@ def submission_order(dataset: Dataset, split: str) -> list[int]:
     """Positions in the order of the official numbers. Raises DataError if these are not ImageNet's whole test split."""
     if "class_ids" not in dataset.manifest:
         raise DataError(f"{dataset.root}: its manifest has no official class numbers; shard ImageNet's archives again")
-    found: dict[int, int] = {}
+    found = {}
     for position, key in enumerate(dataset.split(split).keys()):
         match = SUBMITTED.fullmatch(key)
         if match is None:

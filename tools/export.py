@@ -31,19 +31,12 @@ OPSET = 18
 
 def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
-    p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, or weights")
+    p.path("model", "MODEL", "a run, a checkpoint, or weights")
     p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(WRITERS)}")
     p.model_options()
     p.option("data.shards", "", "images to compare (the run's own)", dest="shards", metavar="DIR")
-    p.add_argument("--images", type=Path, metavar="DIR", help="a folder of images to compare, if there are no shards")
-    p.add_argument(
-        "--evaluation",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="evaluate.py's --json, for the card",
-    )
+    p.path("--images", "DIR", "a folder of images to compare, if there are no shards")
+    p.path("--evaluation", "FILE", "evaluate.py's --json, for the card", action="append", default=[])
     p.flag("force", "overwrite existing files")
     return p
 

@@ -45,14 +45,14 @@ def parser() -> cli.Parser:
     p.add_argument("--steps", nargs="+", choices=["A", "B", *STEPS], default=["A", "B"], metavar="STEP", help=steps)
     p.option("device", "cuda:0", "(%(default)s)")
     p.flag("tiny", "a few images and seconds: to see it run, not for figures")
-    p.add_argument("--shards", type=Path, metavar="DIR", help="holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
-    p.add_argument("--images", type=Path, metavar="PATH", help="instead: class folders of JPEGs or a tar of them")
-    p.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: a folder of train/ and test/, or a tar")
+    p.path("--shards", "DIR", "holds jpeg/, keep/ and, or it is made from jpeg/, raw/")
+    p.path("--images", "PATH", "instead: class folders of JPEGs or a tar of them")
+    p.path("--cifar", "PATH", "CIFAR-10: a folder of train/ and test/, or a tar")
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
     p.option("out", Path("runs/gpu-proof"), "folder for the JSON (%(default)s)")
-    p.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into this page, and run no step")
-    for own in ("--step", "--answer", "--scratch", "--limit"):  # how the script runs itself for one step
-        p.add_argument(own, help=argparse.SUPPRESS)
+    p.path("--tables", "PAGE", "write the tables into this page, and run no step")
+    # How the script runs itself for one step: its name, the file of its answer, the scratch folder, its seconds.
+    p.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     return p
 
 
@@ -60,8 +60,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.tables:
         tables.update(args.tables)
-    elif args.step:
-        answer(args)
+    elif args.one:
+        answer(args, *args.one)
     else:
         walk(args)
 
@@ -69,17 +69,17 @@ def main() -> None:
 # One step, in a process of its own
 
 
-def answer(args: argparse.Namespace) -> None:
+def answer(args: argparse.Namespace, name: str, file: str, scratch: str, limit: str) -> None:
     """Runs one step and writes its answer."""
     end_with_parent()
-    path = Path(args.answer)
-    if args.step == ENVIRONMENT:
+    path = Path(file)
+    if name == ENVIRONMENT:
         write_json(path, environment.describe())
         return
-    where = Path(args.scratch), args.shards, args.images, args.cifar
-    proof = Proof(args.device, args.tiny, *where, limit_seconds=float(args.limit), answer=path)
+    where = Path(scratch), args.shards, args.images, args.cifar
+    proof = Proof(args.device, args.tiny, *where, limit_seconds=float(limit), answer=path)
     try:
-        result: Json = {"passed": True, "result": STEPS[args.step].run(proof)}
+        result = {"passed": True, "result": STEPS[name].run(proof)}
     except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
         result = read_json(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
     write_json(path, result)
@@ -150,8 +150,7 @@ def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left
 def run_process(name: str, scratch: Path, *, limit: float) -> Json:
     """Runs this script for one step, for at most `limit` seconds, and then ends all that it has started."""
     path, log = scratch / f"{name}.json", scratch / f"{name}.log"
-    command = [sys.executable, sys.argv[0], *sys.argv[1:], "--step", name, "--answer", str(path)]
-    command += ["--scratch", str(scratch), "--limit", str(limit)]
+    command = [sys.executable, *sys.argv, "--one", name, str(path), str(scratch), str(limit)]
     started, ended = time.monotonic(), ""
     with open(log, "wb") as output, process(command, stdout=output, stderr=subprocess.STDOUT) as step:
         try:

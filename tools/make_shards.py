@@ -59,14 +59,14 @@ def add_index(p: cli.Parser) -> None:
     p.add_argument("tars", metavar="PATTERN", help="training tars, with {0000..1023} or *; quote it")
     p.add_argument("--val", metavar="PATTERN", help="validation tars")
     p.option("name", "webdataset", "the dataset's name (%(default)s)")
-    p.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each (default: their numbers)")
+    p.path("--classes", "FILE", "class names, a line each (default: their numbers)")
     p.option("statistics", 10_000, "images to measure mean and deviation of (%(default)s)", metavar="N")
     p.flag("cuts", "also make what `make_shards.py cuts` makes: takes several times as long")
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
 def add_cuts(p: cli.Parser) -> None:
-    p.add_argument("out", type=Path, metavar="DIR", help="the shard folder")
+    p.path("out", "DIR", "the shard folder")
     p.workers()
     add_check_cuts(p)
 
@@ -77,7 +77,7 @@ def add_check_cuts(p: cli.Parser) -> None:
 
 
 def add_common(p: cli.Parser, *, out: str, size: str) -> None:
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help=out)
+    p.path("--out", "DIR", out, required=True)
     p.option("size", 256, f"short side in pixels, for {size} (%(default)s)")
     p.workers()
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
@@ -174,7 +174,7 @@ def class_names(path: Path | None) -> list[str] | None:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError) as err:
         raise DataError(f"{path}: cannot be read ({err}); name a file in UTF-8, a class name a line") from err
-    number_of: dict[str, int] = {}
+    number_of = {}
     for number, line in enumerate(lines, 1):
         name = unicodedata.normalize("NFC", line.strip())
         if not name:

@@ -28,7 +28,7 @@ SHOWN = 320  # pixels of a picture's longer side on the page
 
 def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
-    p.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint, .safetensors, .pth or .onnx")
+    p.path("model", "MODEL", "a run, a checkpoint, .safetensors, .pth or .onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, or - for standard input")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.model_options()
@@ -47,15 +47,16 @@ def main() -> None:
     viewer = make_viewer(model, views=args.views, shards=args.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.net.to(device)
-    answers: list[Json] = []
-    pictures: list[str] = []
+    answers, pictures = [], []
     for start in range(0, len(files), AT_ONCE):
         batch = [image for name in files[start : start + AT_ONCE] if (image := read(name, viewer, args.html))]
         if batch:
             views = torch.stack([torch.from_numpy(image.views) for image in batch]).to(device)
             found = predicted(model, views, [image.name for image in batch])
-            for one in found:
-                show(one)
+            for answer in found:
+                print(cli.printable(answer["image"]))
+                for row in answer["best"]:
+                    print(f"  {row['probability']:7.2%}  {label_of(row)}")
             answers += found
             pictures += [image.picture for image in batch]
     if args.json:
@@ -75,8 +76,7 @@ def image_files(names: list[str]) -> list[str]:
     from pipeline.write.sources.base import PassedOver
     from pipeline.write.sources.folders import files_of_images
 
-    files: list[str] = []
-    passed_over = PassedOver()
+    files, passed_over = [], PassedOver()
     for name in names:
         if name == "-" or not Path(name).is_dir():
             files.append(name)
@@ -159,12 +159,6 @@ def predicted(model: Any, views: Any, names: list[str]) -> list[Json]:
 
 
 # Output
-
-
-def show(answer: Json) -> None:
-    print(cli.printable(answer["image"]))
-    for row in answer["best"]:
-        print(f"  {row['probability']:7.2%}  {label_of(row)}")
 
 
 def label_of(row: Json) -> str:

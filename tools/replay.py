@@ -31,7 +31,7 @@ CLOSE = 1e-3  # of a loss, between numbers of ranks
 
 def main() -> None:
     p = cli.Parser(description=__doc__)
-    p.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    p.path("run", "RUN", "the run folder")
     p.add_argument("step", type=int, metavar="STEP", help="counted from 1, as in metrics.jsonl and exit.json")
     p.option("shards", "", "where the run's data lie now (default: where they lay)", metavar="DIR")
     p.files(json="write the numbers there, with all ids")

@@ -1,5 +1,7 @@
 """Builds a run from its configuration: loaders, net, optimiser, checkpoint to resume from, records."""
 
+import dataclasses
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,19 +18,20 @@ from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
+from pipeline.settings import flatten
 
 from . import resume, signals, watchdog
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
-from .config import Config, TrainConfig, augment_at
+from .config import Config
 from .distributed import Agreement, patience, resolved_precision, take_cores
 from .environment import launched
 from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
 from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
-from .optim import Plateau, scaled_to_batch
+from .optim import Plateau, learning_rate, scaled_to_batch
 from .profiling import Profile
 from .run_folder import RunFolder
 from .signals import Stop
@@ -39,13 +42,13 @@ from .watchdog import Watchdog
 INIT = 1_000_000  # a stream of draws, away from the loader's
 
 
-def check_batch(train: TrainConfig, *, samples: int, world: int, partitions: int) -> None:
+def check_batch(batch: int, accumulate: int, *, samples: int, world: int, partitions: int) -> None:
     """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
-    order.check_batch(train.batch, samples=samples, world=world, partitions=partitions, field="train.batch")
-    images = train.batch // world
-    if train.accumulate > max(images // 2, 1):
+    order.check_batch(batch, samples=samples, world=world, partitions=partitions, field="train.batch")
+    images = batch // world
+    if accumulate > max(images // 2, 1):
         raise ConfigError(
-            f"train.accumulate={train.accumulate}: a rank has {images} images a step, and at least two go together"
+            f"train.accumulate={accumulate}: a rank has {images} images a step, and at least two go together"
         )
 
 
@@ -64,29 +67,28 @@ def build_trainer(
     of the run folder has changed.
     """
     main, world = accelerator.is_main_process, accelerator.num_processes
-    optim = scaled_to_batch(config.optim, config.train.batch)
+    train, run, say = config.train, config.run, accelerator.on_main_process(print)
+    optim = scaled_to_batch(config.optim, train.batch)
     agreement = Agreement(world, patience(config.guard.hang_seconds))
-    precision, cores = resolved_precision(config.train.precision, accelerator), take_cores(accelerator.device)
+    precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
     samples = config.overfit or dataset.split(config.data.train_split).samples
-    check_batch(config.train, samples=samples, world=world, partitions=config.data.partitions)
-
-    def say(line: str) -> None:
-        if main:
-            print(line)
-
-    loader_at, val_loader = make_loaders(config, dataset, accelerator)
-    loader = loader_at(0)
+    check_batch(train.batch, train.accumulate, samples=samples, world=world, partitions=config.data.partitions)
+    make_loader, val_loader = make_loaders(config, dataset, accelerator)
+    loader = make_loader(augment=config.augment_at(0))
     net = make_net(config, classes=len(dataset.classes), say=say)
-    checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
-    fixed = resume.invariants(config, dataset, precision=precision)
+    checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
+    flat = flatten(config)
+    fixed = resume.invariants(flat, dataset, precision=precision)
     saved = resume.choose(
-        config,
+        config.resume,
         fixed,
         folder=folder,
         checkpoints=checkpoints,
         agreement=agreement,
         first=main,
+        epochs=train.epochs,
         steps_per_epoch=len(loader),
+        rate=partial(learning_rate, optim, steps_per_epoch=len(loader)),
     )
     if config.model.init and not saved:
         known = recorded(Path(config.model.init))[1]
@@ -95,25 +97,34 @@ def build_trainer(
     stepper = Stepper(net, config, accelerator, optim)
     if world > 1:
         stepper.settle_buckets(loader)
-    state, meter = TrainState(), Meter(accelerator, config.train.batch)
+    state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:
         restore(saved, state, stepper=stepper, meter=meter, loader=loader)
         steps = state.step - state.epoch * len(loader)
         more = f" and {steps} of {len(loader)} steps" if steps else ""
-        say(f"resuming from {saved.path}: {state.epoch} of {config.train.epochs} epochs{more} done")
+        say(f"resuming from {saved.path}: {state.epoch} of {train.epochs} epochs{more} done")
     if main:
-        facts = {"precision": precision, "compiled": stepper.compiled, "ranks": world, "threads": cores}
-        folder.describe(config, dataset, loader, facts)
+        folder.describe(
+            config=dataclasses.asdict(config),
+            shards=os.path.abspath(config.data.shards),
+            fingerprint=dataset.fingerprint,
+            backend=loader.backend,
+            backend_reason=loader.backend_reason,
+            precision=precision,
+            compiled=stepper.compiled,
+            ranks=world,
+            threads=cores,
+        )
         write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
-    record = Record(folder.path, accelerator, config, resumed_at=resumed_at)
+    record = Record(folder.path, accelerator, run.trackers, flat, ids=run.record_ids, resumed_at=resumed_at)
     record.write("start", state.step, {"ranks": world})
     return Trainer(
         config=config,
         fixed=fixed,
         accelerator=accelerator,
         loader=loader,
-        loader_at=loader_at,
+        make_loader=make_loader,
         val_loader=val_loader,
         stepper=stepper,
         optim=optim,
@@ -172,8 +183,8 @@ def of_this_rank(accelerator: Accelerator) -> Json:
     }
 
 
-def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> tuple[Callable[[int], Loader], Loader]:
-    """This rank's: a function that makes the training loader of an epoch, and the validation loader."""
+def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> tuple[Callable[..., Loader], Loader]:
+    """This rank's: a function that makes a training loader with the given `augment`, and the validation loader."""
     data, train = config.data, config.train
     make = partial(
         Loader,
@@ -185,12 +196,8 @@ def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
         **of_this_rank(accelerator),
         config=config.loader,
     )
-
-    def loader_at(epoch: int) -> Loader:
-        augment = augment_at(train, config.augment, epoch)
-        return make(split=data.train_split, batch=train.batch, train=True, augment=augment)
-
-    return loader_at, make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
+    training = partial(make, split=data.train_split, batch=train.batch, train=True)
+    return training, make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
 
 
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:

@@ -15,7 +15,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ AVERAGE = "average.safetensors"
 FILES = (MODEL, OPTIMIZER, STATE)
 RESUME_ANOTHER = "resume from another one"
 DAMAGED = ".damaged"
-KINDS: dict[str, Any] = {"step": int, "epoch": int, "best_top1": int | float, "config": dict, "loader": dict}
+KINDS: Json = {"step": int, "epoch": int, "best_top1": int | float, "config": dict, "loader": dict}
 Weights = dict[str, Tensor]  # by name, as a state_dict
 NAME = re.compile(r"step-(\d{8,})")
 
@@ -72,7 +72,7 @@ class Checkpoints:
         step: int,
         *,
         model: Weights,
-        optimizer: dict[str, Any],
+        optimizer: Json,
         state: Json,
         average: Weights | None = None,
     ) -> None:

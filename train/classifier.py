@@ -162,16 +162,13 @@ def _card_of_preset(path: Path, preset: str) -> Card:
     classes = next((len(weights[name]) for name in named if name in weights and weights[name].dim()), 0)
     if classes == 0:
         raise DataError(f"{path}: holds no output layer of --preset {preset}; choose the one it is of")
-    inputs = _torchvision_inputs(classes) if preset == "torchvision" else None
+    inputs = None
+    if preset == "torchvision":
+        from torchvision.models import AlexNet_Weights
+
+        names = tuple(AlexNet_Weights.DEFAULT.meta["categories"])  # in the order of their WordNet ids
+        inputs = Inputs("ImageNet", "", names, names, PLAIN) if classes == len(names) else None
     return Card(model, augment, inputs, {"classes": classes})
-
-
-def _torchvision_inputs(classes: int) -> Inputs | None:
-    """torchvision names the thousand classes, in the order of their WordNet ids."""
-    from torchvision.models import AlexNet_Weights
-
-    names = tuple(AlexNet_Weights.DEFAULT.meta["categories"])
-    return Inputs("ImageNet", "", names, names, PLAIN) if classes == len(names) else None
 
 
 def _metadata(path: Path) -> str | None:

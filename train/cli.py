@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> Config:
 
 def _configured(base: Config, file: Path | None, flags: list[str]) -> Config:
     """`base`, changed by a --config file and then by flags."""
-    return _tyro(flags, _read_config(file, base) if file else base, prog=PROG)
+    return _tyro(flags, _read_config(file, base) if file else base)
 
 
 def _as_trained(base: Config, weights: Path) -> Config:
@@ -147,7 +147,7 @@ def _read_config(file: Path, base: Config) -> Config:
         values = values["config"]
     try:
         flags = [flag for name, value in flatten(values).items() for flag in _as_flags(name, value)]
-        return _tyro(flags, base, prog=PROG, config=(tyro.conf.FlagConversionOff,))
+        return _tyro(flags, base, config=(tyro.conf.FlagConversionOff,))
     except ConfigError as err:
         raise ConfigError(f"--config {file}: {err}") from err
 
@@ -190,7 +190,7 @@ def _tyro(flags: list[str], base: Config, **options: Any) -> Config:
     printed = _Box()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(Config, default=base, args=flags, **options)
+            return tyro.cli(Config, prog=PROG, default=base, args=flags, **options)
     except ValueError as err:  # of packages that do not import ConfigError
         raise ConfigError(str(err)) from err
     except SystemExit as end:

@@ -253,48 +253,48 @@ class Config:
     def __post_init__(self) -> None:
         validate(self)
         if self.train.crop_sizes:
-            _check_crop_sizes(self.train, self.augment, self.model)
+            self._check_crop_sizes()
 
+    def _check_crop_sizes(self) -> None:
+        train, crop, model = self.train, self.augment.crop, self.model.name
+        sizes = f"train.crop_sizes={_plain(train.crop_sizes)}"
+        if not _rise((0, *train.crop_sizes, crop)):
+            alone = f"--augment.resize {crop * 9 // 8} --train.crop-sizes --train.crop-until"
+            raise ConfigError(f"{sizes}: must be sizes that rise, all below augment.crop={crop}; or add {alone}")
+        if self.augment.normalize == "mean-image":
+            raise ConfigError(f"{sizes}: augment.normalize=mean-image is of one size; use mean or mean-std")
+        if train.crop_until[-1] >= train.epochs:
+            raise ConfigError(
+                f"train.crop_until={_plain(train.crop_until)}, train.epochs={train.epochs}: augment.crop={crop} would"
+                " never be trained; give earlier epochs, or neither crop_sizes nor crop_until"
+            )
+        if ":" not in model and not VARIANTS[model].any_crop:
+            raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
 
-def _check_crop_sizes(train: TrainConfig, augment: AugmentConfig, model: ModelConfig) -> None:
-    sizes, until = f"train.crop_sizes={_plain(train.crop_sizes)}", _plain(train.crop_until)
-    if not _rise((0, *train.crop_sizes, augment.crop)):
-        alone = f"--augment.resize {augment.crop * 9 // 8} --train.crop-sizes --train.crop-until"
-        raise ConfigError(f"{sizes}: must be sizes that rise, all below augment.crop={augment.crop}; or add {alone}")
-    if augment.normalize == "mean-image":
-        raise ConfigError(f"{sizes}: augment.normalize=mean-image is of one size; use mean or mean-std")
-    if train.crop_until[-1] >= train.epochs:
-        raise ConfigError(
-            f"train.crop_until={until}, train.epochs={train.epochs}: augment.crop={augment.crop} would never be"
-            " trained; give earlier epochs, or neither crop_sizes nor crop_until"
-        )
-    if ":" not in model.name and not VARIANTS[model.name].any_crop:
-        raise ConfigError(f"{sizes}: model.name={model.name} takes one size; use modern")
+    def behind_the_end(self) -> list[str]:
+        """A line for each field that names an epoch which the run does not reach: presets are made for their own
+        length."""
+        optim, end = self.optim, self.train.epochs
+        epochs: dict[str, list[float]] = {
+            "optim.milestones": [m for m in optim.milestones if m >= end and optim.schedule == "step"],
+            "optim.warmup_epochs": [optim.warmup_epochs],
+            "train.colour_epochs": [self.train.colour_epochs],
+            "train.conv1_epochs": [self.train.conv1_epochs],
+        }
+        effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
+        return [
+            f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {end} epochs{effects.get(name, '')}"
+            for name, named in epochs.items()
+            if named and named[-1] >= end
+        ]
 
-
-def behind_the_end(train: TrainConfig, optim: OptimConfig) -> list[str]:
-    """A line for each field that names an epoch which the run does not reach: presets are made for their own length."""
-    late = [m for m in optim.milestones if m >= train.epochs] if optim.schedule == "step" else []
-    epochs: dict[str, list[float]] = {
-        "optim.milestones": late,
-        "optim.warmup_epochs": [optim.warmup_epochs],
-        "train.colour_epochs": [train.colour_epochs],
-        "train.conv1_epochs": [train.conv1_epochs],
-    }
-    effects = {"optim.warmup_epochs": ", so optim.lr is not reached"}
-    return [
-        f"{name} {' '.join(f'{epoch:g}' for epoch in named)}: the run has {train.epochs} epochs{effects.get(name, '')}"
-        for name, named in epochs.items()
-        if named and named[-1] >= train.epochs
-    ]
-
-
-def augment_at(train: TrainConfig, augment: AugmentConfig, epoch: int) -> AugmentConfig:
-    """The augmentation of training images in an epoch, from 0: crops may grow, colour shifts may end."""
-    for size, until in zip(train.crop_sizes, train.crop_until):
-        if epoch < until:
-            augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))
-            break
-    if train.colour_epochs and epoch >= train.colour_epochs:
-        augment = dataclasses.replace(augment, colour=0.0)
-    return augment
+    def augment_at(self, epoch: int) -> AugmentConfig:
+        """The augmentation of training images in an epoch, from 0: crops may grow, colour shifts may end."""
+        train, augment = self.train, self.augment
+        for size, until in zip(train.crop_sizes, train.crop_until):
+            if epoch < until:
+                augment = dataclasses.replace(augment, crop=size, resize=round(augment.resize * size / augment.crop))
+                break
+        if train.colour_epochs and epoch >= train.colour_epochs:
+            augment = dataclasses.replace(augment, colour=0.0)
+        return augment

@@ -144,10 +144,6 @@ class Agreement:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's value, at every rank."""
-        return self.from_all(value)[0]
-
 
 def broadcast_buffers(net: nn.Module) -> None:
     """Gives every rank rank 0's buffers."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy import ndarray
 from torch import Tensor, nn
 
 from pipeline.files import Json
@@ -93,11 +94,11 @@ def evaluate(
 class Predictions(NamedTuple):
     """Of n images, in stored order; k is 5, or the number of classes if that is less."""
 
-    labels: np.ndarray  # (n,) int64; -1: unknown
-    ranks: np.ndarray  # (n,) int64: rank_of_label; 0 if the label is unknown
-    losses: np.ndarray  # (n,) float64, cross-entropy; 0 if the label is unknown
-    best: np.ndarray  # (n, k) int64: the classes of the greatest probabilities, the greatest first
-    probabilities: np.ndarray  # (n, k) float64: theirs
+    labels: ndarray  # (n,) int64; -1: unknown
+    ranks: ndarray  # (n,) int64: rank_of_label; 0 if the label is unknown
+    losses: ndarray  # (n,) float64, cross-entropy; 0 if the label is unknown
+    best: ndarray  # (n, k) int64: the classes of the greatest probabilities, the greatest first
+    probabilities: ndarray  # (n, k) float64: theirs
 
 
 class Group(NamedTuple):
@@ -194,7 +195,7 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
     }
 
 
-def bootstrap(values: dict[str, np.ndarray], *, resamples: int, seed: int = 0) -> dict[str, list[float]]:
+def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:
     """The middle 95 % of each value's mean over resampled images (Efron 1979), by percentiles; {} for one image."""
     from scipy import stats  # a second to import
 
@@ -208,6 +209,6 @@ def bootstrap(values: dict[str, np.ndarray], *, resamples: int, seed: int = 0) -
         n_resamples=resamples,
         batch=1,  # of 50,000 images, more at once take gigabytes
         method="percentile",
-        random_state=np.random.default_rng(seed),
+        random_state=np.random.default_rng(0),
     )
     return {name: [float(end) for end in ends] for name, ends in zip(values, np.transpose(found.confidence_interval))}

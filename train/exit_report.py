@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class ExitReport:
         """Writes exit.json, if the folder can be written."""
         assert self.folder is not None
         step = self.trainer.state.step if self.trainer else 0
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.folder.write_exit(code=code, reason=reason, **{"step": step, **facts})
 
     def _as_express_error(self, err: BaseException) -> ExpressError | None:
@@ -93,7 +93,7 @@ class ExitReport:
             err = ExpressError(hang, code=HANG)
         if self.trainer:
             self.trainer.watchdog.close()
-            with contextlib.suppress(Exception):  # a save of an earlier step is worth waiting for
+            with suppress(Exception):  # a save of an earlier step is worth waiting for
                 self.trainer.saver.checkpoints.wait()
         if self.folder and os.path.isdir(self.folder.path):  # unlike is_dir, raises nothing
             self._write_end(err, self.folder, only_rank0=before_training)
@@ -113,7 +113,7 @@ class ExitReport:
         """exit.json, by the rank that knows; a folder that another run holds stays as it is."""
         if isinstance(err, signals.Preempted) or not err.here or (launched("RANK") and (only_rank0 or err.facts)):
             return  # written already, or another rank writes it
-        with contextlib.suppress(OSError, ExpressError):  # the folder may be what failed; line and code remain
+        with suppress(OSError, ExpressError):  # the folder may be what failed; line and code remain
             if self.trainer is None and not folder.is_ours:
                 folder.claim(wait_seconds=0)
             if isinstance(err, LostRank):

@@ -13,7 +13,6 @@ from pipeline.progress import Progress, clock
 from pipeline.read.loader import Batch
 
 from . import environment, signals
-from .config import behind_the_end
 from .distributed import broadcast_buffers
 from .evaluation import BEST, Evaluation, evaluate
 from .metrics import Meter
@@ -86,7 +85,7 @@ def begin(t: Trainer) -> None:
         f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank",
         f"decoder: {loader.decoder()}",
         f"compiled: {t.stepper.compiled}",
-        *behind_the_end(c.train, c.optim),
+        *c.behind_the_end(),
         *["warning: the set has one class, so top-1 is always 1"] * (classes == 1),
         *advice(c, images=len(index), short_side=side, weights=weights),
     ):

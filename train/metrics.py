@@ -13,9 +13,6 @@ from torch import Tensor
 
 from pipeline.files import Json, atomic_write
 from pipeline.read.loader import Loader
-from pipeline.settings import flatten
-
-from .config import Config
 
 
 class Meter:
@@ -83,11 +80,21 @@ class Record:
     What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, config: Config, *, resumed_at: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        accelerator: Accelerator,
+        trackers: tuple[str, ...],
+        config: Json,
+        *,
+        ids: bool,
+        resumed_at: tuple[int, int],
+    ) -> None:
+        """config: by flat names, for trackers. ids: whether to write each step's sample ids."""
         self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
         # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
-        alone = config.run.trackers == ("tensorboard",)
-        values = None if alone else {name: str(value) for name, value in flatten(config).items()}
+        alone = trackers == ("tensorboard",)
+        values = None if alone else {name: str(value) for name, value in config.items()}
         accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
         self.error: OSError | None = None
         self._metrics: Any = None
@@ -99,10 +106,10 @@ class Record:
             # Also of ranks that there are no more: a run may resume on fewer.
             for path in (self.run / IDS).glob("rank-*.jsonl"):
                 _trim(path, step, epoch)
-            if config.run.record_ids:
+            if ids:
                 (self.run / IDS).mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
-        if config.run.record_ids:
+        if ids:
             path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
             self._ids = open(path, "a")  # noqa: SIM115 (until close)
 

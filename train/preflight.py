@@ -5,7 +5,6 @@ all exit with one line that names the host and what differs there. Nothing was w
 for a rank that will not come. Costs two messages a rank.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -15,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .signals import heed_no_more
 START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
 NOTICE_SECONDS = 20.0
 ACK_SECONDS = 10.0  # that rank 0, whose launcher may hold the store, waits until the others know why it ends
+SHARED_SECONDS = 35.0
 FINGERPRINT = "the dataset's fingerprint"
 CURE = "start the same command, with the same versions and shards, on every host"
 
@@ -58,7 +59,7 @@ def report_rejection(err: ExpressError) -> None:
     """Reports to the other hosts, whose command lines may be sound, that this rank was rejected and will not come."""
     if _alone() or not _several_hosts():
         return  # the ranks of one host read the same line
-    with contextlib.suppress(Exception):  # only spares the others a long wait; this rank's own line says all
+    with suppress(Exception):  # only spares the others a long wait; this rank's own line says all
         _meet({"error": str(err), "code": err.code, "leaves": True})
 
 
@@ -165,12 +166,9 @@ _keep: list[Any] = []
 def _awaited(store: Any, key: str, who: str) -> Any:
     """A key's value, waited for in short sleeps, in which a signal is handled."""
 
-    def is_there() -> bool:
-        return store.check([key])
-
-    if not _until(is_there, seconds=NOTICE_SECONDS):
+    if not _until(lambda: store.check([key]), seconds=NOTICE_SECONDS):
         print(f"waiting for {who} of {world_size()} to start", file=sys.stderr)
-        if not _until(is_there, seconds=START_SECONDS - NOTICE_SECONDS):
+        if not _until(lambda: store.check([key]), seconds=START_SECONDS - NOTICE_SECONDS):
             raise ExpressError(f"{who} of {world_size()} did not start within {START_SECONDS:.0f} seconds")
     return json.loads(store.get(key))
 
@@ -188,7 +186,7 @@ def _until(condition: Callable[[], bool], *, seconds: float) -> bool:
 # What the hosts share
 
 
-def sees(path: Path, text: str, *, seconds: float = 35.0) -> bool:
+def sees(path: Path, text: str) -> bool:
     """Whether this host can read what another one has written to `path`. NFS may take half a minute to show it."""
 
     def is_there() -> bool:
@@ -197,7 +195,7 @@ def sees(path: Path, text: str, *, seconds: float = 35.0) -> bool:
         except OSError:
             return False
 
-    return _until(is_there, seconds=seconds)
+    return _until(is_there, seconds=SHARED_SECONDS)
 
 
 def name_interface() -> None:
@@ -218,7 +216,7 @@ def name_interface() -> None:
 
 def interface_to(host: str, port: int) -> str | None:
     """The interface that packets to `host` leave by; None if that is the loopback or unknown."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing
         address = probe.getsockname()[0]
         for name, addresses in psutil.net_if_addrs().items():

@@ -4,7 +4,7 @@ from typing import Any
 
 from model import ModelConfig
 from pipeline.read.augment import AugmentConfig
-from pipeline.settings import updated
+from pipeline.settings import flatten, updated
 
 from .config import Config, DataConfig, OptimConfig, RegularizeConfig, RunConfig, TrainConfig
 
@@ -216,36 +216,26 @@ OVERFIT_EPOCHS = 400  # at least, of few images
 OVERFIT_RATE, OVERFIT_WARMUP = 0.003, 20  # at most; epochs
 
 
+# Fields that return to their defaults, which do nothing.
+UNUSED_IN_OVERFITTING = """
+    data.partitions data.window train.accumulate train.eval_every train.stop_at train.colour_epochs train.conv1_epochs
+    train.crop_sizes train.crop_until optim.schedule optim.milestones optim.scale_lr optim.warmup_from
+    optim.weight_decay regularize.label_smoothing regularize.ema augment.colour augment.scale_jitter"""
+
+
 def overfitting(config: Config) -> Config:
     """The same run on few images, alike in every epoch, so that only the net and its training are tested."""
-    train, optim, augment = config.train, config.optim, config.augment
+    train, optim, augment, defaults = config.train, config.optim, config.augment, flatten(Config())
     changes = {
+        **{name: defaults[name] for name in UNUSED_IN_OVERFITTING.split()},
         "data.val_split": config.data.train_split,
-        "data.partitions": 1,
-        "data.window": 0,
         "train.batch": min(train.batch, config.overfit),
         "train.epochs": max(train.epochs, OVERFIT_EPOCHS),
-        "train.accumulate": 1,
-        "train.eval_every": 1,
-        "train.stop_at": 0.0,
-        "train.colour_epochs": 0,
-        "train.conv1_epochs": 0,
-        "train.crop_sizes": (),
-        "train.crop_until": (),
         "optim.name": "sgd" if optim.name == "lars" else optim.name,  # its rates are no bound
         "optim.lr": min(optim.lr, OVERFIT_RATE),
-        "optim.schedule": "constant",
-        "optim.milestones": (),
-        "optim.scale_lr": "none",
         "optim.warmup_epochs": OVERFIT_WARMUP,
-        "optim.warmup_from": 0.0,
-        "optim.weight_decay": 0.0,
-        "regularize.label_smoothing": 0.0,
-        "regularize.ema": 0.0,
         "augment.resize": augment.crop,
         "augment.flip": False,
-        "augment.colour": 0.0,
-        "augment.scale_jitter": None,
         "augment.normalize": "mean" if augment.normalize == "mean-image" else augment.normalize,
     }
     return updated(config, changes)

@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, and whether it is of the same run: settings that are fixed on resume."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import ConfigError, ExpressError, StorageError
@@ -10,27 +11,28 @@ from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marke
 
 from . import preflight
 from .checkpoint import RESUME_ANOTHER, Checkpoints, Saved, load
-from .config import RESUME_NEWEST, Config, OptimConfig, TrainConfig
+from .config import RESUME_NEWEST, Config
 from .distributed import Agreement
-from .optim import learning_rate, scaled_to_batch
 from .run_folder import LOCK, RunFolder, another
 
 FREE = {*marked(Config, MAY_CHANGE), *REMOVED}  # fields whose values a checkpoint need not share
 
 
 def choose(
-    config: Config,
+    asked: str,
     fixed: Json,
     *,
     folder: RunFolder,
     checkpoints: Checkpoints,
     agreement: Agreement,
     first: bool,
+    epochs: int,
     steps_per_epoch: int,
+    rate: Callable[..., float],
 ) -> Saved | None:
     """The checkpoint to resume from, which rank 0, the `first`, chooses for all; None: from the start.
 
-    fixed: the run's `invariants`.
+    asked: config.resume. fixed: the run's `invariants`. rate: `learning_rate`, but for `step` and `total_steps`.
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
@@ -39,15 +41,15 @@ def choose(
         try:
             folder.claim()
             claim = folder.claimed_by()
-            saved = _choose(config.resume, checkpoints)
+            saved = _choose(asked, checkpoints)
             if saved:
                 check_same_run(fixed, saved)
-                _check_same_rates(config.train, config.optim, saved, steps_per_epoch)
+                _check_same_rates(rate, fixed["optim.schedule"], saved, epochs, steps_per_epoch)
             here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
         except (ExpressError, OSError) as err:
             error = StorageError.of(err, folder.path) if isinstance(err, OSError) else err
-    path, claim, error = agreement.from_first((saved and saved.path, claim, error))
+    path, claim, error = agreement.from_all((saved and saved.path, claim, error))[0]
     if error:
         raise error
     if not folder.private:
@@ -88,12 +90,12 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     return saved
 
 
-def invariants(config: Config, dataset: Dataset, *, precision: str) -> Json:
+def invariants(config: Json, dataset: Dataset, *, precision: str) -> Json:
     """Settings that a checkpoint and the run that resumes from it have in common.
 
-    precision: the value of train.precision after the launcher's is applied.
+    config: by flat names. precision: the value of train.precision after the launcher's is applied.
     """
-    fixed = {name: value for name, value in flatten(config).items() if name not in FREE}
+    fixed = {name: value for name, value in config.items() if name not in FREE}
     return fixed | {"train.precision": precision, "the dataset's fingerprint": dataset.fingerprint}
 
 
@@ -111,25 +113,23 @@ def check_same_run(now: Json, saved: Saved) -> None:
         )
 
 
-def _check_same_rates(train: TrainConfig, optim: OptimConfig, saved: Saved, steps_per_epoch: int) -> None:
+def _check_same_rates(
+    rate: Callable[..., float], schedule: str, saved: Saved, epochs: int, steps_per_epoch: int
+) -> None:
     """Raises ConfigError if another number of epochs would have changed a rate up to now."""
-    epochs, done = saved.state.get("epochs", train.epochs), saved.state["step"]
-    if epochs == train.epochs:
+    before, done = saved.state.get("epochs", epochs), saved.state["step"]
+    if before == epochs:
         return
-    if train.epochs * steps_per_epoch < done:
+    if epochs * steps_per_epoch < done:
         raise ConfigError(
-            f"train.epochs={train.epochs} but {saved.path} has {done // steps_per_epoch} epochs and"
+            f"train.epochs={epochs} but {saved.path} has {done // steps_per_epoch} epochs and"
             f" {done % steps_per_epoch} steps behind it"
         )
-    optim = scaled_to_batch(optim, train.batch)
     for step in range(done):
-        then, now = (
-            learning_rate(optim, step=step, steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * e)
-            for e in (epochs, train.epochs)
-        )
+        then, now = (rate(step=step, total_steps=steps_per_epoch * e) for e in (before, epochs))
         if then != now:
             raise ConfigError(
-                f"train.epochs={train.epochs} but it was {epochs}: with optim.schedule={optim.schedule}"
+                f"train.epochs={epochs} but it was {before}: with optim.schedule={schedule}"
                 f" the rate of step {step + 1} of {saved.path} would have been another; keep it,"
                 f" or train on from its weights with --model.init {saved.path} {another(saved.path.parent.parent)}"
             )

@@ -12,18 +12,12 @@ import shlex
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import Json, locked, write_json
 
 from . import environment, watchdog
-
-if TYPE_CHECKING:
-    from pipeline.manifest import Dataset
-    from pipeline.read.loader import Loader
-
-    from .config import Config
 
 CONFIG, EXIT, LOCK = "config.json", "exit.json", "run.lock"
 WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
@@ -87,19 +81,10 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
 
-    def describe(self, config: Config, dataset: Dataset, loader: Loader, facts: Json) -> None:
-        """Writes config.json: the configuration, what it resolved to, and what the result depends on beside it."""
-        described = {
-            "config": dataclasses.asdict(config),
-            "shards": os.path.abspath(config.data.shards),
-            "fingerprint": dataset.fingerprint,
-            "backend": loader.backend,
-            "backend_reason": loader.backend_reason,
-            **facts,
-            "command": environment.command(),
-            "environment": environment.describe(),
-        }
-        write_json(self.path / CONFIG, described)
+    def describe(self, **facts: Any) -> None:
+        """Writes config.json: the configuration and what it resolved to, and what the result depends on beside it."""
+        facts |= {"command": environment.command(), "environment": environment.describe()}
+        write_json(self.path / CONFIG, facts)
 
     def write_exit(self, *, code: int, reason: str, step: int, **more: Any) -> None:
         """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""

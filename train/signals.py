@@ -3,13 +3,13 @@
 A second signal ends the process at once; copies of one signal, which launchers and schedulers forward, do not count.
 """
 
-import contextlib
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class Preempted(ExpressError):
     code, together = PREEMPTED, True
 
 
-@dataclass
+# Without repr: signal.signal() makes that of the handler it replaces, and of all tensors it reaches, for a second.
+@dataclass(repr=False)
 class Stop:
     """This process's request to stop. `code` is 0 until there is one; `name` puts it into words."""
 
@@ -79,7 +80,7 @@ class Stop:
         # A terminal that closes sends SIGHUP more than once, and a launcher that gets it then sends SIGTERM.
         hung_up = code == HANG_UP or (self.code == HANG_UP and code == FIRST_SIGNAL + signal.SIGTERM)
         if now - self.at > COPY_SECONDS and not hung_up:
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 self.at_second(f"a second {name(code)}: ended at once, without saving")
             os._exit(128 + code - FIRST_SIGNAL)
 
@@ -97,7 +98,7 @@ class Stop:
     def done(self) -> None:
         """Removes the stop file: the next run must not stop because of it."""
         if self._file is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._file.unlink()
 
 

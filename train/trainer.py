@@ -13,7 +13,7 @@ from pipeline.read.loader import Batch, Loader
 
 from . import nonfinite
 from .background_saves import Saver
-from .config import Config, OptimConfig, augment_at
+from .config import Config, OptimConfig
 from .distributed import Agreement
 from .metrics import Meter, Record
 from .nonfinite import Finite, LossNotFinite
@@ -47,14 +47,14 @@ class Trainer:
     """What a run consists of, made by `build_trainer`.
 
     fixed: the settings that a run must have in common with its checkpoints. optim: config.optim, its rates scaled to
-    the batch. loader_at: makes the training loader of an epoch.
+    the batch. make_loader: makes a training loader with the given `augment`.
     """
 
     config: Config
     fixed: Json
     accelerator: Accelerator
     loader: Loader
-    loader_at: Callable[[int], Loader]
+    make_loader: Callable[..., Loader]
     val_loader: Loader
     stepper: Stepper
     optim: OptimConfig
@@ -100,9 +100,10 @@ class Trainer:
     def enter_epoch(self) -> None:
         """Replaces the loader if the epoch that it stands in has other crops or colours."""
         at = self.loader.state_dict()
-        if augment_at(self.config.train, self.config.augment, at["epoch"]) != self.loader.augment:
+        augment = self.config.augment_at(at["epoch"])
+        if augment != self.loader.augment:
             self.loader.close()
-            self.loader = self.loader_at(at["epoch"])
+            self.loader = self.make_loader(augment=augment)
             self.loader.load_state_dict(at)
 
     def step(self, batch: Batch) -> int:

@@ -6,7 +6,6 @@ behind, writes its threads' stacks to `stacks/` and exits with code 77, as all r
 process of the same host is killed, since it holds memory, devices and perhaps the run's lock.
 """
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -17,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Watchdog:
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             (self.folder / HEARTBEATS).mkdir(exist_ok=True)
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -126,7 +126,7 @@ class Watchdog:
         }
         path = self._beat_path(self.rank)
         partial = path.with_suffix(".partial")
-        with contextlib.suppress(OSError):  # a full disk is reported by the save that fails
+        with suppress(OSError):  # a full disk is reported by the save that fails
             partial.write_text(json.dumps(beat) + "\n")
             os.replace(partial, path)
 
@@ -138,7 +138,7 @@ class Watchdog:
         beats = {}
         for rank in range(self.world):
             beats[rank] = dict(UNKNOWN)
-            with contextlib.suppress(OSError, ValueError, TypeError):
+            with suppress(OSError, ValueError, TypeError):
                 beats[rank] |= json.loads(self._beat_path(rank).read_text())
             if self._seen.get(rank, (None,))[0] != beats[rank]["time"]:
                 self._seen[rank] = (beats[rank]["time"], now)
@@ -150,7 +150,7 @@ class Watchdog:
         patience = min(max(3 * self.beat_seconds, 1.5), self.hang_seconds / 3)
         silent = [rank for rank, (_, at) in self._seen.items() if rank != self.rank and now - at > patience]
         reason = describe(beats, silent, seconds=self.hang_seconds, step=self.step)
-        with contextlib.suppress(OSError), open(self.folder / HANG, "x") as file:
+        with suppress(OSError), open(self.folder / HANG, "x") as file:
             json.dump({"reason": reason, "silent": silent}, file)
         reason = read_hang(self.folder) or reason
         dump_stacks(self.folder, self.rank, reason)
@@ -164,7 +164,7 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         dump_stacks(self.folder, self.rank, reason)
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             print(f"error: [rank {self.rank}] {reason}", file=sys.stderr)
             self.on_hang(reason)
         os._exit(errors.HANG)
@@ -192,7 +192,7 @@ def _who(rank: int, beat: Json) -> str:
 
 def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | None = None) -> None:
     """Writes the stacks of all threads to `stacks/rank-NNNNN.txt`, once, after the traceback of `error`."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         (folder / STACKS).mkdir(exist_ok=True)
         with open(_stack_path(folder, rank), "x") as file:
             print(reason, file=file)
@@ -213,7 +213,7 @@ def read_hang(folder: Path) -> str:
 def clean(folder: Path) -> None:
     """Removes what an earlier start left: a rank must not be judged by it."""
     for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             path.unlink()
 
 
@@ -239,6 +239,6 @@ def _kill(beat: Json) -> None:
     """Ends the process of a heartbeat if it runs here: one that is stopped handles no other signal."""
     pid, ours = beat["pid"], beat["host"] == socket.gethostname() and beat["pid"] != os.getpid()
     if ours and beat["started"] and _started(pid) == beat["started"]:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
             print(f"killed process {pid}, which had stopped responding", file=sys.stderr)

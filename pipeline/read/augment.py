@@ -89,14 +89,15 @@ def place(config: AugmentConfig, ids: ndarray, width: ndarray, height: ndarray, 
     flip = config.flip & (draw(stream=rng.FLIP, count=1)[:, 0] < 0.5)
     u = draw(stream=rng.CROP, count=2)
     if config.scale_jitter is not None:
-        return Placement(_jittered(config, size, draw(stream=rng.JITTER, count=2 * TRIES), u), flip)
-    scaled = _scaled(config, size)
+        tries = draw(stream=rng.JITTER, count=2 * TRIES)
+        return Placement(_jittered(*config.scale_jitter, *config.aspect_jitter, size, tries, u), flip)
+    scaled = _scaled(size, config.resize)
     first, room = _room(config, scaled)
-    return Placement(_box(config, first + (u * (room + 1)).astype(np.int64), size / scaled), flip)
+    return Placement(_box(first + (u * (room + 1)).astype(np.int64), size / scaled, config.crop), flip)
 
 
-def _scaled(config: AugmentConfig, size: ndarray) -> ndarray:
-    return np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1)
+def _scaled(size: ndarray, short: int) -> ndarray:
+    return np.stack(resized(size[:, 0], size[:, 1], short), axis=1)
 
 
 def _room(config: AugmentConfig, scaled: ndarray) -> tuple[ndarray, ndarray]:
@@ -108,30 +109,31 @@ def _room(config: AugmentConfig, scaled: ndarray) -> tuple[ndarray, ndarray]:
     return centre_offset(scaled, side), side - config.crop
 
 
-def _box(config: AugmentConfig, place: ndarray, scale: ndarray) -> ndarray:
+def _box(place: ndarray, scale: ndarray, crop: int) -> ndarray:
     """Whole pixels of the resized image as a rectangle of the stored one, which is `scale` times as large."""
-    return np.concatenate([place * scale, config.crop * scale], axis=1)
+    return np.concatenate([place * scale, crop * scale], axis=1)
 
 
 def _views(config: AugmentConfig, size: ndarray) -> Placement:
-    scaled = _scaled(config, size)
+    scaled = _scaled(size, config.resize)
     scale, centre = size / scaled, centre_offset(scaled, config.crop)
     if config.views == 1:
-        return Placement(_box(config, centre, scale), np.zeros(len(size), bool))
+        return Placement(_box(centre, scale, config.crop), np.zeros(len(size), bool))
     first, room = _room(config, scaled)
     corners = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])]
-    boxes = np.stack([_box(config, place, scale) for place in (*corners, centre)], axis=1)
+    boxes = np.stack([_box(place, scale, config.crop) for place in (*corners, centre)], axis=1)
     return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(size)))
 
 
-def _jittered(config: AugmentConfig, size: ndarray, u: ndarray, where: ndarray) -> ndarray:
+def _jittered(
+    least: float, most: float, narrow: float, wide: float, size: ndarray, u: ndarray, where: ndarray
+) -> ndarray:
     """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
     rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels.
 
     u: (n, 2 · TRIES), where: (n, 2) random numbers.
     """
-    assert config.scale_jitter is not None
-    (least, most), (narrow, wide), u = config.scale_jitter, config.aspect_jitter, u.reshape(-1, TRIES, 2)
+    u = u.reshape(-1, TRIES, 2)
     area = size.prod(1)[:, None] * (least + (most - least) * u[..., 0])
     aspect = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * u[..., 1])
     tries = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], axis=2))).astype(np.int64)
@@ -175,17 +177,13 @@ def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Norm
     if config.normalize == "mean-image":
         if measured.mean_image is None:
             raise ConfigError("augment.normalize=mean-image: the statistics hold no mean image")
-        mean, image = (0.0, 0.0, 0.0), _mean_image_crop(measured.mean_image, config)
+        if len(measured.mean_image) != config.resize:
+            raise ConfigError(
+                f"augment.resize={config.resize} but the mean image was measured at {len(measured.mean_image)} pixels;"
+                f" shard the data with --size {config.resize}, or use normalize=mean"
+            )
+        # For every crop the same, as in the 2012 code.
+        start = int(centre_offset(config.resize, config.crop))
+        centre = measured.mean_image[start : start + config.crop, start : start + config.crop]
+        mean, image = (0.0, 0.0, 0.0), np.ascontiguousarray(centre.transpose(2, 0, 1))
     return Normalisation(np.array(mean, np.float32), std if config.normalize == "mean-std" else (1.0,) * 3, image)
-
-
-def _mean_image_crop(image: ndarray, config: AugmentConfig) -> ndarray:
-    """(3, crop, crop) float32, of the mean image's centre: for every crop the same, as in the 2012 code."""
-    if len(image) != config.resize:
-        raise ConfigError(
-            f"augment.resize={config.resize} but the mean image was measured at {len(image)} pixels;"
-            f" shard the data with --size {config.resize}, or use normalize=mean"
-        )
-    offset = int(centre_offset(len(image), config.crop))
-    crop = image[offset : offset + config.crop, offset : offset + config.crop]
-    return np.ascontiguousarray(crop.transpose(2, 0, 1))

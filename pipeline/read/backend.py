@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy import ndarray
+from torch import Tensor
 
 from ..errors import BadSample
 from .fetch import HEIGHT, SIZE, WIDTH
@@ -49,7 +50,7 @@ class Engine(Protocol):
         """`source` returns the next batch; the engine calls it when it can begin to decode that batch."""
         self.source = source
 
-    def next(self) -> tuple[Work, torch.Tensor]:
+    def next(self) -> tuple[Work, Tensor]:
         """The next batch and its (n · views, 3, crop, crop) crops. Raises DataError for an image it cannot decode."""
 
     def stop(self) -> None:
@@ -82,7 +83,7 @@ def check_raw_sizes(work: Work, start: int, end: int, reader: Reader) -> None:
         raise undecodable(work, start + i, reason, reader)
 
 
-def to_device(array: ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: ndarray, device: torch.device) -> Tensor:
     """A copy on the device that the host does not wait for: on its way to a GPU it goes through pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
@@ -100,7 +101,7 @@ def _recorded(device: torch.device | None = None) -> Any:
 class HostCopy:
     """A tensor on its way to the host, from a GPU to pinned memory: making one does not wait for the GPU."""
 
-    def __init__(self, values: torch.Tensor) -> None:
+    def __init__(self, values: Tensor) -> None:
         self._event: Any = None
         if values.device.type != "cuda":
             self._values = values.clone()
@@ -109,7 +110,7 @@ class HostCopy:
         self._values.copy_(values, non_blocking=True)
         self._event = _recorded(values.device)
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> Tensor:
         """The values, on the host. Waits for the copy and for nothing that was queued after it."""
         if self._event is not None:
             self._event.synchronize()

@@ -12,6 +12,7 @@ from ..settings import Bounds, Fraction, InHelp, PerHost, validate
 if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to import
     import torch
 
+Few = Annotated[int, Bounds(ge=1, le=1024)]
 Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
 
 
@@ -24,9 +25,9 @@ class LoaderConfig:
     which delivers noise without reading an image, to measure the network alone."""
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
-    read_threads: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 32
+    read_threads: PerHost[Few] = 32
     """Reads in flight."""
-    prefetch_batches: PerHost[Annotated[int, Bounds(ge=1, le=1024)]] = 2
+    prefetch_batches: PerHost[Few] = 2
     """Batches decoded ahead of the consumer; the same number is read ahead of decoding."""
     verify: PerHost[bool] = True
     """Compare each sample's checksum when it is read."""

@@ -99,8 +99,7 @@ class Cropper:
         mean: flat, 3 for each crop of `out`, scale: (3,) float32; the crop is (x - mean) · scale.
         pitch: pixels from one row of the images to the next; 0: their width.
         """
-        done: int = crop_images(*block, self.side, self.packed, pitch, *crops)
-        return done
+        return crop_images(*block, self.side, self.packed, pitch, *crops)
 
 
 _HERE = np.full(1, IN_MEMORY)

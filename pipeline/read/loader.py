@@ -17,13 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..cores import threads_per_rank
 from ..errors import ConfigError
+from ..files import Json
 from ..manifest import Dataset, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
@@ -40,9 +42,9 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """One rank's slice of a global batch."""
 
-    images: torch.Tensor  # (n, 3, crop, crop), the loader's dtype; (n, 10, 3, crop, crop) with augment.views=10
-    labels: torch.Tensor  # (n,) int64, on the loader's device as the images
-    ids: torch.Tensor  # (n,) int64, on the CPU: positions in the split's index
+    images: Tensor  # (n, 3, crop, crop), the loader's dtype; (n, 10, 3, crop, crop) with augment.views=10
+    labels: Tensor  # (n,) int64, on the loader's device as the images
+    ids: Tensor  # (n,) int64, on the CPU: positions in the split's index
 
 
 class Loader(AbstractContextManager["Loader"]):
@@ -130,7 +132,7 @@ class Loader(AbstractContextManager["Loader"]):
             always_ahead=self.backend.startswith("dali"),
             pinned=self.backend == "dali-gpu",
         )
-        self._mean_image: torch.Tensor | None = None
+        self._mean_image: Tensor | None = None
         if normal.image is not None and dtype != "uint8":
             image = torch.from_numpy(normal.image)[None].to(self.device)
             # In the images' memory format: reading across another one would be slow.
@@ -178,14 +180,14 @@ class Loader(AbstractContextManager["Loader"]):
         """Names a sample of `ids`: shard, key, offset."""
         return self._reader.describe(sample)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """The next batch's coordinates, and the dataset and settings they are for. Prefetched batches do not count."""
         # Everything that determines the ids of a step, except the step; ranks, threads and backend do not.
         of = {"fingerprint": self.dataset.fingerprint, "split": self.split.name}
         of |= {name: getattr(self.plan, name) for name in ("seed", "batch", "partitions", "window", "first")}
         return {"epoch": self._epoch, "step": self._step, "of": of}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Json) -> None:
         """Resumes as if all batches before these coordinates had been consumed. O(1); another world size is fine.
 
         Raises ConfigError if the state is of another dataset, seed, batch, partitions or window, with both values.

@@ -4,6 +4,7 @@ Steps, labels and ids are those of the plan. Nothing is read from storage, decod
 """
 
 import torch
+from torch import Tensor
 
 from .backend import Engine, Output, Work
 
@@ -15,10 +16,10 @@ class Synthetic(Engine):
 
     def __init__(self, output: Output, *, rows: int) -> None:
         self.output, self.rows = output, rows
-        self._batches: list[torch.Tensor] = []
+        self._batches: list[Tensor] = []
         self._delivered = 0
 
-    def next(self) -> tuple[Work, torch.Tensor]:
+    def next(self) -> tuple[Work, Tensor]:
         if not self._batches:  # not in __init__: the loader of the other split may never be used
             self._batches = [self._noise(seed) for seed in range(BATCHES)]
         work = self.source()
@@ -32,7 +33,7 @@ class Synthetic(Engine):
     def decoder(self) -> str:
         return "none: pixels are noise"
 
-    def _noise(self, seed: int) -> torch.Tensor:
+    def _noise(self, seed: int) -> Tensor:
         """(rows, 3, crop, crop) of the output's dtype and memory format; standard normal, or 0 to 255 for uint8."""
         o = self.output
         layout = torch.channels_last if o.channels_last else torch.contiguous_format

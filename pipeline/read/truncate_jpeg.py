@@ -5,7 +5,7 @@ whose header names fewer rows is decoded to those rows, and what follows is skip
 224 in 256, and the pixels above the cut are the same to the last bit.
 """
 
-import numpy as np
+from numpy import ndarray
 
 from ..jit import compiled
 from ..jpeg import number
@@ -15,7 +15,7 @@ ROWS_BELOW = 4
 
 
 @compiled
-def _headers(data: np.ndarray, start: int, size: int) -> tuple[int, int]:
+def _headers(data: ndarray, start: int, size: int) -> tuple[int, int]:
     """Where the frame header and the first scan of the JPEG data[start : start + size] are; (0, 0) if not found.
 
     Only well-formed segments come before them. The rare JPEG with fill bytes there is for a decoder to judge.
@@ -36,7 +36,7 @@ def _headers(data: np.ndarray, start: int, size: int) -> tuple[int, int]:
 
 
 @compiled
-def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height: int) -> bool:
+def is_jpeg_of_size(data: ndarray, start: int, size: int, width: int, height: int) -> bool:
     """Whether data[start : start + size] begins as a tidy, Huffman-coded, grey or RGB JPEG of width × height."""
     frame = _headers(data, start, size)[0]
     known = frame > 0 and data[frame + 1] <= 0xC2 and data[frame + 9] <= 3
@@ -44,7 +44,7 @@ def is_jpeg_of_size(data: np.ndarray, start: int, size: int, width: int, height:
 
 
 @compiled
-def cut_short(data: np.ndarray, start: int, size: int, width: int, height: int, rows: int) -> bool:
+def cut_short(data: ndarray, start: int, size: int, width: int, height: int, rows: int) -> bool:
     """Makes the JPEG data[start : start + size] of width × height `rows` high, in place.
 
     Returns whether that was possible: baseline or extended sequential, Huffman, one scan, of the size named.

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from .. import cuts, manifest, pool
 from ..decode import BadImage
 from ..errors import ConfigError, DataError, StorageError, reading
-from ..files import PARTIAL, json_bytes
+from ..files import PARTIAL, Json, json_bytes
 from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
 from . import journal, resize
@@ -30,6 +30,7 @@ from .sources import Item
 
 __all__ = ["Options", "Plan", "build", "forecast"]
 
+TRIED = 64  # images, for a forecast
 AHEAD = 16  # images that the system is asked to fetch before they are read
 
 
@@ -79,11 +80,11 @@ class _Nowhere(Folder):
         return io.BytesIO()
 
 
-def forecast(plan: Plan, only: range | None = None, *, images: int = 64) -> tuple[ShardRecord, float]:
+def forecast(plan: Plan, only: range) -> tuple[ShardRecord, float]:
     """Makes a shard of some of the plan's images and stores it nowhere: its record, and one worker's seconds for it."""
     resize.prepare()
-    items = [item for n in plan.numbers(only) for item in plan.tasks[n].items[:images]]
-    items = items[:: max(1, len(items) // images)][:images]
+    items = [item for n in only for item in plan.tasks[n].items[:TRIED]]
+    items = items[:: max(1, len(items) // TRIED)][:TRIED]
     started = time.perf_counter()
     record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", measure=plan.options.stats)
     return record, time.perf_counter() - started
@@ -97,7 +98,7 @@ def build(
     report: Callable[[int, str], None] = lambda images, note: None,
     only: range | None = None,
     merge: bool = True,
-) -> dict[str, Any] | None:
+) -> Json | None:
     """Makes every shard of the plan that is not whole yet, and then the manifest, which it returns.
 
     report: called with the images done since its last call, and a note for people.
@@ -108,7 +109,7 @@ def build(
     Without a manifest the folder is no dataset, whatever else is in it.
     """
     folder = Folder(out)
-    chosen = plan.numbers(only)
+    chosen = range(len(plan.tasks)) if only is None else only
     try:
         finished = _check_folder(plan, folder)
         if not finished:
@@ -167,7 +168,7 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
             report(plan.images([number]), f"{rate:,.0f} MB/s" + (f", {bad} bad" if bad else ""))
 
 
-def _check_folder(plan: Plan, folder: Folder) -> dict[str, Any] | None:
+def _check_folder(plan: Plan, folder: Folder) -> Json | None:
     """Returns the manifest if the folder holds the same dataset, finished already.
 
     Raises ConfigError for a folder that holds another one, finished or not, or files of others.
@@ -234,7 +235,7 @@ def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
         )
 
 
-def _publish(plan: Plan, folder: Folder) -> dict[str, Any]:
+def _publish(plan: Plan, folder: Folder) -> Json:
     """Index, statistics and, last, the manifest, from the records, which are then removed."""
     source, options = plan.source, plan.options
     size, fraction = options.encoding.size, options.max_bad_fraction

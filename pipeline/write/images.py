@@ -1,9 +1,10 @@
 """Decodes, checks, resizes and encodes one image file. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from numpy import ndarray
 from simplejpeg import decode_jpeg, encode_jpeg
 
 from ..decode import MAX_SIDE, BadImage, Scratch, decode, open_image, plain_jpeg_size, untidy
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     converted: str | None  # its kind before, if it had to be converted
 
 
+@dataclass
 class Preparer:
     """Decodes, checks, resizes and encodes, image after image, in buffers of its own.
 
@@ -54,9 +56,11 @@ class Preparer:
     if `keep` stores it as it is.
     """
 
-    def __init__(self, encoding: Encoding, *, measure: bool = True, check: str = "full") -> None:
-        self.encoding, self.measure, self.check = encoding, measure, check
-        self._decoded, self._resized = Scratch(), Scratch()
+    encoding: Encoding
+    measure: bool = True
+    check: str = "full"
+    _decoded: Scratch = field(default_factory=Scratch)
+    _resized: Scratch = field(default_factory=Scratch)
 
     def __call__(self, data: bytes) -> Prepared:
         """Raises BadImage with the reason."""
@@ -81,14 +85,14 @@ class Preparer:
             measured = Measured(*[Square.centre(pixels, encoding.size)] * 2) if self.measure else None
         return Prepared(stored, pixels.shape[1], pixels.shape[0], measured, converted)
 
-    def _squares(self, pixels: np.ndarray) -> Measured:
+    def _squares(self, pixels: ndarray) -> Measured:
         """The centre square of short side encoding.size; a smaller image's pixels are counted at their own size."""
         short, wanted = min(pixels.shape[:2]), self.encoding.size
         square = Square.centre(resize(pixels, wanted, self._resized, square=True), wanted)
         return Measured(square, square if short >= wanted else Square.centre(pixels, short))
 
 
-def _reject_slivers(pixels: np.ndarray, short: int) -> None:
+def _reject_slivers(pixels: ndarray, short: int) -> None:
     """A 3000×2 image would become 384,000×256: more than JPEG holds, and soon more than memory does."""
     height, width, _ = pixels.shape
     w, h = resized(width, height, short)
@@ -104,9 +108,8 @@ def _foreign(data: bytes) -> str | None:
     return f"{image.format} {image.mode}"
 
 
-def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
+def _jpeg(pixels: ndarray, quality: int) -> bytes:
     """Baseline 4:2:0, which hardware decoders take. pixels: (h, w, 3) uint8."""
-    encoded: bytes = encode_jpeg(
+    return encode_jpeg(
         np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False
     )
-    return encoded

@@ -13,7 +13,6 @@ from glob import escape, glob
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
@@ -21,6 +20,7 @@ from braceexpand import braceexpand
 from .. import manifest, pool
 from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
+from ..files import Json
 from ..shards import IMAGES, INDEX_DTYPE, LABELS, Shard, crc32, file_sha256, label_name, split_name, stored_label
 from ..storage import Folder
 from ..tar import Member, members
@@ -184,7 +184,7 @@ def index(
     max_bad_fraction: float = 0.0,
     workers: int,
     progress: Callable[[int], None],
-) -> tuple[dict[str, Any], PassedOver]:
+) -> tuple[Json, PassedOver]:
     """Writes index, mean image and manifest into `out`, beside the tars or apart from them; returns the manifest.
 
     splits: name → tars in order. statistics_images: how many of the training images to decode. progress: called with 1
@@ -220,7 +220,7 @@ def index(
 
 def _publish(
     folder: Folder, name: str, collected: Collected, classes: list[str] | None, options: dict[str, int]
-) -> dict[str, Any]:
+) -> Json:
     of_split = collected.of_split.items()
     labels = {split: np.concatenate([record.rows["label"] for record in found]) for split, found in of_split}
     collected.of_split = {split: [record for record in found if record.shard.samples] for split, found in of_split}

@@ -7,12 +7,12 @@ import io
 import json
 import zipfile
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import ConfigError
-from ..files import json_bytes
+from ..files import Json, json_bytes
 from ..manifest import PARTS
 from ..settings import flatten
 from ..shards import Shard, dali_index_name
@@ -64,7 +64,7 @@ def load(folder: Folder, shard: str, digest: str) -> ShardRecord | None:
     return record if whole and record.digest == digest else None
 
 
-def claim(folder: Folder, plan: dict[str, Any]) -> None:
+def claim(folder: Folder, plan: Json) -> None:
     """Records which plan the folder belongs to. Raises ConfigError if another plan has begun there."""
     with folder.lock(f"{PLAN}.lock", wait_seconds=PLAN_LOCK_SECONDS):
         if folder.size(PLAN) is None:
@@ -72,7 +72,7 @@ def claim(folder: Folder, plan: dict[str, Any]) -> None:
     check_plan(folder, plan)
 
 
-def check_plan(folder: Folder, plan: dict[str, Any]) -> None:
+def check_plan(folder: Folder, plan: Json) -> None:
     """Raises ConfigError if the folder holds an unfinished sharding with other options.
 
     Images may be removed, repaired and added: each record has the digest of its images.
@@ -81,7 +81,7 @@ def check_plan(folder: Folder, plan: dict[str, Any]) -> None:
         reject_other(folder, json.loads(folder.read(PLAN)) | {"images": plan["images"]}, plan, "an unfinished sharding")
 
 
-def reject_other(folder: Folder, begun: dict[str, Any], plan: dict[str, Any], what: str) -> None:
+def reject_other(folder: Folder, begun: Json, plan: Json, what: str) -> None:
     """Raises ConfigError, naming both values, if the plans differ."""
     theirs, ours = flatten(begun), flatten(json.loads(json.dumps(plan)))
     # Options first: hashes of the images do not show what differs.

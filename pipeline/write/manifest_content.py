@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from math import isqrt
-from typing import Any
 
 import numpy as np
 
 from .. import manifest
 from ..errors import DataError
+from ..files import Json
 from ..shards import write_array
 from ..storage import Folder
 from .journal import ShardRecord
@@ -29,7 +29,7 @@ class BadImages(DataError):
         )
 
 
-def write_statistics(totals: Totals, folder: Folder, name: str) -> dict[str, Any]:
+def write_statistics(totals: Totals, folder: Folder, name: str) -> Json:
     """Writes the mean image as `name`; returns all other statistics for the manifest, with the file's sha256."""
     (images, pixels), sums = totals.numbers[:2].tolist(), totals.numbers[2:]
     if not images:
@@ -77,7 +77,7 @@ class Collected:
         if len(self.bad) > max_bad_fraction * (samples + len(self.bad)):
             raise BadImages(self.bad, samples + len(self.bad))
 
-    def write_splits(self, folder: Folder, dataset: str) -> dict[str, Any]:
+    def write_splits(self, folder: Folder, dataset: str) -> Json:
         """Writes each split's index; returns the splits for the manifest."""
         splits = {}
         for split, records in self.of_split.items():

@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import PIL
 import simplejpeg
 
 from ..errors import ConfigError
+from ..files import Json
 from ..settings import BelowOne, Positive, validate
 from .images import Encoding
 from .sources import Item, Items, Source
@@ -70,11 +71,6 @@ class Plan:
                 tasks.append(Task(split, name, items, shuffled[start : start + per]))
         return tasks
 
-    def numbers(self, only: range | None) -> range:
-        """The tasks' numbers; `only`: no others than these."""
-        every = range(len(self.tasks))
-        return every if only is None else every[only.start : only.stop]
-
     def images(self, numbers: Iterable[int]) -> int:
         """How many images these shards are made of."""
         return sum(len(self.tasks[n].rows) for n in numbers)
@@ -82,10 +78,10 @@ class Plan:
     @property
     def bad_allowed(self) -> float:
         """How many images may be left out."""
-        return self.options.max_bad_fraction * self.images(self.numbers(None))
+        return self.options.max_bad_fraction * sum(map(len, self.source.splits.values()))
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """All that decides the bytes, except the images themselves: runs may share a folder if this is the same."""
         options = asdict(self.options)
         del options["max_bad_fraction"]

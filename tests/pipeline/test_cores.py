@@ -59,11 +59,11 @@ def test_the_cores_near_a_device_are_read_from_the_system(tmp_path):
     device = tmp_path / "0000:3b:00.0"
     device.mkdir()
     assert cores.near_device("0000:3B:00.0", tmp_path) is None
-    (device / "local_cpulist").write_text("0-3,8,10-11\n")
+    (device / "local_cpus").write_text("00000001,00000d0f\n")
     (device / "numa_node").write_text("-1\n")  # one node only
     assert cores.near_device("0000:3B:00.0", tmp_path) is None
     (device / "numa_node").write_text("0\n")
-    assert cores.near_device("0000:3B:00.0", tmp_path) == [0, 1, 2, 3, 8, 10, 11]
+    assert cores.near_device("0000:3B:00.0", tmp_path) == [0, 1, 2, 3, 8, 10, 11, 32]
 
 
 def test_a_pinned_rank_has_its_cores_for_itself():

@@ -23,7 +23,7 @@ sys.path.append(str(ROOT))
 from tools.bench import __main__ as bench
 from tools.bench import fig1, harness, layers, loader
 from tools.bench.alone import attempt
-from tools.bench.peers import copy_files, ours_shards
+from tools.bench.peers import sharders
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,8 @@ def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_
 
 
 def test_sharders_count_the_images_and_leave_nothing(image_folder, tmp_path):
-    for peer in (ours_shards, copy_files):
-        found = peer.measure(str(image_folder / "train"), str(tmp_path / "out"), workers=2)
+    for peer in (sharders.ours, sharders.copy_files):
+        found = peer(str(image_folder / "train"), str(tmp_path / "out"), workers=2)
         assert found["images"] == 12
         assert found["seconds"] > 0
         assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.settings import IN_HELP, MAY_CHANGE, PER_HOST, flatten, marked, updated
 from tests.conftest import ROOT
 from train.cli import _first_sentence, parse, summary
-from train.config import RESUME_NEWEST, Config, augment_at, behind_the_end
+from train.config import RESUME_NEWEST, Config
 from train.presets import DESCRIPTIONS, PRESETS, advice
 from train.resume import check_same_run, invariants
 
@@ -243,15 +243,15 @@ def test_a_file_may_say_what_flags_may(tmp_path):
 def test_epochs_that_a_run_does_not_reach_are_told_or_refused():
     with pytest.raises(ConfigError, match=r"train.crop_until=25 45 65, train.epochs=30: augment.crop=224 would never"):
         parsed("modern", "--data.shards", "x", "--train.epochs", "30")
-    assert not behind_the_end(PRESETS["original"].train, PRESETS["original"].optim)
+    assert not PRESETS["original"].behind_the_end()
     config = parsed("original", "--data.shards", "x", "--train.epochs", "60")
-    assert behind_the_end(config.train, config.optim) == [
+    assert config.behind_the_end() == [
         "optim.milestones 79: the run has 60 epochs",
         "train.colour_epochs 67: the run has 60 epochs",
         "train.conv1_epochs 72: the run has 60 epochs",
     ]
     config = parsed("demo", "--data.shards", "x", "--train.epochs", "1")
-    assert "optim.lr is not reached" in behind_the_end(config.train, config.optim)[0]
+    assert "optim.lr is not reached" in config.behind_the_end()[0]
 
 
 def test_overfitting_takes_no_rates_of_layers_and_no_parts():
@@ -274,12 +274,12 @@ def test_no_file_is_named(tmp_path):
 
 def test_crops_grow_and_colours_and_resizing_follow():
     config = parsed("modern", "--data.shards", "x", "--train.epochs", "9", "--train.crop-until", "2", "4", "6")
-    seen = [augment_at(config.train, config.augment, epoch) for epoch in range(9)]
+    seen = [config.augment_at(epoch) for epoch in range(9)]
     assert [a.crop for a in seen] == [128, 128, 160, 160, 192, 192, 224, 224, 224]
     assert [a.resize for a in seen] == [146, 146, 183, 183, 219, 219, 256, 256, 256]
     assert seen[-1] is config.augment
     original = parsed("original", "--data.shards", "x")
-    assert [augment_at(original.train, original.augment, epoch).colour for epoch in (0, 66, 67, 92)] == [0.1, 0.1, 0, 0]
+    assert [original.augment_at(epoch).colour for epoch in (0, 66, 67, 92)] == [0.1, 0.1, 0, 0]
 
 
 def test_a_preset_is_changed_to_another_schedule_by_one_flag():
@@ -304,7 +304,7 @@ def test_a_checkpoint_made_before_fields_were_removed_and_added_resumes():
         fingerprint = "f"
 
     config = Config()
-    fixed = invariants(config, Data, precision="fp32")
+    fixed = invariants(flatten(config), Data, precision="fp32")
     before = {k: v for k, v in fixed.items() if k != "optim.nesterov"}  # as if that field were new
     before |= {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha": "variant"}
     Saved.state = {"config": before}

@@ -92,3 +92,8 @@ def test_a_set_of_one_class_is_warned_of(classes):
     loop.begin(trainer)
     logged = [call.args[0] for call in trainer.record.log.call_args_list]
     assert ("warning: the set has one class, so top-1 is always 1" in logged) == (classes == 1)
+
+
+def test_the_text_of_a_signals_handler_holds_nothing_of_the_run():
+    """signal.signal() makes the text of the handler that it replaces: that of the trainer's tensors took a second."""
+    assert "at_second" not in repr(signals.Stop()._interrupt)

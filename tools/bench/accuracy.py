@@ -16,16 +16,15 @@ WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on on
 EPOCHS, WIDTH = 35, 0.375
 LRN_COSTS = 1.4  # an epoch with response normalisation, of one with batch normalisation, by processor time
 LEVELS = (0.6, 0.7, 0.75, 0.8, 0.85)
-NET = ["--model.name", "small", "--model.weight-init", "he"]
-COMMON = ["--augment.resize", "36", "--augment.crop", "32", "--train.precision", "bf16", "--run.log-every", "50"]
+COMMON = """
+    --model.name small --model.weight-init he --augment.resize 36 --augment.crop 32 --train.precision bf16
+    --run.log-every 50"""
 RECIPES = {
-    "modern": [
-        *("--train.batch", "256", "--train.crop-sizes", "--train.crop-until", "--augment.scale-jitter", "0.5", "1"),
-        *("--optim.weight-decay", "5e-4", "--optim.warmup-epochs", "2", "--regularize.ema", "0.998"),
-        *("--model.dropout", "0.3", "--train.compile", "off"),
-    ],
-    "seed": ["--augment.statistics", "dataset"],
-    "paper": ["--augment.normalize", "mean-std"],
+    "modern": """
+        --train.batch 256 --train.crop-sizes --train.crop-until --augment.scale-jitter 0.5 1 --optim.weight-decay 5e-4
+        --optim.warmup-epochs 2 --regularize.ema 0.998 --model.dropout 0.3 --train.compile off""",
+    "seed": "--augment.statistics dataset",
+    "paper": "--augment.normalize mean-std",
 }
 
 
@@ -53,8 +52,8 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
 def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     """A recipe as arguments of train/run.py. epochs: of modern; the others get fewer, for about the same time."""
     epochs = epochs if name == "modern" else max(1, round(epochs / LRN_COSTS))
-    own = ["--data.shards", str(shards), "--train.epochs", str(epochs), "--model.width", str(width)]
-    return [name, *own, *NET, *COMMON, *RECIPES[name]]
+    own = f"--train.epochs {epochs} --model.width {width} {COMMON} {RECIPES[name]}"
+    return [name, "--data.shards", str(shards), *own.split()]
 
 
 def seconds_to(level: float, result: harness.Json) -> float | None:

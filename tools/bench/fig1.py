@@ -38,7 +38,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
-    own = ["--model.activation", activation, "--optim.lr", str(rate), "--train.epochs", str(epochs)]
+    own = f"--model.activation {activation} --optim.lr {rate} --train.epochs {epochs}".split()
     result = trained.trained(run, ["fig1", "--data.shards", str(shards), *own])
     return {"rate": rate, "reached": result["last"]["top1"] >= TARGET, **result}
 

@@ -47,9 +47,9 @@ def add_options(p: Parser, **defaults: Any) -> None:
 
 
 def add_images(p: Parser, *pythons: str) -> None:
-    p.add_argument("--images", type=Path, required=True, help="class folders of JPEGs, or a tar of them")
+    p.path("--images", "PATH", "class folders of JPEGs, or a tar of them", required=True)
     for name in pythons:
-        p.add_argument(f"--{name}", type=Path, metavar="FILE", help=HELP[name])
+        p.path(f"--{name}", "FILE", HELP[name])
 
 
 def command_line(program: str) -> str:

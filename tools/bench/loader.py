@@ -27,7 +27,7 @@ OURS = {  # the cells of each kind of data, by the last part of their names
     "1-ms-late": "ours, each read 1 ms late",
     "10-ms-late": "ours, each read 10 ms late",
 }
-PEERS = {  # the module, the kinds of data that it can read, and its own options
+PEERS = {  # the function, the kinds of data that it can read, and its own options
     "decode alone (libjpeg-turbo)": ("decode", JPEGS, {}),
     "FFCV, random resized crop": ("ffcv", DATA, {"crop": "random-resized"}),
     "FFCV, centre crop": ("ffcv", DATA, {"crop": "centre"}),
@@ -36,7 +36,7 @@ PEERS = {  # the module, the kinds of data that it can read, and its own options
     "torchvision.io": ("torchvision_io", ["keep"], {}),
     "the seed's (ImageFolder)": ("seed", ["keep"], {}),
 }
-NAMES = [*OURS, *dict.fromkeys(module for module, *_ in PEERS.values()), "extremes"]
+NAMES = [*OURS, *dict.fromkeys(name for name, *_ in PEERS.values()), "extremes"]
 
 
 def add_arguments(p: harness.Parser) -> None:
@@ -79,14 +79,10 @@ def cells_on(kind: str, images: Path, scratch: Path, args: harness.Namespace) ->
             what = {"data": kind, "loader": loader}
             yield Cell(what, "tools.bench.cells:batches", options, ranks=ours.ranks, shared=shared)
     common |= {"images": images, "shards": scratch / kind}
-    for loader, (module, kinds, own) in PEERS.items():
-        python = args.ffcv_python if module == "ffcv" else sys.executable
-        if module in args.only and kind in kinds and python:
-            function = f"tools.bench.peers.{module}:batches"
-            yield Cell(
-                {"data": kind, "loader": loader},
-                function,
-                common | own,
-                python=python,
-                shared="" if module == "ffcv" else module,
-            )
+    for loader, (name, kinds, own) in PEERS.items():
+        python, module, shared = sys.executable, "loaders", name
+        if name == "ffcv":
+            python, module, shared = args.ffcv_python, "ffcv", ""
+        if name in args.only and kind in kinds and python:
+            function, what = f"tools.bench.peers.{module}:{name}", {"data": kind, "loader": loader}
+            yield Cell(what, function, common | own, python=python, shared=shared)

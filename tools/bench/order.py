@@ -19,30 +19,21 @@ def add_arguments(p: harness.Parser) -> None:
     harness.add_options(p, rounds=5)
 
 
-def classes_a_batch(labels: np.ndarray, ids: np.ndarray) -> float:
-    """Mean number of distinct classes in a global batch."""
-    batches = np.sort(labels[ids].reshape(-1, BATCH), axis=1)
-    return round(float((np.diff(batches, axis=1) != 0).sum(1).mean() + 1), 1)
-
-
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     by_class = np.arange(SAMPLES) * CLASSES // SAMPLES
     stored = {"shuffled": by_class[np.random.default_rng(0).permutation(SAMPLES)], "by_class": by_class}
-    results = []
+    sizes, results = np.full(SHARDS, SAMPLES_A_SHARD), []
     for partitions, window in SETTINGS:
-        setting = {"partitions": partitions, "window": window}
-        ids, milliseconds = timed_order(args.rounds, **setting)
-        mixing = {f"classes_a_batch_stored_{how}": classes_a_batch(labels, ids) for how, labels in stored.items()}
-        results.append(setting | {"milliseconds_an_epoch": milliseconds} | mixing)
+        setting, seconds = {"partitions": partitions, "window": window}, []
+        for epoch in range(args.rounds):
+            started = time.perf_counter()
+            ids = order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH, **setting)
+            seconds.append(time.perf_counter() - started)
+        result = setting | {"milliseconds_an_epoch": round(statistics.median(seconds) * 1e3, 1)}
+        for how, labels in stored.items():
+            batches = np.sort(labels[ids].reshape(-1, BATCH), axis=1)
+            distinct = (np.diff(batches, axis=1) != 0).sum(1) + 1
+            result[f"classes_a_batch_stored_{how}"] = round(float(distinct.mean()), 1)
+        results.append(result)
         record.keep(results=results)
     print(harness.table(results))
-
-
-def timed_order(rounds: int, **options: int) -> tuple[np.ndarray, float]:
-    """The order of the last of `rounds` epochs, and the median milliseconds of making one."""
-    sizes, seconds = np.full(SHARDS, SAMPLES_A_SHARD), []
-    for epoch in range(rounds):
-        started = time.perf_counter()
-        ids = order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH, **options)
-        seconds.append(time.perf_counter() - started)
-    return ids, round(statistics.median(seconds) * 1e3, 1)

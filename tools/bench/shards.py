@@ -47,11 +47,11 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
         return Cell({"what": what}, f"tools.bench.peers.{function}", options, against, python=python)
 
     def ours(what: str, against: str, **options: Any) -> Cell:
-        return cell(what, "ours_shards:measure", against, **work | options)
+        return cell(what, "sharders:ours", against, **work | options)
 
     work = {"images": many, "out": out, "workers": args.workers}
-    yield cell(DECODE, "decode:batches", images=images, threads=args.workers, seconds=SECONDS)
-    yield cell(COPY, "copy_files:measure", **work)
+    yield cell(DECODE, "loaders:decode", images=images, threads=args.workers, seconds=SECONDS)
+    yield cell(COPY, "sharders:copy_files", **work)
     if args.ffcv_python:
         yield cell(FFCV, "ffcv:measure", python=args.ffcv_python, **work)
     yield ours(JPEG, FFCV, encode="jpeg")
@@ -67,4 +67,4 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
         python = args.simd_python if name == "Pillow-SIMD" else sys.executable
         what = f"one thread: decode, resize 256, encode: {name}"
         if python:
-            yield cell(what, "resizers:batches", python=python, name=name, images=images, seconds=SECONDS)
+            yield cell(what, "sharders:resizers", python=python, name=name, images=images, seconds=SECONDS)

@@ -21,8 +21,7 @@ from train.run_folder import EXIT, read_metrics
 
 
 def add_arguments(p: harness.Parser, folder: str) -> None:
-    images = "CIFAR-10: a folder of train/ and test/, or a tar"
-    p.add_argument("--images", type=Path, required=True, metavar="PATH", help=images)
+    p.path("--images", "PATH", "CIFAR-10: a folder of train/ and test/, or a tar", required=True)
     p.option("dir", Path(folder), "shards and runs; what is done stays (%(default)s)")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import ConfigError
+from ...files import Json
 from ...storage import Folder
 
 MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
@@ -106,7 +108,7 @@ class Source:
     def ahead(self, item: Item) -> None:
         """Asks the system to fetch what read() will want soon; returns at once."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """The manifest's entry on the source: nothing that differs from machine to machine."""
         return {"kind": self.name}
 
@@ -119,7 +121,9 @@ class Source:
 
     @classmethod
     def from_options(cls, args: argparse.Namespace) -> Source:
-        return cls()
+        """The options' values go to the dataclass's fields of the same names."""
+        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        return cls(**{field.name: getattr(args, field.name) for field in fields})
 
 
 class UniqueKeys:

@@ -7,12 +7,12 @@ import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...errors import ConfigError
+from ...files import Json
 from .base import Item, Items, Source
 
 
@@ -29,6 +29,8 @@ class Digits(Source):
     help = "1,797 handwritten digits that come with the project"
 
     def __post_init__(self) -> None:
+        if not 8 <= self.side <= 1024:
+            raise ConfigError(f"--side {self.side}: choose 8 to 1024 pixels")
         self.classes = [str(digit) for digit in range(10)]
         _, labels = _digits()
         items = [Item(f"digit{i:04d}", label, str(i)) for i, label in enumerate(labels.tolist())]
@@ -44,18 +46,12 @@ class Digits(Source):
         image.save(out, "JPEG", quality=95)
         return out.getvalue()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         return {"kind": "digits", "side": self.side}
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
         p.add_argument("--side", type=int, default=36, help="pixels of a digit's side (%(default)s)")
-
-    @classmethod
-    def from_options(cls, args: argparse.Namespace) -> Digits:
-        if not 8 <= args.side <= 1024:
-            raise ConfigError(f"--side {args.side}: choose 8 to 1024 pixels")
-        return cls(args.side)
 
 
 @lru_cache(1)

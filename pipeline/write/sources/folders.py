@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import os
 import stat
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image
 
 from ...decode import BadImage
 from ...errors import DataError
+from ...files import Json
 from .base import Item, Items, PassedOver, Source, UniqueKeys, advise, check_fraction, check_name
 
 LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
@@ -43,6 +44,8 @@ class ImageFolder(Source):
     help = "DIR/<class>/<image>, any depth below the class"
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check_fraction("--val-fraction", self.val_fraction)
         self._opened: dict[str, int] = {}  # this process's files that ahead() opened and read() has not read yet
         self.passed_over, self.splits = PassedOver(), {}
         label_of: dict[str, int] = {}
@@ -82,7 +85,7 @@ class ImageFolder(Source):
         return os.open(self._path(item), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def ahead(self, item: Item) -> None:
-        with contextlib.suppress(OSError):  # read() will name it
+        with suppress(OSError):  # read() will name it
             self._opened[item.where] = fd = self._open(item)
             advise(fd, 0, 0)
 
@@ -98,7 +101,7 @@ class ImageFolder(Source):
                 raise BadImage(NO_FILE)
             return file.readall()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         return {"kind": "imagefolder"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
 
     @staticmethod
@@ -114,11 +117,6 @@ class ImageFolder(Source):
             help="hold out this part of each class as validation",
         )
         p.add_argument("--name", default="imagefolder", help="the shards' first name (%(default)s)")
-
-    @classmethod
-    def from_options(cls, args: argparse.Namespace) -> ImageFolder:
-        fraction = check_fraction("--val-fraction", args.val_fraction)
-        return cls(args.train, args.val, check_name(args.name), fraction)
 
 
 def _held_out(items: Items, fraction: float) -> dict[str, Items]:
@@ -200,7 +198,7 @@ def litter(name: str) -> str:
 
 def is_image(file: str | BinaryIO) -> bool:
     """Whether the content looks like an image: it may still be damaged."""
-    with contextlib.suppress(Exception):  # Pillow's parsers raise many kinds
+    with suppress(Exception):  # Pillow's parsers raise many kinds
         Image.open(file).close()
         return True
     return False

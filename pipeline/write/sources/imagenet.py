@@ -23,7 +23,7 @@ import numpy as np
 
 from ...decode import BadImage
 from ...errors import DataError
-from ...files import json_bytes
+from ...files import Json, json_bytes
 from ...progress import Progress
 from ...shards import file_digest
 from ...storage import Folder
@@ -148,7 +148,7 @@ class ImageNet2012(Source):
     def verify(self, folder: Folder, note: str) -> None:
         """Compares the archives' md5 with the official ones. `note` keeps which archives need not be read again."""
         sizes = {name: os.stat(self.src / name).st_size for name in self.sums if self.md5}
-        known: dict[str, Any] = json.loads(folder.read(note)) if folder.size(note) else {}
+        known: Json = json.loads(folder.read(note)) if folder.size(note) else {}
         with Progress("md5", sum(sizes.values()), unit="B", enabled=bool(sizes)) as progress:
             for name, size in sizes.items():
                 path, expected = self.src / name, self.sums[name]
@@ -180,12 +180,8 @@ class ImageNet2012(Source):
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
         p.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder that holds them")
-        p.add_argument("--no-md5", action="store_true", help="do not compare md5 sums (2012: minutes of reading)")
-        p.add_argument("--no-counts", action="store_true", help="do not compare counts with the kit's")
-
-    @classmethod
-    def from_options(cls, args: argparse.Namespace) -> ImageNet2012:
-        return cls(args.src, counts=not args.no_counts, md5=not args.no_md5)
+        for name, what in (("md5", "md5 sums (2012: minutes of reading)"), ("counts", "counts with the kit's")):
+            p.add_argument(f"--no-{name}", dest=name, action="store_false", help=f"do not compare {what}")
 
 
 class ImageNet2010(ImageNet2012):

@@ -38,7 +38,7 @@ def writer(path: str, kind: str, *, workers: int) -> DatasetWriter:
     return DatasetWriter(path, {"image": RGBImageField(**FIELDS[kind]), "label": IntField()}, num_workers=workers)
 
 
-def batches(images: str, shards: str, crop: str, batch: int, threads: int) -> Iterator[int]:
+def ffcv(images: str, shards: str, crop: str, batch: int, threads: int) -> Iterator[int]:
     """The images are written once, beside the shards, in the same way as them."""
     kind, path = Path(shards).name, f"{shards}.beton"
     folder = folder_of(images, kind)

@@ -61,17 +61,17 @@ def lrn(batch: int, seconds: float, device: str, compiled: str, ours: bool, chan
 def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
     """Milliseconds of each layer by itself, and its fraction of their sum; options: of `prepare`."""
     net, x = prepare(**options)
-    names = {layer: name for name, layer in net.named_modules()}
     found = []
-    for number, layer in enumerate(net.in_order()):
-        inputs = x.detach().requires_grad_(number > 0)
+    for name, layer in net.named_modules():
+        if any(layer.children()):
+            continue
+        inputs = x.detach().requires_grad_(x.requires_grad)
         forward = functools.partial(call, layer, precision=precision)
         x = forward(inputs)
         milliseconds = median_seconds(forward_backward(forward, inputs), 0.2, inputs.device) * 1e3
         if milliseconds > 0.05:
-            name = f"{names[layer]} {type(layer).__name__}"
-            compiled = getattr(layer, "compiled", False)
-            found.append({"layer": name, "milliseconds": round(milliseconds, 2), "compiled": compiled})
+            what, compiled = f"{name} {type(layer).__name__}", getattr(layer, "compiled", False)
+            found.append({"layer": what, "milliseconds": round(milliseconds, 2), "compiled": compiled})
     total = sum(row["milliseconds"] for row in found)
     return {"layers": [row | {"share": round(row["milliseconds"] / total, 3)} for row in found]}
 
