@@ -3,6 +3,7 @@
 Each finding names the file, and the byte or sample.
 """
 
+import contextlib
 import hashlib
 import json
 import os
