@@ -60,6 +60,8 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
     if args.ffcv_python:
         yield cell(FFCV, "ffcv:measure", python=args.ffcv_python, **work)
     yield ours(JPEG, FFCV, encode="jpeg")
+    yield ours(f"{JPEG}, cuts", JPEG, encode="jpeg", cuts=32)
+    yield ours(f"{KEEP}, cuts", KEEP, cuts=32)
     yield ours(f"{JPEG}, no statistics", FFCV, encode="jpeg", stats=False)
     yield ours(KEEP, DECODE)
     yield ours(f"{KEEP}, no statistics", DECODE, stats=False)
