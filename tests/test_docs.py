@@ -48,6 +48,7 @@ def test_files_flags_and_targets_exist(page):
     for flag in re.findall(r"--([a-z]+\.[a-z0-9-]*[a-z0-9])", text):
         group, _, field = flag.partition(".")
         assert f"{group}.{field.removeprefix('no-')}" in fields or flag in REMOVED, flag
+    assert not re.search(r"--no-[a-z]+\.|--[a-z]+\.[a-z-]+ (yes|no)(?![\w-])", text)  # the form is --loader.no-verify
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE)) <= targets
 
