@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
             if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
                 print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}")
             train_run(config, report.folder, stop, report)
+        heed_no_more()
+        report.write_page()
         return report.code
     finally:
         heed_no_more()
