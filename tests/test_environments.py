@@ -51,6 +51,7 @@ TOOLS = {
     "imagenet2010": Tool(["tools/make_shards.py", "imagenet2010", "--src", "2010", *SHARD], "out/manifest.json"),
     "kaggle": Tool(["tools/make_shards.py", "kaggle", "--src", "of-kaggle", *SHARD], "out/manifest.json"),
     "tiny-imagenet": Tool(["tools/make_shards.py", "tiny-imagenet", "--src", "of-tiny", *SHARD], "out/manifest.json"),
+    "webdataset": Tool(["tools/make_shards.py", "webdataset", "--train", "shards/*.tar", *SHARD], "out/manifest.json"),
     "csv": Tool(["tools/make_shards.py", "csv", "--train", "list.csv", *SHARD], "out/manifest.json"),
     "check_shards": Tool(["tools/check_shards.py", "shards", "--deep", "--workers", 2, "--json", "out"], "out"),
     "train": Tool([*TRAIN, "--run.dir", "out"], "out/checkpoints/best"),
@@ -128,7 +129,10 @@ def test_no_tool_and_no_source_is_left_out():
 def chosen() -> Iterator[Any]:
     """Each tool in each environment. Slow: environments one by one, and what another source of make_shards shows."""
     for environment, tool in itertools.product(ENVIRONMENTS | ALONE, TOOLS):
-        repeats = tool in ("digits", "index", "imagenet2010", "kaggle", "tiny-imagenet", "csv") and environment != FIRST
+        repeats = (
+            tool in ("digits", "index", "imagenet2010", "kaggle", "tiny-imagenet", "csv", "webdataset")
+            and environment != FIRST
+        )
         marks = [pytest.mark.slow] * (repeats or environment in ALONE)
         yield pytest.param(environment, tool, marks=marks)
 

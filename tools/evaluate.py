@@ -23,7 +23,7 @@ from typing import Any
 from unicodedata import normalize
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import Json, atomic_write, write_json
+from pipeline.files import Json, write_json, write_text
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from tools import cli
@@ -67,7 +67,8 @@ def main() -> None:
     models = [cli.open_model(path, args) for path in args.models]
     for model in models:
         check_classes(model, dataset)
-    precision = chosen_precision(args.precision, models)
+    chosen = {model.precision for model in models} if args.precision == "trained" else {args.precision}
+    precision = "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"  # also for nets of different precisions
     accelerator = distributed.make_plain_accelerator(precision)
     distributed.take_cores(accelerator.device)
     started = time.monotonic()
@@ -76,17 +77,13 @@ def main() -> None:
         print(f"{len(predictions.labels):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
-        if args.submission:
-            write_submission(args.submission, predictions, order, dataset)
+        if args.submission:  # official numbers, the most probable first
+            ids = dataset.manifest["class_ids"]
+            lines = (" ".join(str(ids[label]) for label in best) + "\n" for best in predictions.best[order])
+            write_text(args.submission, "".join(lines))
             print(f"{args.submission}: {len(order):,} lines of five labels")
         if labelled:
             report(predictions, models, dataset, args, precision)
-
-
-def chosen_precision(asked: str, models: list[Any]) -> str:
-    """fp32 also for nets that were trained in different precisions."""
-    chosen = {model.precision for model in models} if asked == "trained" else {asked}
-    return "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"
 
 
 def check_classes(model: Any, dataset: Dataset) -> None:
@@ -192,8 +189,7 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
     columns = (predictions.labels, predictions.best, predictions.probabilities.tolist())
     for key, label, best, probabilities in zip(dataset.split(split).keys(), *columns, strict=True):
         rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities])
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+    write_text(path, text.getvalue())
 
 
 # The submission
@@ -215,14 +211,6 @@ def submission_order(dataset: Dataset, split: str) -> list[int]:
             f"{dataset.place}: test image {missing} is missing, and a submission has a line for each; shard again"
         )
     return [found[number] for number in sorted(found)]
-
-
-def write_submission(path: Path, predictions: Any, order: list[int], dataset: Dataset) -> None:
-    """Five official numbers a line, the most probable first."""
-    ids = dataset.manifest["class_ids"]
-    with atomic_write(path) as file:
-        for best in predictions.best[order]:
-            file.write((" ".join(str(ids[label]) for label in best) + "\n").encode())
 
 
 if __name__ == "__main__":

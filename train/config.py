@@ -255,8 +255,7 @@ class Config:
             raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
 
     def behind_the_end(self) -> list[str]:
-        """A line for each field that names an epoch which the run does not reach: presets are made for their own
-        length."""
+        """A line for each field that names an epoch which the run does not reach."""
         optim, end = self.optim, self.train.epochs
         epochs: dict[str, list[float]] = {
             "optim.milestones": [m for m in optim.milestones if m >= end and optim.schedule == "step"],

@@ -11,7 +11,6 @@ The content of a batch is a function of (dataset, seed, epoch, step, batch) alon
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -26,14 +25,14 @@ import torch
 from torch import Tensor
 
 from ..cores import threads_per_rank
-from ..cuts import Cuts, open_cuts
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..files import Json
-from ..manifest import Dataset, Split, Statistics, open_dataset
+from ..manifest import Dataset, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
 from .backend import Output, PixelType, Work, to_device
 from .config import LoaderConfig, choose_backend
+from .cutter import open_cutter
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -84,13 +83,13 @@ class Loader(AbstractContextManager["Loader"]):
         device: str | torch.device = "cpu",
         dtype: PixelType = "float32",
         channels_last: bool = False,
-        augment: AugmentConfig | None = None,
-        config: LoaderConfig | None = None,
+        augment: AugmentConfig = AugmentConfig(),
+        config: LoaderConfig = LoaderConfig(),
     ) -> None:
         if dtype not in get_args(PixelType):
             raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
         train = split == "train" if train is None else train
-        self.augment, self.config = augment or AugmentConfig(), config or LoaderConfig()
+        self.augment, self.config = augment, config
         if self.augment.colour and train and dtype == "uint8":
             raise ConfigError(
                 "augment.colour needs dtype float32, float16 or bfloat16: uint8 batches hold plain pixels"
@@ -147,9 +146,10 @@ class Loader(AbstractContextManager["Loader"]):
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
-        cuts = _cuts(self.dataset, self.split) if self.backend != "synthetic" and not raw else None
+        encoded = self.backend != "synthetic" and not raw
+        self._cutter = open_cutter(self.dataset, self.split) if encoded else None
         engine = self.backend, output, self._reader, self.plan, self.config
-        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cuts=cuts)
+        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cutter=self._cutter)
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck
@@ -219,9 +219,12 @@ class Loader(AbstractContextManager["Loader"]):
             yield batch
 
     def stats(self) -> dict[str, float]:
-        """Since the last call: seconds that the consumer has waited for batches; if pixels are checked, crops that were
-        checked, and crops that differed."""
-        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds}, 0.0
+        """Since the last call: seconds that the consumer has waited for batches; images that were decoded whole because
+        their places in the cuts are lost or damaged; if pixels are checked, crops that were checked, and that differed.
+        """
+        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds, "cuts_missed": 0}, 0.0
+        if self._cutter:
+            stats["cuts_missed"], self._cutter.missed = self._cutter.missed, 0
         return stats | (self._check.counts() if self._check else {})
 
     def decoder(self) -> str:
@@ -236,6 +239,8 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.close()
             if self._check:
                 self._check.close()
+            if self._cutter:
+                self._cutter.close()
             self._reader.close()
 
     def __exit__(self, *_: object) -> None:
@@ -290,11 +295,3 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.stop()
             self._works.close()
             self._works = None
-
-
-def _cuts(dataset: Dataset, split: Split) -> Cuts | None:
-    try:
-        return open_cuts(dataset, split)
-    except DataError as err:  # images are decoded whole then
-        logging.getLogger("imagenet_express").warning("%s", err)
-        return None

@@ -5,6 +5,7 @@ from .digits import Digits
 from .folders import ImageFolder
 from .imagenet import ImageNet2010, ImageNet2012
 from .tables import CSV, Kaggle, TinyImageNet
+from .tars import WebDataset
 
 __all__ = ["SOURCES", "Digits", "ImageFolder", "Item", "Items", "Source", "UniqueKeys"]
 
@@ -16,4 +17,5 @@ SOURCES: dict[str, type[Source]] = {
     "tiny-imagenet": TinyImageNet,
     "imagefolder": ImageFolder,
     "csv": CSV,
+    "webdataset": WebDataset,
 }

@@ -104,12 +104,7 @@ class CSV(Files):
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
-        found = {label for _, _, label in Table(self.train)}
-        numbers = all(label.isdecimal() for label in found)
-        self.classes = sorted(found, key=int) if numbers else sorted(found)
-        if numbers and self.classes != [str(number) for number in range(len(found))]:
-            self.class_ids = [int(label) for label in self.classes]
-        label_of = {label: number for number, label in enumerate(self.classes)}
+        label_of = self.name_classes(label for _, _, label in Table(self.train))
         tables = {"train": self.train} | ({"val": self.val} if self.val else {})
         self.folders = {split: self.root or table.parent for split, table in tables.items()}
         self.splits = {
