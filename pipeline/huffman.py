@@ -114,7 +114,8 @@ def _coded(tables: ndarray, base: int, bits: int) -> Any:
         return found
     code, symbol = 0, base + KEPT + 16
     for length in range(1, 17):
-        count, ahead = np.int64(tables[base + KEPT + length - 1]), (bits >> (32 - length)) - code
+        count: Any = np.int64(tables[base + KEPT + length - 1])
+        ahead = (bits >> (32 - length)) - code
         if 0 <= ahead < count:
             return _entry(length, np.int64(tables[symbol + ahead]))
         symbol, code = symbol + count, (code + count) << 1

@@ -37,6 +37,7 @@ from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
 from pipeline.write.sources import SOURCES
 from pipeline.write.sources.base import PassedOver, check_fraction, check_name, few_images
+from pipeline.write.sources.tars import expand
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
@@ -131,9 +132,7 @@ def index(args: argparse.Namespace) -> dict:
     fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
-    splits = {"train": index_existing.expand(args.tars)} | (
-        {"val": index_existing.expand(args.val)} if args.val else {}
-    )
+    splits = {"train": expand(args.tars)} | ({"val": expand(args.val)} if args.val else {})
     with Progress("indexing", sum(map(len, splits.values())), unit="tar") as progress:
         written, passed_over = index_existing.index(
             check_name(args.name),

@@ -19,7 +19,7 @@ import os
 from typing import Any, NamedTuple
 
 from pipeline.errors import BAD_DATA, ConfigError, DataError
-from pipeline.files import Json, atomic_write, write_json
+from pipeline.files import Json, write_json, write_text
 from tools import cli
 
 AT_ONCE = 32  # images
@@ -62,7 +62,8 @@ def main() -> None:
     if args.json:
         write_json(args.json, {"model": str(model), "views": args.views, "answers": answers})
     if args.html:
-        write_page(args.html, str(model), answers, pictures)
+        figures = "\n".join(figure(answer, picture) for answer, picture in zip(answers, pictures, strict=True))
+        write_text(args.html, PAGE.format(title=html.escape(str(model)), figures=figures))
         print(f"page: {args.html}")
     if failed := len(files) - len(answers):
         print(f"error: {failed} of {len(files)} images cannot be read; the others are classified", file=sys.stderr)
@@ -195,13 +196,6 @@ figcaption {{ font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere }}
 </main>
 </html>
 """
-
-
-def write_page(path: Path, title: str, answers: list[Json], pictures: list[str]) -> None:
-    """Writes a page that holds its pictures and its style."""
-    figures = "\n".join(figure(answer, picture) for answer, picture in zip(answers, pictures, strict=True))
-    with atomic_write(path) as file:
-        file.write(PAGE.format(title=html.escape(title), figures=figures).encode(errors="backslashreplace"))
 
 
 def figure(answer: Json, picture: str) -> str:

@@ -11,10 +11,11 @@ from ..cut_jpeg import EXTRA, cut_jpeg
 from ..cuts import HEADER_BYTES, Cuts, open_cuts
 from ..decode import Scratch
 from ..errors import DataError, StorageError
+from ..files import OpenFile
 from ..huffman import SLACK
 from ..jit import compiled
 from ..manifest import Dataset, Split
-from .byte_source import LocalShards, OpenFile
+from .byte_source import LocalShards
 from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
 

@@ -1,13 +1,25 @@
-"""Makes a backend. Each is imported when it is used: DALI and Numba's machine code take a while to load."""
+"""Makes a backend, and chooses a reader.
+
+Each is imported when it is used: DALI and Numba's machine code take a while to load.
+"""
 
 import torch
 
+from ..manifest import Split
 from . import fetch
 from .backend import Engine, Output, PixelType
 from .config import Backend, LoaderConfig
 from .cutter import Cutter
 from .plan import Plan
 from .reader import Reader
+
+
+def reader(split: Split) -> type[Reader]:
+    if not split.remote:
+        return Reader
+    from .remote_reader import RemoteReader
+
+    return RemoteReader
 
 
 def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:

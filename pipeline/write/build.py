@@ -22,7 +22,7 @@ from ..storage import Folder
 from . import journal, resize
 from .cuts import find, write_file
 from .images import Preparer
-from .journal import ShardRecord
+from .journal import Listed, ShardRecord
 from .manifest_content import Collected, write_statistics
 from .plan import Options, Plan
 from .resize import Sums
@@ -39,8 +39,8 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
     options, source = plan.options, plan.source
     prepare = Preparer(options.encoding, measure=measure, check=options.check)
     sums = Sums(options.encoding.size) if measure else None
-    converted: list[dict[str, str]] = []
-    bad: list[dict[str, str]] = []
+    converted: Listed = []
+    bad: Listed = []
     places: list[bytes] = []
 
     def samples() -> Iterator[Sample]:

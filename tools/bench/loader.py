@@ -39,12 +39,16 @@ PEERS = {  # the function, the kinds of data that it can read, and its own optio
 NAMES = [*OURS, *dict.fromkeys(name for name, *_ in PEERS.values()), "extremes"]
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_images(p, "ffcv-python")
-    harness.add_options(p, rounds=3, seconds=1.5, batch=128, threads=usable_cores())
-    p.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)"
-    )
+ALL = f"of {', '.join(NAMES)} (default: all)"
+OPTIONS = {
+    "images": Path,
+    "ffcv-python": Path,
+    "rounds": 3,
+    "seconds": 1.5,
+    "batch": 128,
+    "threads": usable_cores(),
+    "only": {"nargs": "+", "choices": NAMES, "default": NAMES, "metavar": "NAME", "help": ALL},
+}
 
 
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:

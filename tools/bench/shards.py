@@ -21,9 +21,14 @@ JPEG, KEEP = "ours, jpeg 256", "ours, keep"
 SECONDS = 4.0  # of what is no work with an end
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_images(p, "ffcv-python", "simd-python")
-    harness.add_options(p, rounds=3, workers=usable_cores(), repeat=10)
+OPTIONS = {
+    "images": Path,
+    "ffcv-python": Path,
+    "simd-python": Path,
+    "rounds": 3,
+    "workers": usable_cores(),
+    "repeat": 10,
+}
 
 
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
