@@ -35,16 +35,13 @@ u = np.uintp
 
 
 @compiled
-def _write(out: ndarray, q: int, word: int) -> int:
-    """Appends 32 bits, with a zero behind each 0xFF; returns the new end."""
-    if (~word - 0x01010101) & word & 0x80808080:  # one of its bytes is 0xFF
-        for shift in range(24, -1, -8):
-            byte = word >> shift & 0xFF
-            out[u(q)], out[u(q + 1)] = byte, 0
-            q += 1 + (byte == 0xFF)
-        return q
-    out[u(q)], out[u(q + 1)], out[u(q + 2)], out[u(q + 3)] = word >> 24, word >> 16, word >> 8, word
-    return q + 4
+def _write(out: ndarray, q: int, bits: int, size: int) -> int:
+    """Appends whole bytes, with a zero behind each 0xFF; returns the new end."""
+    for shift in range(size - 8, -1, -8):
+        byte = bits >> shift & 0xFF
+        out[u(q)], out[u(q + 1)] = byte, 0
+        q += 1 + (byte == 0xFF)
+    return q
 
 
 @compiled
@@ -54,7 +51,7 @@ def _put(out: ndarray, q: int, acc: int, held: int, value: int, size: int) -> tu
     held += size
     if held >= 32:
         held -= 32
-        q = _write(out, q, acc >> held)
+        q = _write(out, q, acc >> held, 32)
     return q, acc, held
 
 
@@ -63,7 +60,7 @@ def _copy(clean: ndarray, bit: int, end: int, out: ndarray, q: int, acc: int, he
     """Appends the bits [bit, end)."""
     while end - bit >= 32:
         acc = (acc & 0xFFFFFFFF) << 32 | peek(clean, bit)
-        q = _write(out, q, acc >> held)
+        q = _write(out, q, acc >> held, 32)
         bit += 32
     return _put(out, q, acc, held, peek(clean, bit) >> (32 - (end - bit)), end - bit)
 
@@ -190,9 +187,6 @@ def cut_jpeg(
         q, acc, held = _copy(clean, copied, end, out, q, acc, held)
     padding = -held % 8  # ones fill the last byte
     q, acc, held = _put(out, q, acc, held, (1 << padding) - 1, padding)
-    while held:
-        byte = acc >> (held - 8) & 0xFF
-        out[q], out[q + 1] = byte, 0
-        q, held = q + 1 + (byte == 0xFF), held - 8
+    q = _write(out, q, acc, held)
     out[q], out[q + 1] = 0xFF, 0xD9
     return q + 2

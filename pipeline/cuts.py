@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import DataError, reading
 from .manifest import Dataset, Split
-from .shards import Shard, file_sha256
+from .shards import Shard, crc32, file_sha256
 
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
@@ -48,6 +48,15 @@ def table(path: Path, shard: Shard) -> np.ndarray:
     return rows
 
 
+def read(path: Path, shard: Shard, rows: np.ndarray) -> list[bytes]:
+    """The packed places of each sample. rows: of the index. Raises DataError if any byte of them changed."""
+    found, data = table(path, shard), path.read_bytes()[HEADER_BYTES:]
+    places = [data[offset : offset + size] for offset, size, _ in found.tolist()]
+    if list(map(crc32, places, rows["crc32"].tolist())) != found["crc32"].tolist():
+        raise DataError(f"{path}: damaged; {CURE}")
+    return places
+
+
 class Cuts(NamedTuple):
     """A split's files, in the order of its shards, and the table of all its samples."""
 
@@ -61,18 +70,17 @@ def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
     path = dataset.root / NAME
     if not path.is_file():
         return None
+    paths = [dataset.root / file_name(split.name, number) for number in range(len(split.shards))]
     with reading(f"{path}", CURE, OSError):
         record = json.loads(path.read_bytes())
         if record["fingerprint"] != dataset.fingerprint:
             raise ValueError("of another data set")
-        sizes, sums = zip(*((int(file["bytes"]), str(file["sha256"])) for file in record["splits"][split.name]))
-        if len(sizes) != len(split.shards):
-            raise ValueError("of another number of shards")
-    paths = [dataset.root / file_name(split.name, number) for number in range(len(sizes))]
-    for path, size in zip(paths, sizes):
-        if not path.is_file() or path.stat().st_size != size:
-            raise DataError(f"{path}: missing, or not {size} bytes; {CURE}")
-    return Cuts(paths, list(sums), np.concatenate([table(*file) for file in zip(paths, split.shards)]))
+        sha256 = []
+        for made, file in zip(paths, record["splits"][split.name], strict=True):
+            if made.stat().st_size != file["bytes"]:
+                raise ValueError(f"{made.name} has not {file['bytes']} bytes")
+            sha256.append(file["sha256"])
+    return Cuts(paths, sha256, np.concatenate(list(map(table, paths, split.shards))))
 
 
 def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:

@@ -83,7 +83,23 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Publishes `text`. What is no UTF-8, in the name of a file, is escaped."""
+    with atomic_write(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Publishes `value` as indented JSON."""
     with atomic_write(path) as file:
         file.write(json_bytes(value))
+
+
+class OpenFile:
+    """A descriptor that is closed when nobody refers to it any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)

@@ -19,10 +19,10 @@ u = np.uintp
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
 # they hold; 0: a longer code. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
-# mostly has the same. They decode longer codes, whose first has the symbol number LONGER and the code LONGER + 1.
+# mostly has the same. They decode longer codes.
 LOOK = 11
-MANY, KEPT, LONGER = 1 << LOOK, 2 << LOOK, (2 << LOOK) + 16 + 256
-TABLE = LONGER + 2
+MANY, KEPT = 1 << LOOK, 2 << LOOK
+TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
 SLACK = 8  # bytes that `peek` may read behind the last one
@@ -41,8 +41,6 @@ def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> 
     code, symbol = 0, at + 16
     for length in range(1, 17):
         code <<= 1
-        if length == LOOK + 1:
-            tables[base + LONGER], tables[base + LONGER + 1] = symbol - at - 16, code
         count = np.int64(data[at + length - 1])
         if code + count >= 1 << length:  # the code of ones alone must stay free
             return -1
@@ -114,10 +112,10 @@ def _coded(tables: ndarray, base: int, bits: int) -> Any:
     found = np.int64(tables[u(base) + u(bits >> (32 - LOOK))])
     if found:
         return found
-    kept, code = base + KEPT, np.int64(tables[base + LONGER + 1])
-    symbol = kept + 16 + tables[base + LONGER]
-    for length in range(LOOK + 1, 17):
-        count, ahead = np.int64(tables[kept + length - 1]), (bits >> (32 - length)) - code
+    code, symbol = 0, base + KEPT + 16
+    for length in range(1, 17):
+        count: Any = np.int64(tables[base + KEPT + length - 1])
+        ahead = (bits >> (32 - length)) - code
         if 0 <= ahead < count:
             return _entry(length, np.int64(tables[symbol + ahead]))
         symbol, code = symbol + count, (code + count) << 1
@@ -177,6 +175,5 @@ def unstuff(data: ndarray, start: int, end: int, clean: ndarray) -> Any:
                 break
             p += u(1)
         q += u(1)
-    for i in range(u(SLACK)):
-        clean[q + i] = 0
+    clean[q : q + u(SLACK)] = 0
     return np.int64(q), np.int64(p)

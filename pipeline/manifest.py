@@ -1,33 +1,42 @@
 """A folder is a dataset only once it has a manifest.json, which is written last."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .files import Json, json_bytes
+from .manifest_values import EXISTING as EXISTING
+from .manifest_values import check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
-from .storage import Folder
+from .storage import Folder, absolute, file_size, is_url
 from .tar import BLOCK
+
+if TYPE_CHECKING:  # needs a library that only URLs need
+    from .remote import RemoteFolder
 
 FORMAT = "imagenet-express"
 VERSION = 1
 NAME = "manifest.json"
 INFO = "_info.json"  # read by timm's reader_wds
 PARTS = "parts"  # the folder that a sharding keeps its records in until the manifest is written
-EXISTING = "existing webdataset tars"  # the kind of a source whose tars stay where they are: apart from the manifest
+FETCH_MEMORY = 2000  # MB
+REMOTE_WINDOW = 16  # shards
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: its shards, and the place of each sample in them."""
+    """One split of a dataset: its shards, and the place of each sample in them. remote: where the shards are, if not in
+    `root`."""
 
     root: Path
     name: str
@@ -35,11 +44,12 @@ class Split:
     index_name: str
     index_sha256: str
     classes: int
+    remote: RemoteFolder | None = None
 
     @cached_property
     def index(self) -> ndarray:
         """(n,) INDEX_DTYPE, read-only, within the bounds of shards and classes. Raises DataError."""
-        path = self.root / self.index_name
+        path = _local(self.root, self.remote, self.index_name, self.index_sha256)
         index = read_array(path, "index", sha256=self.index_sha256)
         if index.dtype != INDEX_DTYPE or index.ndim != 1:
             raise DataError(f"{path}: index of another format version; shard the data again")
@@ -66,6 +76,8 @@ class Split:
 
     def keys(self) -> list[str]:
         """The samples' keys, in stored order, from their tar headers."""
+        if self.remote:
+            raise ConfigError(f"{self.remote}: the keys of samples are in the shards; copy them to this machine")
         keys: list[str] = []
         for number, shard in enumerate(self.shards):
             offsets = self.index["offset"][self.index["shard"] == number].tolist()
@@ -78,8 +90,7 @@ class Split:
         Reads no image.
         """
         for shard in self.shards:
-            path = self.root / shard.name
-            size = path.stat().st_size if path.is_file() else None
+            size = self.remote.size(shard) if self.remote else file_size(self.root / shard.name)
             if size != shard.bytes:
                 what = "the shard is missing" if size is None else f"{size} bytes, {shard.bytes} in the manifest"
                 yield shard.name, f"{what}; copy it again or shard the data again"
@@ -99,11 +110,25 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset folder. `manifest` is the parsed file, `splits` its typed part."""
+    """An opened dataset. `manifest` is the parsed file, `splits` its typed part.
+
+    remote: where it is, if not in `root`.
+    """
 
     root: Path
     manifest: Json
     splits: dict[str, Split]
+    remote: RemoteFolder | None = None
+
+    @property
+    def place(self) -> Path | RemoteFolder:
+        """For messages."""
+        return self.remote or self.root
+
+    @property
+    def window(self) -> int:
+        """The default of the loader's `window`: see docs/order.md."""
+        return REMOTE_WINDOW if self.remote else 0
 
     @property
     def fingerprint(self) -> str:
@@ -135,7 +160,7 @@ class Dataset:
     def mean_image(self) -> ndarray:
         """(size, size, 3) float32 grey levels: the mean of the training split's centre squares."""
         record = self._measured("mean_image")
-        path = self.root / record["file"]
+        path = _local(self.root, self.remote, record["file"], record.get("sha256"))
         image = read_array(path, "mean image", sha256=record.get("sha256"))
         if image.dtype != np.float32 or image.shape != (len(image), len(image), 3):
             raise DataError(f"{path}: no mean image, but {image.dtype} of {image.shape}; shard the data again")
@@ -146,7 +171,7 @@ class Dataset:
 
     def _measured(self, name: str) -> Any:
         if name not in self.manifest["statistics"]:
-            raise DataError(f"{self.root}: its manifest has no {name}; shard the data again, with statistics")
+            raise DataError(f"{self.place}: its manifest has no {name}; shard the data again, with statistics")
         return self.manifest["statistics"][name]
 
     @property
@@ -158,18 +183,31 @@ class Dataset:
         if name not in self.splits:
             names = ", ".join(self.splits)
             raise DataError(
-                f"{self.root}: no split {name!r}; it has {names}; name one of these,"
+                f"{self.place}: no split {name!r}; it has {names}; name one of these,"
                 " or shard the data with --val or --val-fraction 0.1"
             )
         return self.splits[name]
 
 
-def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
-    """Opens a shard folder; every shard's presence and size is checked, no image is read.
+def _local(root: Path, remote: RemoteFolder | None, name: str, sha256: str) -> Path:
+    return remote.cached(name, sha256=sha256) if remote else root / name
 
-    check_splits: False leaves the shards unchecked.
+
+def open_dataset(
+    root: str | Path, *, check_splits: bool = True, allow_http: bool = False, fetch_memory: float = FETCH_MEMORY
+) -> Dataset:
+    """Opens a shard folder, or one at a URL; every shard's presence and size is checked, no image is read.
+
+    check_splits: False leaves the shards unchecked. For URLs, see docs/remote.md. allow_http: also without encryption.
+    fetch_memory: MB that a loader of training and one of evaluation may fetch ahead, together.
     Raises DataError if the folder is missing, unfinished, damaged or of another kind.
     """
+    root = absolute(str(root)) if is_url(root) else root
+    if is_url(root):
+        from .remote import RemoteFolder
+
+        remote = RemoteFolder(str(root), allow_http=allow_http, fetch_memory=fetch_memory)
+        return _dataset(Path(root), remote, bytes(remote.get(NAME)), check_splits)
     root = Path(root)
     path = root / NAME
     if not root.is_dir():
@@ -186,8 +224,14 @@ def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
             f"{root}: no {NAME}, so its sharding never finished (or this is no shard folder);"
             " run tools/make_shards.py again"
         )
+    return _dataset(root, None, path.read_bytes(), check_splits)
+
+
+def _dataset(root: Path, remote: RemoteFolder | None, text: bytes, check_splits: bool) -> Dataset:
+    place = remote or root
+    path = place / NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(text.decode("utf-8"))
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise DataError(
                 f"{path}: format {manifest['format']} version {manifest['version']},"
@@ -195,61 +239,20 @@ def open_dataset(root: str | Path, *, check_splits: bool = True) -> Dataset:
             )
         if fingerprint(manifest) != manifest["fingerprint"]:
             raise DataError(f"{path}: changed since it was written (its fingerprint differs); shard the data again")
-        _check_types(manifest)
+        check_types(manifest)
         classes = len(manifest["classes"])
         splits = {
-            name: Split(root, name, _shards(manifest, split), split["index"], split["index_sha256"], classes)
+            name: Split(
+                root, name, checked_shards(manifest, split), split["index"], split["index_sha256"], classes, remote
+            )
             for name, split in manifest["splits"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise DataError(f"{path}: not a manifest of {FORMAT} ({err}); shard the data again") from err
     for split in splits.values() if check_splits else ():
         for name, fault in split.faults():
-            raise DataError(f"{root / name}: {fault}")
-    return Dataset(root, manifest, splits)
-
-
-def _check_types(manifest: Json) -> None:
-    """Raises ValueError, or what Python raises, for values that no sharding writes: anybody may have made them."""
-    classes, statistics = manifest["classes"], manifest["statistics"]
-    numbers = [statistics[name] for name in ("mean", "std") if name in statistics] + statistics.get("covariance", [])
-    lists = {
-        "classes": (classes, str),
-        "class_names": (manifest.get("class_names", classes), str),
-        "class_ids": (manifest.get("class_ids", [0] * len(classes)), int),
-    }
-    for name, (values, kind) in lists.items():
-        if type(values) is not list or len(values) != len(classes) or {type(value) for value in values} != {kind}:
-            raise ValueError(f"{name} are not a list with one {kind.__name__} for each class")
-    for values in numbers:
-        if len(values) != 3 or not all(type(value) in (int, float) and abs(value) < 1e9 for value in values):
-            raise ValueError("statistics are not three numbers")
-    if len(statistics.get("covariance", [0] * 3)) != 3:
-        raise ValueError("the covariance is not three rows")
-    files = [split["index"] for split in manifest["splits"].values()]
-    files += [statistics["mean_image"]["file"]] if "mean_image" in statistics else []
-    for name in files:
-        _check_name(name)
-    manifest.get("options", {}).get("encoding", {}).get("kind")
-
-
-def _shards(manifest: Json, split: Json) -> tuple[Shard, ...]:
-    shards = tuple(Shard(**shard) for shard in split["shards"])
-    for shard in shards:
-        _check_name(shard.name, elsewhere=manifest.get("source", {}).get("kind") == EXISTING)
-        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (shard.samples, shard.bytes)):
-            raise ValueError(f"{shard.name} has {shard.samples!r} samples in {shard.bytes!r} bytes")
-    if not shards or sum(shard.samples for shard in shards) != split["samples"]:
-        raise ValueError(f"{split['samples']!r} samples in {len(shards)} shards")
-    return shards
-
-
-def _check_name(name: str, *, elsewhere: bool = False) -> None:
-    """elsewhere: the name may be a relative path that leaves the folder."""
-    parts = name.split("/")
-    lengths = [len(part.encode()) for part in parts]
-    if not 0 < min(lengths) <= max(lengths) < 256 or "\0" in name or (len(parts) > 1 and not elsewhere):
-        raise ValueError(f"{name!r} names no file of the folder")
+            raise DataError(f"{place / name}: {fault}")
+    return Dataset(root, manifest, splits, remote)
 
 
 def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Json:

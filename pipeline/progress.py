@@ -35,19 +35,16 @@ class Progress:
 
     def update(self, count: int, note: str = "") -> None:
         if not self.started:
-            self._start()
+            self.started = self.printed = time.monotonic()
+            if self.enabled and sys.stderr.isatty():
+                form = {"desc": self.label, "unit": self.unit, "unit_scale": True, "bar_format": BAR}
+                self.bar = tqdm(total=self.total, smoothing=0.1, leave=False, **form)
         self.done, self.note = self.done + count, note
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
         elif self.enabled and time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.print_line()
-
-    def _start(self) -> None:
-        self.started = self.printed = time.monotonic()
-        if self.enabled and sys.stderr.isatty():
-            form = {"desc": self.label, "unit": self.unit, "unit_scale": True, "bar_format": BAR}
-            self.bar = tqdm(total=self.total, smoothing=0.1, leave=False, **form)
 
     def print_line(self) -> None:
         self.printed = time.monotonic()

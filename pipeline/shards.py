@@ -140,23 +140,28 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def label_name(extensions: Iterable[str]) -> str:
+def label_name(extensions: Iterable[str], kinds: Sequence[str] = LABELS) -> str:
     """Which of a sample's extensions is its label: cls, or the only one like output.cls; else json alike. "": none."""
     names = sorted(extensions, key=len)
-    found = next((ends for kind in LABELS if (ends := [n for n in names if n.rpartition(".")[2] == kind])), [""])
-    return found[0] if len(found) == 1 or found[0] in LABELS else ""
+    found = next((ends for kind in kinds if (ends := [n for n in names if n.rpartition(".")[2] == kind])), [""])
+    return found[0] if len(found) == 1 or found[0] in kinds else ""
 
 
-def stored_label(fields: Mapping[str, bytes]) -> int:
-    """The class number in a sample's members by extension; -1: not known. Raises DataError with the reason."""
-    name = label_name(fields)
+def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> str:
+    """The label in a sample's members by extension, which may be empty. Raises DataError if there is none."""
+    name = label_name(fields, kinds)
     try:
         label = json.loads(fields[name])["label"] if name.endswith("json") else fields[name].decode("utf-8-sig")
     except KeyError as err:
         raise DataError("has no label: neither .cls nor .json with a 'label'") from err
     except (ValueError, TypeError, RecursionError) as err:
         raise DataError(f"has a .{name} that cannot be read as a label") from err
-    text = str(label).strip()
+    return str(label).strip()
+
+
+def stored_label(fields: Mapping[str, bytes]) -> int:
+    """The class number in a sample's members by extension; -1: not known. Raises DataError with the reason."""
+    text = label_text(fields)
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise DataError(f"has the label {text[:40]!r}; class numbers from 0 are read")
     return int(text)

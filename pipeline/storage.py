@@ -1,4 +1,4 @@
-"""The folder that a sharding writes. Storage without files would implement the same methods."""
+"""The folder that a sharding writes, and URLs. Storage without files would implement the same methods."""
 
 import os
 import shutil
@@ -6,8 +6,25 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 from .files import LOCK_SECONDS, atomic_write, locked
+
+
+def is_url(place: object) -> bool:
+    return "://" in str(place)
+
+
+def absolute(place: str) -> str:
+    """A folder's absolute path, or a URL as it is; file:// names a folder."""
+    if place.startswith("file://"):
+        place = unquote(urlsplit(place).path)
+    return place if is_url(place) else os.path.abspath(place)
+
+
+def file_size(path: Path) -> int | None:
+    """In bytes; None if there is no such file."""
+    return path.stat().st_size if path.is_file() else None
 
 
 @dataclass
@@ -23,8 +40,7 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         """In bytes; None if there is no such file."""
-        path = self.path / name
-        return path.stat().st_size if path.is_file() else None
+        return file_size(self.path / name)
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()

@@ -3,6 +3,7 @@
 Each finding names the file, and the byte or sample.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from .errors import DataError
 from .manifest import Split
 from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
 from .tar import Member, members
+from .write.cuts import find
 
 STORED = (*IMAGES, "raw")
 MANY = 20  # findings of one kind that a shard names
@@ -147,8 +149,12 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
         inside |= ((member.offset, member) for member in members(path))
     except DataError as err:
         add("tar", str(err).removeprefix(f"{path}: "))
+    made, places = split.root / cuts.file_name(split.name, number), [b""] * len(rows)
+    if deep:
+        with contextlib.suppress(DataError):  # there are none, or cuts.faults names what is wrong
+            places = cuts.read(made, shard, rows)
     with open(path, "rb") as file:
-        _compare_samples(file.fileno(), rows, inside, add, deep=deep, ours=ours, raw=raw)
+        _compare_samples(file.fileno(), rows, inside, places, add, deep=deep, ours=ours, raw=raw)
     if ours:
         _compare_dali_index(path.with_name(dali_index_name(path.name)), inside, add)
     if deep and not found:
@@ -159,13 +165,14 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
 
 
 def _compare_samples(
-    fd: int, rows: np.ndarray, inside: dict[int, Member], add: Add, *, deep: bool, ours: bool, raw: bool
-) -> None:
+    fd: int, rows: np.ndarray, inside: dict[int, Member], places: list[bytes], add: Add,
+    *, deep: bool, ours: bool, raw: bool,
+) -> None:  # fmt: skip
     images = sum(split_name(member.name)[1] in STORED for member in inside.values())
     if ours and images > len(rows):  # tars of other people may hold images that were left out
         add("index", f"{images} images in the tar, {len(rows)} in the index")
     by_name, last = {member.name: member for member in inside.values()}, max(inside, default=-1)
-    for offset, size, _, label, crc, width, height in rows.tolist():
+    for (offset, size, _, label, crc, width, height), stored in zip(rows.tolist(), places):
         member = inside.get(offset)
         where = f"{member.name} at byte {offset}" if member else f"the sample at byte {offset}"
         if member is None and offset <= last:
@@ -180,6 +187,8 @@ def _compare_samples(
             add("crc32", f"{where}: its bytes changed since they were written")
         elif deep and (fault := _undecodable(data, width, height, raw)):
             add("decode", f"{where}: {fault}")
+        elif stored and stored != find(data):
+            add("info", f"{where}: its cuts have wrong places; remove the shard's .cuts, and {cuts.CURE}")
         cls = by_name.get(split_name(member.name)[0] + ".cls") if member else None
         if cls:
             text = os.pread(fd, min(cls.size, 32), cls.offset)

@@ -20,6 +20,7 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import SOURCES, ImageFolder
 from tests import fork_server
 from tests.conftest import ROOT, picture
+from tests.pipeline import test_tables
 from tests.pipeline.archives import Mini
 
 TRAIN = ["train/run.py", "demo", "--data.shards", "shards", "--train.epochs", 1, "--train.batch", 32]
@@ -48,6 +49,10 @@ TOOLS = {
         ["tools/make_shards.py", "imagenet2012", "--src", "2012", "--no-md5", *SHARD], "out/manifest.json"
     ),
     "imagenet2010": Tool(["tools/make_shards.py", "imagenet2010", "--src", "2010", *SHARD], "out/manifest.json"),
+    "kaggle": Tool(["tools/make_shards.py", "kaggle", "--src", "of-kaggle", *SHARD], "out/manifest.json"),
+    "tiny-imagenet": Tool(["tools/make_shards.py", "tiny-imagenet", "--src", "of-tiny", *SHARD], "out/manifest.json"),
+    "webdataset": Tool(["tools/make_shards.py", "webdataset", "--train", "shards/*.tar", *SHARD], "out/manifest.json"),
+    "csv": Tool(["tools/make_shards.py", "csv", "--train", "list.csv", *SHARD], "out/manifest.json"),
     "check_shards": Tool(["tools/check_shards.py", "shards", "--deep", "--workers", 2, "--json", "out"], "out"),
     "train": Tool([*TRAIN, "--run.dir", "out"], "out/checkpoints/best"),
     "evaluate": Tool(["tools/evaluate.py", "run", "--data.shards", "shards", "--json", "out"], "out"),
@@ -76,7 +81,7 @@ ALONE: dict[str, dict] = {
     "nobody": {"user": NOBODY},
     "all names in \\xff": {},
 }
-INPUTS = ("images", "shards", "run", "2010", "2012")
+INPUTS = ("images", "shards", "run", "2010", "2012", "of-kaggle", "of-tiny", "list.csv")
 PER_CLASS = 90  # three quarters of all are more shards than files may be open
 
 
@@ -93,7 +98,12 @@ def place(tmp_path_factory) -> Path:
     build(Plan(source, Options(samples_per_shard=1)), root / "shards", workers=1)
     for year in (2010, 2012):
         Mini(root / str(year), year)
-    code, errors = run(root, [*TRAIN, "--run.dir", "run"])
+    test_tables.kaggle(root / "of-kaggle")
+    test_tables.tiny(root / "of-tiny")
+    labels = ((name, path) for name in ("naïve", "雪") for path in sorted((root / "images" / name).iterdir()))
+    rows = "".join(f"{path.relative_to(root)},{name}\n" for name, path in labels)
+    (root / "list.csv").write_text(f"path,label\n{rows}", encoding="utf-8")
+    code, errors = run(root, [*TRAIN, "--run.no-report", "--run.dir", "run"])
     assert code == 0, errors
     return root
 
@@ -119,7 +129,10 @@ def test_no_tool_and_no_source_is_left_out():
 def chosen() -> Iterator[Any]:
     """Each tool in each environment. Slow: environments one by one, and what another source of make_shards shows."""
     for environment, tool in itertools.product(ENVIRONMENTS | ALONE, TOOLS):
-        repeats = tool in ("digits", "index", "imagenet2010") and environment != FIRST
+        repeats = (
+            tool in ("digits", "index", "imagenet2010", "kaggle", "tiny-imagenet", "csv", "webdataset")
+            and environment != FIRST
+        )
         marks = [pytest.mark.slow] * (repeats or environment in ALONE)
         yield pytest.param(environment, tool, marks=marks)
 

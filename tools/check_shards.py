@@ -87,13 +87,13 @@ def print_report(report: verify.Report) -> None:
 def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
     """What the page shows beside the report. Of a split whose index is damaged there is nothing."""
     picture = partial(picture_of, dataset)
-    splits, classes, mean = [dataset.splits[name] for name in report.splits], len(dataset.classes), []
+    splits, names, mean = [dataset.splits[name] for name in report.splits], dataset.class_names, []
     with contextlib.suppress(DataError):  # it was not measured
         mean = [thumbnail(dataset.mean_image.round().astype(np.uint8), SIDE)]
-    labels = np.linspace(0, classes - 1, min(classes, CLASSES)).astype(int).tolist()
+    labels = range(0, len(names), -(-len(names) // CLASSES))
     return {
         "set": dataset.manifest,
-        "names": dataset.class_names,
+        "names": names,
         "mean": mean,
         "sheet": {
             label: [picture(split, i) for i in np.flatnonzero(split.index["label"] == label)[:PER_CLASS].tolist()]

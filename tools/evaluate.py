@@ -23,7 +23,7 @@ from typing import Any
 from unicodedata import normalize
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import Json, atomic_write, write_json
+from pipeline.files import Json, write_json, write_text
 from pipeline.manifest import Dataset, open_dataset
 from pipeline.progress import Progress
 from tools import cli
@@ -35,7 +35,8 @@ SUBMITTED = re.compile(r"ILSVRC20\d\d_test_(\d{8})")
 def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.path("models", "MODEL", "run, checkpoint, .safetensors, .pth or .onnx", nargs="+")
-    p.path("--data.shards", "DIR", "what to measure on", dest="shards", required=True)
+    p.add_argument("--data.shards", dest="shards", required=True, metavar="DIR", help="what to measure on")
+    p.add_argument("--data.allow-http", dest="allow_http", action="store_true", help="also from a URL of http://")
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
@@ -55,7 +56,7 @@ def main() -> None:
     for name, least in (("batch", 1), ("resamples", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
-    dataset = open_dataset(args.shards)
+    dataset = open_dataset(args.shards, allow_http=args.allow_http)
     labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
     if not (labelled or args.submission or args.csv):
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
@@ -66,7 +67,8 @@ def main() -> None:
     models = [cli.open_model(path, args) for path in args.models]
     for model in models:
         check_classes(model, dataset)
-    precision = chosen_precision(args.precision, models)
+    chosen = {model.precision for model in models} if args.precision == "trained" else {args.precision}
+    precision = "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"  # also for nets of different precisions
     accelerator = distributed.make_plain_accelerator(precision)
     distributed.take_cores(accelerator.device)
     started = time.monotonic()
@@ -75,24 +77,20 @@ def main() -> None:
         print(f"{len(predictions.labels):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
-        if args.submission:
-            write_submission(args.submission, predictions, order, dataset)
+        if args.submission:  # official numbers, the most probable first
+            ids = dataset.manifest["class_ids"]
+            lines = (" ".join(str(ids[label]) for label in best) + "\n" for best in predictions.best[order])
+            write_text(args.submission, "".join(lines))
             print(f"{args.submission}: {len(order):,} lines of five labels")
         if labelled:
             report(predictions, models, dataset, args, precision)
-
-
-def chosen_precision(asked: str, models: list[Any]) -> str:
-    """fp32 also for nets that were trained in different precisions."""
-    chosen = {model.precision for model in models} if asked == "trained" else {asked}
-    return "bf16" if chosen in ({"bf16"}, {"fp16"}) else "fp32"
 
 
 def check_classes(model: Any, dataset: Dataset) -> None:
     """Raises DataError if the classes of the net are not those of the data."""
     if model.classes != len(dataset.classes):
         raise DataError(
-            f"{model.source}: predicts {model.classes:,} classes, but {dataset.root} has {len(dataset.classes):,}"
+            f"{model.source}: predicts {model.classes:,} classes, but {dataset.place} has {len(dataset.classes):,}"
         )
     known = model.card.inputs
     if known is None or not known.fingerprint:  # another project's weights
@@ -100,7 +98,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
     for number, (theirs, ours) in enumerate(zip(known.classes, dataset.classes, strict=True)):
         if normalize("NFC", theirs) != normalize("NFC", ours):
             raise DataError(
-                f"{model.source}: its class {number} is {theirs}, but {dataset.root} has {ours}; use shards of its"
+                f"{model.source}: its class {number} is {theirs}, but {dataset.place} has {ours}; use shards of its"
                 " classes"
             )
 
@@ -191,8 +189,7 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
     columns = (predictions.labels, predictions.best, predictions.probabilities.tolist())
     for key, label, best, probabilities in zip(dataset.split(split).keys(), *columns, strict=True):
         rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities])
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+    write_text(path, text.getvalue())
 
 
 # The submission
@@ -201,27 +198,19 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
 def submission_order(dataset: Dataset, split: str) -> list[int]:
     """Positions in the order of the official numbers. Raises DataError if these are not ImageNet's whole test split."""
     if "class_ids" not in dataset.manifest:
-        raise DataError(f"{dataset.root}: its manifest has no official class numbers; shard ImageNet's archives again")
+        raise DataError(f"{dataset.place}: its manifest has no official class numbers; shard ImageNet's archives again")
     found = {}
     for position, key in enumerate(dataset.split(split).keys()):
         match = SUBMITTED.fullmatch(key)
         if match is None:
-            raise DataError(f"{dataset.root}: {key} is no test image of ImageNet; --submission needs its test split")
+            raise DataError(f"{dataset.place}: {key} is no test image of ImageNet; --submission needs its test split")
         found[int(match[1])] = position
     missing = min(set(range(1, len(found) + 1)) - found.keys(), default=None)
     if missing is not None:
         raise DataError(
-            f"{dataset.root}: test image {missing} is missing, and a submission has a line for each; shard again"
+            f"{dataset.place}: test image {missing} is missing, and a submission has a line for each; shard again"
         )
     return [found[number] for number in sorted(found)]
-
-
-def write_submission(path: Path, predictions: Any, order: list[int], dataset: Dataset) -> None:
-    """Five official numbers a line, the most probable first."""
-    ids = dataset.manifest["class_ids"]
-    with atomic_write(path) as file:
-        for best in predictions.best[order]:
-            file.write((" ".join(str(ids[label]) for label in best) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.files import PARTIAL, Json, fsync_path
 from tools import cli, predict
 
+KINDS = (".safetensors", ".onnx", ".pth")
 COMPARED = 16  # images
 # Fields of model.* that make another net of the same weights, or weights of other shapes.
 FORM = ("width", "norm", "activation", "overlapping_pool", "towers", "drop")
@@ -32,7 +33,7 @@ OPSET = 18
 def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.path("model", "MODEL", "a run, a checkpoint, or weights")
-    p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(WRITERS)}")
+    p.add_argument("out", type=cli.new_file, metavar="FILE", help=f"what to write: {', '.join(KINDS)}")
     p.model_options()
     p.option("data.shards", "", "images to compare (the run's own)", dest="shards", metavar="DIR")
     p.path("--images", "DIR", "a folder of images to compare, if there are no shards")
@@ -44,8 +45,8 @@ def parser() -> cli.Parser:
 def main() -> None:
     args = parser().parse_args()
     out, kind = args.out, args.out.suffix.lower()
-    if kind not in WRITERS:
-        raise ConfigError(f"{out}: choose a name that ends with {', '.join(WRITERS)}")
+    if kind not in KINDS:
+        raise ConfigError(f"{out}: choose a name that ends with {', '.join(KINDS)}")
     if out.exists() and not args.force:
         raise ConfigError(f"{out}: exists already; choose another name, or --force")
 
@@ -59,7 +60,7 @@ def main() -> None:
     images = real_images(model, args)
     partial = out.with_name(out.stem + PARTIAL + out.suffix)
     try:
-        WRITERS[kind](model, images, partial)
+        write(kind, model, images, partial)
         with torch.no_grad():
             ours, theirs = model.net(images), reloaded(partial, model)(images)
         differs = float((ours - theirs).abs().max())
@@ -130,13 +131,14 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
 
     from pipeline.manifest import open_dataset
     from pipeline.read.loader import Loader
+    from pipeline.storage import is_url
 
     if args.images:
         viewer = predict.make_viewer(model, views=1, shards=args.shards)
         files = predict.image_files([str(args.images)])[:COMPARED]
         return torch.from_numpy(np.concatenate([viewer(predict.decoded(file)) for file in files]))
     shards = args.shards or model.card.recipe.get("config", {}).get("data", {}).get("shards", "")
-    if not shards or not Path(shards).is_dir():
+    if not (shards and (is_url(shards) or Path(shards).is_dir())):
         where = f"its shards {shards} are not here" if shards else "it does not record its shards"
         raise ConfigError(f"{model.source}: {where}; name images to compare by --data.shards or --images")
     dataset = open_dataset(shards, check_splits=False)
@@ -156,30 +158,24 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
 # Writers and readers
 
 
-def write_safetensors(model: Any, images: Any, path: Path) -> None:
-    from train.checkpoint import write_tensors
-
-    write_tensors(path, own_tensors(model), metadata(model))
-
-
-def write_pth(model: Any, images: Any, path: Path) -> None:
+def write(kind: str, model: Any, images: Any, path: Path) -> None:
     import torch
 
-    torch.save(own_tensors(model), path)
-
-
-def own_tensors(model: Any) -> Json:
-    """Copies of the weights that share no memory, in the format of files."""
-    return {name: t.clone().contiguous() for name, t in model.net.state_dict().items()}
-
-
-def metadata(model: Any) -> dict[str, str]:
+    from train.checkpoint import write_tensors
     from train.model_card import METADATA
 
-    return {METADATA: json.dumps(model.card.as_json())}
+    metadata = {METADATA: json.dumps(model.card.as_json())}
+    # Copies that share no memory, in the format of files
+    tensors = {name: t.clone().contiguous() for name, t in model.net.state_dict().items()}
+    if kind == ".safetensors":
+        write_tensors(path, tensors, metadata)
+    elif kind == ".pth":
+        torch.save(tensors, path)
+    else:
+        write_onnx(model.net, metadata, images, path)
 
 
-def write_onnx(model: Any, images: Any, path: Path) -> None:
+def write_onnx(net: Any, metadata: dict[str, str], images: Any, path: Path) -> None:
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -189,7 +185,7 @@ def write_onnx(model: Any, images: Any, path: Path) -> None:
 
     import torch
 
-    net = model.net.to(memory_format=torch.contiguous_format)
+    net = net.to(memory_format=torch.contiguous_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -203,11 +199,8 @@ def write_onnx(model: Any, images: Any, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("n")},),
         )
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, metadata(model))
+    onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
-
-
-WRITERS = {".safetensors": write_safetensors, ".onnx": write_onnx, ".pth": write_pth}
 
 
 def reloaded(path: Path, model: Any) -> Any:

@@ -31,12 +31,13 @@ from pipeline.manifest import open_dataset
 from pipeline.progress import Progress, clock
 from pipeline.write import index_existing
 from pipeline.write.build import build, forecast
-from pipeline.write.cuts import make_cuts
+from pipeline.write.cuts import CHECKS, make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.manifest_content import BadImages
 from pipeline.write.plan import Options, Plan
 from pipeline.write.sources import SOURCES
 from pipeline.write.sources.base import PassedOver, check_fraction, check_name, few_images
+from pipeline.write.sources.tars import expand
 from tools import cli
 
 PILLOW = (12, 3)  # earlier ones have known security faults
@@ -61,14 +62,19 @@ def add_index(p: cli.Parser) -> None:
     p.option("name", "webdataset", "the dataset's name (%(default)s)")
     p.path("--classes", "FILE", "class names, a line each (default: their numbers)")
     p.option("statistics", 10_000, "images to measure mean and deviation of (%(default)s)", metavar="N")
+    p.flag("cuts", "also make what `make_shards.py cuts` makes: takes several times as long")
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
 def add_cuts(p: cli.Parser) -> None:
     p.path("out", "DIR", "the shard folder")
     p.workers()
+    add_check_cuts(p)
+
+
+def add_check_cuts(p: cli.Parser) -> None:
     checks = "images whose cut is compared with the whole: one in 32, or all (%(default)s)"
-    p.option("check-cuts", "some", checks, choices=("some", "all"))
+    p.option("check-cuts", "some", checks, choices=tuple(CHECKS))
 
 
 def add_common(p: cli.Parser, *, out: str, size: str) -> None:
@@ -77,6 +83,7 @@ def add_common(p: cli.Parser, *, out: str, size: str) -> None:
     p.workers()
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
     p.option("max-bad-fraction", 0.0, allowed, metavar="F")
+    add_check_cuts(p)
 
 
 def add_options(p: cli.Parser) -> None:
@@ -91,6 +98,8 @@ def add_options(p: cli.Parser) -> None:
     p.option("stats", "on", measured, choices=("on", "off"))
     checks = "keep, with --stats off: decode every image, or read only headers (%(default)s)"
     p.option("check", "full", checks, choices=("full", "header"))
+    cuts = "make what crops JPEGs faster, docs/cuts.md (default: if statistics are measured, and not for raw)"
+    p.add_argument("--cuts", action=argparse.BooleanOptionalAction, help=cuts)
     p.add_argument(
         "--shards",
         metavar="A:B|I/N",
@@ -115,15 +124,15 @@ def main() -> None:
         raise
     if written:
         report(written, args.out, time.monotonic() - started)
+        if args.cuts:
+            cut(args)
 
 
 def index(args: argparse.Namespace) -> dict:
     fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
-    splits = {"train": index_existing.expand(args.tars)} | (
-        {"val": index_existing.expand(args.val)} if args.val else {}
-    )
+    splits = {"train": expand(args.tars)} | ({"val": expand(args.val)} if args.val else {})
     with Progress("indexing", sum(map(len, splits.values())), unit="tar") as progress:
         written, passed_over = index_existing.index(
             check_name(args.name),
@@ -151,7 +160,8 @@ def cut(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.out}: its images are raw pixels; cuts are for JPEGs")
     images = sum(split.samples for split in dataset.splits.values())
     with Progress("finding cuts", images) as progress:
-        made = make_cuts(dataset, workers=args.workers, check_all=args.check_cuts == "all", progress=progress.update)
+        check = CHECKS[args.check_cuts]
+        made = make_cuts(dataset, workers=args.workers, check_one_in=check, progress=progress.update)
     number, size = (sum(file[name] for file in made) for name in ("cut", "bytes"))
     print(f"{args.out}: {number:,} of {images:,} images can be cut; {size / 1e6:,.1f} MB")
 
@@ -188,8 +198,13 @@ def make(args: argparse.Namespace) -> dict | None:
         args.stats == "on",
         args.check,
     )
+    if args.cuts is None:
+        args.cuts = options.stats and args.encode != "raw"
+    if args.cuts and args.encode == "raw":
+        raise ConfigError("--cuts goes with --encode keep or jpeg: raw pixels are not decoded")
     print_decoders(trusted=args.trust_images)
-    plan = Plan(SOURCES[args.source].from_options(args), options)
+    source = SOURCES[args.source].from_options(args)
+    plan = Plan(source, options, CHECKS[args.check_cuts] if args.cuts else 0)
     print_passed_over(plan.source.passed_over)
     for note in few_images(plan.source):
         print(cli.printable(f"note: {note}"))

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write
+from pipeline.files import write_text
 from tools import cli
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -19,9 +19,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     places = jinja2.FileSystemLoader(TEMPLATES)
     env = jinja2.Environment(loader=places, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters["printable"] = cli.printable
-    page = env.get_template(template).render(values, plotly=get_plotlyjs)
-    with atomic_write(path) as file:
-        file.write(page.encode(errors="backslashreplace"))
+    write_text(path, env.get_template(template).render(values, plotly=get_plotlyjs))
 
 
 def thumbnail(pixels: Any, side: int) -> str:

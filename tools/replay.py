@@ -9,7 +9,6 @@ the same kind of machine, the numbers are the recorded ones to the last bit; wit
 Exit codes: 0 printed, 1 the loss is not the recorded one, 2 usage, 65 bad data.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from typing import Any
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError
 from pipeline.files import Json, write_json
 from pipeline.settings import updated
+from pipeline.storage import absolute
 from tools import cli
 
 SHOWN = 5  # samples
@@ -53,7 +53,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
 
     described = read_config(args.run, "config", "ranks", "shards")
     saved, _ = Checkpoints(args.run, keep=1).newest(before=args.step)
-    here = {"data.shards": os.path.abspath(args.shards or described["shards"]), "run.dir": str(scratch / "run")}
+    here = {"data.shards": absolute(args.shards or described["shards"]), "run.dir": str(scratch / "run")}
     here |= {"run.record_ids": False, "resume": str(saved.path) if saved else ""}
     config = updated(updated(Config(), described["config"]), here)
     dataset = open_alike(config)

@@ -1,7 +1,6 @@
 """Builds a run from its configuration: loaders, net, optimiser, checkpoint to resume from, records."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.read import order, rng
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
 from pipeline.settings import flatten
+from pipeline.storage import absolute
 
 from . import resume, signals, watchdog
 from .background_saves import Saver
@@ -74,10 +74,11 @@ def build_trainer(
     precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
     samples = config.overfit or dataset.split(config.data.train_split).samples
     check_batch(train.batch, train.accumulate, samples=samples, world=world, partitions=config.data.partitions)
+    checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
+    config = resume.with_window(config, dataset, checkpoints, agreement, first=main)
     make_loader, val_loader = make_loaders(config, dataset, accelerator)
     loader = make_loader(augment=config.augment_at(0))
     net = make_net(config, classes=len(dataset.classes), say=say)
-    checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
     flat = flatten(config)
     fixed = resume.invariants(flat, dataset, precision=precision)
     saved = resume.choose(
@@ -107,7 +108,7 @@ def build_trainer(
     if main:
         folder.describe(
             config=dataclasses.asdict(config),
-            shards=os.path.abspath(config.data.shards),
+            shards=absolute(config.data.shards),
             fingerprint=dataset.fingerprint,
             backend=loader.backend,
             backend_reason=loader.backend_reason,

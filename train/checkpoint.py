@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import DataError, reading
-from pipeline.files import PARTIAL, Json, atomic_write, fsync_path, write_json
+from pipeline.files import PARTIAL, Json, fsync_path, write_json, write_text
 from pipeline.shards import file_sha256
 
 LATEST, BEST, RECORD, STATE = "latest", "best", "record.json", "state.json"
@@ -87,7 +87,17 @@ class Checkpoints:
             self._pending = self._writer.submit(self._remove_old, step, state.get("best_step"))
             return
         moments = {f"{p}.{name}": v for p, values in optimizer["state"].items() for name, v in values.items()}
-        self._stage({MODEL: model, OPTIMIZER: moments} | ({AVERAGE: average} if average else {}))
+        files = {MODEL: model, OPTIMIZER: moments} | ({AVERAGE: average} if average else {})
+        # To the host, into memory that is kept: fresh pages cost more than the copy itself.
+        for file, tensors in files.items():
+            kept = self._staging.setdefault(file, {})
+            for name, tensor in tensors.items():
+                if name not in kept:
+                    pinned = tensor.device.type == "cuda"
+                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                kept[name].copy_(tensor.detach(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._pending = self._writer.submit(self._publish, step, {**state, "step": step})
 
     def wait(self) -> None:
@@ -100,18 +110,6 @@ class Checkpoints:
     def failed(self) -> bool:
         """Whether a save has failed whose error `wait` has not raised yet."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
-
-    def _stage(self, files: dict[str, Weights]) -> None:
-        """Copies to the host, into memory that is kept: fresh pages cost more than the copy itself."""
-        for file, tensors in files.items():
-            kept = self._staging.setdefault(file, {})
-            for name, tensor in tensors.items():
-                if name not in kept:
-                    pinned = tensor.device.type == "cuda"
-                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                kept[name].copy_(tensor.detach(), non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     def _publish(self, step: int, state: Json) -> None:
         """Temporary folder → fsync → rename; only then are old ones removed."""
@@ -146,8 +144,7 @@ class Checkpoints:
             _remove(gone)
 
     def _point(self, name: str, target: str) -> None:
-        with atomic_write(self.folder / name) as file:
-            file.write(f"{target}\n".encode())
+        write_text(self.folder / name, f"{target}\n")
 
     # Reading
 

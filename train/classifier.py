@@ -13,12 +13,13 @@ from model import ModelConfig
 from pipeline.errors import ConfigError, DataError, first_line, reading
 from pipeline.files import Json
 from pipeline.manifest import Dataset, Statistics, open_dataset
+from pipeline.read.augment import IMAGENET_STATISTICS
 from pipeline.settings import flatten, updated
 
 from .checkpoint import BEST, Saved, find
 from .config import Config
 from .evaluation import NAMES
-from .model_card import INPUTS, METADATA, PLAIN, Card, Inputs, read_beside, read_inputs
+from .model_card import INPUTS, METADATA, Card, Inputs, read_beside, read_inputs
 from .networks import create_net, heads, load_weights, read_weights
 from .presets import PRESETS
 from .run_folder import CONFIG, read_config, read_metrics
@@ -44,7 +45,7 @@ class Classifier(NamedTuple):
         if self.card.inputs:
             return self.card.inputs.statistics
         if self.card.augment.statistics == "imagenet":
-            return PLAIN
+            return IMAGENET_STATISTICS
         if dataset is None:
             unknown = f"{self.source}: how its images were normalised is not known"
             raise ConfigError(f"{unknown}; name the shards by --data.shards")
@@ -167,27 +168,21 @@ def _card_of_preset(path: Path, preset: str) -> Card:
         from torchvision.models import AlexNet_Weights
 
         names = tuple(AlexNet_Weights.DEFAULT.meta["categories"])  # in the order of their WordNet ids
-        inputs = Inputs("ImageNet", "", names, names, PLAIN) if classes == len(names) else None
+        inputs = Inputs("ImageNet", "", names, names, IMAGENET_STATISTICS) if classes == len(names) else None
     return Card(model, augment, inputs, {"classes": classes})
 
 
-def _metadata(path: Path) -> str | None:
-    """The text of the card in a safetensors file. Other files have none."""
-    if path.suffix.lower() != ".safetensors":
-        return None
-    damaged = f"{path}: not a whole safetensors file: its header"
-    with (
-        reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
-        open(path, "rb") as file,
-    ):
-        # By hand: the library opens no path that is not UTF-8.
-        header: dict[str, dict[str, str]] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return header.get("__metadata__", {}).get(METADATA)
-
-
 def _card(path: Path, text: str | None = None) -> Card | None:
-    """The card of a file: `text`, or what its metadata hold, or else the card beside it."""
-    text = text or _metadata(path)
+    """The card of a file: `text`, or what a safetensors file's metadata hold, or else the card beside it."""
+    if path.suffix.lower() == ".safetensors":
+        damaged = f"{path}: not a whole safetensors file: its header"
+        with (
+            reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
+            open(path, "rb") as file,
+        ):
+            # By hand: the library opens no path that is not UTF-8.
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            text = header.get("__metadata__", {}).get(METADATA)
     with reading(f"{path}: its model card", "export the weights again"):
         return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
 

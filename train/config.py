@@ -13,7 +13,7 @@ from model import ModelConfig
 from model.variants import VARIANTS
 from pipeline.errors import ConfigError
 from pipeline.read.augment import AugmentConfig
-from pipeline.read.config import LoaderConfig
+from pipeline.read.config import DataConfig, LoaderConfig
 from pipeline.settings import (
     BelowOne,
     Bounds,
@@ -49,23 +49,6 @@ def _check_tracker(name: str) -> None:
         raise ConfigError(f"run.trackers={name}: unknown{did_you_mean(name, known)}; choose one of {', '.join(known)}")
     if name not in map(str, get_available_trackers()):
         raise ConfigError(f"run.trackers={name}: is not installed; install it, or choose tensorboard")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images are."""
-
-    shards: InHelp[PerHost[str]] = ""
-    """Folder made by tools/make_shards.py. Another place of the same data is the same run: the fingerprint decides."""
-    train_split: str = "train"
-    val_split: InHelp[str] = "val"
-    partitions: Positive = 1
-    """Partitions that are shuffled by themselves, so that a node reads only its own shards; see docs/order.md."""
-    window: NonNegative = 0
-    """Shards that are shuffled together; 0: all of a partition."""
-
-    def __post_init__(self) -> None:
-        validate(self)
 
 
 @dataclass(frozen=True)
@@ -272,8 +255,7 @@ class Config:
             raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
 
     def behind_the_end(self) -> list[str]:
-        """A line for each field that names an epoch which the run does not reach: presets are made for their own
-        length."""
+        """A line for each field that names an epoch which the run does not reach."""
         optim, end = self.optim, self.train.epochs
         epochs: dict[str, list[float]] = {
             "optim.milestones": [m for m in optim.milestones if m >= end and optim.schedule == "step"],

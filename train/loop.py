@@ -85,6 +85,7 @@ def begin(t: Trainer) -> None:
         f"net: {c.model.name}, {weights:,} weights",
         f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank",
         f"decoder: {loader.decoder()}",
+        *filter(None, [loader.cost]),
         f"compiled: {t.stepper.compiled}",
         *c.behind_the_end(),
         *["warning: the set has one class, so top-1 is always 1"] * (classes == 1),

@@ -16,9 +16,9 @@ import numpy as np
 
 from model import ModelConfig
 from pipeline.errors import reading
-from pipeline.files import Json, atomic_write, write_json
+from pipeline.files import Json, write_json, write_text
 from pipeline.manifest import Dataset, Statistics
-from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from pipeline.read.augment import IMAGENET_STATISTICS, AugmentConfig
 from pipeline.settings import updated
 
 from .config import Config
@@ -26,7 +26,6 @@ from .evaluation import BEST
 from .run_folder import read_json
 
 INPUTS = "inputs.json"
-PLAIN = Statistics(IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Inputs:
             dataset.fingerprint,
             tuple(dataset.classes),
             tuple(dataset.class_names),
-            PLAIN
+            IMAGENET_STATISTICS
             if augment.statistics == "imagenet"
             else dataset.statistics(mean_image=augment.normalize == "mean-image"),
             tuple(dataset.manifest.get("class_ids", ())),
@@ -130,8 +129,7 @@ class Card:
         """Writes NAME.json and NAME.md beside the weights NAME.suffix; returns their paths."""
         as_json, as_text = path.with_suffix(".json"), path.with_suffix(".md")
         write_json(as_json, self.as_json())
-        with atomic_write(as_text) as file:
-            file.write(self.as_markdown(path.stem).encode(errors="backslashreplace"))
+        write_text(as_text, self.as_markdown(path.stem))
         return as_json, as_text
 
     def as_markdown(self, name: str) -> str:

@@ -12,6 +12,7 @@ from model import AlexNet
 
 from .config import OptimConfig
 
+Tensors = list[Tensor]
 Group = dict[str, Any]  # of parameters that an update treats alike, as in torch
 
 
@@ -41,7 +42,7 @@ class Velocity(_InGroups):
     torch's keeps the rate outside; the two differ for some steps after each change of it. If lr is 0 nothing moves.
     """
 
-    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+    def move(self, group: Group, w: Tensors, g: Tensors, v: Tensors) -> None:
         torch._foreach_mul_(v, group["momentum"])
         torch._foreach_add_(v, w, alpha=-group["weight_decay"] * group["lr"])
         torch._foreach_add_(v, g, alpha=-group["lr"])
@@ -56,7 +57,7 @@ class Lars(_InGroups):
     normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
     """
 
-    def move(self, group: Group, w: list[Tensor], g: list[Tensor], v: list[Tensor]) -> None:
+    def move(self, group: Group, w: Tensors, g: Tensors, v: Tensors) -> None:
         update = torch._foreach_add(g, w, alpha=group["weight_decay"])
         torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["adapt"] else group["lr"])
         torch._foreach_mul_(v, group["momentum"])
@@ -64,7 +65,7 @@ class Lars(_InGroups):
         torch._foreach_sub_(w, v)
 
 
-def _adapted(w: list[Tensor], g: list[Tensor], group: Group) -> Tensor:
+def _adapted(w: Tensors, g: Tensors, group: Group) -> Tensor:
     """(n,) lr·t of n layers, on the device: the host does not wait for it."""
     weight, gradient = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
     others = gradient + group["weight_decay"] * weight

@@ -22,7 +22,7 @@ import psutil
 
 from pipeline.errors import BAD_DATA, USAGE, ExpressError, StorageError, first_line
 from pipeline.files import Json
-from pipeline.manifest import Dataset, open_dataset
+from pipeline.manifest import Dataset
 from pipeline.settings import PER_HOST, flatten, marked
 
 from . import environment
@@ -41,11 +41,11 @@ CURE = "start the same command, with the same versions and shards, on every host
 def open_alike(config: Config) -> Dataset:
     """Opens the dataset, after all ranks have shown that they start the same run. Raises ExpressError, at all alike."""
     if _alone():
-        return open_dataset(config.data.shards)
+        return config.data.open()
     name_interface()
     dataset, found = None, Json()
     try:
-        dataset = open_dataset(config.data.shards)
+        dataset = config.data.open()
         found["facts"] = facts(config, dataset)
     except (ExpressError, OSError) as err:
         known = StorageError.of(err, config.data.shards) if isinstance(err, OSError) else err

@@ -4,9 +4,10 @@ from typing import Any
 
 from model import ModelConfig
 from pipeline.read.augment import AugmentConfig
+from pipeline.read.config import DataConfig
 from pipeline.settings import flatten, updated
 
-from .config import Config, DataConfig, OptimConfig, RegularizeConfig, RunConfig, TrainConfig
+from .config import Config, OptimConfig, RegularizeConfig, RunConfig, TrainConfig
 
 # The recipe that all of 2012 has in common, with the default momentum of 0.9, which every preset keeps.
 PAPER: dict[str, Any] = {"lr": 0.01, "weight_decay": 5e-4}

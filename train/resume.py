@@ -1,5 +1,7 @@
 """Which checkpoint a run resumes from, and whether it is of the same run: settings that are fixed on resume."""
 
+import contextlib
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +9,10 @@ from pathlib import Path
 from pipeline.errors import ConfigError, ExpressError, StorageError
 from pipeline.files import Json
 from pipeline.manifest import Dataset
-from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marked
+from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marked, updated
 
 from . import preflight
-from .checkpoint import RESUME_ANOTHER, Checkpoints, Saved, load
+from .checkpoint import RESUME_ANOTHER, STATE, Checkpoints, Saved, load
 from .config import RESUME_NEWEST, Config
 from .distributed import Agreement
 from .run_folder import LOCK, RunFolder, another
@@ -88,6 +90,21 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     if asked and not saved:
         raise ConfigError(f"{checkpoints.run}: no checkpoint to resume from; start without --resume")
     return saved
+
+
+def with_window(
+    config: Config, dataset: Dataset, checkpoints: Checkpoints, agreement: Agreement, *, first: bool
+) -> Config:
+    """`config` with the window that it leaves open: of the checkpoint to resume from, otherwise of the data."""
+    if config.data.window >= 0:
+        return config
+    window = dataset.window
+    if first:
+        named = [Path(config.resume)] if config.resume not in ("", RESUME_NEWEST) else []
+        for path in [*named, *checkpoints.all()]:  # the last one counts; `choose` verifies it
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                window = int(json.loads((path / STATE).read_bytes())["config"]["data.window"])
+    return updated(config, {"data.window": agreement.from_all(window)[0]})
 
 
 def invariants(config: Json, dataset: Dataset, *, precision: str) -> Json:

@@ -11,13 +11,10 @@ Exit codes of each process, and in exit.json: 0 done, 1 a check failed or a rank
 74 I/O failed or disk full, 75 stopped and saved, 76 non-finite loss or gradients, 77 hang.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
@@ -29,9 +26,6 @@ from train.environment import check_launch, launched
 from train.exit_report import ExitReport
 from train.run_folder import RunFolder
 from train.signals import Stop, heed_no_more
-
-if TYPE_CHECKING:
-    from train.config import Config
 
 # Threads that wait sleep: if they spin, they take cores from other work and from the threads that they wait for
 # (docs/results.md). Read when torch is loaded.
@@ -50,34 +44,32 @@ def main(argv: list[str]) -> int:
             from train.cli import parse
 
             config = parse(argv)
-            report.config, report.folder = config, RunFolder(Path(config.run.dir))
+            folder = RunFolder(Path(config.run.dir))
+            report.config, report.folder = config, folder
             if not launched("RANK"):  # before torch is imported and compiles, which can take half a minute
                 print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}")
-            train_run(config, report.folder, stop, report)
+
+            from train.build import build_trainer
+            from train.distributed import make_accelerator
+            from train.loop import train
+            from train.preflight import open_alike
+
+            dataset = open_alike(config)
+            accelerator = make_accelerator(config)
+            run = build_trainer(config, accelerator, dataset, folder=folder, stop=stop, parent=PARENT)
+            report.trainer = run
+            run.watchdog.on_hang = partial(report.write, HANG)
+            stop.at_second = partial(report.write, CHECK_FAILED)
+            result = train(run)
+            run.close()
+            if accelerator.is_main_process:
+                folder.write_exit(code=DONE, reason="done", step=run.state.step)
+                print(result)
         heed_no_more()
         report.write_page()
         return report.code
     finally:
         heed_no_more()
-
-
-def train_run(config: Config, folder: RunFolder, stop: Stop, report: ExitReport) -> None:
-    """Builds the run and trains it."""
-    from train.build import build_trainer
-    from train.distributed import make_accelerator
-    from train.loop import train
-    from train.preflight import open_alike
-
-    dataset = open_alike(config)
-    accelerator = make_accelerator(config)
-    report.trainer = build_trainer(config, accelerator, dataset, folder=folder, stop=stop, parent=PARENT)
-    report.trainer.watchdog.on_hang = partial(report.write, HANG)
-    stop.at_second = partial(report.write, CHECK_FAILED)
-    result = train(report.trainer)
-    report.trainer.close()
-    if accelerator.is_main_process:
-        folder.write_exit(code=DONE, reason="done", step=report.trainer.state.step)
-        print(result)
 
 
 if __name__ == "__main__":

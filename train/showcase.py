@@ -55,9 +55,16 @@ class Showcase:
         for row in np.flatnonzero(np.isin(batch.ids.numpy(), self._chosen)).tolist():
             image, label = batch.images[row].cpu(), int(batch.labels[row])
             self._pixels.append(as_pixels(image, loader))
-            crop: Json = {"epoch": epoch + 1, "step": step, "id": int(batch.ids[row]), "label": label}
-            crop["sha256"] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
-            self._crops.append(crop | {"png": png(self._pixels[-1])})
+            self._crops.append(
+                {
+                    "epoch": epoch + 1,
+                    "step": step,
+                    "id": int(batch.ids[row]),
+                    "label": label,
+                    "sha256": hashlib.sha256(image.numpy().tobytes()).hexdigest(),
+                    "png": png(self._pixels[-1]),
+                }
+            )
 
     def begin(self) -> None:
         """Forgets what `see` has seen of another net, or of an evaluation that was stopped."""
@@ -96,9 +103,8 @@ class Showcase:
             "crops": self._crops,
         }
         if self._pixels:
-            # Of one size: they may grow between evaluations
-            last = self._pixels[-1].shape
-            sheets["crops"], self._pixels = np.stack([one for one in self._pixels if one.shape == last]), []
+            size = len(self._pixels[-1])  # it may have grown since the last evaluation
+            sheets["crops"], self._pixels = np.stack([one for one in self._pixels if len(one) == size]), []
         with contextlib.suppress(OSError, StorageError):
             write_json(self.path, shown)
             for tracker in self.accelerator.trackers:

@@ -19,7 +19,7 @@ list_files() {
 import sys
 
 sys.path[0] = sys.argv[1]
-from pipeline import manifest
+from pipeline import cuts, manifest
 from pipeline.errors import ExpressError
 
 try:
@@ -45,6 +45,13 @@ if "mean_image" in dataset.manifest["statistics"]:
     record = dataset.manifest["statistics"]["mean_image"]
     tell(record["file"], record["sha256"])
 tell("_info.json")
+try:
+    for made in filter(None, (cuts.open_cuts(dataset, split) for split in dataset.splits.values())):
+        for path, sha256 in zip(made.paths, made.sha256):
+            tell(path.name, sha256)
+    tell(cuts.NAME)
+except ExpressError as err:
+    print(f"note: {err}; staged without", file=sys.stderr)
 PY
 }
 

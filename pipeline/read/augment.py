@@ -13,8 +13,8 @@ from ..manifest import Dataset, Statistics
 from ..settings import Bounds, InHelp, validate
 from . import rng
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # 0.485, 0.456, 0.406 of 255, as the seed and torchvision use them
-IMAGENET_STD = (58.395, 57.12, 57.375)
+# 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of 255, as the seed and torchvision use them
+IMAGENET_STATISTICS = Statistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 TRIES = 10  # draws of a random rectangle until it lies inside the image, as torchvision's RandomResizedCrop
 
 
@@ -171,8 +171,8 @@ class Normalisation(NamedTuple):
 def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Normalisation:
     """The normalisation that the configuration asks for. Raises ConfigError for a mean image that does not fit or does
     not exist."""
-    imagenet = config.statistics == "imagenet"
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (measured.mean, measured.std)
+    measured = IMAGENET_STATISTICS if config.statistics == "imagenet" else measured
+    mean, std = measured.mean, measured.std
     image = None
     if config.normalize == "mean-image":
         if measured.mean_image is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import StorageError
+from ..files import OpenFile
 
 MAX_OPEN = 512  # enough that a shuffled epoch of ImageNet seldom reopens
 
@@ -28,16 +29,6 @@ def files_for_a_reader() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     return max(1, (sys.maxsize if soft == resource.RLIM_INFINITY else soft) // 8)
-
-
-class OpenFile:
-    """A descriptor that is closed when nobody refers to it any more."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
 
 
 class LocalShards:

@@ -1,4 +1,4 @@
-"""The loader's settings, and the backend that `auto` chooses."""
+"""The settings of data and loader, and the backend that `auto` chooses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,39 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import ConfigError
-from ..settings import Bounds, Fraction, InHelp, PerHost, validate
+from ..manifest import FETCH_MEMORY, Dataset, open_dataset
+from ..settings import Bounds, Fraction, InHelp, PerHost, Positive, validate
 
 if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to import
     import torch
 
 Few = Annotated[int, Bounds(ge=1, le=1024)]
 Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are."""
+
+    shards: InHelp[PerHost[str]] = ""
+    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, https:// (docs/remote.md). Another place of
+    the same data is the same run: the fingerprint decides."""
+    train_split: str = "train"
+    val_split: InHelp[str] = "val"
+    partitions: Positive = 1
+    """Partitions that are shuffled by themselves, so that a node reads only its own shards; see docs/order.md."""
+    window: Annotated[int, Bounds(ge=-1)] = -1
+    """Shards that are shuffled together; 0: all of a partition; -1: 16 if shards is a URL, otherwise 0."""
+    allow_http: PerHost[bool] = False
+    """Also read from servers without encryption, by http://."""
+    fetch_memory: PerHost[Positive] = FETCH_MEMORY
+    """MB of a rank's memory for what it fetches ahead from a URL; more makes fewer requests (docs/order.md)."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def open(self) -> Dataset:
+        return open_dataset(self.shards, allow_http=self.allow_http, fetch_memory=self.fetch_memory)
 
 
 @dataclass(frozen=True)
@@ -26,7 +52,7 @@ class LoaderConfig:
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: PerHost[Few] = 32
-    """Reads in flight."""
+    """Reads in flight; from a URL, four times as many requests."""
     prefetch_batches: PerHost[Few] = 2
     """Batches decoded ahead of the consumer; the same number is read ahead of decoding."""
     verify: PerHost[bool] = True

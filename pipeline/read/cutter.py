@@ -1,5 +1,6 @@
 """JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -7,12 +8,14 @@ from numpy import ndarray
 
 from .. import jpeg
 from ..cut_jpeg import EXTRA, cut_jpeg
-from ..cuts import HEADER_BYTES, Cuts
+from ..cuts import HEADER_BYTES, Cuts, open_cuts
 from ..decode import Scratch
-from ..errors import StorageError
+from ..errors import DataError, StorageError
+from ..files import OpenFile
 from ..huffman import SLACK
 from ..jit import compiled
-from .byte_source import LocalShards, OpenFile
+from ..manifest import Dataset, Split
+from .byte_source import LocalShards
 from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
 
@@ -45,10 +48,11 @@ def pixels_under(box: ndarray, crop: int) -> ndarray:
 
 
 class Cutter:
-    """Cuts the images of a split."""
+    """Cuts the images of a split. `missed`: images that are decoded whole since their places are lost or damaged."""
 
     def __init__(self, cuts: Cuts) -> None:
         self._table, self._source, self._out = cuts.table, LocalShards(cuts.paths), Scratch()
+        self.missed = 0
 
     def places(self, ids: ndarray, rows: ndarray, pixels: ndarray) -> ndarray:
         """(n, 3) int64: offset, size and CRC-32 of the images' places; size 0 if they are better decoded whole.
@@ -69,6 +73,8 @@ class Cutter:
         size, found = int((2 * block.rows[:, SIZE] + EXTRA).sum()), np.zeros((len(fds), 6), np.int64)
         out = np.empty(size, np.uint8) if keep else self._out(size)
         cut_images(block.buffer, block.at, block.rows, fds, places, pixels, out, found)
+        missed = int(((places[:, 1] > 0) & (found[:, 1] == 0)).sum())
+        self.missed += missed  # without a call in between, no other thread gets the interpreter
         return [Cut(out[start:end], *placed) for start, end, *placed in found.tolist()]
 
     def _opened(self, shard: int) -> OpenFile | None:
@@ -79,6 +85,16 @@ class Cutter:
 
     def close(self) -> None:
         self._source.close()
+
+
+def open_cutter(dataset: Dataset, split: Split) -> Cutter | None:
+    """None if there are no cuts, or, with a warning, if they cannot be used: images are decoded whole then."""
+    try:
+        cuts = open_cuts(dataset, split)
+        return Cutter(cuts) if cuts else None
+    except DataError as err:
+        logging.getLogger("imagenet_express").warning("%s", err)
+        return None
 
 
 @compiled
@@ -93,13 +109,14 @@ def cut_images(
     header, entries, q = np.zeros(jpeg.HEADER, np.int32), np.empty(places[:, 1].max() + SLACK, np.uint8), 0
     for i in range(len(at)):
         image, (offset, size, crc) = buffer[at[i] : at[i] + rows[i, SIZE]], places[i]
-        if fds[i] == IN_MEMORY or not fetched(entries, 0, fds[i], offset, size, 0, False):
-            continue
-        if np.int64(crc32(np.uint32(rows[i, CRC32]), np.uintp(entries.ctypes.data), np.uint32(size))) != crc:
-            continue
-        if not jpeg.read_header(image, header):
-            continue
-        if header[jpeg.WIDTH] != rows[i, WIDTH] or header[jpeg.HEIGHT] != rows[i, HEIGHT]:
+        if (
+            fds[i] == IN_MEMORY
+            or not fetched(entries, 0, fds[i], offset, size, 0, False)
+            or np.int64(crc32(np.uint32(rows[i, CRC32]), np.uintp(entries.ctypes.data), np.uint32(size))) != crc
+            or not jpeg.read_header(image, header)
+            or header[jpeg.WIDTH] != rows[i, WIDTH]
+            or header[jpeg.HEIGHT] != rows[i, HEIGHT]
+        ):
             continue
         last = q + cut_jpeg(image, header, entries[: size + SLACK], pixels[i], out[q:], found[i, 2:])
         found[i, 0], found[i, 1], q = q, last, last

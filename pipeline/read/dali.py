@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cuts import Cuts
 from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Output, Work, check_raw_sizes, undecodable
 from .cutter import Cut, Cutter, pixels_under
@@ -138,14 +137,14 @@ class Graph:
 
 
 class Dali(Engine):
-    """See backend.Engine. rows: crops of the largest batch. cuts: places of the JPEGs' MCUs."""
+    """See backend.Engine. rows: crops of the largest batch. cutter: cuts what crops need out of JPEGs."""
 
     def __init__(
-        self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int, cuts: Cuts | None = None
+        self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int, cutter: Cutter | None = None
     ) -> None:
         self.graph, self.rows, self.threads, self.depth, self._reader = graph, rows, threads, depth, reader
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
-        self._cutter, self._cutting = Cutter(cuts) if cuts else None, deque[tuple[Work, list[Future[list[Cut]]]]]()
+        self._cutter, self._cutting = cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-cut")
         self._spent = Held()
         self._pipeline: Any = None
@@ -223,8 +222,6 @@ class Dali(Engine):
 
     def close(self) -> None:
         self._pool.shutdown()
-        if self._cutter:
-            self._cutter.close()
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()

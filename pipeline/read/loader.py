@@ -10,7 +10,7 @@ The content of a batch is a function of (dataset, seed, epoch, step, batch) alon
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -25,16 +25,15 @@ import torch
 from torch import Tensor
 
 from ..cores import threads_per_rank
-from ..cuts import Cuts, open_cuts
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..files import Json
-from ..manifest import Dataset, Split, Statistics, open_dataset
+from ..manifest import Dataset, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
 from .backend import Output, PixelType, Work, to_device
 from .config import LoaderConfig, choose_backend
+from .cutter import open_cutter
 from .plan import Plan
-from .reader import Reader
 
 if TYPE_CHECKING:
     from .pixel_check import PixelCheck
@@ -51,11 +50,12 @@ class Batch(NamedTuple):
 class Loader(AbstractContextManager["Loader"]):
     """Iterates `Batch`es from its state to the end of the epoch; iterate once more for the next epoch.
 
-    shards: a folder made by tools/make_shards.py, or an opened Dataset.
+    shards: a folder made by tools/make_shards.py, its URL (docs/remote.md), or an opened Dataset.
     batch: the global batch size; each rank gets batch / world images a step. In evaluation it only bounds memory.
     train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
         over all ranks, so that ranks may differ by one sample and by one batch. Default: whether split is "train".
-    partitions, window: how far the shuffle reaches; 1 and 0, the defaults, shuffle over everything (docs/order.md).
+    partitions, window: how far the shuffle reaches (docs/order.md); 1 and 0 shuffle over everything. window=-1: 16 for
+        shards at a URL, otherwise 0; a loaded state sets the one that it was made with.
     first: use only this number of samples, the first in stored order; 0: all.
     statistics: to normalise with. Default: the dataset's own; pass those of another dataset that a net was trained on.
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
@@ -74,7 +74,7 @@ class Loader(AbstractContextManager["Loader"]):
         train: bool | None = None,
         seed: int = 0,
         partitions: int = 1,
-        window: int = 0,
+        window: int = -1,
         first: int = 0,
         statistics: Statistics | None = None,
         rank: int = 0,
@@ -83,13 +83,13 @@ class Loader(AbstractContextManager["Loader"]):
         device: str | torch.device = "cpu",
         dtype: PixelType = "float32",
         channels_last: bool = False,
-        augment: AugmentConfig | None = None,
-        config: LoaderConfig | None = None,
+        augment: AugmentConfig = AugmentConfig(),
+        config: LoaderConfig = LoaderConfig(),
     ) -> None:
         if dtype not in get_args(PixelType):
             raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
         train = split == "train" if train is None else train
-        self.augment, self.config = augment or AugmentConfig(), config or LoaderConfig()
+        self.augment, self.config = augment, config
         if self.augment.colour and train and dtype == "uint8":
             raise ConfigError(
                 "augment.colour needs dtype float32, float16 or bfloat16: uint8 batches hold plain pixels"
@@ -113,7 +113,7 @@ class Loader(AbstractContextManager["Loader"]):
             train=train,
             seed=seed,
             partitions=partitions,
-            window=window,
+            window=self.dataset.window if window < 0 else window,
             first=first,
             rank=rank,
             world=world,
@@ -121,10 +121,10 @@ class Loader(AbstractContextManager["Loader"]):
             covariance=self.dataset.covariance if train and self.augment.colour else None,
             check_every=self.config.check_every(self.backend, self.device),
         )
-        self.samples = self.plan.samples
+        self.samples, self._open_window = self.plan.samples, window < 0
         self.threads = self.config.threads or threads_per_rank(local_world or world)
         ahead = self.plan.batch_per_rank * self.config.prefetch_batches
-        self._reader = Reader(
+        self._reader = make_backend.reader(self.split)(
             self.split,
             threads=self.config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
@@ -133,6 +133,7 @@ class Loader(AbstractContextManager["Loader"]):
             always_ahead=self.backend.startswith("dali"),
             pinned=self.backend == "dali-gpu",
         )
+        self.cost = self._reader.cost(self.plan)  # of an epoch from a URL, a line for the log
         self._mean_image: Tensor | None = None
         if normal.image is not None and dtype != "uint8":
             image = torch.from_numpy(normal.image)[None].to(self.device)
@@ -145,9 +146,10 @@ class Loader(AbstractContextManager["Loader"]):
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
-        cuts = _cuts(self.dataset, self.split) if self.backend != "synthetic" and not raw else None
+        encoded = self.backend != "synthetic" and not raw
+        self._cutter = open_cutter(self.dataset, self.split) if encoded else None
         engine = self.backend, output, self._reader, self.plan, self.config
-        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cuts=cuts)
+        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cutter=self._cutter)
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck
@@ -156,8 +158,7 @@ class Loader(AbstractContextManager["Loader"]):
             self._check = PixelCheck(output, raw=raw, reader=self._reader, decoder=name)
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = 0
-        self._wait_seconds = 0.0
-        self._closed = False
+        self._wait_seconds, self._closed = 0.0, False
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -193,6 +194,8 @@ class Loader(AbstractContextManager["Loader"]):
         Raises ConfigError if the state is of another dataset, seed, batch, partitions or window, with both values.
         """
         saved = state.get("of", {})
+        if self._open_window:
+            self.plan = dataclasses.replace(self.plan, window=saved.get("window", self.plan.window))
         for name, mine in self.state_dict()["of"].items():
             if saved.get(name, mine) != mine:
                 raise ConfigError(f"{name}={mine} but the loader's state is of {name}={saved[name]}; use that one")
@@ -216,9 +219,12 @@ class Loader(AbstractContextManager["Loader"]):
             yield batch
 
     def stats(self) -> dict[str, float]:
-        """Since the last call: seconds that the consumer has waited for batches; if pixels are checked, crops that were
-        checked, and crops that differed."""
-        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds}, 0.0
+        """Since the last call: seconds that the consumer has waited for batches; images that were decoded whole because
+        their places in the cuts are lost or damaged; if pixels are checked, crops that were checked, and that differed.
+        """
+        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds, "cuts_missed": 0}, 0.0
+        if self._cutter:
+            stats["cuts_missed"], self._cutter.missed = self._cutter.missed, 0
         return stats | (self._check.counts() if self._check else {})
 
     def decoder(self) -> str:
@@ -233,6 +239,8 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.close()
             if self._check:
                 self._check.close()
+            if self._cutter:
+                self._cutter.close()
             self._reader.close()
 
     def __exit__(self, *_: object) -> None:
@@ -269,7 +277,7 @@ class Loader(AbstractContextManager["Loader"]):
         """All batches from the state on; their bytes are requested batches before they are yielded."""
         reading: deque[Work] = deque()
         try:
-            for epoch, step in self.plan.coordinates(self._epoch, self._step):
+            for epoch, step in self._reader.follow(self.plan.coordinates(self._epoch, self._step), self.plan):
                 planned = self.plan.step(epoch, step, self._reader.rows)
                 reading.append(Work(*planned, self._reader.read(planned.ids, planned.rows)))
                 if len(reading) <= self.config.prefetch_batches:
@@ -287,11 +295,3 @@ class Loader(AbstractContextManager["Loader"]):
             self._engine.stop()
             self._works.close()
             self._works = None
-
-
-def _cuts(dataset: Dataset, split: Split) -> Cuts | None:
-    try:
-        return open_cuts(dataset, split)
-    except DataError as err:  # images are decoded whole then
-        logging.getLogger("imagenet_express").warning("%s", err)
-        return None

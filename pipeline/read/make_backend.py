@@ -1,13 +1,25 @@
-"""Makes a backend. Each is imported when it is used: DALI and Numba's machine code take a while to load."""
+"""Makes a backend, and chooses a reader.
+
+Each is imported when it is used: DALI and Numba's machine code take a while to load.
+"""
 
 import torch
 
-from ..cuts import Cuts
+from ..manifest import Split
 from . import fetch
 from .backend import Engine, Output, PixelType
 from .config import Backend, LoaderConfig
+from .cutter import Cutter
 from .plan import Plan
 from .reader import Reader
+
+
+def reader(split: Split) -> type[Reader]:
+    if not split.remote:
+        return Reader
+    from .remote_reader import RemoteReader
+
+    return RemoteReader
 
 
 def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:
@@ -28,9 +40,9 @@ def make(
     *,
     raw: bool,
     threads: int,
-    cuts: Cuts | None = None,
+    cutter: Cutter | None = None,
 ) -> Engine:
-    """raw: images are stored as pixels. cuts: places of the JPEGs' MCUs."""
+    """raw: images are stored as pixels. cutter: cuts what crops need out of JPEGs."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
         from .synthetic import Synthetic
@@ -39,12 +51,12 @@ def make(
     if backend == "portable":
         from .portable import Portable
 
-        return Portable(output, reader, raw=raw, threads=threads, depth=depth, cuts=cuts)
+        return Portable(output, reader, raw=raw, threads=threads, depth=depth, cutter=cutter)
     from .dali import Dali, Graph
 
     short_sides = reader.rows[:, [fetch.WIDTH, fetch.HEIGHT]].min(axis=1)
     jittered = plan.train and plan.augment.scale_jitter is not None
     resized = jittered or bool((short_sides != plan.augment.resize).any())
     whole = backend == "dali-gpu" if config.decode == "auto" else config.decode == "whole"
-    graph = Graph(output, raw, resized, whole, bool(cuts), config.hw_decoder_load)
-    return Dali(graph, reader, rows=rows, threads=threads, depth=depth, cuts=cuts)
+    graph = Graph(output, raw, resized, whole, bool(cutter), config.hw_decoder_load)
+    return Dali(graph, reader, rows=rows, threads=threads, depth=depth, cutter=cutter)

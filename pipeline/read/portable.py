@@ -15,7 +15,6 @@ import torch
 from numpy import ndarray
 from simplejpeg import decode_jpeg
 
-from ..cuts import Cuts
 from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
@@ -49,10 +48,10 @@ def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
 
 
 class Portable(Engine):
-    """See backend.Engine. raw: images are stored as pixels. cuts: places of the JPEGs' MCUs."""
+    """See backend.Engine. raw: images are stored as pixels. cutter: cuts what crops need out of JPEGs."""
 
     def __init__(
-        self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int, cuts: Cuts | None = None
+        self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int, cutter: Cutter | None = None
     ) -> None:
         self.output, self.raw, self.threads, self.depth, self._reader = output, raw, threads, depth, reader
         stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
@@ -63,7 +62,7 @@ class Portable(Engine):
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
-        self._cutter = Cutter(cuts) if cuts else None
+        self._cutter = cutter
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
@@ -86,8 +85,6 @@ class Portable(Engine):
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._cutter:
-            self._cutter.close()
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"

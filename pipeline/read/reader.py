@@ -36,6 +36,7 @@ from .fetch import (
     not_plain_jpegs,
     zero_rest,
 )
+from .plan import Plan
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
@@ -115,6 +116,14 @@ class Reader:
         """Whether threads recently had to wait for storage."""
         return self._slow_for > 0
 
+    def follow(self, steps: Iterator[tuple[int, int]], plan: Plan) -> Iterator[tuple[int, int]]:
+        """The steps of `plan` that will be read, for storage that fetches them ahead."""
+        return steps
+
+    def cost(self, plan: Plan) -> str:
+        """What an epoch costs, for the log, if bytes and requests are worth counting."""
+        return ""
+
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
         batch = ReadBatch(ids, self.rows[ids] if rows is None else rows)
@@ -140,6 +149,9 @@ class Reader:
         """A pool thread's task: images [a, b)."""
         if batch.room:
             zero_rest(batch.buffer, batch.at[a:b], batch.rows[a:b], batch.room)
+        self._fill(batch, a, b)
+
+    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         while a < b:
             with self._opened(batch.rows[a:b]) as fds:
                 a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)

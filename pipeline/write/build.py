@@ -13,15 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-from .. import manifest, pool
+from .. import cuts, manifest, pool
 from ..decode import BadImage
 from ..errors import ConfigError, DataError, StorageError, reading
 from ..files import PARTIAL, Json, json_bytes
 from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
 from . import journal, resize
+from .cuts import find, write_file
 from .images import Preparer
-from .journal import ShardRecord
+from .journal import Listed, ShardRecord
 from .manifest_content import Collected, write_statistics
 from .plan import Options, Plan
 from .resize import Sums
@@ -38,8 +39,9 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
     options, source = plan.options, plan.source
     prepare = Preparer(options.encoding, measure=measure, check=options.check)
     sums = Sums(options.encoding.size) if measure else None
-    converted: list[dict[str, str]] = []
-    bad: list[dict[str, str]] = []
+    converted: Listed = []
+    bad: Listed = []
+    places: list[bytes] = []
 
     def samples() -> Iterator[Sample]:
         for item in items[:AHEAD]:
@@ -56,11 +58,19 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
                 converted.append({"image": item.where, "was": image.converted})
             if sums and image.measured:
                 sums.add(*image.measured)
+            if plan.cuts:
+                places.append(find(image.image, check_one_in=plan.cuts))
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
     shard, rows = write_shard(folder, name, samples(), extension=extension)
+    if plan.cuts:
+        write_file(folder, _cuts_name(plan, name), shard, rows, places)
     return ShardRecord(shard, rows, sums.totals() if sums else None, converted, bad)
+
+
+def _cuts_name(plan: Plan, tar: str) -> str:
+    return tar.removeprefix(f"{plan.source.name}-").removesuffix("tar") + "cuts"
 
 
 class _Nowhere(Folder):
@@ -185,7 +195,8 @@ def _check_folder(plan: Plan, folder: Folder) -> Json | None:
             )
         return finished
     splits = "|".join(map(re.escape, plan.source.splits))
-    ours = rf"({manifest.INFO}|{manifest.NAME}|{manifest.PARTS}|{re.escape(plan.source.name)}-"
+    ours = rf"({manifest.INFO}|{manifest.NAME}|{manifest.PARTS}|{cuts.NAME}|({splits})-\d{{6}}\.cuts"
+    ours += rf"|{re.escape(plan.source.name)}-"
     ours += rf"(mean\.npy|({splits})(\.index\.npy|-\d{{6}}\.(tar|idx))))"
     for name in names:
         if not re.fullmatch(ours, name.removesuffix(PARTIAL)):
@@ -255,8 +266,9 @@ def _publish(plan: Plan, folder: Folder) -> Json:
     # Half-written files of runs that were killed, and shards of a plan that had more of them.
     shards = {task.name for task in plan.tasks}
     wanted = shards | {dali_index_name(name) for name in shards}
+    wanted |= {_cuts_name(plan, name) for name in shards if plan.cuts}
     for name in folder.names():
-        if name.endswith((PARTIAL, ".tar", ".idx")) and name not in wanted:
+        if name.endswith((PARTIAL, ".tar", ".idx", ".cuts", cuts.NAME)) and name not in wanted:
             folder.remove(name)
     written = manifest.write_manifest(folder, content)
     folder.remove(manifest.PARTS)

@@ -1,45 +1,74 @@
-"""Makes the files of pipeline/cuts.py for a data set that is finished: each image is read once, none is changed."""
+"""Makes the files of pipeline/cuts.py, while a shard is written or for a data set that is finished."""
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from simplejpeg import decode_jpeg
 
 from .. import cuts, pool
 from ..cut_jpeg import EXTRA, cut_jpeg
+from ..decode import Scratch
 from ..errors import DataError
 from ..files import Json, json_bytes
 from ..huffman import SLACK
 from ..jpeg import HEADER, find_places, pack
 from ..manifest import Dataset, Split
-from ..shards import crc32, file_sha256
+from ..shards import Shard, crc32, file_sha256
 from ..storage import Folder
 
-CHECK_ONE_IN = 32  # images, chosen by their checksum: a cut is decoded and compared with the whole image
+CHECKS = {
+    "some": 32,
+    "all": 1,
+}  # a cut of one image in so many, by its checksum, is decoded and compared with the whole
+
+_header = np.zeros(HEADER, np.int32)  # with the tables of the latest image: most have the same
+_memory = Scratch()
+
+
+def find(data: bytes, *, check_one_in: int = CHECKS["some"]) -> bytes:
+    """The packed places of an image; none if it cannot be cut."""
+    crc, image = crc32(data), _memory(len(data))
+    image[:] = np.frombuffer(data, np.uint8)  # a copy is not read-only, as in the loader: compiled once
+    places = pack(find_places(image, _header)).tobytes()
+    return b"" if places and crc % check_one_in == 0 and not is_exact(image, _header, places, crc) else places
 
 
 def is_exact(image: np.ndarray, header: np.ndarray, places: bytes, seed: int) -> bool:
     """Whether a cut has the pixels of the whole image. header: by find_places. places: by pack. seed: of the box."""
     with contextlib.suppress(ValueError):  # libjpeg-turbo warns of something, or it could not be cut
         whole, numbers = decode_jpeg(image, strict=True), np.random.default_rng(seed)
-        height, width, _ = whole.shape
-        (left, right), (top, bottom) = (np.sort(numbers.choice(n + 1, 2, replace=False)) for n in (width, height))
+        box = np.sort(numbers.integers(0, whole.shape[1::-1], (2, 2)), axis=0) + [[0], [1]]
         out, placed = np.empty(2 * len(image) + EXTRA, np.uint8), np.zeros(4, np.int64)
         packed = np.frombuffer(bytearray(places + bytes(SLACK)), np.uint8)
-        end = cut_jpeg(image, header, packed, np.array([left, top, right, bottom]), out, placed)
-        x, y, *_ = placed.tolist()
-        cut = decode_jpeg(out[:end], strict=True)[top - y : bottom - y, left - x : right - x]
-        return np.array_equal(cut, whole[top:bottom, left:right])
+        end = cut_jpeg(image, header, packed, box.reshape(-1), out, placed)
+        (x, y), (right, bottom) = box
+        left, top, *_ = placed.tolist()
+        cut = decode_jpeg(out[:end], strict=True)[y - top : bottom - top, x - left : right - left]
+        return np.array_equal(cut, whole[y:bottom, x:right])
     return False
 
 
+def write_file(folder: Folder, name: str, shard: Shard, rows: np.ndarray, places: list[bytes]) -> None:
+    """rows: of the index. places: by `find`, of each sample."""
+    table = np.zeros(len(rows), cuts.TABLE_DTYPE)
+    table["size"] = list(map(len, places))
+    table["offset"] = np.cumsum(table["size"]) - table["size"]
+    table["crc32"] = list(map(crc32, places, rows["crc32"].tolist()))
+    folder.write(name, b"".join([cuts.header(shard), *places, table.tobytes()]))
+
+
 def make_cuts(
-    dataset: Dataset, *, workers: int, check_all: bool = False, progress: Callable[[int], None] = lambda images: None
+    dataset: Dataset,
+    *,
+    workers: int,
+    check_one_in: int = CHECKS["some"],
+    progress: Callable[[int], None] = lambda images: None,
 ) -> list[Json]:
-    """Makes all that are missing, and cuts.json last. check_all: compare the pixels of a cut of every image.
+    """Makes all that are missing or damaged, and cuts.json last.
 
     progress: called with numbers of images. Returns each file's name, size, sha256, and images that can be cut.
     Raises DataError for a shard that is not what the manifest says.
@@ -47,43 +76,35 @@ def make_cuts(
     folder = Folder(dataset.root)
     splits: dict[str, list[Json]] = {}
     for split in dataset.splits.values():
-        make = partial(_make_file, folder, split, check_one_in=1 if check_all else CHECK_ONE_IN)
+        make = partial(_make_file, folder, split, check_one_in=check_one_in)
         files = splits[split.name] = []
         with pool.run(make, range(len(split.shards)), workers=workers, place=dataset.root) as made:
             for shard, file in zip(split.shards, made, strict=True):
                 files.append(file)
                 progress(shard.samples)
-    folder.write(cuts.NAME, json_bytes({"version": 2, "fingerprint": dataset.fingerprint, "splits": splits}))
+    record = json_bytes({"version": 2, "fingerprint": dataset.fingerprint, "splits": splits})
+    if folder.size(cuts.NAME) is None or folder.read(cuts.NAME) != record:
+        folder.write(cuts.NAME, record)
     return [file for files in splits.values() for file in files]
 
 
 def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) -> Json:
+    shard, rows = split.shards[number], split.index[split.index["shard"] == number]
     name = cuts.file_name(split.name, number)
     path = folder.path / name
     try:
-        table = cuts.table(path, split.shards[number])
+        places = cuts.read(path, shard, rows)
     except DataError:
-        table = _write_file(folder, name, split, number, check_one_in)
-    can_be_cut = int((table["size"] > 0).sum())
+        places = [find(image, check_one_in=check_one_in) for image in _images(split.root / shard.name, rows)]
+        write_file(folder, name, shard, rows, places)
+    can_be_cut = sum(map(bool, places))
     return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "cut": can_be_cut}
 
 
-def _write_file(folder: Folder, name: str, split: Split, number: int, check_one_in: int) -> np.ndarray:
-    shard, rows = split.shards[number], split.index[split.index["shard"] == number]
-    tar, total, table = split.root / shard.name, 0, np.zeros(len(rows), cuts.TABLE_DTYPE)
-    header = np.zeros(HEADER, np.int32)
-    with open(tar, "rb") as images, folder.publish(name) as file:
-        file.write(cuts.header(shard))
-        for i, (offset, size, crc) in enumerate(rows[["offset", "size", "crc32"]].tolist()):
-            data = os.pread(images.fileno(), size, offset)
-            if crc32(data) != crc:
+def _images(tar: Path, rows: np.ndarray) -> Iterator[bytes]:
+    with open(tar, "rb") as file:
+        for offset, size, crc in rows[["offset", "size", "crc32"]].tolist():
+            image = os.pread(file.fileno(), size, offset)
+            if crc32(image) != crc:
                 raise DataError(f"{tar}: changed at byte {offset}; copy the shard again")
-            image = np.frombuffer(bytearray(data), np.uint8)  # not read-only, as in the loader: compiled once
-            places = pack(find_places(image, header))
-            if places and crc % check_one_in == 0 and not is_exact(image, header, places, crc):
-                places = b""
-            table[i] = total, len(places), crc32(places, crc)
-            file.write(places)
-            total += len(places)
-        file.write(table.tobytes())
-    return table
+            yield image

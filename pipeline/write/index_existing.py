@@ -1,72 +1,33 @@
 """WebDataset tars that exist already, indexed in place: no image is copied, every byte is read once.
 
-As in webdataset, a sample is the adjacent members of one key, a name up to its first dot: an image and a label. Each
-member of a tar is in a sample, listed as a bad image, or counted as passed over.
+Each member of a tar is in a sample, listed as a bad image, or counted as passed over.
 """
 
-import io
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from glob import escape, glob
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
 
 from .. import manifest, pool
 from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
 from ..files import Json
-from ..shards import IMAGES, INDEX_DTYPE, LABELS, Shard, crc32, file_sha256, label_name, split_name, stored_label
+from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, stored_label
 from ..storage import Folder
-from ..tar import Member, members
+from ..tar import Member
 from . import resize
 from .images import Encoding, Preparer
 from .journal import ShardRecord
 from .manifest_content import Collected, write_statistics
 from .resize import Sums
 from .sources.base import PassedOver
-from .sources.folders import is_image, litter, require_utf8
+from .sources.folders import litter, require_utf8
+from .sources.tars import read_member, samples
 
-KEY = "a name up to its first dot"
-NAMED = 10  # extensions of one key
-MAX_NUMBERS = 1_000_000  # in the braces of a pattern
 MAX_CLASSES = 1_000_000
 SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet has a thousandth
-
-
-def expand(pattern: str) -> list[Path]:
-    """The tars that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. What exists under the very name goes first.
-
-    Raises ConfigError for what is no pattern, DataError if a tar is missing.
-    """
-    try:
-        if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
-            raise ValueError("over a million numbers")  # braceexpand would hold them all
-        pattern = os.path.expanduser(pattern)  # a shell leaves what is quoted
-        parts = [pattern] if Path(pattern).is_file() else braceexpand(pattern)
-        paths = [path for part in parts for path in _matches(Path(part))]
-    except (ValueError, RecursionError) as err:
-        raise ConfigError(f"{pattern}: {err}; write {{0000..1023}}, {{a,b}}, *, ? or [0-9]") from err
-    if not paths:
-        raise DataError(f"{pattern}: no such tar; quote the pattern, and mind its folder")
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such tar; {pattern} names {len(paths)} files, and no URL or command is read")
-    return paths
-
-
-def _matches(path: Path) -> list[Path]:
-    """The sorted files that a pattern without braces names. A folder that exists under the very name goes first."""
-    folder = next((folder for folder in path.parents if folder.is_dir()), Path())
-    rest = str(path.relative_to(folder))
-    if path.is_file() or not re.search(r"[*?[]", rest):
-        return [path]
-    return sorted(map(Path, glob(os.path.join(escape(str(folder)), rest))))
 
 
 def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRecord, PassedOver]:
@@ -74,9 +35,9 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
     unused: list[Member] = []
-    for image, label in _samples(path, bad, unused):
+    for image, label in samples(path, bad, unused, _label):
         try:
-            data = _read(path, image)
+            data = read_member(path, image)
             rows[image] = (image.offset, image.size, 0, label, crc32(data), *image_size(data))
         except BadImage as err:
             bad[image] = err
@@ -93,7 +54,7 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
     chosen = list(rows)[:: max(1, len(rows) // statistics_images)][:statistics_images] if statistics_images else []
     for image in chosen:
         try:
-            measured = prepare(_read(path, image)).measured
+            measured = prepare(read_member(path, image)).measured
             assert measured is not None
             sums.add(*measured)
         except BadImage as err:
@@ -110,67 +71,14 @@ def _printable(path: Path, member: Member) -> str:
     return f"{path.name}/{member.name}".encode(errors="backslashreplace").decode()
 
 
-def _samples(path: Path, bad: dict[Member, BadImage], unused: list[Member]) -> Iterator[tuple[Member, int]]:
-    """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`."""
-    last: dict[str, str] = {}  # member of each key
-    for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
-        found: dict[str, Member] = {}
-        for _, extension, member in group:
-            if key in last:
-                raise DataError(
-                    f"{path}: {last[key]!r} and {member.name!r} are not adjacent, but both have the key {key!r}, {KEY};"
-                    " sort the tar by name (tar --sort=name), or rename members with more dots"
-                )
-            if found.setdefault(extension, member) != member:  # but for small and capital letters
-                unused.append(member)
-        last[key] = member.name
-        name, images, inside = label_name(found), _images(path, found), ", ".join(list(found)[:NAMED])
-        used: set[Member] = set()
-        if name and len(images) == 1:
-            used = {*images, found[name]}
-            yield images[0], _label(path, key, name, found[name])
-        elif name and (images or name.endswith("cls") or b'"label"' in _read(path, found[name])):
-            bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
-        elif images and not name and not any(map(litter, images[0].name.split("/"))):
-            raise DataError(
-                f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside};"
-                " name one .cls, and sort the tar by name (tar --sort=name) if its parts lie apart"
-            )
-        unused += [member for member in found.values() if member not in used and member not in bad]
-
-
-def _keyed(path: Path, unused: list[Member]) -> Iterator[tuple[str, str, Member]]:
-    """(key, extension, member) of each member that webdataset reads."""
-    for member in members(path):
-        key, extension = split_name(member.name)
-        if extension and key[-1:] not in ("", "/"):
-            yield key, extension, member
-        else:
-            unused.append(member)
-
-
-def _images(path: Path, found: dict[str, Member]) -> list[Member]:
-    """A sample's image, by the usual extensions or else by content; several if that leaves a choice."""
-    if plain := [found[extension] for extension in IMAGES if extension in found]:
-        return plain[:1]
-    others = [member for extension, member in found.items() if extension.rpartition(".")[2] not in LABELS]
-    return [member for member in others if is_image(io.BytesIO(_read(path, member)))]
-
-
 def _label(path: Path, key: str, name: str, member: Member) -> int:
     try:
-        label = stored_label({name: _read(path, member)})
+        label = stored_label({name: read_member(path, member)})
         if not 0 <= label < MAX_CLASSES:
             raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
         return label
     except DataError as err:
         raise DataError(f"{path}: sample {key!r} {err}") from err
-
-
-def _read(path: Path, member: Member) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(member.offset)
-        return file.read(member.size)
 
 
 def index(

@@ -24,14 +24,17 @@ LOCK = f"{PARTS}/lock"
 PLAN_LOCK_SECONDS = 10.0  # all tasks of a job array may start in one moment
 
 
+Listed = list[dict[str, str]]  # images by name, each with its reason or its kind before
+
+
 class ShardRecord(NamedTuple):
     """What became of one shard's images."""
 
     shard: Shard
     rows: np.ndarray  # (n,) INDEX_DTYPE
     totals: Totals | None
-    converted: list[dict[str, str]]
-    bad: list[dict[str, str]]
+    converted: Listed
+    bad: Listed
     digest: str = ""  # of its task
 
 

@@ -10,7 +10,7 @@ from ..errors import DataError
 from ..files import Json
 from ..shards import write_array
 from ..storage import Folder
-from .journal import ShardRecord
+from .journal import Listed, ShardRecord
 from .resize import Totals
 
 NAMED_BAD = 10  # in the error's one line
@@ -19,7 +19,7 @@ NAMED_BAD = 10  # in the error's one line
 class BadImages(DataError):
     """More images cannot be used than are allowed; `listed` names all of them."""
 
-    def __init__(self, listed: list[dict[str, str]], of: int) -> None:
+    def __init__(self, listed: Listed, of: int) -> None:
         self.listed = listed
         named = "; ".join(f"{bad['image']}: {bad['reason']}" for bad in listed[:NAMED_BAD])
         more = f"; and {len(listed) - NAMED_BAD} more" if len(listed) > NAMED_BAD else ""
@@ -62,8 +62,8 @@ class Collected:
     def __init__(self, records: Iterable[tuple[str, ShardRecord]], *, size: int, max_bad_fraction: float) -> None:
         self.of_split: dict[str, list[ShardRecord]] = {}
         self.totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.int64))
-        self.converted: list[dict[str, str]] = []
-        self.bad: list[dict[str, str]] = []
+        self.converted: Listed = []
+        self.bad: Listed = []
         samples = 0
         for split, record in records:
             if record.totals:

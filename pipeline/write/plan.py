@@ -59,6 +59,7 @@ class Plan:
 
     source: Source
     options: Options
+    cuts: int = 0  # a .cuts beside each shard, with one image in so many compared; 0: none. Changes no other file
 
     @cached_property
     def tasks(self) -> list[Task]:

@@ -24,6 +24,7 @@ from pipeline.write import index_existing
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
+from pipeline.write.sources.tars import expand
 from tools import make_shards
 
 many = settings(
@@ -151,7 +152,7 @@ def test_each_member_of_a_tar_is_in_a_sample_or_counted(place, contents):
         path.write_bytes(data)
     options = {"statistics_images": 3, "size": 8, "max_bad_fraction": 0.9, "workers": 1}
     try:
-        splits = {"train": index_existing.expand(f"{place}/*.tar")}
+        splits = {"train": expand(f"{place}/*.tar")}
         _, passed_over = index_existing.index("x", splits, place, **options, progress=lambda tars: None)
     except ExpressError:
         return

@@ -1,15 +1,20 @@
 """Cuts: every pixel of a cut is the whole image's, whatever the image, and what cannot be cut is decoded whole.
 
-FAULTS set tries 20,000 damaged places and images (`make faults`); 60 otherwise.
+FAULTS set tries 20,000 damaged places, images and files (`make faults`); 60 otherwise.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -18,21 +23,37 @@ from hypothesis import strategies as st
 from PIL import Image
 from simplejpeg import decode_jpeg, encode_jpeg
 
-from pipeline import AugmentConfig, Loader, LoaderConfig, cuts, verify
+from pipeline import AugmentConfig, Loader, LoaderConfig, cuts, huffman, verify
 from pipeline.cut_jpeg import EXTRA, cut_jpeg
 from pipeline.errors import ConfigError, DataError
 from pipeline.huffman import SLACK
 from pipeline.jpeg import HEADER, find_places, pack, read_header, unpack
 from pipeline.manifest import open_dataset
+from pipeline.read.cutter import Cutter
+from pipeline.read.fetch import ALL_ROWS, fetch_images
+from pipeline.read.reader import Reader
+from pipeline.storage import Folder
+from pipeline.write import cuts as cuts_made
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.cuts import make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 from tools import make_shards
 
 EXAMPLES = 20_000 if "FAULTS" in os.environ else 60
 CANARY = 0xA5
+
+if numba.config.BOUNDSCHECK:  # eight bytes that are loaded at once are not checked
+
+    @numba.njit
+    def load64(clean, at):
+        word = np.uint64(0)
+        for i in range(np.uintp(8)):
+            word = word << np.uint64(8) | np.uint64(clean[at + i])
+        return word
+
+    huffman._load64 = load64
 
 
 def cut(image: bytes, places: bytes, box: tuple[int, int, int, int]) -> tuple[bytes, list[int]]:
@@ -47,7 +68,7 @@ def cut(image: bytes, places: bytes, box: tuple[int, int, int, int]) -> tuple[by
 
 
 def places_of(image: bytes) -> bytes:
-    return pack(find_places(np.frombuffer(bytearray(image), np.uint8), np.zeros(HEADER, np.int32)))
+    return pack(find_places(np.frombuffer(bytearray(image), np.uint8), np.zeros(HEADER, np.int32))).tobytes()
 
 
 def encoded(seed: int, width: int, height: int, kind: str, quality: int) -> bytes:
@@ -133,18 +154,67 @@ def test_other_images_have_no_places(kind):
     assert not len(places_of(ODD[kind]))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(st.sampled_from(["420", "444", "optimised"]), st.data())
-def test_damaged_places_and_images_never_read_or_write_elsewhere(kind, data):
-    """With a right checksum too: what comes out decodes to the size that is named, or is rejected, or is none."""
-    image = encoded(3, 150, 90, kind, 85)
-    places, bytes_ = bytearray(places_of(image)), bytearray(image)
-    for _ in range(data.draw(st.integers(1, 6))):
-        damaged = data.draw(st.sampled_from([places, bytes_]))
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    size = data.draw(st.integers(1, len(places)))
-    cut(bytes(bytes_), bytes(places[: size if data.draw(st.booleans()) else len(places)]), (20, 10, 100, 70))
-    places_of(bytes(bytes_))
+DAMAGED = {kind: encoded(3, 150, 90, kind, 85) for kind in ("420", "444", "Gray", "optimised")}
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """A copy with one to six other bytes, and one in three cut short."""
+    changed = np.frombuffer(data, np.uint8).copy()
+    changed[rng.integers(0, len(data), rng.integers(1, 7))] = rng.integers(0, 256)
+    return changed[: rng.integers(1, len(data)) if rng.integers(3) == 0 else None].tobytes()
+
+
+def cut_of_damaged(image: bytes, places: bytes) -> str:
+    """How it ended. Nothing is read or written elsewhere; a cut that can be decoded has the size that is named."""
+    made, (_, _, width, height) = cut(image, places, (20, 10, 100, 70))
+    if not made:
+        return "not cut"
+    try:
+        pixels = decode_jpeg(made, strict=True)
+    except ValueError:
+        return "rejected by the decoder"
+    assert pixels.shape == (height, width, 3)
+    return "cut"
+
+
+@pytest.mark.parametrize("what", ["places", "images"])
+def test_damaged_places_and_images_never_read_or_write_elsewhere(what):
+    """With a right checksum too: see test_bounds_are_checked for the reads."""
+    rng, ended = np.random.default_rng(0), collections.Counter()
+    for i in range(EXAMPLES):
+        image = [*DAMAGED.values()][i % len(DAMAGED)]
+        if what == "places":
+            ended[cut_of_damaged(image, damaged(places_of(image), rng))] += 1
+        else:
+            other = damaged(image, rng)
+            ended[cut_of_damaged(other, places_of(image))] += 1
+            ended[cut_of_damaged(other, places_of(other))] += 1
+    print(f"damaged {what}:", dict(ended))
+    assert ended["not cut"]
+    assert ended["cut"]
+
+
+@pytest.mark.skipif(
+    not numba.config.BOUNDSCHECK, reason="machine code without checks: test_bounds_are_checked has them"
+)
+def test_a_read_elsewhere_is_an_error():
+    with pytest.raises(IndexError):
+        huffman.peek(np.zeros(SLACK, np.uint8), 8)
+
+
+@pytest.mark.slow
+def test_bounds_are_checked(tmp_path):
+    """The same with machine code that ends with an exception if it reads or writes outside of an array."""
+    env = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-n0", __file__]
+    done = subprocess.run(
+        [*command, "-k", "elsewhere or borders or packed or byte_of_a_file"],
+        env=env, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+    assert list(tmp_path.rglob("jpeg.find_places*"))  # compiled for this test
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,7 +222,7 @@ def test_damaged_places_and_images_never_read_or_write_elsewhere(kind, data):
 def test_packed_places_are_the_same_again_and_no_others_fit(rows):
     places = np.array(rows, np.int64)
     places[:, 0] = np.cumsum(places[:, 0])
-    packed = np.frombuffer(pack(places) + bytes(SLACK), np.uint8)
+    packed = np.append(pack(places), np.zeros(SLACK, np.uint8))
     found = np.zeros_like(places)
     assert unpack(packed, found)
     assert np.array_equal(found, places)
@@ -231,16 +301,189 @@ def test_cuts_change_nothing_else_and_are_the_same_bytes_each_time(folder, with_
     (with_cuts / "cuts.json").unlink()
     (with_cuts / "train-000002.cuts").write_bytes(made["train-000001.cuts"])
     (with_cuts / "train-000001.cuts.partial").write_bytes(b"of a killed run")
-    found = make_cuts(open_dataset(with_cuts), workers=1, check_all=True)
+    found = make_cuts(open_dataset(with_cuts), workers=1, check_one_in=1)
     assert {path.name: path.read_bytes() for path in with_cuts.iterdir() if path.name in made} == made
     assert sum(file["cut"] for file in found) == 24  # all but the progressive one
     assert verify.check(with_cuts).ok
+
+
+def made_by(monkeypatch, *args: object) -> dict[str, bytes]:
+    """What tools/make_shards.py writes into the folder that --out or the last argument names."""
+    monkeypatch.setattr("sys.argv", ["make_shards.py", *map(str, args)])
+    make_shards.main()
+    return {path.name: path.read_bytes() for path in args[-1].iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("encode", ["keep", "jpeg"])
+def test_sharding_makes_the_bytes_that_the_command_makes_later(encode, folder, tmp_path, monkeypatch):
+    def sharded(*options: object) -> dict[str, bytes]:
+        args = ("imagefolder", "--train", folder.parent / "in", "--val-fraction", 0.3, "--encode", encode, "--size", 64)
+        return made_by(monkeypatch, *args, "--samples-per-shard", 5, *options)
+
+    without = sharded("--workers", 1, "--no-cuts", "--out", tmp_path / "later")
+    later = made_by(monkeypatch, "cuts", "--check-cuts", "all", tmp_path / "later")
+    names = {"cuts.json", *(f"train-{i:06d}.cuts" for i in range(4)), *(f"val-{i:06d}.cuts" for i in range(2))}
+    assert later.keys() - without.keys() == names
+    assert all(later[name] == data for name, data in without.items())
+    for workers in (1, 2):
+        assert sharded("--workers", workers, "--out", tmp_path / str(workers)) == later
+    for part in ("0/2", "1/2"):
+        made = sharded("--workers", 1, "--shards", part, "--out", tmp_path / "slices")
+    assert made.keys() & names == names - {"cuts.json"}
+    assert sharded("--merge", "--out", tmp_path / "slices") == later
+    # Slices without them, a merge that makes what is missing, and the same command on what is finished.
+    sharded("--workers", 1, "--no-cuts", "--shards", "0:9", "--out", tmp_path / "mixed")
+    assert sharded("--merge", "--out", tmp_path / "mixed") == later
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "mixed").iterdir())]
+    assert sharded("--out", tmp_path / "mixed") == later
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "mixed").iterdir())] == before
+
+
+def test_sharding_that_ends_before_any_file_is_published_makes_the_same_bytes_later(folder, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def sharded() -> dict[str, bytes]:
+        source = ("imagefolder", "--train", folder.parent / "in", "--size", 64, "--samples-per-shard", 7)
+        return made_by(monkeypatch, *source, "--workers", 1, "--out", tmp_path / "d")
+
+    left, original = [0], Folder.publish
+
+    def publish(self, name):
+        left[0] -= 1
+        if left[0] == 0:
+            (self.path / f"{name}.partial").write_bytes(b"cut off")
+            raise Killed
+        return original(self, name)
+
+    clean = sharded()
+    monkeypatch.setattr(Folder, "publish", publish)
+    for files in range(1, 24):  # plan; tar, idx, cuts and record of 4 shards; index, mean, info, manifest; cuts.json
+        shutil.rmtree(tmp_path / "d")
+        left[0] = files
+        with contextlib.suppress(Killed):
+            sharded()
+        assert (left[0] == 0) == (files < 23)
+        record = tmp_path / "d" / "cuts.json"
+        assert not record.exists() or files == 23
+        left[0] = 0
+        assert sharded() == clean
+
+
+@pytest.mark.parametrize(
+    ("options", "made"),
+    [
+        ((), True),
+        (("--no-cuts",), False),
+        (("--stats", "off"), False),
+        (("--stats", "off", "--check", "header", "--cuts"), True),
+        (("--encode", "raw"), False),
+    ],
+    ids=str,
+)
+def test_cuts_are_made_by_default_if_images_are_decoded_anyway(options, made, folder, tmp_path, monkeypatch):
+    source = ("imagefolder", "--train", folder.parent / "in", "--size", 64, "--workers", 1)
+    assert ("cuts.json" in made_by(monkeypatch, *source, *options, "--out", tmp_path / "d")) == made
+
+
+def test_raw_pixels_have_no_cuts(folder, tmp_path, monkeypatch):
+    source = ("imagefolder", "--train", folder.parent / "in", "--encode", "raw", "--cuts", "--out", tmp_path / "d")
+    with pytest.raises(ConfigError, match="--cuts goes with --encode keep or jpeg"):
+        made_by(monkeypatch, *source)
+    assert not (tmp_path / "d").exists()
+
+
+def test_existing_tars_get_cuts_if_asked(folder, tmp_path, monkeypatch):
+    index = ("index", folder / "*.tar", "--statistics", 3, "--size", 64, "--workers", 1)
+    assert "cuts.json" not in made_by(monkeypatch, *index, "--out", tmp_path / "without")
+    later = made_by(monkeypatch, "cuts", tmp_path / "without")
+    made = made_by(monkeypatch, *index, "--cuts", "--out", tmp_path / "with")
+    assert made == later
+    assert "train-000003.cuts" in made
+
+
+@pytest.mark.parametrize("option", ["some", "all"])
+def test_a_cut_with_other_pixels_is_left_out(option, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts_made, "is_exact", lambda *image: False)
+    source = ("imagefolder", "--train", folder.parent / "in", "--size", 64, "--workers", 1, "--check-cuts", option)
+    made_by(monkeypatch, *source, "--out", tmp_path / "d")
+    dataset = open_dataset(tmp_path / "d")
+    found = cuts.open_cuts(dataset, dataset.split("train")).table["size"] > 0
+    compared = dataset.split("train").index["crc32"] % {"some": 32, "all": 1}[option] == 0
+    assert found.sum() == {"some": (~compared).sum() - 1, "all": 0}[option]  # the progressive one has none
+
+
+def test_places_that_are_wrong_but_have_right_checksums_are_found_by_a_deep_check(with_cuts):
+    dataset, path = open_dataset(with_cuts), with_cuts / "train-000001.cuts"
+    split = dataset.split("train")
+    rows = split.index[split.index["shard"] == 1]
+    places = cuts.read(path, split.shards[1], rows)
+    places[2], places[3] = places[3], places[2]
+    path.unlink()
+    cuts_made.write_file(Folder(with_cuts), path.name, split.shards[1], rows, places)
+    make_cuts(dataset, workers=1)
+    assert verify.check(with_cuts).ok
+    findings = verify.check(with_cuts, deep=True).findings
+    assert [(finding.check, finding.file) for finding in findings] == [("info", split.shards[1].name)] * 2
+    assert "its cuts have wrong places; remove the shard's .cuts, and make it again with" in findings[0].what
+    path.unlink()
+    make_cuts(dataset, workers=1)
+    assert verify.check(with_cuts, deep=True).ok
 
 
 def changed(path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def test_a_changed_byte_of_a_file_of_cuts_changes_no_cut(with_cuts):
+    """Its images are decoded whole, or all if it is the file's header or its table that changed."""
+    dataset, path = open_dataset(with_cuts), with_cuts / "train-000001.cuts"
+    split, ids = dataset.split("train"), np.arange(7, 14)
+    reader = Reader(split)
+    block = reader.fetch(reader.read(ids), 0, len(ids), lambda block: fetch_images(*block, ALL_ROWS))
+    pixels = np.tile([10, 10, 58, 58], (len(ids), 1))
+
+    def all_cuts() -> list[bytes]:
+        cutter = Cutter(cuts.open_cuts(dataset, split))
+        places = cutter.places(ids, block.rows, pixels)
+        made = [cut.data.tobytes() for cut in cutter(block, places, pixels)]
+        assert cutter.missed == sum(size > 0 and not cut for cut, size in zip(made, places[:, 1]))
+        return made
+
+    clean = all_cuts()
+    assert all(clean)
+    whole, rng, ended = path.read_bytes(), np.random.default_rng(0), collections.Counter()
+    with open(path, "r+b", buffering=0) as file:
+        for _ in range(EXAMPLES):
+            at = int(rng.integers(0, len(whole)))
+            os.pwrite(file.fileno(), bytes([whole[at] ^ 1 << int(rng.integers(8))]), at)
+            try:
+                missed = [ours for ours, theirs in zip(all_cuts(), clean, strict=True) if ours != theirs]
+                assert not any(missed)
+                ended[f"{len(missed)} decoded whole"] += 1
+            except DataError:
+                ended["the file is rejected"] += 1
+            os.pwrite(file.fileno(), whole[at : at + 1], at)
+    print("changed bytes of a file of cuts:", dict(ended))
+    assert ended["1 decoded whole"]
+    assert ended["the file is rejected"]
+    assert not ended["0 decoded whole"]
+    reader.close()
+
+
+@pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
+def test_images_whose_places_are_lost_while_training_are_counted(backend, folder, with_cuts):
+    config = LoaderConfig(backend, threads=2)
+    with Loader(with_cuts, batch=5, dtype="uint8", augment=AugmentConfig(resize=64, crop=48), config=config) as loader:
+        for path in with_cuts.glob("*.cuts"):
+            path.unlink()
+        images = [batch.images for _ in range(2) for batch in loader]
+    assert loader.stats()["cuts_missed"] > 30
+    assert loader.stats()["cuts_missed"] == 0
+    for theirs, ours in zip(crops(folder, backend), images, strict=True):
+        assert torch.equal(theirs, ours)
 
 
 @pytest.mark.parametrize("fault", ["entry", "table", "header", "short", "missing", "json", "other"])

@@ -16,6 +16,7 @@ from pipeline import AugmentConfig, DataError, Loader, open_dataset
 from pipeline.errors import ConfigError
 from pipeline.write import index_existing
 from pipeline.write.index_existing import looks_sorted
+from pipeline.write.sources.tars import expand
 from tests.conftest import picture, run_tool, the_error
 
 MAKE = "tools/make_shards.py"
@@ -201,17 +202,17 @@ def test_patterns_name_what_the_shell_and_webdataset_would(tmp_path, monkeypatch
         tar_of(tmp_path / name)
     both = [Path("t-00.tar"), Path("t-01.tar")]
     for pattern in ("t-{00..01}.tar", "t-??.tar", "t-[0-9][01].tar", f"{tmp_path}/t-*.tar"):
-        assert [path.name for path in index_existing.expand(pattern)] == [path.name for path in both]
+        assert [path.name for path in expand(pattern)] == [path.name for path in both]
     monkeypatch.setenv("HOME", str(tmp_path))  # quoted, as the help asks for, a shell leaves the tilde
-    assert [path.name for path in index_existing.expand("~/t-{00..01}.tar")] == [path.name for path in both]
-    assert index_existing.expand("d[1]/t-*.tar") == index_existing.expand("d[1]/t-0.tar") == [Path("d[1]/t-0.tar")]
-    assert index_existing.expand("odd{.tar") == [Path("odd{.tar")]
+    assert [path.name for path in expand("~/t-{00..01}.tar")] == [path.name for path in both]
+    assert expand("d[1]/t-*.tar") == expand("d[1]/t-0.tar") == [Path("d[1]/t-0.tar")]
+    assert expand("odd{.tar") == [Path("odd{.tar")]
     for pattern in ("t-{00..01.tar", "t-00..01}.tar", "t-{0..999999999999}.tar"):
         with pytest.raises(ConfigError, match=r"write \{0000..1023\}"):
-            index_existing.expand(pattern)
+            expand(pattern)
     for pattern in ("", "x?", "t-{00..09}.tar", "t-*.tar.gz"):
         with pytest.raises(DataError, match="no such tar"):
-            index_existing.expand(pattern)
+            expand(pattern)
 
 
 def broken_cut(path):

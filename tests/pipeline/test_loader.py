@@ -26,7 +26,7 @@ from pipeline import (
     open_dataset,
 )
 from pipeline.geometry import resized
-from pipeline.read.augment import IMAGENET_MEAN, IMAGENET_STD, place
+from pipeline.read.augment import IMAGENET_STATISTICS, place
 
 VIEW = AugmentConfig(resize=256, crop=224)
 
@@ -97,7 +97,7 @@ def test_labels_and_normalisation(shards, backend):
     for statistics, normalize, mean, std in (
         ("dataset", "mean", dataset.mean, (1, 1, 1)),
         ("dataset", "mean-std", dataset.mean, dataset.std),
-        ("imagenet", "mean-std", IMAGENET_MEAN, IMAGENET_STD),
+        ("imagenet", "mean-std", IMAGENET_STATISTICS.mean, IMAGENET_STATISTICS.std),
     ):
         view = AugmentConfig(statistics=statistics, normalize=normalize)
         raw = Loader(dataset, batch=4, dtype="uint8", augment=view, config=backend)

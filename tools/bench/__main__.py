@@ -30,7 +30,7 @@ def make_parser() -> cli.Parser:
     kinds = p.add_subparsers(dest="kind", required=True, metavar="BENCH")
     for name, module in BENCHMARKS.items():
         own = kinds.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        module.add_arguments(own)
+        harness.add_options(own, module.OPTIONS)
         own.files(json="write all measurements there")
     return p
 

@@ -28,11 +28,8 @@ RECIPES = {
 }
 
 
-def add_arguments(p: harness.Parser) -> None:
-    trained.add_arguments(p, "runs/accuracy")
-    p.option("epochs", EPOCHS, "of modern; of the others 1 / 1.4 of it (%(default)s)")
-    p.option("width", WIDTH, "of the net, 1 on a GPU (%(default)s)")
-    p.add_argument("--only", choices=RECIPES, help="one recipe; what --json holds of others stays")
+ONLY = {"choices": RECIPES, "help": "one recipe; what --json holds of others stays"}
+OPTIONS = trained.OPTIONS | {"dir": Path("runs/accuracy"), "epochs": EPOCHS, "width": WIDTH, "only": ONLY}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:

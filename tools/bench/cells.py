@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
-from pipeline.read import portable, reader
+from pipeline.read import cutter, portable, reader
+from pipeline.read import loader as loaders
 
 HARDWARE_LOADS = (0.65, 0.9, 1.0)
 DATA = ("jpeg", "keep", "raw")
+JPEGS = ("jpeg", "keep")
+CUTS = "-cuts-"  # in the names of the cells that use cuts
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class LoaderCell:
     delay: float = 0.0  # seconds to sleep before every read, as if nothing were cached
 
 
-def on_gpu(data: str, decode: str, load: float, **options: bool) -> LoaderCell:
+def on_gpu(data: str, decode: str, load: float, cuts: str = "-", **options: bool) -> LoaderCell:
     config = LoaderConfig("dali-gpu", decode=decode, hw_decoder_load=load)
-    return LoaderCell(f"{data}-dali-gpu-{decode}-{load:g}", data, config, ("cuda",), **options)
+    return LoaderCell(f"{data}{cuts}dali-gpu-{decode}-{load:g}", data, config, ("cuda",), **options)
 
 
 PORTABLE, DALI_CPU = LoaderConfig("portable"), LoaderConfig("dali-cpu")
@@ -44,7 +47,8 @@ CELLS = (
     # The safest backend first: a crash costs the cells after it that share its process.
     *(LoaderCell(f"{data}-portable", data, PORTABLE) for data in DATA),
     *(LoaderCell(f"{data}-dali-cpu", data, DALI_CPU) for data in DATA),
-    *(on_gpu(data, "whole", load) for data in ("jpeg", "keep") for load in HARDWARE_LOADS),
+    *(on_gpu(data, "whole", load) for data in JPEGS for load in HARDWARE_LOADS),
+    *(on_gpu(data, "whole", load, CUTS) for data in JPEGS for load in (0.65, 1.0)),
     LoaderCell("raw-dali-gpu", "raw", LoaderConfig("dali-gpu"), ("cuda",)),  # nothing to decode
     LoaderCell("jpeg-dali-cpu-whole", "jpeg", LoaderConfig("dali-cpu", decode="whole"), ("cpu",), alone=True),
     *(on_gpu("jpeg", "region", load, alone=True) for load in HARDWARE_LOADS),
@@ -52,6 +56,9 @@ CELLS = (
 VARIANTS = (
     *(LoaderCell(f"{data}-unverified", data, LoaderConfig("portable", verify=False)) for data in DATA),
     *(LoaderCell(f"{data}-jitter", data, PORTABLE, jitter=True) for data in DATA),
+    *(LoaderCell(f"{data}{CUTS}portable", data, PORTABLE) for data in JPEGS),
+    *(LoaderCell(f"{data}{CUTS}jitter", data, PORTABLE, jitter=True) for data in JPEGS),
+    *(LoaderCell(f"{data}{CUTS}dali-cpu", data, DALI_CPU) for data in JPEGS),
     *(LoaderCell(f"jpeg-{ranks}-ranks", "jpeg", PORTABLE, ranks=ranks) for ranks in (2, 4)),
     *(LoaderCell(f"jpeg-{delay}-ms-late", "jpeg", PORTABLE, delay=delay / 1000) for delay in (1, 10)),
 )
@@ -75,6 +82,7 @@ def batches(
     cell = BY_NAME[name]
     if cell.delay:
         slow_storage(cell.delay)
+    loaders.open_cutter = cutter.open_cutter if CUTS in name else lambda *_: None
     with Loader(
         Path(shards) / cell.data,
         batch=batch * world,
@@ -87,6 +95,7 @@ def batches(
         # 0: each of several ranks takes its fraction of the cores.
         config=replace(cell.config, threads=threads if world == 1 else 0),
     ) as loader:
+        assert bool(loader._cutter) == (CUTS in name), "no cuts; make them with tools/make_shards.py cuts"
         for images, *_ in itertools.chain.from_iterable(itertools.repeat(loader)):
             if images.is_cuda:
                 torch.cuda.synchronize()

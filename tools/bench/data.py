@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import manifest, open_dataset
+from pipeline import cuts, manifest, open_dataset
 from pipeline.cores import usable_cores
 from pipeline.errors import DataError
 from pipeline.shards import write_array
 from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
+from pipeline.write.cuts import make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
 
@@ -37,9 +38,12 @@ def unpacked(images: Path, scratch: Path) -> Path:
 
 
 def shard(images: Path, out: Path) -> dict[str, Any]:
-    """Makes shards of class folders, stored as the name of `out` says; returns their manifest."""
+    """Makes shards of class folders, stored as the name of `out` says, and cuts; returns their manifest."""
     plan = Plan(ImageFolder(images), Options(ENCODINGS[out.name], samples_per_shard=250))
-    return build(plan, out, workers=min(usable_cores(), len(plan.tasks)))
+    made = build(plan, out, workers=usable_cores())
+    if out.name != "raw":
+        make_cuts(open_dataset(out), workers=usable_cores())
+    return made
 
 
 def encoded(shards: Path) -> Iterator[np.ndarray]:
@@ -55,21 +59,30 @@ def enlarge(root: Path, out: Path) -> Path:
 
     The first VALIDATION images of `root` are also its validation split.
     """
-    dataset = open_dataset(root)
+    dataset, folder = open_dataset(root), Folder(out)
     split = dataset.split("train")
+    made = cuts.open_cuts(dataset, split)
     out.mkdir(parents=True)
     for shard in split.shards:
         (out / shard.name).symlink_to((root / shard.name).resolve())
 
-    def record(index: np.ndarray, name: str) -> dict[str, Any]:
+    def record(samples: np.ndarray, split_name: str, name: str) -> dict[str, Any]:
+        index = split.index[samples]
         counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
         shards = [type(s)(s.name, count, s.bytes, s.sha256) for s, count in zip(split.shards, counts, strict=True)]
-        return manifest.split_record(shards, name, write_array(Folder(out), name, index))
+        for number, path in enumerate(made.paths if made else ()):
+            table = made.table[samples[index["shard"] == number]]
+            places = path.read_bytes()[: -made.table.itemsize * split.shards[number].samples]
+            folder.write(cuts.file_name(split_name, number), places + table.tobytes())
+        return manifest.split_record(shards, name, write_array(folder, name, index))
 
-    repeated = np.resize(np.asarray(split.index), SAMPLES)
-    repeated = repeated[np.argsort(repeated["shard"], kind="stable")]
-    splits = {"train": record(repeated, "large.npy"), "val": record(split.index[:VALIDATION], "val.npy")}
+    repeated = np.resize(np.arange(len(split.index)), SAMPLES)
+    repeated = repeated[np.argsort(split.index["shard"][repeated], kind="stable")]
+    splits = {"train": record(repeated, "train", "large.npy")}
+    splits["val"] = record(np.arange(min(VALIDATION, len(split.index))), "val", "val.npy")
     names = ("dataset", "classes", "statistics", "options")
     same = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
-    manifest.write_manifest(Folder(out), same | {"splits": splits})
+    manifest.write_manifest(folder, same | {"splits": splits})
+    if made:
+        make_cuts(open_dataset(out), workers=1)  # cuts.json alone: the others exist
     return out

@@ -42,9 +42,7 @@ def timed(function: Callable[..., Any], spent: list[float], sign: int) -> Callab
     return call
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_images(p)
-    harness.add_options(p, rounds=5, batch=256, batches=200)
+OPTIONS = {"images": Path, "rounds": 5, "batch": 256, "batches": 200}
 
 
 def microseconds(shards: Path, *, batch: int, batches: int) -> float:

@@ -27,6 +27,10 @@ Json = dict[str, Any]  # an object of JSON values
 ALONE = Path(__file__).with_name("alone.py")
 RUN = environment.ROOT / "train" / "run.py"
 HELP = {
+    "images": "class folders of JPEGs, or a tar of them",
+    "dir": "shards and runs; what is done stays",
+    "epochs": "of modern; of the others 1 / 1.4 of it",
+    "width": "of the net, 1 on a GPU",
     "rounds": "measurements of each, in turn",
     "blocks": "of each kind",
     "batches": "of one measurement",
@@ -41,15 +45,15 @@ HELP = {
 }
 
 
-def add_options(p: Parser, **defaults: Any) -> None:
-    for name, default in defaults.items():
-        p.option(name, default, f"{HELP[name]} (%(default)s)")
-
-
-def add_images(p: Parser, *pythons: str) -> None:
-    p.path("--images", "PATH", "class folders of JPEGs, or a tar of them", required=True)
-    for name in pythons:
-        p.path(f"--{name}", "FILE", HELP[name])
+def add_options(p: Parser, options: Json) -> None:
+    """options: by name, the default, Path for a path without one, or argparse's own arguments."""
+    for name, default in options.items():
+        if default is Path:
+            p.path(f"--{name}", "PATH", HELP[name], required=name == "images")
+        elif isinstance(default, dict):
+            p.add_argument(f"--{name}", **default)
+        else:
+            p.option(name, default, f"{HELP[name]} (%(default)s)")
 
 
 def command_line(program: str) -> str:

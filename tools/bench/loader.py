@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
 from tools.bench import data, extremes, harness
-from tools.bench.cells import BY_NAME, DATA
+from tools.bench.cells import BY_NAME, DATA, JPEGS
 from tools.bench.harness import Cell, Json, Record
 
 WHAT = "loader rates, decoded and cropped to 224, warm page cache; medians over interleaved rounds"
@@ -19,12 +19,14 @@ OURS = {  # the cells of each kind of data, by the last part of their names
     "unverified": "ours, checksums off",
     "jitter": "ours, random resized crop",
     "dali-cpu": "ours, backend dali-cpu",
+    "cuts-portable": "ours, cuts",
+    "cuts-jitter": "ours, random resized crop, cuts",
+    "cuts-dali-cpu": "ours, backend dali-cpu, cuts",
     "2-ranks": "ours, 2 ranks",
     "4-ranks": "ours, 4 ranks",
     "1-ms-late": "ours, each read 1 ms late",
     "10-ms-late": "ours, each read 10 ms late",
 }
-JPEGS = ("jpeg", "keep")
 PEERS = {  # the function, the kinds of data that it can read, and its own options
     "decode alone (libjpeg-turbo)": ("decode", JPEGS, {}),
     "FFCV, random resized crop": ("ffcv", DATA, {"crop": "random-resized"}),
@@ -37,12 +39,16 @@ PEERS = {  # the function, the kinds of data that it can read, and its own optio
 NAMES = [*OURS, *dict.fromkeys(name for name, *_ in PEERS.values()), "extremes"]
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_images(p, "ffcv-python")
-    harness.add_options(p, rounds=3, seconds=1.5, batch=128, threads=usable_cores())
-    p.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)"
-    )
+ALL = f"of {', '.join(NAMES)} (default: all)"
+OPTIONS = {
+    "images": Path,
+    "ffcv-python": Path,
+    "rounds": 3,
+    "seconds": 1.5,
+    "batch": 128,
+    "threads": usable_cores(),
+    "only": {"nargs": "+", "choices": NAMES, "default": NAMES, "metavar": "NAME", "help": ALL},
+}
 
 
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:

@@ -15,8 +15,7 @@ WHAT = f"{SAMPLES} samples in {SHARDS} shards, {CLASSES} classes, global batch {
 SETTINGS = [(1, 0), (1, 1), (1, 4), (1, 16), (1, 64), (1, 256), (8, 0), (8, 16)]
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_options(p, rounds=5)
+OPTIONS = {"rounds": 5}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:

@@ -22,8 +22,7 @@ NETS = {
 }
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_options(p, blocks=5, seconds=6.0, batch=64, device="cpu")
+OPTIONS = {"blocks": 5, "seconds": 6.0, "batch": 64, "device": "cpu"}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:

@@ -21,9 +21,14 @@ JPEG, KEEP = "ours, jpeg 256", "ours, keep"
 SECONDS = 4.0  # of what is no work with an end
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_images(p, "ffcv-python", "simd-python")
-    harness.add_options(p, rounds=3, workers=usable_cores(), repeat=10)
+OPTIONS = {
+    "images": Path,
+    "ffcv-python": Path,
+    "simd-python": Path,
+    "rounds": 3,
+    "workers": usable_cores(),
+    "repeat": 10,
+}
 
 
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
@@ -55,6 +60,8 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
     if args.ffcv_python:
         yield cell(FFCV, "ffcv:measure", python=args.ffcv_python, **work)
     yield ours(JPEG, FFCV, encode="jpeg")
+    yield ours(f"{JPEG}, cuts", JPEG, encode="jpeg", cuts=32)
+    yield ours(f"{KEEP}, cuts", KEEP, cuts=32)
     yield ours(f"{JPEG}, no statistics", FFCV, encode="jpeg", stats=False)
     yield ours(KEEP, DECODE)
     yield ours(f"{KEEP}, no statistics", DECODE, stats=False)

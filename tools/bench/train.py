@@ -22,8 +22,7 @@ PRECISIONS = ("fp32", "bf16")
 STEP = "tools.bench.peers.step"
 
 
-def add_arguments(p: harness.Parser) -> None:
-    harness.add_options(p, rounds=3, seconds=6.0, batch=64, device="cpu")
+OPTIONS = {"rounds": 3, "seconds": 6.0, "batch": 64, "device": "cpu"}
 
 
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:

@@ -19,10 +19,8 @@ from train.cli import parse
 from train.config import Config
 from train.run_folder import EXIT, read_metrics
 
-
-def add_arguments(p: harness.Parser, folder: str) -> None:
-    p.path("--images", "PATH", "CIFAR-10: a folder of train/ and test/, or a tar", required=True)
-    p.option("dir", Path(folder), "shards and runs; what is done stays (%(default)s)")
+CIFAR = "CIFAR-10: a folder of train/ and test/, or a tar"
+OPTIONS = {"images": {"type": Path, "required": True, "metavar": "PATH", "help": CIFAR}}
 
 
 def shards(images: Path, folder: Path, scratch: Path, *, size: int) -> Path:

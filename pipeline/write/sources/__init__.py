@@ -4,6 +4,8 @@ from .base import Item, Items, Source, UniqueKeys
 from .digits import Digits
 from .folders import ImageFolder
 from .imagenet import ImageNet2010, ImageNet2012
+from .tables import CSV, Kaggle, TinyImageNet
+from .tars import WebDataset
 
 __all__ = ["SOURCES", "Digits", "ImageFolder", "Item", "Items", "Source", "UniqueKeys"]
 
@@ -11,5 +13,9 @@ SOURCES: dict[str, type[Source]] = {
     "digits": Digits,
     "imagenet2012": ImageNet2012,
     "imagenet2010": ImageNet2010,
+    "kaggle": Kaggle,
+    "tiny-imagenet": TinyImageNet,
     "imagefolder": ImageFolder,
+    "csv": CSV,
+    "webdataset": WebDataset,
 }

@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import re
+import stat
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...decode import BadImage
 from ...errors import ConfigError
-from ...files import Json
+from ...files import Json, OpenFile
 from ...storage import Folder
 
+NO_FILE = "neither a file nor a link to one"
+MAX_OPEN = 32  # archives, of which ImageNet has four
 MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
 
 
@@ -101,6 +108,15 @@ class Source:
 
     help = ""  # of the command line
 
+    def name_classes(self, labels: Iterable[str]) -> dict[str, int]:
+        """Makes the sorted labels the classes, whole numbers sorted as numbers. Returns the class number of each."""
+        found = set(labels)
+        numbers = all(label.isdecimal() for label in found)
+        self.classes = sorted(found, key=int) if numbers else sorted(found)
+        if numbers and self.classes != [str(number) for number in range(len(found))]:
+            self.class_ids = [int(label) for label in self.classes]
+        return {label: number for number, label in enumerate(self.classes)}
+
     def read(self, item: Item) -> bytes:
         """The image file's bytes. Raises BadImage if there is none."""
         raise NotImplementedError
@@ -122,8 +138,66 @@ class Source:
     @classmethod
     def from_options(cls, args: argparse.Namespace) -> Source:
         """The options' values go to the dataclass's fields of the same names."""
-        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        fields: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
         return cls(**{field.name: getattr(args, field.name) for field in fields})
+
+
+class Files(Source):
+    """Images in files of their own: an item's `where` is its split and the path below the split's folder."""
+
+    folders: dict[str, Path]  # of each split
+
+    @cached_property
+    def _opened(self) -> dict[str, int]:
+        """This process's files that ahead() opened and read() has not read yet."""
+        return {}
+
+    def _open(self, item: Item) -> int:
+        split, _, path = item.where.partition("/")
+        return os.open(os.path.join(self.folders[split], path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def ahead(self, item: Item) -> None:
+        with contextlib.suppress(OSError):  # read() will name it
+            self._opened[item.where] = fd = self._open(item)
+            advise(fd, 0, 0)
+
+    def read(self, item: Item) -> bytes:
+        try:
+            fd = self._opened.pop(item.where) if item.where in self._opened else self._open(item)
+        except OSError as err:
+            if err.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+                raise
+            raise BadImage(NO_FILE) from err
+        with open(fd, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise BadImage(NO_FILE)
+            return file.readall()
+
+
+class Archives(Source):
+    """Images in tars, read in place: an item's `extent` begins with the number of its archive."""
+
+    @cached_property
+    def archives(self) -> list[Path]:
+        return []
+
+    @cached_property
+    def _opened(self) -> Callable[[Path], OpenFile]:
+        """Each process that reads keeps archives open; pread has no position, so forked workers may share them."""
+        return lru_cache(MAX_OPEN)(lambda path: OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+
+    def ahead(self, item: Item) -> None:
+        archive, offset, size = item.extent
+        advise(self._opened(self.archives[archive]).fd, offset, size)
+
+    def read(self, item: Item) -> bytes:
+        archive, offset, size = item.extent
+        path = self.archives[archive]
+        file = self._opened(path)  # a reference, or another thread's open might close it
+        data = os.pread(file.fd, size, offset)
+        if len(data) < size:
+            raise BadImage(f"{path.name} ends before it")
+        return data
 
 
 class UniqueKeys:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import os
-import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,18 +15,16 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from ...decode import BadImage
 from ...errors import DataError
 from ...files import Json
-from .base import Item, Items, PassedOver, Source, UniqueKeys, advise, check_fraction, check_name
+from .base import Files, Item, Items, PassedOver, UniqueKeys, check_fraction, check_name
 
 LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
 TEXTS = (".txt", ".json", ".xml", ".csv", ".md")
-NO_FILE = "neither a file nor a link to one"
 
 
 @dataclass
-class ImageFolder(Source):
+class ImageFolder(Files):
     """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
 
     Every file counts as an image, but for what files_of_images passes over: its content shows if it is none.
@@ -46,12 +42,12 @@ class ImageFolder(Source):
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
-        self._opened: dict[str, int] = {}  # this process's files that ahead() opened and read() has not read yet
-        self.passed_over, self.splits = PassedOver(), {}
+        self.passed_over, self.splits, self.folders = PassedOver(), {}, {}
         label_of: dict[str, int] = {}
         for split, folder in (("train", self.train), ("val", self.val)):
             if folder is None:
                 continue
+            self.folders[split] = folder
             found = _class_folders(folder, self.passed_over)
             if split == "train":
                 self.classes = [path.name for path in found.values()]
@@ -64,7 +60,7 @@ class ImageFolder(Source):
             labels = {path: label_of[name] for name, path in found.items()}
             self.splits[split] = Items(self._found(split, folder, labels))
         if self.val_fraction:
-            self.splits = _held_out(self.splits["train"], self.val_fraction)
+            self.splits = held_out(self.splits["train"], self.val_fraction)
 
     def _found(self, split: str, folder: Path, labels: dict[Path, int]) -> Iterator[Item]:
         unique = UniqueKeys()
@@ -74,52 +70,31 @@ class ImageFolder(Source):
                 raise DataError(f"{class_folder}: no image in this class folder; fill or remove it")
             for file in files:
                 path = require_utf8(os.path.relpath(file, folder))
-                yield Item(unique(_readable_key(path)), label, f"{split}/{path}")
-
-    def _path(self, item: Item) -> str:
-        split, _, path = item.where.partition("/")
-        # An image held out as validation keeps its place in the folder of all.
-        return f"{self.train if split == 'train' else self.val}/{path}"
-
-    def _open(self, item: Item) -> int:
-        return os.open(self._path(item), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def ahead(self, item: Item) -> None:
-        with suppress(OSError):  # read() will name it
-            self._opened[item.where] = fd = self._open(item)
-            advise(fd, 0, 0)
-
-    def read(self, item: Item) -> bytes:
-        try:
-            fd = self._opened.pop(item.where) if item.where in self._opened else self._open(item)
-        except OSError as err:
-            if err.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
-                raise
-            raise BadImage(NO_FILE) from err
-        with open(fd, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise BadImage(NO_FILE)
-            return file.readall()
+                yield Item(unique(readable_key(path)), label, f"{split}/{path}")
 
     def describe(self) -> Json:
         return {"kind": "imagefolder"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--train", type=Path, required=True, metavar="DIR")
-        validation = p.add_mutually_exclusive_group()
-        validation.add_argument("--val", type=Path, metavar="DIR")
-        validation.add_argument(
-            "--val-fraction",
-            type=float,
-            default=0.0,
-            metavar="F",
-            help="hold out this part of each class as validation",
-        )
-        p.add_argument("--name", default="imagefolder", help="the shards' first name (%(default)s)")
+        add_train_and_val(p, "DIR", "imagefolder")
 
 
-def _held_out(items: Items, fraction: float) -> dict[str, Items]:
+def add_train_and_val(p: argparse.ArgumentParser, metavar: str, name: str) -> None:
+    p.add_argument("--train", type=Path, required=True, metavar=metavar)
+    validation = p.add_mutually_exclusive_group()
+    validation.add_argument("--val", type=Path, metavar=metavar)
+    validation.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this part of each class as validation",
+    )
+    p.add_argument("--name", default=name, help="the shards' first name (%(default)s)")
+
+
+def held_out(items: Items, fraction: float) -> dict[str, Items]:
     """Holds out the images of each class whose hashes are smallest: the same ones on every machine."""
     hashes = [hashlib.sha256(f"val/{key}".encode()).digest() for key in items.keys]
     order = sorted(range(len(items)), key=lambda i: (items.labels[i], hashes[i]))
@@ -213,7 +188,7 @@ def require_utf8(path: str) -> str:
     return path
 
 
-def _readable_key(path: str) -> str:
+def readable_key(path: str) -> str:
     """ "cat/7.jpg" → "cat_7"; "n01440764/n01440764_18.JPEG" → "n01440764_18", as ImageNet names them."""
     folder, stem = os.path.split(os.path.splitext(path)[0])
     return stem if stem.startswith(folder + "_") else f"{folder}_{stem}"

@@ -15,26 +15,24 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...decode import BadImage
 from ...errors import DataError
 from ...files import Json, json_bytes
 from ...progress import Progress
 from ...shards import file_digest
 from ...storage import Folder
 from ...tar import members
-from .base import Item, Items, Source, UniqueKeys, advise
+from .base import Archives, Item, Items, UniqueKeys
 
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
 
 
 @dataclass
-class ImageNet2012(Source):
+class ImageNet2012(Archives):
     """The official archives in the folder `src`.
 
     counts: compare with the numbers of images in the kit. md5: let `verify` compare the archives with the official
@@ -63,9 +61,6 @@ class ImageNet2012(Source):
     }
 
     def __post_init__(self) -> None:
-        self._archives: list[Path] = []
-        # Each process that reads keeps its archives open; pread has no position, so forked workers may share them.
-        self._descriptor = lru_cache(lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         if not self.src.is_dir():
             raise DataError(f"{self.src}: no such folder; --src names the one that holds {self.train}")
         kit = _Kit(self._needed(self.devkit), self.id_field)
@@ -99,9 +94,9 @@ class ImageNet2012(Source):
 
     def _images(self, path: Path, *within: int) -> list[tuple[str, tuple[int, int, int]]]:
         """(file name, extent) of each image of an archive, or of the tar within it."""
-        if path not in self._archives:
-            self._archives.append(path)
-        archive = self._archives.index(path)
+        if path not in self.archives:
+            self.archives.append(path)
+        archive = self.archives.index(path)
         return [(os.path.basename(m.name), (archive, m.offset, m.size)) for m in members(path, *within)]
 
     def _item(self, name: str, extent: tuple[int, int, int], split: str, label: int, unique: UniqueKeys) -> Item:
@@ -164,18 +159,6 @@ class ImageNet2012(Source):
                     )
                 known[name] = state
                 folder.write(note, json_bytes(known))
-
-    def ahead(self, item: Item) -> None:
-        archive, offset, size = item.extent
-        advise(self._descriptor(self._archives[archive]), offset, size)
-
-    def read(self, item: Item) -> bytes:
-        archive, offset, size = item.extent
-        path = self._archives[archive]
-        data = os.pread(self._descriptor(path), size, offset)
-        if len(data) < size:
-            raise BadImage(f"{path.name} ends before it")
-        return data
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:

@@ -16,14 +16,14 @@ A_FILE = 1000  # images in each file that `copy_files` writes, as in a shard
 SHORT, QUALITY = 256, 90
 
 
-def ours(images: str, out: str, workers: int, encode: str = "keep", **options: Any) -> dict[str, float]:
+def ours(images: str, out: str, workers: int, encode: str = "keep", cuts: int = 0, **options: Any) -> dict[str, float]:
     """options: of the sharding."""
     from pipeline.write import resize
     from pipeline.write.build import Options, Plan, build
     from pipeline.write.images import Encoding
     from pipeline.write.sources import ImageFolder
 
-    plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options))
+    plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options), cuts)
     count = plan.images(range(len(plan.tasks)))  # lists the images
     resize.prepare()
     started = time.perf_counter()

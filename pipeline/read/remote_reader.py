@@ -1,0 +1,191 @@
+"""Reads remote shards: the images of the coming steps are fetched ahead, in few large requests.
+
+Steps are taken in chunks. While one chunk is used, the next one is fetched, all its requests at once: the more steps a
+chunk holds, the more of its images lie side by side and share a request. docs/order.md counts bytes and requests.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from .. import remote
+from ..manifest import Split
+from ..shards import crc32
+from .fetch import CRC32, OFFSET, SHARD, SIZE
+from .plan import Plan
+from .reader import ReadBatch, Reader
+
+GAP = 16 << 10  # bytes between two images that are fetched too, rather than by another request
+MOST = 8 << 20  # bytes after which a request begins no other image
+FIRST = 64  # the first chunk is this fraction of the largest, so that the first batch comes soon
+FETCHES = 3  # of an image whose checksum is wrong
+
+Step = tuple[int, int]
+
+
+def requests(rows: ndarray, *, gap: int = GAP, most: int = MOST) -> tuple[ndarray, ndarray]:
+    """The requests that bring n images: (r, 3) shard, first byte, end; and (n,) the number of each image's request.
+
+    rows: see fetch.py. Requests are in the order in which the images need them.
+    """
+    by_place = np.lexsort((rows[:, OFFSET], rows[:, SHARD]))
+    shard, start = rows[by_place, SHARD], rows[by_place, OFFSET]
+    end = start + rows[by_place, SIZE]
+    apart = np.ones(len(rows), np.bool_)
+    apart[1:] = (shard[1:] != shard[:-1]) | (start[1:] - end[:-1] > gap)
+    piece = (start - start[apart][np.cumsum(apart) - 1]) // most
+    apart[1:] |= piece[1:] != piece[:-1]
+    first = np.flatnonzero(apart)
+    found = np.stack([shard[first], start[first], np.maximum.reduceat(end, first)], axis=1)
+    by_need = np.argsort(np.minimum.reduceat(by_place, first))
+    number, of_image = np.empty_like(by_need), np.empty_like(by_place)
+    number[by_need] = np.arange(len(by_need))
+    of_image[by_place] = number[np.cumsum(apart) - 1]
+    return found[by_need], of_image
+
+
+def reads_from(plan: Plan) -> tuple[float, float]:
+    """How many shards a rank reads from at a time, and the bytes of its images in them: docs/order.md."""
+    shards, parts = plan.split.shards, plan.partitions
+    window = min(plan.window or len(shards), len(shards) / parts)
+    size = window / len(shards) * sum(shard.bytes for shard in shards)
+    return window * max(1.0, parts / plan.world), size * parts / plan.world
+
+
+def shards_of_a_chunk(plan: Plan, *, limit: int) -> float:
+    """Those of whole windows: the images in a part of a window do not lie side by side."""
+    shards, size = reads_from(plan)
+    return shards * max(1.0, limit // size) if plan.window else len(plan.split.shards)
+
+
+def expected_requests(plan: Plan, *, limit: int) -> float:
+    """About how many requests all ranks make in an epoch, in chunks of at most `limit` bytes: docs/order.md."""
+    together = min(1.0, plan.partitions / plan.world) * min(1.0, limit / reads_from(plan)[1])
+    return plan.samples * (1 - together) + sum(-(-shard.bytes // MOST) for shard in plan.split.shards)
+
+
+class Chunk(NamedTuple):
+    """Steps, and the images that are fetched for them."""
+
+    steps: list[Step]
+    ids: list[ndarray]
+
+
+def chunks(steps: Iterable[tuple[Step, ndarray]], rows: ndarray, *, limit: int, shards: float) -> Iterator[Chunk]:
+    """Consecutive steps of an epoch: one, or at most `limit` bytes from `shards` shards.
+
+    steps: each with its ids. rows: of all samples. A step that begins to read from other shards belongs to the next
+    chunk, except for its last images of these. The first chunks are small, and double.
+    """
+    chunk, held, room, seen = Chunk([], []), 0, limit // FIRST, set[int]()
+    for step, ids in steps:
+        shard, size = rows[ids, SHARD], int(rows[ids, SIZE].sum())
+        another = bool(chunk.steps) and chunk.steps[0][0] != step[0]
+        beyond = len(seen.union(shard.tolist())) > shards
+        if chunk.steps and (another or beyond or held + size > room):
+            if beyond and not another:
+                these = np.isin(shard, list(seen))
+                chunk.ids.append(ids[these])
+                ids, shard = ids[~these], shard[~these]
+            yield chunk
+            chunk, held, room, seen = Chunk([], []), 0, min(2 * room, limit), set()
+        chunk.steps.append(step)
+        chunk.ids.append(ids)
+        held += int(rows[ids, SIZE].sum())
+        seen.update(shard.tolist())
+
+
+class RemoteReader(Reader):
+    """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
+
+    def __init__(self, split: Split, *, threads: int = 32, **settings: Any) -> None:
+        super().__init__(split, threads=threads, **settings | {"always_ahead": True})
+        assert split.remote is not None
+        self._folder: remote.RemoteFolder = split.remote
+        self._shards, self._closed = split.shards, threading.Event()
+        self._fetchers = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
+        # By chunk and sample: its request, and its first byte there.
+        self._fetched: list[dict[int, tuple[Future[ndarray], int]]] = []
+
+    def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
+        limit = self._limit(plan)
+        planned = ((step, plan.ids(*step)) for step in steps)
+        waiting: deque[list[Step]] = deque()
+        try:
+            for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):
+                self._fetched = [*filter(None, self._fetched), self._fetch(np.concatenate(chunk.ids))]
+                waiting.append(chunk.steps)
+                if len(waiting) > 1:
+                    yield from waiting.popleft()
+        finally:
+            for fetched in self._fetched:
+                for future, _ in fetched.values():
+                    future.cancel()
+            self._fetched = []
+
+    def cost(self, plan: Plan) -> str:
+        limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
+        count, fewer = expected_requests(plan, limit=limit), ""
+        if plan.partitions < plan.world:
+            fewer = f"; --data.partitions {plan.world} makes fewer"
+        elif held > limit:
+            fewer = f"; --data.fetch-memory {held / limit * self._folder.fetch_memory:.0f} makes fewer"
+        return (
+            f"remote: {self._folder}, window={plan.window}; an epoch takes about {count:,.0f} requests and"
+            f" {size / 1e9:.1f} GB, over all ranks{fewer}"
+        )
+
+    def _limit(self, plan: Plan) -> int:
+        """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
+        return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
+
+    def _fetch(self, ids: ndarray) -> dict[int, tuple[Future[ndarray], int]]:
+        rows = self.rows[ids]
+        ranges, of_image = requests(rows)
+        futures = [self._fetchers.submit(self._get, *each) for each in ranges.tolist()]
+        first = (rows[:, OFFSET] - ranges[of_image, 1]).tolist()
+        return dict(zip(ids.tolist(), zip([futures[i] for i in of_image.tolist()], first)))
+
+    def _get(self, shard: int, start: int, end: int) -> ndarray:
+        of = self._shards[shard]
+        data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self._closed)
+        return np.frombuffer(data, np.uint8)
+
+    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
+        for i in range(a, b):
+            at = int(batch.at[i])
+            batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
+
+    def stored(self, sample: int) -> ndarray:
+        """One image's bytes, as stored: those fetched ahead, or by a request of its own.
+
+        Bytes with a wrong checksum are fetched again before they count as damaged.
+        """
+        row = self.rows[sample].tolist()
+        # The next epoch's first chunk may hold the same sample.
+        ahead = next(filter(None, (fetched.pop(sample, None) for fetched in self._fetched)), None)
+        for attempt in range(FETCHES):
+            if attempt == 0 and ahead:
+                image = ahead[0].result()[ahead[1] : ahead[1] + row[SIZE]]
+            else:
+                image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
+            if not self.verify or crc32(image) == row[CRC32]:
+                return image
+            logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
+        raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
+
+    def describe(self, sample: int) -> str:
+        """Names a sample for a message, without a request: shard, offset."""
+        row = self.rows[sample]
+        return f"{self._folder / self._shards[row[SHARD]].name}: sample {sample} at byte {row[OFFSET]}"
+
+    def close(self) -> None:
+        self._closed.set()
+        self._fetchers.shutdown(wait=True, cancel_futures=True)
+        super().close()

@@ -1,0 +1,193 @@
+"""Shard folders behind URLs: object stores and web servers, through obstore. Imported only if a URL is given.
+
+Credentials come from the environment (docs/remote.md). No message repeats what a server or a library says: answers to
+rejected requests hold signatures and tokens.
+"""
+
+import logging
+import os
+import re
+import threading
+import time
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import ConfigError, DataError, StorageError
+from .files import atomic_write, locked
+from .shards import Shard, file_sha256
+
+try:
+    import obstore
+    from obstore.store import from_url
+except ImportError as err:
+    raise ConfigError("shards at a URL need obstore: pip install 'imagenet-express[remote]'") from err
+
+SCHEMES = ("s3", "gs", "az", "https", "http")
+PATIENCE = 180.0  # seconds in which a request is retried
+AT_OPENING = 30.0  # a name that is wrong should not take three minutes to be reported
+REJECTED = 5.0  # for a request that lacks permission: credentials may just be renewed
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0
+WARN_EVERY = 30.0
+RETRIED = (408, 425, 429)  # of the answers that blame the request
+BEYOND_END = "416"
+# obstore's own: 30 s for a whole request, too short if many share a slow line, and none for a server that stalls.
+TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "20s", "timeout": "600s"}
+
+
+class RemoteFolder:
+    """The objects under a URL. Thread-safe.
+
+    allow_http: also without encryption. fetch_memory: MB that a rank may hold of what it fetches ahead.
+    Raises ConfigError for a URL that cannot work.
+    """
+
+    def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: float) -> None:
+        check_url(url, allow_http=allow_http)
+        self.url, self.fetch_memory = url.rstrip("/"), fetch_memory
+        options = TIMEOUTS | ({"allow_http": True} if allow_http else {})
+        more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
+        # Its retries keep the signature of the first attempt, and end with a body that was cut: `get` has its own.
+        retries = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
+        try:
+            self._store: Any = from_url(self.url, client_options=options, retry_config=retries, **more)
+        except Exception as err:
+            about = f"settings in the environment are missing or wrong ({type(err).__name__}); see docs/remote.md"
+            raise ConfigError(f"{self.url}: {about}") from None
+        self._versions: dict[str, str] = {}
+        self._warned = 0.0
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def get(
+        self,
+        name: str,
+        start: int = 0,
+        end: int = 0,
+        *,
+        size: int = 0,
+        patience: float = 0,
+        stop: threading.Event | None = None,
+    ) -> Any:
+        """The bytes [start, end) of an object, all if `end` is 0, as a buffer.
+
+        It is retried for `patience` seconds, by default AT_OPENING.
+        size: bytes that the object must have. stop: gives up as soon as it is set.
+        Raises StorageError if it cannot be read; DataError if it is missing, was replaced, or has another size.
+        """
+        what, pause, stop = self / name, FIRST_PAUSE, stop or threading.Event()
+        started = time.monotonic()
+        while True:
+            try:
+                found = obstore.get(self._store, name, options={"range": (start, end)} if end else {})
+                self._check(name, found.meta, size)
+                data = found.bytes()
+                if end and len(data) != end - start:
+                    raise DataError(f"{what}: ends before byte {end}; copy the shard again")
+                return data
+            except FileNotFoundError:
+                raise DataError(f"{what}: there is no such object; check the URL, or copy the shards again") from None
+            except DataError:
+                raise
+            except Exception as err:  # obstore has a class for each way
+                reason, seconds = _why(err)
+            if BEYOND_END in reason:
+                raise DataError(f"{what}: ends before byte {start}; copy the shard again")
+            waited = time.monotonic() - started
+            if waited + pause > min(seconds, patience or AT_OPENING) or stop.wait(pause):
+                raise StorageError(f"{what}: cannot be read, tried for {waited:.0f} s: {reason}")
+            if waited > 2 and time.monotonic() > self._warned + WARN_EVERY:
+                self._warned = time.monotonic()
+                logging.getLogger("imagenet_express").warning("%s: %s; retrying", what, reason)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _check(self, name: str, meta: Any, size: int) -> None:
+        if size and meta["size"] != size:
+            raise DataError(f"{self / name}: {meta['size']} bytes, {size} in the manifest; copy the shard again")
+        version = str(meta["e_tag"] or meta["last_modified"])
+        if self._versions.setdefault(name, version) != version:
+            raise DataError(f"{self / name}: was replaced while it was in use; start again with shards that stay")
+
+    def size(self, shard: Shard) -> int | None:
+        """In bytes; None if it is missing. A web server lists nothing: what the manifest says, until it is read."""
+        if shard.name.startswith("../"):
+            raise DataError(f"{self.url}: its tars lie outside it ({shard.name}); copy shards and tars to this machine")
+        if self.url.startswith("http") or "/" in shard.name:
+            return shard.bytes
+        return self._sizes.get(shard.name)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Of all objects directly under the URL, by one LIST."""
+        try:
+            listed = obstore.list_with_delimiter(self._store)["objects"]
+        except Exception as err:
+            raise StorageError(f"{self.url}: cannot be listed: {_why(err)[0]}") from None
+        return {meta["path"]: meta["size"] for meta in listed}
+
+    def cached(self, name: str, *, sha256: str) -> Path:
+        """A copy of a file on this machine, kept under its sha256."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        path = home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path):
+            if not path.is_file() or file_sha256(path) != sha256:
+                with atomic_write(path) as file:
+                    file.write(self.get(name))
+        return path
+
+
+def check_url(url: str, *, allow_http: bool) -> None:
+    """Raises ConfigError for a URL that cannot be read or would show credentials, which the message leaves out."""
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    if parts.scheme not in SCHEMES:
+        raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(f"{shown}: leave user, password and query out; credentials come from the environment")
+    if parts.scheme == "http" and not allow_http:
+        raise ConfigError(f"{shown}: is not encrypted; use https://, or add --data.allow-http")
+
+
+def _profile() -> Any:
+    """boto3's credentials: profiles, SSO and roles, renewed before they expire."""
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as err:
+        raise ConfigError("AWS_PROFILE needs boto3: pip install 'imagenet-express[aws]'") from err
+    try:
+        return Boto3CredentialProvider()
+    except Exception as err:  # botocore has a class for each way
+        name = os.environ["AWS_PROFILE"]
+        raise ConfigError(f"AWS_PROFILE={name}: gives no credentials ({type(err).__name__})") from None
+
+
+def _lock(path: Path) -> AbstractContextManager[Any]:
+    return open(locked(path.with_suffix(".lock"), wait_seconds=PATIENCE), "rb")
+
+
+def _why(err: Exception) -> tuple[str, float]:
+    """The reason of a failed request, in words that hold no secret, and for how many seconds to retry."""
+    text = str(err)
+    if isinstance(err, obstore.exceptions.NotSupportedError):
+        return "the server ignores Range; use another server, or copy the shards", 0.0
+    if "builder error" in text:
+        return "the server's URL is not encrypted; use https://, or add --data.allow-http", 0.0
+    if "configured region" in text:
+        return "the bucket is in another region; set AWS_REGION", 0.0
+    if found := re.search(r"status code: (\d{3})[A-Za-z -]*", text):
+        status = int(found[1])
+        if status in (401, 403):
+            return f"{found[0]}; check the credentials in the environment", REJECTED
+        return found[0], 0.0 if 400 <= status < 500 and status not in RETRIED else PATIENCE
+    kind = re.search(r"kind: (Connect|Timeout|Interrupted|Request|Decode)", text)
+    return {"Connect": "no connection", "Timeout": "timed out"}.get(
+        kind[1] if kind else "", "the connection broke"
+    ), PATIENCE

@@ -1,0 +1,197 @@
+"""Images in files of their own, labelled by a table: CSV, Parquet, ImageNet as Kaggle packs it, Tiny ImageNet."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import ConfigError, DataError
+from ...files import Json
+from .base import Files, Item, Items, UniqueKeys, check_fraction, check_name
+from .folders import ImageFolder, add_train_and_val, held_out, readable_key, require_utf8
+from .imagenet import FIRST_CLASS
+
+BOXES = ("x", "y", "width", "height")
+
+
+@dataclass
+class Table:
+    """A file with a row for each image: `.parquet`, or else CSV. `columns`: of the image and of its label.
+
+    names: of all columns, for a CSV without a header.
+    """
+
+    path: Path
+    columns: tuple[str, str] = ("path", "label")
+    names: tuple[str, ...] | None = None
+    delimiter: str = ","
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        """(place, image, label) of each row. Raises DataError for a row without them, and for damage."""
+        for place, row in self._parquet() if self.path.suffix == ".parquet" else self._csv():
+            found = [row.get(column) for column in self.columns]
+            for column, value in zip(self.columns, found):
+                if value is None or not str(value).strip():
+                    raise self.error(place, f"no {column!r}; write one in each row")
+            if None in row:
+                raise self.error(place, "more fields than columns; quote fields that hold commas")
+            yield place, str(found[0]), str(found[1]).strip()
+
+    def error(self, place: str, reason: str) -> DataError:
+        return DataError(f"{self.path}: {place}: {reason}")
+
+    def _csv(self) -> Iterator[tuple[str, dict[Any, Any]]]:
+        line = 0
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, self.names, delimiter=self.delimiter, strict=True)
+                for row in reader:
+                    line = reader.line_num
+                    yield f"line {line}", row
+        except (OSError, ValueError, csv.Error) as err:
+            raise self.error(f"behind line {line}", f"cannot be read ({err}); write it as CSV in UTF-8") from err
+
+    def _parquet(self) -> Iterator[tuple[str, dict[Any, Any]]]:
+        try:
+            import pyarrow
+            from pyarrow.parquet import ParquetFile
+        except ImportError as err:
+            raise ConfigError(f"{self.path}: pyarrow is missing; pip install pyarrow") from err
+        rows = 0
+        try:
+            for batch in ParquetFile(self.path).iter_batches(columns=list(self.columns)):
+                for values in batch.to_pylist():
+                    rows += 1
+                    yield f"row {rows}", values
+        except (pyarrow.ArrowException, OSError) as err:
+            raise self.error(f"behind row {rows}", f"cannot be read ({err}); copy it again") from err
+
+
+def labelled(table: Table, split: str, folder: Path, label_of: dict[str, int]) -> Iterator[Item]:
+    """The images of a table. Raises DataError for one with two labels or another class, or whose file is missing."""
+    unique, labels = UniqueKeys(), dict[str, int]()
+    for place, name, label in table:
+        number = label_of.get(label)
+        if number is None:
+            raise table.error(place, f"{label!r} is none of the {len(label_of):,} training classes")
+        if labels.setdefault(name, number) != number:
+            raise table.error(place, f"{name} has another label than in an earlier row; give each image one")
+        if not os.path.isfile(folder / name):
+            raise table.error(place, f"no file {folder / name}; copy it there or remove the row")
+        yield Item(unique(readable_key(require_utf8(name))), number, f"{split}/{name}")
+
+
+@dataclass
+class CSV(Files):
+    """A table for each split. Labels are names, and classes the sorted names; whole numbers are sorted as numbers.
+
+    root: the folder of the images' paths. Default: each table's own. val_fraction: see ImageFolder.
+    """
+
+    train: Path
+    val: Path | None = None
+    root: Path | None = None
+    name: str = "csv"
+    val_fraction: float = 0.0
+
+    help = "a CSV or Parquet file with the columns path and label"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_fraction("--val-fraction", self.val_fraction)
+        label_of = self.name_classes(label for _, _, label in Table(self.train))
+        tables = {"train": self.train} | ({"val": self.val} if self.val else {})
+        self.folders = {split: self.root or table.parent for split, table in tables.items()}
+        self.splits = {
+            split: Items(labelled(Table(table), split, self.folders[split], label_of))
+            for split, table in tables.items()
+        }
+        if self.val_fraction:
+            self.splits = held_out(self.splits["train"], self.val_fraction)
+
+    def describe(self) -> Json:
+        return {"kind": "csv"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        add_train_and_val(p, "FILE", "csv")
+        p.add_argument("--root", type=Path, metavar="DIR", help="the folder of the images' paths (default: the file's)")
+
+
+@dataclass
+class Kaggle(Files):
+    """ImageNet in the folder `src` as Kaggle's competition has it, unpacked. Labels are those of ImageNet2012."""
+
+    src: Path
+
+    name = "kaggle"
+    help = "ImageNet from Kaggle, unpacked: the folder that holds ILSVRC/ and LOC_val_solution.csv"
+    first: ClassVar[str | None] = FIRST_CLASS
+    places: ClassVar[dict[str, str]] = {
+        split: f"ILSVRC/Data/CLS-LOC/{split}" for split in ("train", "val", "test")
+    }  # of the images
+    table = "LOC_val_solution.csv"
+    words = "LOC_synset_mapping.txt"  # the classes' names
+
+    def __post_init__(self) -> None:
+        self.folders = {split: self.src / place for split, place in self.places.items()}
+        train = ImageFolder(self.folders["train"])
+        self.classes, self.passed_over = train.classes, train.passed_over
+        if self.first not in (None, self.classes[0]):
+            raise DataError(f"{train.train}: the first class is {self.classes[0]}, but ImageNet has {self.first}")
+        self.splits = train.splits | {"val": Items(self._validation(self.src / self.table))}
+        if self.folders["test"].is_dir():
+            unique = UniqueKeys()
+            names = sorted(os.listdir(self.folders["test"]))
+            self.splits["test"] = Items(Item(unique(readable_key(name)), -1, f"test/{name}") for name in names)
+        if (words := self.src / self.words).is_file():
+            name_of = dict(line.split(maxsplit=1) for line in words.read_text(encoding="utf-8").splitlines() if line)
+            self.class_names = [name_of.get(wnid, wnid).strip() for wnid in self.classes]
+
+    def _validation(self, path: Path) -> Iterator[Item]:
+        table, label_of = self.labels(path), {wnid: number for number, wnid in enumerate(self.classes)}
+        folder = self.folders["val"]
+        left = set(os.listdir(folder)) if folder.is_dir() else set()
+        for item in labelled(table, "val", folder, label_of):
+            left.discard(item.where.removeprefix("val/"))
+            yield item
+        if left:
+            raise DataError(f"{path}: no row for {folder / min(left)}; copy the file again")
+
+    def labels(self, path: Path) -> Table:
+        return _Boxes(path, ("ImageId", "PredictionString"))
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--src", type=Path, required=True, metavar="DIR", help="the folder that holds it")
+
+
+class _Boxes(Table):
+    """Kaggle's table: the label is the first of "n01440764 x y x y n01440764 x y x y", which are all the same."""
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        for place, image, boxes in super().__iter__():
+            label, *others = boxes.split()[::5]
+            if {*others} - {label}:
+                raise self.error(place, f"{image} has the labels {label} and {others[0]}; copy the file again")
+            yield place, f"{image}.JPEG", label
+
+
+@dataclass
+class TinyImageNet(Kaggle):
+    """Tiny ImageNet in its folder `src`, tiny-imagenet-200, as its archive has it."""
+
+    name = "tiny-imagenet"
+    help = "Tiny ImageNet, unpacked: the folder that holds train/, val/ and words.txt"
+    first = None
+    places: ClassVar[dict[str, str]] = {"train": "train", "val": "val/images", "test": "test/images"}
+    table = "val/val_annotations.txt"
+    words = "words.txt"
+
+    def labels(self, path: Path) -> Table:
+        return Table(path, names=("path", "label", *BOXES), delimiter="\t")

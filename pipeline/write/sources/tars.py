@@ -1,0 +1,178 @@
+"""WebDataset tars: their samples, and a source that shards them once more.
+
+As in webdataset, a sample is the adjacent members of one key, a name up to its first dot: an image and a label.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from glob import escape, glob
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import TypeVar
+
+from braceexpand import braceexpand
+
+from ...decode import BadImage
+from ...errors import ConfigError, DataError
+from ...shards import IMAGES, LABELS, label_name, label_text, split_name
+from ...tar import Member, members
+from .base import Archives, Item, Items, PassedOver, UniqueKeys, check_name
+from .folders import is_image, litter, require_utf8
+
+KEY = "a name up to its first dot"
+NAMED = 10  # extensions of one key
+MAX_NUMBERS = 1_000_000  # in the braces of a pattern
+NAMES = (*LABELS, "txt")  # a .txt may hold the class's name
+T = TypeVar("T")
+
+
+def expand(pattern: str) -> list[Path]:
+    """The tars that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. What exists under the very name goes first.
+
+    Raises ConfigError for what is no pattern, DataError if a tar is missing.
+    """
+    try:
+        if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
+            raise ValueError("over a million numbers")  # braceexpand would hold them all
+        pattern = os.path.expanduser(pattern)  # a shell leaves what is quoted
+        parts = [pattern] if Path(pattern).is_file() else braceexpand(pattern)
+        paths = [path for part in parts for path in _matches(Path(part))]
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"{pattern}: {err}; write {{0000..1023}}, {{a,b}}, *, ? or [0-9]") from err
+    if not paths:
+        raise DataError(f"{pattern}: no such tar; quote the pattern, and mind its folder")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such tar; {pattern} names {len(paths)} files, and no URL or command is read")
+    return paths
+
+
+def _matches(path: Path) -> list[Path]:
+    """The sorted files that a pattern without braces names. A folder that exists under the very name goes first."""
+    folder = next((folder for folder in path.parents if folder.is_dir()), Path())
+    rest = str(path.relative_to(folder))
+    if path.is_file() or not re.search(r"[*?[]", rest):
+        return [path]
+    return sorted(map(Path, glob(os.path.join(escape(str(folder)), rest))))
+
+
+def samples(
+    path: Path,
+    bad: dict[Member, BadImage],
+    unused: list[Member],
+    label: Callable[[Path, str, str, Member], T],
+    kinds: tuple[str, ...] = LABELS,
+) -> Iterator[tuple[Member, T]]:
+    """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`.
+
+    label: makes a label of the tar, the key, the extension and the member. kinds: extensions of labels, by preference.
+    """
+    last: dict[str, str] = {}  # member of each key
+    for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
+        found: dict[str, Member] = {}
+        for _, extension, member in group:
+            if key in last:
+                raise DataError(
+                    f"{path}: {last[key]!r} and {member.name!r} are not adjacent, but both have the key {key!r}, {KEY};"
+                    " sort the tar by name (tar --sort=name), or rename members with more dots"
+                )
+            if found.setdefault(extension, member) != member:  # but for small and capital letters
+                unused.append(member)
+        last[key] = member.name
+        name, images, inside = label_name(found, kinds), _images(path, found), ", ".join(list(found)[:NAMED])
+        used: set[Member] = set()
+        if name and len(images) == 1:
+            used = {*images, found[name]}
+            yield images[0], label(path, key, name, found[name])
+        elif name and (images or name.endswith("cls") or b'"label"' in read_member(path, found[name])):
+            bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
+        elif images and not name and not any(map(litter, images[0].name.split("/"))):
+            raise DataError(
+                f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside};"
+                " name one .cls, and sort the tar by name (tar --sort=name) if its parts lie apart"
+            )
+        unused += [member for member in found.values() if member not in used and member not in bad]
+
+
+def _keyed(path: Path, unused: list[Member]) -> Iterator[tuple[str, str, Member]]:
+    """(key, extension, member) of each member that webdataset reads."""
+    for member in members(path):
+        key, extension = split_name(member.name)
+        if extension and key[-1:] not in ("", "/"):
+            yield key, extension, member
+        else:
+            unused.append(member)
+
+
+def _images(path: Path, found: dict[str, Member]) -> list[Member]:
+    """A sample's image, by the usual extensions or else by content; several if that leaves a choice."""
+    if plain := [found[extension] for extension in IMAGES if extension in found]:
+        return plain[:1]
+    others = [member for extension, member in found.items() if extension.rpartition(".")[2] not in LABELS]
+    return [member for member in others if is_image(io.BytesIO(read_member(path, member)))]
+
+
+def read_member(path: Path, member: Member) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+@dataclass
+class WebDataset(Archives):
+    """The samples of tars that exist already. Labels are numbers, or names, whose classes are then in sorted order."""
+
+    train: str
+    val: str | None = None
+    name: str = "webdataset"
+
+    help = "WebDataset tars, sharded once more: in a new order, size or encoding"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        self.passed_over, patterns = PassedOver(), {"train": self.train} | ({"val": self.val} if self.val else {})
+        found = {split: list(self._samples(expand(pattern))) for split, pattern in patterns.items()}
+        label_of = self.name_classes(label for *_, label in found["train"])
+        self.splits = {split: Items(self._items(split, each, label_of)) for split, each in found.items()}
+
+    def _samples(self, tars: list[Path]) -> Iterator[tuple[int, Member, str]]:
+        """(number of the tar, image, label) of each sample."""
+        for path in tars:
+            self.archives.append(path)
+            bad: dict[Member, BadImage] = {}
+            unused: list[Member] = []
+            for member, label in samples(path, bad, unused, _text, NAMES):
+                yield len(self.archives) - 1, member, label
+            for member in (*bad, *unused):
+                self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
+
+    def _items(self, split: str, found: list[tuple[int, Member, str]], label_of: dict[str, int]) -> Iterator[Item]:
+        unique = UniqueKeys()
+        for archive, member, label in found:
+            where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
+            if label not in label_of:
+                raise DataError(f"{where}: {label!r} is none of the {len(label_of):,} training classes")
+            extent = (archive, member.offset, member.size)
+            yield Item(unique(split_name(member.name)[0]), label_of[label], where, extent)
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--train", required=True, metavar="PATTERN", help="tars, with {0000..1023} or *; quote it")
+        p.add_argument("--val", metavar="PATTERN", help="validation tars")
+        p.add_argument("--name", default="webdataset", help="the shards' first name (%(default)s)")
+
+
+def _text(path: Path, key: str, name: str, member: Member) -> str:
+    try:
+        if text := label_text({name: read_member(path, member)}, NAMES):
+            return text
+        raise DataError(f"has an empty .{name}")
+    except DataError as err:
+        raise DataError(f"{path}: sample {key!r} {err}") from err
