@@ -90,7 +90,6 @@ def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
     splits, names, mean = [dataset.splits[name] for name in report.splits], dataset.class_names, []
     with contextlib.suppress(DataError):  # it was not measured
         mean = [thumbnail(dataset.mean_image.round().astype(np.uint8), SIDE)]
-    labels = range(0, len(names), -(-len(names) // CLASSES))
     return {
         "set": dataset.manifest,
         "names": names,
@@ -98,7 +97,7 @@ def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
         "sheet": {
             label: [picture(split, i) for i in np.flatnonzero(split.index["label"] == label)[:PER_CLASS].tolist()]
             for split in splits[:1]
-            for label in labels
+            for label in range(0, len(names), -(-len(names) // CLASSES))
         },
         "sides": {s.name: np.histogram(np.minimum(s.index["width"], s.index["height"]), 24) for s in splits},
         "converted": list(converted(dataset, splits)),
@@ -112,7 +111,9 @@ def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
 def converted(dataset: manifest.Dataset, splits: list[manifest.Split]) -> Iterator[tuple[Json, str]]:
     """Images that were converted, each with the picture whose key was made from its name."""
     listed = dataset.manifest.get("converted", [])[:LISTED]
-    found = {(s.name, key): (s, i) for s in splits for i, key in enumerate(s.keys())} if listed else {}
+    found = {}
+    with contextlib.suppress(OSError):  # a shard that is missing
+        found = {(s.name, key): (s, i) for s in splits if listed for i, key in enumerate(s.keys())}
     for image in listed:
         parts = re.sub("[^A-Za-z0-9_/-]", "_", image["image"].rpartition(".")[0]).split("/")
         names = product((parts[0], *dataset.splits), ("_".join(parts[1:]), parts[-1]))

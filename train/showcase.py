@@ -53,14 +53,14 @@ class Showcase:
         if self._chosen is None:
             self._chosen = in_every_epoch(loader)
         for row in np.flatnonzero(np.isin(batch.ids.numpy(), self._chosen)).tolist():
-            image, label = batch.images[row].cpu(), int(batch.labels[row])
+            image = batch.images[row].cpu()
             self._pixels.append(as_pixels(image, loader))
             self._crops.append(
                 {
                     "epoch": epoch + 1,
                     "step": step,
                     "id": int(batch.ids[row]),
-                    "label": label,
+                    "label": int(batch.labels[row]),
                     "sha256": hashlib.sha256(image.numpy().tobytes()).hexdigest(),
                     "png": png(self._pixels[-1]),
                 }

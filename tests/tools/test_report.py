@@ -378,6 +378,11 @@ def test_a_damaged_set_has_a_page_that_names_the_damage(odd_shards, tmp_path, mo
     text = (tmp_path / "page.html").read_text()
     assert "What is wrong" in text
     assert f'<th scope="row">{tar.name}</th>' in text
+    tar.unlink()
+    with pytest.raises(SystemExit) as end:
+        check_shards.main()
+    assert end.value.code == 1
+    assert "the shard is missing" in (tmp_path / "page.html").read_text()
 
 
 def test_templates_are_in_the_image():
