@@ -204,11 +204,11 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
 
 def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:
     """The middle 95 % of each value's mean over resampled images (Efron 1979), by percentiles; {} for one image."""
-    from scipy import stats  # a second to import
-
     table = np.stack(list(values.values())).astype(np.float64)
     if resamples < 1 or table.shape[1] < 2:
         return {}
+    from scipy import stats  # a second to import
+
     found = stats.bootstrap(
         (table,),
         np.mean,
