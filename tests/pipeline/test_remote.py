@@ -23,8 +23,9 @@ from pipeline.manifest import Split
 from pipeline.read.fetch import COLUMNS, OFFSET, SHARD, SIZE
 from pipeline.read.plan import Plan
 from pipeline.shards import Shard
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, run_here, run_tool
 from tests.pipeline.web_server import WebServer, serving
+from tools import evaluate
 
 pytest.importorskip("obstore", reason="pip install -e '.[test]'")
 
@@ -343,6 +344,13 @@ def test_credentials_come_from_the_profile_or_are_not_sent(web, tmp_path, monkey
         open_dataset("s3://data", allow_http=True)
     with pytest.raises(ConfigError, match="az://box/x: settings in the environment are missing or wrong"):
         open_dataset("az://box/x")
+
+
+def test_what_needs_the_shards_themselves_asks_for_a_copy_at_once(web, tmp_path, monkeypatch, capsys):
+    asked = ("no-model", "--data.shards", web.url, "--data.allow-http", "--csv", tmp_path / "predictions.csv")
+    code, line = run_here(evaluate.main, monkeypatch, capsys, *asked)
+    assert (code, web.ranges()) == (2, [])
+    assert line == f"error: {web.url}: the keys of samples are in the shards; copy them to this machine"
 
 
 def test_closing_a_loader_does_not_wait_for_a_server_that_fails(web):
