@@ -155,26 +155,32 @@ def find_places(image: ndarray, header: ndarray) -> ndarray:
     return places if whole else none
 
 
-def pack(places: ndarray) -> bytes:
+@compiled
+def pack(places: ndarray) -> ndarray:
     """The entries as differences to those before them, in Rice codes, a quarter of the size; nothing if there are none.
 
     A number's upper part is as many ones and a zero; its lower bits follow, whose number is that of its column:
     the first four bytes.
     """
     if not len(places):
-        return b""
-    step = np.diff(places, axis=0, prepend=0)
-    values = np.where(step < 0, -2 * step - 1, 2 * step)
-    values[:, 0] = step[:, 0]
-    costs = [(values >> lower).sum(0) + lower * len(values) for lower in range(LONGEST + 1)]
-    best = np.argmin(costs, axis=0)
-    lower, values = np.tile(best, len(values)), values.reshape(-1)
-    ends = np.cumsum((values >> lower) + 1 + lower)
-    bits = np.ones(ends[-1], np.uint8)
-    for i in range(best.max() + 1):
-        has = lower >= i
-        bits[ends[has] - 1 - i] = np.where(lower > i, values >> i & 1, 0)[has]
-    return best.astype(np.uint8).tobytes() + np.packbits(bits).tobytes()
+        return np.empty(0, np.uint8)
+    values, lower, size, bit = places.copy(), np.zeros(4, np.int64), 32, 32
+    values[1:] -= places[:-1]
+    values[:, 1:] = values[:, 1:] << 1 ^ values[:, 1:] >> 63
+    for column in range(4):
+        costs = np.array([(values[:, column] >> n).sum() + (1 + n) * len(values) for n in range(LONGEST + 1)])
+        lower[column], size = costs.argmin(), size + costs.min()
+    packed = np.zeros(-(-size // 8), np.uint8)
+    packed[:4] = lower
+    for i in range(len(values)):
+        for column in range(4):
+            value, n = values[i, column], lower[column]
+            ones = value >> n
+            for k in range(ones + 1 + n):
+                if k < ones or (k > ones and value >> (ones + n - k) & 1):
+                    packed[u(bit >> 3)] |= 0x80 >> (bit & 7)
+                bit += 1
+    return packed
 
 
 @compiled

@@ -9,7 +9,6 @@ import os
 import re
 import threading
 import time
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +51,9 @@ class RemoteFolder:
         more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
         # Its retries keep the signature of the first attempt, and end with a body that was cut: `get` has its own.
         retries = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
+        connect: Any = from_url  # its types have a signature for each kind of URL
         try:
-            self._store: Any = from_url(self.url, client_options=options, retry_config=retries, **more)
+            self._store: Any = connect(self.url, client_options=options, retry_config=retries, **more)
         except Exception as err:
             about = f"settings in the environment are missing or wrong ({type(err).__name__}); see docs/remote.md"
             raise ConfigError(f"{self.url}: {about}") from None
@@ -137,7 +137,7 @@ class RemoteFolder:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         path = home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        with open(locked(path.with_suffix(".lock"), wait_seconds=PATIENCE), "rb"):
             if not path.is_file() or file_sha256(path) != sha256:
                 with atomic_write(path) as file:
                     file.write(self.get(name))
@@ -167,10 +167,6 @@ def _profile() -> Any:
     except Exception as err:  # botocore has a class for each way
         name = os.environ["AWS_PROFILE"]
         raise ConfigError(f"AWS_PROFILE={name}: gives no credentials ({type(err).__name__})") from None
-
-
-def _lock(path: Path) -> AbstractContextManager[Any]:
-    return open(locked(path.with_suffix(".lock"), wait_seconds=PATIENCE), "rb")
 
 
 def _why(err: Exception) -> tuple[str, float]:

@@ -62,7 +62,7 @@ NOT_RUN = {
     "accelerate launch --config_file docker/accelerate/2x8.yaml": "needs two hosts; tests/cluster/test_netns.py",
     "torchrun --nnodes=1:4": "needs four hosts; tests/faults/test_stops.py",
     "torchrun --standalone --nproc_per_node 2 script.py": "tests/test_packaging.py",
-    "python train/run.py seed --data.shards s3://bucket/imagenet": "needs S3; tests/pipeline/test_remote.py trains from a local server",
+    "python train/run.py seed --data.shards s3://bucket/imagenet": "needs S3; tests/pipeline/test_remote.py",
     "make image": "needs Docker; tests/docker/build_image.sh",
     "tests/docker/build_image.sh": "needs root and a network",
     "docker": "needs Docker; tests/docker/test_entrypoint.py runs the same commands without it",

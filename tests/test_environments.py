@@ -103,7 +103,7 @@ def place(tmp_path_factory) -> Path:
     labels = ((name, path) for name in ("naïve", "雪") for path in sorted((root / "images" / name).iterdir()))
     rows = "".join(f"{path.relative_to(root)},{name}\n" for name, path in labels)
     (root / "list.csv").write_text(f"path,label\n{rows}", encoding="utf-8")
-    code, errors = run(root, [*TRAIN, "--run.dir", "run"])
+    code, errors = run(root, [*TRAIN, "--run.no-report", "--run.dir", "run"])
     assert code == 0, errors
     return root
 

@@ -61,6 +61,8 @@ def main() -> None:
     if not (labelled or args.submission or args.csv):
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
     order = submission_order(dataset, args.split) if args.submission else []
+    if args.csv and dataset.remote:
+        dataset.split(args.split).keys()  # not at the end: raises ConfigError
 
     from train import distributed
 

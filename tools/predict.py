@@ -11,16 +11,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import base64
 import dataclasses
-import html
-import io
 import os
 from typing import Any, NamedTuple
 
 from pipeline.errors import BAD_DATA, ConfigError, DataError
-from pipeline.files import Json, write_json, write_text
+from pipeline.files import Json, write_json
 from tools import cli
+from tools.page import thumbnail, write_page
 
 AT_ONCE = 32  # images
 SHOWN = 320  # pixels of a picture's longer side on the page
@@ -62,8 +60,9 @@ def main() -> None:
     if args.json:
         write_json(args.json, {"model": str(model), "views": args.views, "answers": answers})
     if args.html:
-        figures = "\n".join(figure(answer, picture) for answer, picture in zip(answers, pictures, strict=True))
-        write_text(args.html, PAGE.format(title=html.escape(str(model)), figures=figures))
+        write_page(
+            args.html, "predict.html", title=str(model), shown=zip(answers, pictures, strict=True), label=label_of
+        )
         print(f"page: {args.html}")
     if failed := len(files) - len(answers):
         print(f"error: {failed} of {len(files)} images cannot be read; the others are classified", file=sys.stderr)
@@ -110,7 +109,7 @@ def read(name: str, viewer: Any, pictured: object) -> Input | None:
     except DataError as err:
         print(f"error: {cli.printable(str(err))}", file=sys.stderr)
         return None
-    return Input(name, viewer(pixels), thumbnail(pixels) if pictured else "")
+    return Input(name, viewer(pixels), thumbnail(pixels, SHOWN) if pictured else "")
 
 
 def decoded(name: str) -> Any:
@@ -164,48 +163,6 @@ def predicted(model: Any, views: Any, names: list[str]) -> list[Json]:
 
 def label_of(row: Json) -> str:
     return row["name"] if row["class"] in (row["name"], "") else f"{row['name']} ({row['class']})"
-
-
-def thumbnail(pixels: Any) -> str:
-    """A JPEG as a data URL."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.thumbnail((SHOWN, SHOWN))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1.5rem }}
-figure {{ margin: 0 }}
-figure img {{ width: 100%; height: 180px; object-fit: contain; background: #f4f4f4 }}
-figcaption {{ font-weight: 600; margin: .3rem 0; overflow-wrap: anywhere }}
-.bar {{ position: relative; margin: 2px 0; padding: 1px 4px; background: #f4f4f4 }}
-.bar i {{ position: absolute; inset: 0 auto 0 0; background: #f3b6b0 }}
-.bar span {{ position: relative; display: flex; justify-content: space-between; gap: .5rem }}
-</style>
-<h1>{title}</h1>
-<main>
-{figures}
-</main>
-</html>
-"""
-
-
-def figure(answer: Json, picture: str) -> str:
-    name = html.escape(answer["image"])
-    bars = "".join(
-        f'<div class="bar"><i style="width:{row["probability"]:.2%}"></i>'
-        f"<span><b>{html.escape(label_of(row))}</b>{row['probability']:.1%}</span></div>"
-        for row in answer["best"]
-    )
-    return f'<figure><img src="{picture}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
 
 
 if __name__ == "__main__":

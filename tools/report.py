@@ -1,22 +1,28 @@
-"""Draws a run's curves into its folder and prints where everything is.
+"""Writes a page about a run, draws its curves and prints where everything is; one page compares several runs.
 
     python tools/report.py runs/demo
     python tools/report.py runs/demo --json docs/results/demo.json
+    python tools/report.py runs/seed runs/paper
 
 Exit codes: 0 done, 2 usage, 65 not a run folder.
 """
 
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.files import Json, write_json
+from pipeline.settings import flatten
 from tools import cli
-from train.run_folder import read_config, read_metrics
+from tools.page import write_page
+from train.run_folder import CONFIG, EXIT, SHOWCASE, read_config, read_json, read_metrics
 
 
 def draw(path: Path, *panels: tuple[Json, list[tuple[Any, ...]]]) -> None:
@@ -34,7 +40,8 @@ def draw(path: Path, *panels: tuple[Json, list[tuple[Any, ...]]]) -> None:
         axes.set(**labels)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -47,23 +54,69 @@ CURVES = {  # of each panel: the kind of line, the field, the style and the name
         ("val of average", "top1", "C1--", "validation top-1 of averaged weights"),
     ],
 }
+ON_PAGE = CURVES | {
+    "learning rate": [("train", "lr", "", "learning rate")],
+    "images per second": [("train", "images_per_second", "", "training")],
+    "time spent waiting for data": [("train", "data_wait", "", "training")],
+}
+POINTS = 2000  # of a curve on a page
 
 
-def draw_curves(lines: dict[str, list[Json]], best: Json, path: Path) -> None:
+def curves_of(lines: dict[str, list[Json]], panel: list[tuple[str, ...]]) -> Iterator[tuple[Any, ...]]:
+    """(epochs, values, style, name) of each curve of a panel that the run has."""
+    steps_per_epoch = max(line["step"] / line["epoch"] for line in lines["train"])  # less until an epoch's end
+    for kind, field, *style in panel:
+        points = [(line["step"] / steps_per_epoch, line[field]) for line in lines[kind] if field in line]
+        if points and (field != "top5" or min(points, key=lambda point: point[1])[1] < 1):  # of five classes always 1
+            yield *zip(*points, strict=True), *style
+
+
+def draw_curves(lines: dict[str, list[Json]], best: Json | None, path: Path) -> None:
     """Loss and accuracy over epochs, with the `best` evaluation marked."""
-    last, panels = lines["train"][-1], []
-    for ylabel, curves in CURVES.items():
-        points = []
-        for kind, field, *style in curves:
-            epochs = [line["step"] * last["epoch"] / last["step"] for line in lines[kind]]
-            values = [line[field] for line in lines[kind]]
-            if values and (field != "top5" or min(values) < 1):  # of five classes it is always 1
-                points.append((epochs, values, *style))
-        panels.append(
-            ({"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None), "title": cli.printable(path.parent.name)}, points)
-        )
-    points.append(([best["epoch"]], [best["top1"]], "C3*", f"best: {best['top1']:.2%} in epoch {best['epoch']}"))
+    panels = []
+    for ylabel, panel in CURVES.items():
+        labels = {"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None), "title": cli.printable(path.parent.name)}
+        panels.append((labels, list(curves_of(lines, panel))))
+    if best:
+        mark = [best["epoch"]], [best["top1"]], "C3*", f"best: {best['top1']:.2%} in epoch {best['epoch']}"
+        panels[-1][1].append(mark)
     draw(path, *panels)
+
+
+# The page
+
+
+def read(path: Path) -> Json:
+    """All that the page shows of a run; what it has not recorded is empty."""
+    lines = read_metrics(path)
+    if not lines["train"]:
+        raise DataError(f"{path}: no epoch was finished yet; draw it when one is")
+    config, ended, shown = (read_json(path / name, cure="copy it again") or {} for name in (CONFIG, EXIT, SHOWCASE))
+    return {
+        **shown,
+        "path": path,
+        "name": path.resolve().name,
+        "lines": lines,
+        "settings": flatten(config.pop("config", {})),
+        "environment": flatten(config),
+        "ended": ended,
+    }
+
+
+def plot(title: str, runs: list[Json]) -> Json:
+    traces = []
+    for number, run in enumerate(runs):
+        for curve, (epochs, values, _, name) in enumerate(curves_of(run["lines"], ON_PAGE[title])):
+            kept = reduced(np.array(values, float))
+            x, y = ([float(f"{column[i]:.5g}") for i in kept] for column in (epochs, values))
+            traces.append({"x": x, "y": y, "name": name, "of": run["name"], "run": number, "curve": curve})
+    return {"title": title, "traces": traces}
+
+
+def reduced(values: np.ndarray) -> list[int]:
+    """Places of at most POINTS values: of each stretch the least and the greatest, so that no peak is lost."""
+    stretches = np.array_split(np.arange(len(values)), min(POINTS // 2, len(values)))
+    return sorted({int(s[end(values[s])]) for s in stretches for end in (np.argmin, np.argmax)})
 
 
 def result(run: Path, lines: dict[str, list[Json]], *, timed: bool = True) -> Json:
@@ -91,22 +144,32 @@ def result(run: Path, lines: dict[str, list[Json]], *, timed: bool = True) -> Js
 
 def main() -> None:
     p = cli.Parser(description=__doc__)
-    p.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    p.files(json="also write the result with what it depended on")
+    p.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run folders")
+    p.files(html="the page (default: report.html in RUN; here if there are several)")
+    p.files(json="also write the result of one run with what it depended on")
     args = p.parse_args()
-    run = args.run
-    lines = read_metrics(run)
-    if not (lines["train"] and lines["val"]):
-        raise DataError(f"{run}: no epoch was finished yet; draw it when one is")
+    runs = [read(path) for path in args.run]
+    page = args.html or (args.run[0] if len(runs) == 1 else Path()) / "report.html"
     if args.json:
-        write_json(args.json, result(run, lines))
+        if len(runs) > 1 or not runs[0]["lines"]["val"]:
+            raise ConfigError("--json: needs one run, which was evaluated")
+        write_json(args.json, result(args.run[0], runs[0]["lines"]))
+    write_page(page, "report.html", runs=runs, plots=[plot(title, runs) for title in ON_PAGE])
+    for run in runs:
+        show(run["path"], run["lines"])
+    print(f"report:      {page}")
+
+
+def show(run: Path, lines: dict[str, list[Json]]) -> None:
+    """Draws the curves and prints where everything is."""
     kept, evaluated = run / "checkpoints" / "best", [*lines["val"], *lines["val of average"]]
     name = kept.read_text().strip() if kept.is_file() else ""
     saved = [line for line in evaluated if name == f"step-{line['step']:08d}"]
-    best = max(saved or evaluated, key=lambda line: line["top1"])
+    best = max(saved or evaluated, key=lambda line: line["top1"], default=None)
     draw_curves(lines, best, run.resolve() / "curves.png")
-    whose = " (averaged weights)" if best["kind"] != "val" else ""
-    print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
+    if best:
+        whose = " (averaged weights)" if best["kind"] != "val" else ""
+        print(f"best: top-1 {best['top1']:.2%}{whose} on {best['images']} validation images in epoch {best['epoch']}")
     print(f"curves:      {run / 'curves.png'}")
     print(f"metrics:     {run / 'metrics.jsonl'} (TensorBoard: tensorboard --logdir {run})")
     print(f"checkpoints: {run / 'checkpoints' / name}")

@@ -34,6 +34,7 @@ from .nonfinite import Finite
 from .optim import Plateau, learning_rate, scaled_to_batch
 from .profiling import Profile
 from .run_folder import RunFolder
+from .showcase import Showcase
 from .signals import Stop
 from .step import Stepper
 from .trainer import Trainer, TrainState
@@ -150,6 +151,7 @@ def build_trainer(
             parent=parent if watchdog.is_launched() else 0,
         ),
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
+        showcase=Showcase(folder.path, accelerator, on=config.run.report, step=resumed_at[0]),
     )
 
 

@@ -97,8 +97,7 @@ class OptimConfig:
     """The optimiser, and the learning rate over time."""
 
     name: Literal["sgd", "velocity", "lars"] = "sgd"
-    """sgd: with momentum, as torch's; velocity: the paper's form of it, with the rate inside the velocity; lars: a rate
-    for each layer, for large batches."""
+    """sgd: with momentum; velocity: the paper's form, the rate inside the velocity; lars: each layer has a rate."""
     lr: InHelp[NonNegativeFloat] = 0.01
     momentum: BelowOne = 0.9
     nesterov: bool = False
@@ -125,8 +124,7 @@ class OptimConfig:
     """How lr follows train.batch: lr is for base_batch."""
     base_batch: Positive = 256
     biases: Literal["variant", "weights", "no-decay"] = "variant"
-    """How biases are trained: as in the variant's source (original and caffe: twice the rate, no decay), like weights,
-    or without decay."""
+    """How biases are trained: as the variant's source does (original, caffe: twice the rate, no decay), or as named."""
     norms: Literal["weights", "no-decay"] = "weights"
     """How normalisation's own parameters are trained."""
     lars_eta: PositiveFraction = 0.001
@@ -175,6 +173,8 @@ class RunConfig:
     """Trackers that get the figures beside metrics.jsonl, by Accelerate's names: tensorboard, wandb, mlflow …"""
     record_ids: MayChange[bool] = False
     """Write each rank's sample ids of every step to ids/, to compare runs."""
+    report: MayChange[bool] = True
+    """Keep what report.html shows beside figures in showcase/, and write the page when the run ends."""
     ddp_backend: MayChange[Literal["auto", "nccl", "gloo"]] = "auto"
     """auto: NCCL between GPUs, gloo between CPUs; gloo also joins two ranks on one GPU."""
     deterministic: bool = False

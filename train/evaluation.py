@@ -17,7 +17,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from pipeline.files import Json
-from pipeline.read.loader import Loader
+from pipeline.read.loader import Batch, Loader
 
 NAMES = ("top1", "top5", "loss", "images")  # of a Result, as records have them
 BEST = 5  # predicted classes kept for each image
@@ -63,22 +63,29 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, loader: Loader, accelerator: Accelerator, *, between: Callable[[], None] = lambda: None
+    net: nn.Module,
+    loader: Loader,
+    accelerator: Accelerator,
+    *,
+    between: Callable[[], None] = lambda: None,
+    see: Callable[[Batch, Tensor, Loader], None] = lambda batch, logits, loader: None,
 ) -> Result:
     """Runs `net` over this rank's images and sums over the ranks.
 
     between: called after each batch that all ranks have; it may use collectives, and end the evaluation by raising.
+    see: called with each batch and its float32 logits.
     """
     training = [module for module in net.modules() if module.training]  # frozen layers are not
     net.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # float64 holds whole numbers to 9e15
-    for number, (images, labels, _) in enumerate(loader):
+    for number, batch in enumerate(loader):
         with accelerator.autocast():
-            logits = net(images)
+            logits = net(batch.images)
         logits = logits.float()
-        ranks = rank_of_label(logits, labels)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        ranks = rank_of_label(logits, batch.labels)
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         sums += torch.stack([(ranks < 1).sum(), (ranks < BEST).sum(), loss, (ranks >= 0).sum()])
+        see(batch, logits, loader)
         if number < loader.common_steps:
             between()
     for module in training:
@@ -197,11 +204,11 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
 
 def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:
     """The middle 95 % of each value's mean over resampled images (Efron 1979), by percentiles; {} for one image."""
-    from scipy import stats  # a second to import
-
     table = np.stack(list(values.values())).astype(np.float64)
     if resamples < 1 or table.shape[1] < 2:
         return {}
+    from scipy import stats  # a second to import
+
     found = stats.bootstrap(
         (table,),
         np.mean,

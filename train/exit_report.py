@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -13,13 +14,14 @@ from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, HANG, PREEMPTED, ConfigError, ExpressError, StorageError, first_line
 
 from . import signals, watchdog
-from .environment import launched, world_size
+from .environment import ROOT, launched, world_size
 from .run_folder import EXIT, RunFolder
 
 if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before that
     from .config import Config
     from .trainer import Trainer
 
+PAGE_SECONDS = 10.0  # that the page may take, at most
 LOST_SECONDS = 1.0  # that a rank waits for the one that reports an error, in exit.json or on the screen
 
 
@@ -60,6 +62,13 @@ class ExitReport:
         step = self.trainer.state.step if self.trainer else 0
         with suppress(OSError):
             self.folder.write_exit(code=code, reason=reason, **{"step": step, **facts})
+
+    def write_page(self) -> None:
+        """Lets another process write report.html; not of a stopped run: it resumes, and may be killed before long."""
+        if self.trainer and self.trainer.showcase.writes and self.code != PREEMPTED:
+            report = [sys.executable, str(ROOT / "tools" / "report.py"), str(self.trainer.folder.path)]
+            with suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(report, timeout=PAGE_SECONDS, stdin=subprocess.DEVNULL, capture_output=True)
 
     def _as_express_error(self, err: BaseException) -> ExpressError | None:
         """The exception in the user's terms; None: a crash."""

@@ -33,6 +33,7 @@ def train(t: Trainer) -> Evaluation:
     begin(t)
     while not is_over(t):
         for batch in rest_of_epoch(t):
+            t.showcase.keep_crops(batch, t.loader, epoch=state.epoch, step=state.step + 1)
             with t.profile.step():
                 stop = t.step(batch)
             if state.step % c.run.log_every == 0 and t.meter.steps:
@@ -199,11 +200,13 @@ def count(t: Trainer) -> Evaluation:
     results = []
     for net in t.stepper.nets:
         broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
-        results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch))
+        t.showcase.begin()
+        results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch, see=t.showcase.see))
     return Evaluation(*results)
 
 
 def record_evaluation(t: Trainer, evaluation: Evaluation, *, epoch: int) -> None:
+    t.showcase.store(t.stepper.bare, t.loader, epoch=epoch, step=t.state.step)
     for kind, result in zip(("val", "val of average"), evaluation):
         if result:
             t.record.write(kind, t.state.step, {"epoch": epoch, **result._asdict()})

@@ -19,7 +19,7 @@ from pipeline.files import Json, locked, write_json
 
 from . import environment, watchdog
 
-CONFIG, EXIT, LOCK = "config.json", "exit.json", "run.lock"
+CONFIG, EXIT, LOCK, SHOWCASE = "config.json", "exit.json", "run.lock", "showcase.json"
 WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
 
 

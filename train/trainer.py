@@ -20,6 +20,7 @@ from .nonfinite import Finite, LossNotFinite
 from .optim import Plateau, learning_rate, set_learning_rate
 from .profiling import Profile
 from .run_folder import RunFolder
+from .showcase import Showcase
 from .signals import Stop
 from .step import Stepper
 from .watchdog import BACKWARD, FORWARD, Watchdog
@@ -68,6 +69,7 @@ class Trainer:
     stop: Stop
     watchdog: Watchdog
     profile: Profile
+    showcase: Showcase
     progress: Progress | None = None
     _overflows_in_a_row: int = 0
 

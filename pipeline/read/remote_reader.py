@@ -23,7 +23,7 @@ from .reader import ReadBatch, Reader
 
 GAP = 16 << 10  # bytes between two images that are fetched too, rather than by another request
 MOST = 8 << 20  # bytes after which a request begins no other image
-FIRST = 64  # an epoch's first chunk is this fraction of the largest, so that it begins soon
+FIRST = 64  # the first chunk is this fraction of the largest, so that the first batch comes soon
 FETCHES = 3  # of an image whose checksum is wrong
 
 Step = tuple[int, int]
@@ -66,11 +66,8 @@ def shards_of_a_chunk(plan: Plan, *, limit: int) -> float:
 
 def expected_requests(plan: Plan, *, limit: int) -> float:
     """About how many requests all ranks make in an epoch, in chunks of at most `limit` bytes: docs/order.md."""
-    sizes, held = [shard.bytes for shard in plan.split.shards], reads_from(plan)[1]
-    together = min(1.0, plan.partitions / plan.world) * min(1.0, limit / held)
-    begun = min(1.0, plan.world * min(limit, held) / sum(sizes))  # of the images, those in an epoch's first chunks
-    alone = 1 - together + 2 / 3 * begun * together
-    return plan.samples * alone + sum(-(-size // MOST) for size in sizes)
+    together = min(1.0, plan.partitions / plan.world) * min(1.0, limit / reads_from(plan)[1])
+    return plan.samples * (1 - together) + sum(-(-shard.bytes // MOST) for shard in plan.split.shards)
 
 
 class Chunk(NamedTuple):
@@ -84,7 +81,7 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: ndarray, *, limit: int, 
     """Consecutive steps of an epoch: one, or at most `limit` bytes from `shards` shards.
 
     steps: each with its ids. rows: of all samples. A step that begins to read from other shards belongs to the next
-    chunk, except for its last images of these. The chunks of an epoch begin small and double.
+    chunk, except for its last images of these. The first chunks are small, and double.
     """
     chunk, held, room, seen = Chunk([], []), 0, limit // FIRST, set[int]()
     for step, ids in steps:
@@ -97,8 +94,7 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: ndarray, *, limit: int, 
                 chunk.ids.append(ids[these])
                 ids, shard = ids[~these], shard[~these]
             yield chunk
-            room = limit // FIRST if another else min(2 * room, limit)
-            chunk, held, seen = Chunk([], []), 0, set()
+            chunk, held, room, seen = Chunk([], []), 0, min(2 * room, limit), set()
         chunk.steps.append(step)
         chunk.ids.append(ids)
         held += int(rows[ids, SIZE].sum())

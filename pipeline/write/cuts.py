@@ -11,6 +11,7 @@ from simplejpeg import decode_jpeg
 
 from .. import cuts, pool
 from ..cut_jpeg import EXTRA, cut_jpeg
+from ..decode import Scratch
 from ..errors import DataError
 from ..files import Json, json_bytes
 from ..huffman import SLACK
@@ -25,12 +26,14 @@ CHECKS = {
 }  # a cut of one image in so many, by its checksum, is decoded and compared with the whole
 
 _header = np.zeros(HEADER, np.int32)  # with the tables of the latest image: most have the same
+_memory = Scratch()
 
 
 def find(data: bytes, *, check_one_in: int = CHECKS["some"]) -> bytes:
     """The packed places of an image; none if it cannot be cut."""
-    crc, image = crc32(data), np.frombuffer(bytearray(data), np.uint8)  # not read-only, as in the loader: compiled once
-    places = pack(find_places(image, _header))
+    crc, image = crc32(data), _memory(len(data))
+    image[:] = np.frombuffer(data, np.uint8)  # a copy is not read-only, as in the loader: compiled once
+    places = pack(find_places(image, _header)).tobytes()
     return b"" if places and crc % check_one_in == 0 and not is_exact(image, _header, places, crc) else places
 
 
