@@ -311,16 +311,19 @@ def run(argv: list[str]) -> int:
 
 def warm() -> None:
     """Does once what most processes do first: resolves the command line's types and loads compiled code."""
+    import numpy as np
+    import simplejpeg
     import torch
 
     from pipeline.read import make_backend
-    from pipeline.write import resize
+    from pipeline.write import cuts, resize
     from train import cli
 
     cli.parse(["demo", "--data.shards", "x"])
     for dtype in ("float32", "uint8"):
         make_backend.prepare("portable", 32, dtype, torch.device("cpu"))
     resize.prepare()
+    cuts.find(simplejpeg.encode_jpeg(np.zeros((32, 32, 3), np.uint8)), check_one_in=1)
 
 
 def main() -> None:

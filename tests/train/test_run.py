@@ -50,12 +50,13 @@ def command(
 
 def launch(*args: object, ranks: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
     env = os.environ | (TWO if ranks > 1 else {})
-    return subprocess.run(command(*args, ranks=ranks, **options), capture_output=True, text=True, cwd="/", env=env)
+    argv = command(*args, "--run.no-report", ranks=ranks, **options)
+    return subprocess.run(argv, capture_output=True, text=True, cwd="/", env=env)
 
 
 def alone(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script without a launcher, which would add output of its own."""
-    argv = [sys.executable, str(ROOT / "train" / "run.py"), *map(str, args)]
+    """Runs the script without a launcher, which would add output of its own; it writes no report page, for time."""
+    argv = [sys.executable, str(ROOT / "train" / "run.py"), *map(str, args), "--run.no-report"]
     return subprocess.run(argv, capture_output=True, text=True, cwd="/", env=os.environ | env)
 
 
