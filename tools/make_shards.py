@@ -287,7 +287,7 @@ def report(written: dict, out: Path, seconds: float) -> None:
     print(f"{out}: {len(written['classes'])} classes, done in {clock(seconds)}")
     if written.get("stored_order", {}).get("train", "mixed") != "mixed":
         print(
-            f"warning: the samples of train are stored {written['stored_order']['train']}; leave window at 0 or set it"
+            f"warning: the samples of train are stored {written['stored_order']['train']}; set window to 0 or"
             " to many shards (docs/order.md), or a batch will hold few classes",
             file=sys.stderr,
         )

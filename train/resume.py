@@ -100,8 +100,10 @@ def with_window(
         return config
     window = dataset.window
     if first:
-        named = [Path(config.resume)] if config.resume not in ("", RESUME_NEWEST) else []
-        for path in [*named, *checkpoints.all()]:  # the last one counts; `choose` verifies it
+        stored = [Path(config.resume)] if config.resume not in ("", RESUME_NEWEST) else []
+        with contextlib.suppress(OSError):  # a folder that cannot be listed is named when it is claimed
+            stored += checkpoints.all()
+        for path in stored:  # the last one counts; `choose` verifies it
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 window = int(json.loads((path / STATE).read_bytes())["config"]["data.window"])
     return updated(config, {"data.window": agreement.from_all(window)[0]})

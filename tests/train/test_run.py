@@ -50,7 +50,7 @@ def command(
 
 def launch(*args: object, ranks: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
     env = os.environ | (TWO if ranks > 1 else {})
-    argv = command(*args, "--run.no-report", ranks=ranks, **options)
+    argv = command(*args, *([] if "script" in options else ["--run.no-report"]), ranks=ranks, **options)
     return subprocess.run(argv, capture_output=True, text=True, cwd="/", env=env)
 
 
