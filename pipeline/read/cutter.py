@@ -20,6 +20,7 @@ from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
 
 WORTH = 0.8  # fraction of an image's pixels: above it, cutting costs as much as it saves
+MCU = 16  # pixels, of most JPEGs; whole MCUs are decoded
 
 
 class Cut(NamedTuple):
@@ -60,7 +61,8 @@ class Cutter:
         rows: see fetch.py. pixels: by pixels_under.
         """
         table, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
-        area = (np.minimum(pixels[:, 2:], sides) - np.maximum(pixels[:, :2], 0)).prod(1)
+        first, last = np.maximum(pixels[:, :2] // MCU, 0), -(-np.minimum(pixels[:, 2:], sides) // MCU)
+        area = np.minimum(MCU * (last - first), sides).prod(1)
         size = np.where(area < WORTH * sides.prod(1), table["size"], 0)
         offset = HEADER_BYTES + table["offset"].astype(np.int64)
         return np.stack([offset, size, table["crc32"]], axis=1, dtype=np.int64, casting="unsafe")

@@ -30,7 +30,7 @@ from pipeline.huffman import SLACK
 from pipeline.jpeg import HEADER, find_places, pack, read_header, unpack
 from pipeline.manifest import open_dataset
 from pipeline.read.cutter import Cutter
-from pipeline.read.fetch import ALL_ROWS, fetch_images
+from pipeline.read.fetch import ALL_ROWS, COLUMNS, HEIGHT, WIDTH, fetch_images
 from pipeline.read.reader import Reader
 from pipeline.storage import Folder
 from pipeline.write import cuts as cuts_made
@@ -528,3 +528,17 @@ def test_the_command(folder, with_cuts, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="its images are raw pixels; cuts are for JPEGs"):
         make_shards.main()
     assert isinstance(cuts.CURE, str)
+
+
+@pytest.mark.parametrize(
+    ("size", "at", "is_cut"), [((256, 256), 20, False), ((256, 256), 16, True), ((341, 256), 20, True)]
+)
+def test_an_image_is_cut_if_the_crop_needs_less_than_four_fifths_of_its_mcus(size, at, is_cut):
+    """A crop of 224 pixels needs 15 rows and columns of 16-pixel MCUs, or 14 if it begins with one."""
+    table = np.array([(0, 99, 7)], cuts.TABLE_DTYPE)
+    cutter = Cutter(cuts.Cuts([], [], table))
+    rows = np.zeros((1, len(COLUMNS)), np.int64)
+    rows[0, [WIDTH, HEIGHT]] = size
+    pixels = np.array([[at, at, at + 224, at + 224]])
+    assert cutter.places(np.array([0]), rows, pixels)[0, 1] == (99 if is_cut else 0)
+    cutter.close()
