@@ -58,7 +58,7 @@ def reject_another(run: Path, command: list[str]) -> None:
     before = flatten(updated(Config(), saved["config"]))
     now = flatten(parse([*command, "--run.dir", str(run)]))
     for name, value in now.items():
-        if before[name] != value:
+        if before[name] != value and (name, value) != ("data.window", -1):  # the run has chosen it
             raise ConfigError(
                 f"{run}: was run with {name}={before[name]}, not {value}; remove it, or take another --dir"
             )
