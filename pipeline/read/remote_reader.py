@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +112,11 @@ class RemoteReader(Reader):
         self._fetchers = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
         # By chunk and sample: its request, and its first byte there.
         self._fetched: list[dict[int, tuple[Future[ndarray], int]]] = []
+        self._tasks: list[Future[None]] = []  # those that copy the latest chunk's images into batches
+
+    def ahead(self, batch: ReadBatch) -> None:
+        super().ahead(batch)
+        self._tasks += batch.tasks
 
     def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
         limit = self._limit(plan)
@@ -119,6 +124,8 @@ class RemoteReader(Reader):
         waiting: deque[list[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):
+                wait(self._tasks)  # so that no more than two chunks are in memory
+                self._tasks.clear()
                 self._fetched = [*filter(None, self._fetched), self._fetch(np.concatenate(chunk.ids))]
                 waiting.append(chunk.steps)
                 if len(waiting) > 1:

@@ -237,13 +237,18 @@ def test_the_formula_of_requests_counts_those_of_an_epoch(partitions, world, win
 
 
 def test_what_is_fetched_ahead_stays_within_the_memory(web, monkeypatch):
-    fetch, most = remote_reader.RemoteReader._fetch, [0]
+    fetch, fill, most = remote_reader.RemoteReader._fetch, remote_reader.RemoteReader._fill, [0]
+
+    def slow(*task):
+        time.sleep(0.1)
+        fill(*task)
 
     def watched(self, ids):
         ahead = [sample for fetched in self._fetched for sample in fetched] + ids.tolist()
         most[0] = max(most[0], int(self.rows[ahead, SIZE].sum()))
         return fetch(self, ids)
 
+    monkeypatch.setattr(remote_reader.RemoteReader, "_fill", slow)
     monkeypatch.setattr(remote_reader.RemoteReader, "_fetch", watched)
     dataset = opened(web, fetch_memory=0.4)
     two_epochs(dataset)
