@@ -25,15 +25,17 @@ CONFUSIONS = 10
 
 
 class Result(NamedTuple):
-    """Fractions of `images`, and their mean cross-entropy."""
+    """Fractions of `images`, and their mean cross-entropy. bad_samples: images that were left out."""
 
     top1: float
     top5: float
     loss: float
     images: int
+    bad_samples: int = 0
 
     def __str__(self) -> str:
-        return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}"
+        of = f" of {self.images + self.bad_samples}" if self.bad_samples else ""
+        return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}{of}"
 
 
 class Evaluation(NamedTuple):
@@ -91,8 +93,9 @@ def evaluate(
     for module in training:
         module.training = True
     top1, top5, loss, images = accelerator.reduce(sums, "sum").tolist()
-    assert images == loader.samples, f"evaluated {images} of {loader.samples} images"
-    return Result(top1 / images, top5 / images, loss / images, int(images))
+    bad = loader.samples - int(images)
+    assert bad == 0 or loader.bad.limit, f"evaluated {images} of {loader.samples} images"
+    return Result(top1 / images, top5 / images, loss / images, int(images), bad)
 
 
 # Predictions
