@@ -204,8 +204,7 @@ def count(t: Trainer) -> Evaluation:
         broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
         t.showcase.begin()
         results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch, see=t.showcase.see))
-        if t.config.loader.max_bad_samples:
-            bad.share(t.agreement.from_all)  # those of the last batch, which some ranks do not have
+        bad.share(t.agreement.from_all)  # those of the last batch, which some ranks do not have
     return Evaluation(*results)
 
 
@@ -215,9 +214,8 @@ def record_evaluation(t: Trainer, evaluation: Evaluation, *, epoch: int) -> None
         if result:
             t.record.write(kind, t.state.step, {"epoch": epoch, **result._asdict()})
             top5 = f", top-5 {result.top5:.2%}" if len(t.loader.dataset.classes) > BEST else ""
-            done, bad = f"epoch {epoch}/{t.config.train.epochs}", result.bad_samples
-            of = f", {result.images:,} of {result.images + bad:,} images" if bad else ""
-            t.record.log(f"{done}: {kind} top-1 {result.top1:.2%}{top5}, loss {result.loss:.4f}{of}")
+            done = f"epoch {epoch}/{t.config.train.epochs}"
+            t.record.log(f"{done}: {kind} top-1 {result.top1:.2%}{top5}, loss {result.loss:.4f}")
 
 
 def last_figures(t: Trainer) -> Evaluation:

@@ -119,8 +119,7 @@ class Trainer:
         # The backward pass is where ranks wait for each other.
         loss = self.stepper.backward(batch, step=state.step, between=lambda: self.tick(BACKWARD)).mean()
         bad, broken = self.finite.bad_step(number, loss), self.saver.is_broken(self.record)
-        found = self.loader.bad.unshared
-        stop, bad, broken, found = self.agreement.largest(self.stop_request(), bad, broken, found)
+        stop, bad, broken, found = self.agreement.largest(self.stop_request(), bad, broken, self.loader.bad.unshared)
         if found:
             self.loader.bad.share(self.agreement.from_all)
         if bad:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..errors import BadSample, ConfigError, DataError
+from ..errors import BadSample, DataError
 
 SHOWN = 10  # ids in a message
 
@@ -39,15 +39,11 @@ class BadSamples:
             raise error from err
 
     def load(self, ids: Iterable[int]) -> None:
-        """Adds those of a loader's state. Raises ConfigError if they are too many."""
-        new = [i for i in ids if i not in self.found]
-        self.found |= dict.fromkeys(new, "")
-        self.unshared += len(new)
-        if len(self.found) > self.limit:
-            raise ConfigError(
-                f"loader.max_bad_samples={self.limit} but the loader's state holds {len(self.found)} bad samples;"
-                " allow at least as many"
-            )
+        """Adds those of a loader's state. Raises DataError if they are too many."""
+        self.found |= dict.fromkeys(ids, "") | self.found
+        self.unshared = len(self.found)
+        if error := self.error():
+            raise error
 
     def share(self, from_all: Callable[[dict[int, str]], Iterable[dict[int, str]]]) -> None:
         """Adds those of all ranks. Raises DataError, at all ranks, if they are too many.
@@ -55,19 +51,19 @@ class BadSamples:
         from_all: gathers the ranks' values, as torch.distributed.all_gather_object does.
         """
         for of_rank in from_all(self.found):
-            self.found |= {i: reason for i, reason in of_rank.items() if not self.found.get(i)}
+            self.found |= of_rank
         self.unshared = 0
         if error := self.error():
             raise error
 
     def error(self) -> DataError | None:
         """Why no further batch can be made, if so."""
-        ids, why = sorted(self.found), ""
+        ids = sorted(self.found)
         if len(ids) > self.limit:
             why = f"more than loader.max_bad_samples={self.limit}"
         elif lost := [part for part in map(self.partition, ids) if all(i in self.found for i in part)]:
             why = f"and samples {lost[0].start} to {lost[0].stop - 1}, a whole partition, are among them"
-        if not why:
+        else:
             return None
         shown = ", ".join(map(str, ids[:SHOWN])) + (", …" if len(ids) > SHOWN else "")
         reason = next((f"; {reason}" for reason in reversed(self.found.values()) if reason), "")

@@ -53,12 +53,6 @@ def _shuffled(ids: ndarray, **at: int) -> ndarray:
     return ids[np.argsort(rng.bits(ids, stream=rng.ORDER, **at))]
 
 
-def partition_of(sample: int, *, samples: int, partitions: int) -> range:
-    """The ids of the partition that holds a sample."""
-    part = ((sample + 1) * partitions - 1) // samples
-    return range(part * samples // partitions, (part + 1) * samples // partitions)
-
-
 def replacement(sample: int, partition: range, bad: Container[int]) -> int:
     """The next sample of the partition, cyclically, that is not bad; `sample` itself if all are."""
     others = chain(range(sample + 1, partition.stop), range(partition.start, sample))

@@ -95,7 +95,9 @@ class Plan:
 
     def partition(self, sample: int) -> range:
         """The samples that may be read in its place."""
-        return order.partition_of(sample, samples=self.samples, partitions=self.partitions if self.train else 1)
+        parts, n = self.partitions if self.train else 1, self.samples
+        part = ((sample + 1) * parts - 1) // n
+        return range(part * n // parts, (part + 1) * n // parts)
 
     def _replaced(self, planned: ndarray) -> ndarray:
         if not self.bad:

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, open_dataset
-from pipeline.errors import BadSample, ConfigError, DataError
-from pipeline.read import order
+from pipeline.errors import BadSample, DataError
 from pipeline.read.fetch import OFFSET, fetch_images
 from tests.conftest import picture
 from tests.pipeline.test_parity import dataset_of, encode
@@ -110,13 +109,13 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_partition(forty, t
     assert all(any(f"sample {i} " in line for line in caplog.messages) for i in bad)
 
 
-@pytest.mark.parametrize("size", [40, 7])
-@pytest.mark.parametrize("partitions", [1, 2, 3])
-def test_partitions_hold_each_sample_once(size, partitions):
-    found = [order.partition_of(i, samples=size, partitions=partitions) for i in range(size)]
-    assert all(i in part for i, part in enumerate(found))
-    assert len(set(found)) == partitions
-    assert sum(map(len, set(found))) == size
+@pytest.mark.parametrize("partitions", [1, 3, 7, 40])
+def test_partitions_are_those_of_the_order(forty, partitions):
+    with loader(forty, partitions=partitions, batch=SAMPLES // partitions * partitions) as made:
+        slices = np.split(made.ids(0, 0), partitions)
+        found = [{made.plan.partition(i) for i in ids.tolist()} for ids in slices]
+        assert sum(len(part) for (part,) in found) == SAMPLES
+        assert all(set(ids.tolist()) <= set(part) for ids, (part,) in zip(slices, found))
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -156,7 +155,10 @@ def test_too_many_bad_samples_end_it_by_name_and_again_until_they_are_repaired(f
         assert_same(epochs(made), wanted[at["epoch"] * 10 + at["step"] :])
     with loader(root, backend, limit=0) as made, pytest.raises(BadSample, match=r"x.tar: sample \d .*checksum"):
         epochs(made)
-    with loader(root, backend, limit=1) as made, pytest.raises(ConfigError, match=r"samples=1 but .* holds 2 bad"):
+    with (
+        loader(root, backend, limit=1) as made,
+        pytest.raises(DataError, match=r"^2 bad samples, more than .*=1: \d, \d$"),
+    ):
         made.load_state_dict(at)
 
 
