@@ -283,12 +283,19 @@ def test_planted_bad_numbers_are_met_by_all_ranks_alike(policy, rank, clean, few
         assert after.keys() | {bad} == undisturbed.keys()
         assert after[bad + 1] != undisturbed[bad + 1]
         assert all(loss == loss for loss in after.values())
-        killed = Job(tmp_path / "killed", *args, ranks=2, script=PLANTED)
-        assert killed.wait_for(lambda: killed.step >= 14)
-        killed.ranks()[0].kill()
-        killed.wait()
-        run(killed.folder, *args, ranks=2, script=PLANTED)
-        assert traces(killed.folder) == traces(folder)
+
+
+@pytest.mark.slow
+def test_a_run_that_has_skipped_a_step_is_killed_and_resumes_exactly(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANT", "nan:-1:11")
+    args = [SCRIPT, *two(few_digits), "--guard.on-bad-numbers", "skip"]
+    whole = run(tmp_path / "whole", *args, ranks=2, script=PLANTED)
+    killed = Job(tmp_path / "killed", *args, ranks=2, script=PLANTED)
+    assert killed.wait_for(lambda: killed.step >= 14)
+    killed.ranks()[0].kill()
+    killed.wait()
+    run(killed.folder, *args, ranks=2, script=PLANTED)
+    assert traces(killed.folder) == traces(whole.folder)
 
 
 def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits, tmp_path, monkeypatch):
