@@ -286,6 +286,12 @@ def test_towers_of_the_norms_do_not_see_each_other():
     torch.testing.assert_close(spatial_response_norm(x, size=5, alpha=1e-3, beta=0.75, k=1), spatially(x))
 
 
+def test_a_printed_net_shows_the_settings_of_its_norms_and_dropout():
+    text = str(meta(ModelConfig("paper")))
+    assert "LocalResponseNorm(size=5, alpha=" in text
+    assert "Dropout(p=0.5, layer=6)" in text
+
+
 def test_the_layer_table_is_printed(capsys):
     assert not main(["paper"])
     shown = capsys.readouterr().out
