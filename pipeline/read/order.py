@@ -6,7 +6,8 @@ Evaluation: the samples in stored order, one contiguous slice per rank, each sam
 """
 
 import math
-from itertools import pairwise
+from collections.abc import Container
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy import ndarray
@@ -52,6 +53,12 @@ def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) 
 def _shuffled(ids: ndarray, **at: int) -> ndarray:
     """Sorted by their hashes, which are distinct: any correct sort gives the same order."""
     return ids[np.argsort(rng.bits(ids, stream=rng.ORDER, **at))]
+
+
+def replacement(sample: int, partition: range, bad: Container[int]) -> int:
+    """The next sample of the partition, cyclically, that is not bad; `sample` itself if all are."""
+    others = chain(range(sample + 1, partition.stop), range(partition.start, sample))
+    return next((i for i in others if i not in bad), sample)
 
 
 def steps_per_epoch(samples: int, *, batch: int) -> int:

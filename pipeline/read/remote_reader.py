@@ -120,7 +120,7 @@ class RemoteReader(Reader):
 
     def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
         limit = self._limit(plan)
-        planned = ((step, plan.ids(*step)) for step in steps)
+        planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[list[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):
