@@ -70,7 +70,7 @@ PLOT_WIDTHS = """dispatchEvent(new Event("%s")), [...document.querySelectorAll("
   [place.querySelector(".main-svg"), place].map(one => one.getBoundingClientRect().width))"""
 
 
-PHONE, WIDE = (WIDTHS[0], False), (WIDTHS[1], True)  # pixels, and whether the theme is dark
+PHONE, WIDE = (360, False), (1920, True)  # pixels, and whether the theme is dark
 
 
 def check(browser: Browser, page: Path, *, pictures: int, plots: int, screens: tuple = (PHONE, WIDE)) -> None:
