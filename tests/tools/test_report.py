@@ -31,7 +31,6 @@ from train.run_folder import read_json
 from train.showcase import CROP_BYTES, EPOCHS, IMAGES, in_every_epoch
 
 PAGE_BYTES = 15_000_000
-WIDTHS = (360, 1920)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +70,11 @@ PLOT_WIDTHS = """dispatchEvent(new Event("%s")), [...document.querySelectorAll("
   [place.querySelector(".main-svg"), place].map(one => one.getBoundingClientRect().width))"""
 
 
-def check(browser: Browser, page: Path, *, pictures: int, plots: int) -> None:
-    """As it is on a phone and on a wide screen, in both themes."""
-    for width, dark in ((WIDTHS[0], False), (WIDTHS[1], True)):
+PHONE, WIDE = (360, False), (1920, True)  # pixels, and whether the theme is dark
+
+
+def check(browser: Browser, page: Path, *, pictures: int, plots: int, screens: tuple = (PHONE, WIDE)) -> None:
+    for width, dark in screens:
         browser.open(page, width=width, dark=dark)
         found = browser.value(LOOKED)
         assert browser.errors() == [], width
@@ -287,7 +288,7 @@ def test_two_runs_are_compared_in_one_page(browser, run, tmp_path, monkeypatch):
     assert differ["optim.lr"][1] == "0.5"
     assert len(rows) > 80
     assert text.count('"of": "digits run"') == 8  # loss and accuracy of training, validation and averaged weights …
-    check(browser, tmp_path / "report.html", pictures=2 * IMAGES, plots=7)
+    check(browser, tmp_path / "report.html", pictures=2 * IMAGES, plots=7, screens=(PHONE,))
     legend = browser.value("[...document.querySelectorAll('.legendtext')].map(text => text.textContent)")
     assert {"digits run: training", "a <b>b: training"} <= set(legend)
 
