@@ -39,7 +39,9 @@ def epoch_order(shard_sizes: ndarray, *, batch: int, partitions: int = 1, window
 def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) -> ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
-        return _shuffled(np.arange(start, end), **at)
+        order = np.argsort(rng.bits(np.arange(start, end), stream=rng.ORDER, **at))
+        order += start  # as _shuffled, with half the memory
+        return order
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
     ranges = [np.arange(a, b) for a, b in pairwise(bounds)]

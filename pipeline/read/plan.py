@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..manifest import Split
 from . import order, rng
 from .augment import AugmentConfig, colour_shift, place
-from .fetch import HEIGHT, WIDTH
+from .fetch import HEIGHT, WIDTH, Rows
 
 PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, while batches of 128 one by one cost 5 µs an image
 
@@ -111,8 +111,8 @@ class Plan:
             yield from ((epoch, s) for s in range(step, len(self)))
             epoch, step = epoch + 1, 0
 
-    def step(self, epoch: int, step: int, rows: ndarray) -> Planned:
-        """One step's images. rows: all samples' (see fetch.py)."""
+    def step(self, epoch: int, step: int, rows: Rows) -> Planned:
+        """One step's images. rows: all samples'."""
         n, many = self.batch_per_rank, max(1, PLAN_IMAGES // self.batch_per_rank)
         of = (epoch, len(self.bad))
         if self._chunk is None or self._chunk[0] != of or not 0 <= step - self._chunk[1] < many:
@@ -121,11 +121,11 @@ class Plan:
         start = (step - first) * n
         return Planned(*[column[start : start + n] for column in chunk])
 
-    def steps(self, epoch: int, steps: range, rows: ndarray) -> Planned:
+    def steps(self, epoch: int, steps: range, index: Rows) -> Planned:
         """Plans many steps at once: for a single batch, the overhead of NumPy's calls would exceed their work."""
         planned = np.concatenate([self._planned_ids(epoch, s) for s in steps])
         ids = self._replaced(planned)
-        rows, kept = rows[ids], ids == planned if not self.train else np.ones(len(ids), np.bool_)
+        rows, kept = index[ids], ids == planned if not self.train else np.ones(len(ids), np.bool_)
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}
         placement = place(self.augment, ids, rows[:, WIDTH], rows[:, HEIGHT], train=self.train, **at)
         mean = np.tile(self.mean, (n * views, 1))

@@ -30,9 +30,9 @@ from .fetch import (
     SHARD,
     SIZE,
     Block,
+    Rows,
     all_end,
     fetch_images,
-    index_rows,
     not_plain_jpegs,
     zero_rest,
 )
@@ -102,7 +102,7 @@ class Reader:
     ) -> None:
         self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
-        self.rows = index_rows(split.index)
+        self.rows = Rows(split.index)
         self.source = LocalShards([split.root / shard.name for shard in split.shards])
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
