@@ -203,6 +203,7 @@ class Dali(Engine):
         try:
             (images,) = self._pipeline.run(*stream)
         except RuntimeError as err:
+            self._pipeline = None  # its threads end before other pipelines search
             raise self._explain(err) from err
         work, stored = self._decoding.popleft()
         pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())  # no copy: DALI gives this memory away
