@@ -146,10 +146,11 @@ class Loader(AbstractContextManager["Loader"]):
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
-        encoded = self.backend != "synthetic" and not raw
+        encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split) if encoded else None
-        engine = self.backend, output, self._reader, self.plan, self.config
+        engine = self.backend, output, self._reader, self.plan, self.config, local_world or world
         self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cutter=self._cutter)
+        self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck

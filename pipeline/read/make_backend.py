@@ -25,7 +25,7 @@ def reader(split: Split) -> type[Reader]:
 def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:
     """Compiles what a backend needs, or loads what an earlier process compiled."""
     fetch.prepare()
-    if backend == "portable":
+    if backend in ("portable", "resident"):
         from . import portable
 
         portable.prepare(crop, dtype, on_cpu=device.type == "cpu")
@@ -37,17 +37,23 @@ def make(
     reader: Reader,
     plan: Plan,
     config: LoaderConfig,
+    local_world: int,
     *,
     raw: bool,
     threads: int,
     cutter: Cutter | None = None,
 ) -> Engine:
-    """raw: images are stored as pixels. cutter: cuts what crops need out of JPEGs."""
+    """local_world: ranks of this machine. raw: images are stored as pixels. cutter: cuts what crops need out of
+    JPEGs."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
         from .synthetic import Synthetic
 
         return Synthetic(output, rows=rows)
+    if backend == "resident":
+        from .resident import Resident
+
+        return Resident(output, reader, plan, config, local_world, raw=raw, threads=threads)
     if backend == "portable":
         from .portable import Portable
 
