@@ -5,6 +5,7 @@
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
 # make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
 # make slurm-test   sharding and training on a real Slurm of two nodes on this machine: needs root and Debian
+# make ray-test   sharding on a Ray cluster of two nodes on this machine, whose workers and drivers are killed
 # make simd    Pillow-SIMD instead of Pillow, for images that are no JPEGs: needs a compiler, headers of libjpeg and zlib
 # make bench   loader rates beside their peers (IMAGES=a folder of class folders, or a tar of one)
 # make accuracy   CIFAR-10 by three recipes, side by side (IMAGES=a folder of train/ and test/, or a tar of them)
@@ -26,7 +27,7 @@ SCRIPTS := .ci/run $(shell find docker tests tools -name '*.sh' -o -name '*.sbat
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 LAUNCH := $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test types test-fast test-slow test-all docs-test format faults simd accuracy bench gpu-proof netns-test slurm-test image clean
+.PHONY: setup demo test types test-fast test-slow test-all docs-test format faults simd accuracy bench gpu-proof netns-test slurm-test ray-test image clean
 
 setup: $(INSTALLED)
 
@@ -84,6 +85,10 @@ slurm-test: $(INSTALLED)
 	dpkg -s $(SLURM_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update && apt-get install --yes --no-install-recommends $(SLURM_PACKAGES); }
 	SLURM_TEST=1 $(BIN)/python -m pytest tests/slurm $(ARGS)
+
+ray-test: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[ray]'
+	$(BIN)/python -m pytest tests/pipeline/test_ray.py $(ARGS)
 
 simd: $(INSTALLED)
 	$(BIN)/python -m pip uninstall --yes --quiet pillow

@@ -50,3 +50,6 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         keep = keep_mask(rows, x.shape[1:].numel(), layer=self.layer, p=self.p).view(x.shape)
         return x * (keep.to(x.dtype) * (1 / (1 - self.p)))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, layer={self.layer}"

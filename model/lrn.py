@@ -193,6 +193,9 @@ class ResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, **self.options, compiled=self.compiled)
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
 
 class LocalResponseNorm(ResponseNorm):
     function = staticmethod(local_response_norm)

@@ -45,7 +45,7 @@ def _cache_folder() -> str:
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     base = Path(NUMBA.CACHE_DIR or (own if os.access(PACKAGE, os.W_OK) else home.expanduser() / "imagenet-express"))
     folder = base / f"{__package__}-{digest.hexdigest()[:16]}"
-    if not folder.exists():
+    if base == own and not folder.exists():
         for older in own.glob(f"{__package__}-*"):
             shutil.rmtree(older, ignore_errors=True)
     return str(folder)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+SECONDS = 300  # that it may take for an answer, on a machine that is busy
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run",
@@ -75,6 +77,8 @@ class Browser(contextlib.AbstractContextManager["Browser"]):
 
     def _read(self) -> dict:
         while b"\0" not in self._rest:
+            if not select.select([self._from], [], [], SECONDS)[0]:
+                raise TimeoutError(f"the browser has sent nothing for {SECONDS} s")
             more = os.read(self._from.fileno(), 1 << 20)
             if not more:
                 raise EOFError("the browser has ended")

@@ -165,6 +165,28 @@ def receive(connection: socket.socket, size: int) -> bytes:
     return data
 
 
+PROGRAM = f"""#!{sys.executable} -S
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import fork_server
+words = [os.path.abspath(word) if word.endswith(".py") and os.path.exists(word) else word for word in sys.argv[1:]]
+if sys.argv[0].endswith("accelerate"):
+    words = ["-m", "accelerate.commands.launch", *words[1:]]
+sys.exit(fork_server.Popen([sys.executable, *words]).wait())
+"""
+
+
+def write_programs(folder: Path, *names: str) -> Path:
+    """python, python3 or accelerate for shell scripts: programs that ask the server for forks. Signals reach none."""
+    if ADDRESS not in os.environ:
+        start()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(PROGRAM)
+        (folder / name).chmod(0o755)
+    return folder
+
+
 # The server
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,17 +200,6 @@ def things(tmp_path_factory, digits, few_digits, trained) -> dict[str, Path]:
     return made | {"photo": root / "photos/cat/0.jpg", "digits": digits, "few": few_digits, "run": trained}
 
 
-WRAPPER = f"""#!{sys.executable} -S
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests import fork_server
-words = [os.path.abspath(word) if word.endswith(".py") and os.path.exists(word) else word for word in sys.argv[1:]]
-if sys.argv[0].endswith("accelerate"):
-    words = ["-m", "accelerate.commands.launch", *words[1:]]
-sys.exit(fork_server.Popen([sys.executable, *words]).wait())
-"""
-
-
 def checkout(root: Path, things: dict[str, Path], given: dict[str, str]) -> None:
     """A clone after `make demo`, with what the page takes for granted. What commands change is a copy."""
     for name in ("pipeline", "model", "train", "tools", "docker", "tests", "Makefile", "pyproject.toml"):
@@ -226,16 +214,12 @@ def checkout(root: Path, things: dict[str, Path], given: dict[str, str]) -> None
     programs = root / ".venv" / "bin"
     programs.mkdir(parents=True)
     (programs / "activate").write_text(f"export PATH={programs}:$PATH\n")
-    for name in ("python", "accelerate"):
-        (programs / name).write_text(WRAPPER)
-        (programs / name).chmod(0o755)
+    fork_server.write_programs(programs, "python", "accelerate")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if not all(not_run(c) for c, _ in commands(page))])
 def test_every_command_of_a_page_works(page, things, tmp_path):
-    if fork_server.ADDRESS not in os.environ:
-        fork_server.start()
     checkout(tmp_path, things, GIVEN.get(page, {}))
     activate = "source .venv/bin/activate"
     todo = [(command, shown) for command, shown in commands(page) if not not_run(command)]

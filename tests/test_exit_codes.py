@@ -70,6 +70,7 @@ def test_two_real_ranks_that_are_stopped_by_a_signal_save_and_exit_with_75_and_t
     assert (tmp_path / "run" / "checkpoints" / f"step-{job.exit['step']:08d}").is_dir()
 
 
+@pytest.mark.slow  # forked ones with 76 and 77: train/test_run.py, faults/test_stops.py
 @pytest.mark.parametrize(("plant", "code", "words"), [("nan:0:2", 76, "at step 2"), ("sleep:0:4", 77, "")])
 def test_a_real_process_with_a_fault_exits_with_its_code(plant, code, words, few_digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANT", plant)

@@ -40,6 +40,7 @@ def parser() -> cli.Parser:
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")
+    p.option("loader.max-bad-samples", 0, "damaged images to leave out (%(default)s)", dest="max_bad", metavar="N")
     p.option("precision", "trained", "(as %(default)s)", choices=("trained", "fp32", "bf16"))
     p.model_options()
     p.option("resamples", 1000, "of the bootstrap, 0: none (%(default)s)", metavar="N")
@@ -76,7 +77,7 @@ def main() -> None:
     started = time.monotonic()
     predictions = predicted(models, dataset, args, accelerator)
     if accelerator.is_main_process:
-        print(f"{len(predictions.labels):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
+        print(f"{len(predictions.ids):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
         if args.submission:  # official numbers, the most probable first
@@ -107,6 +108,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
 
 def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
     """The Predictions of the mean of all models."""
+    from pipeline.read.config import LoaderConfig
     from pipeline.read.loader import Loader
     from train.build import of_this_rank
     from train.evaluation import Group, predict
@@ -127,6 +129,8 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
                     statistics=statistics,
                     **of_this_rank(accelerator),
                     augment=augment,
+                    # A submission has a line for each image.
+                    config=LoaderConfig(max_bad_samples=0 if args.submission else args.max_bad),
                 )
                 groups[pixels] = Group([], loaders.enter_context(loader))
             groups[pixels].nets.append(model.net.to(accelerator.device))
@@ -147,7 +151,9 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
         print(f"model   {model}")
     views = "centre crop" if args.views == 1 else "ten views"
     classes = len(dataset.classes)
-    print(f"data    {args.shards}, {args.split}: {found['images']:,} images of {classes:,} classes, {views}")
+    images = len(dataset.split(args.split).index)
+    of = f" of {images:,}" if found["images"] < images else ""
+    print(f"data    {args.shards}, {args.split}: {found['images']:,}{of} images of {classes:,} classes, {views}")
     for name, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss")):
         if name != "top5" or classes > BEST:
             print(f"{label:<7} {figure(found, name)}")
@@ -167,6 +173,7 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
             "split": args.split,
             "views": args.views,
             "precision": precision,
+            "bad_samples": images - found["images"],
             "environment": environment.describe(),
         }
         write_json(args.json, described | found)
@@ -188,8 +195,9 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["key", "label", *(f"{of}{i + 1}" for of in ("answer", "probability") for i in range(count))])
+    keys = dataset.split(split).keys()
     columns = (predictions.labels, predictions.best, predictions.probabilities.tolist())
-    for key, label, best, probabilities in zip(dataset.split(split).keys(), *columns, strict=True):
+    for key, label, best, probabilities in zip(map(keys.__getitem__, predictions.ids), *columns, strict=True):
         rows.writerow([key, classes[label] if label >= 0 else "", *(classes[c] for c in best), *probabilities])
     write_text(path, text.getvalue())
 

@@ -21,6 +21,7 @@ import argparse
 import re
 import shutil
 import unicodedata
+from functools import partial
 
 import PIL
 import simplejpeg
@@ -29,7 +30,7 @@ from pipeline import pool
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
 from pipeline.progress import Progress, clock
-from pipeline.write import index_existing
+from pipeline.write import index_existing, ray_pool
 from pipeline.write.build import build, forecast
 from pipeline.write.cuts import CHECKS, make_cuts
 from pipeline.write.images import Encoding
@@ -105,6 +106,8 @@ def add_options(p: cli.Parser) -> None:
         metavar="A:B|I/N",
         help="make only these, counted over all splits, or slice I, from 0, of N: for job arrays",
     )
+    p.option("executor", "local", "what runs the workers: this machine, or Ray (%(default)s)", choices=("local", "ray"))
+    p.option("ray-address", "", "a Ray cluster's address, or auto (default: $RAY_ADDRESS, or Ray on this machine)")
     p.flag("merge", "make none; check that all exist and write the manifest")
     p.flag("dry-run", "print the plan, its size and its time, and write nothing")
     p.flag("trust-images", f"decode with a Pillow older than {OLDEST}, whose faults are known")
@@ -218,9 +221,9 @@ def make(args: argparse.Namespace) -> dict | None:
         return None
     with Progress("sharding", plan.images(only)) as progress:
         chosen = range(0) if args.merge else only
-        written = build(
-            plan, args.out, workers=args.workers, report=progress.update, only=chosen, merge=not args.shards
-        )
+        run = partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run
+        settings = {"workers": args.workers, "report": progress.update, "run": run}
+        written = build(plan, args.out, only=chosen, merge=not args.shards, **settings)
     if written is None:
         print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")
     return written

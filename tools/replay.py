@@ -88,6 +88,7 @@ def measured(run: Any, step: int) -> Json:
             if run.state.step + 1 < step:
                 run.step(batch)
                 continue
+            run.loader.bad.share(run.agreement.from_all)
             losses = run.stepper.backward(batch, step=step - 1)
             gradients = [p.grad for p in run.stepper.bare.parameters() if p.grad is not None]
             return {

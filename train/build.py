@@ -102,6 +102,7 @@ def build_trainer(
     state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:
         restore(saved, state, stepper=stepper, meter=meter, loader=loader)
+        val_loader.bad.load(saved.state.get("val_bad", ()))
         steps = state.step - state.epoch * len(loader)
         more = f" and {steps} of {len(loader)} steps" if steps else ""
         say(f"resuming from {saved.path}: {state.epoch} of {train.epochs} epochs{more} done")

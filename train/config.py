@@ -174,7 +174,7 @@ class RunConfig:
     record_ids: MayChange[bool] = False
     """Write each rank's sample ids of every step to ids/, to compare runs."""
     report: MayChange[bool] = True
-    """Keep what report.html shows beside figures in showcase/, and write the page when the run ends."""
+    """Keep what report.html shows beside figures in showcase.json, and write the page when the run ends."""
     ddp_backend: MayChange[Literal["auto", "nccl", "gloo"]] = "auto"
     """auto: NCCL between GPUs, gloo between CPUs; gloo also joins two ranks on one GPU."""
     deterministic: bool = False

@@ -6,6 +6,7 @@ several, by one view or ten; `summary` counts those.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,15 +26,17 @@ CONFUSIONS = 10
 
 
 class Result(NamedTuple):
-    """Fractions of `images`, and their mean cross-entropy."""
+    """Fractions of `images`, and their mean cross-entropy. bad_samples: images that were left out."""
 
     top1: float
     top5: float
     loss: float
     images: int
+    bad_samples: int = 0
 
     def __str__(self) -> str:
-        return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}"
+        of = f" of {self.images + self.bad_samples}" if self.bad_samples else ""
+        return f"val top1={self.top1:.4f} top5={self.top5:.4f} images={self.images}{of}"
 
 
 class Evaluation(NamedTuple):
@@ -91,21 +94,23 @@ def evaluate(
     for module in training:
         module.training = True
     top1, top5, loss, images = accelerator.reduce(sums, "sum").tolist()
-    assert images == loader.samples, f"evaluated {images} of {loader.samples} images"
-    return Result(top1 / images, top5 / images, loss / images, int(images))
+    bad = loader.samples - int(images)
+    assert bad == 0 or loader.bad.limit, f"evaluated {images} of {loader.samples} images"
+    return Result(top1 / images, top5 / images, loss / images, int(images), bad)
 
 
 # Predictions
 
 
 class Predictions(NamedTuple):
-    """Of n images, in stored order; k is 5, or the number of classes if that is less."""
+    """Of n images, in stored order without bad samples; k is 5, or the number of classes if that is less."""
 
     labels: ndarray  # (n,) int64; -1: unknown
     ranks: ndarray  # (n,) int64: rank_of_label; 0 if the label is unknown
     losses: ndarray  # (n,) float64, cross-entropy; 0 if the label is unknown
     best: ndarray  # (n, k) int64: the classes of the greatest probabilities, the greatest first
     probabilities: ndarray  # (n, k) float64: theirs
+    ids: ndarray = np.empty(0, np.int64)  # (n,) int64: positions in the split's index
 
 
 class Group(NamedTuple):
@@ -120,9 +125,12 @@ def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Call
     """Runs all nets over this rank's images and gathers the predictions of all ranks.
 
     Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: receives counts of images.
+    Raises DataError if more samples are bad, over all ranks, than a loader's limit.
     """
     rows: list[Predictions] = []
-    for batches in zip(*(group.loader for group in groups), strict=True):
+    for group in groups:
+        group.loader.bad.together = accelerator.num_processes > 1
+    for batches in map(in_common, zip(*(group.loader for group in groups), strict=True)):
         scores = mean_scores(
             [
                 logits
@@ -135,12 +143,22 @@ def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Call
         ranks = torch.where(labels >= 0, rank_of_label(scores, labels.clamp(min=0)), 0)
         losses = F.cross_entropy(scores, labels, reduction="none", ignore_index=-1).double()
         best, probabilities = best_classes(scores)
-        rows.append(Predictions(*(t.cpu().numpy() for t in (labels, ranks, losses, best, probabilities.double()))))
+        found = labels, ranks, losses, best, probabilities.double(), batches[0].ids
+        rows.append(Predictions(*(t.cpu().numpy() for t in found)))
         progress(len(labels))
+    for group in groups:
+        group.loader.bad.share(lambda found: gather_object([found]))
     # Consecutive ranks have consecutive images, so their rows are in stored order one after another.
     predictions = Predictions(*(np.concatenate(column) for column in zip(*gather_object(rows), strict=True)))
-    assert len(predictions.labels) == groups[0].loader.samples
+    assert groups[0].loader.bad.limit or len(predictions.labels) == groups[0].loader.samples
     return predictions
+
+
+def in_common(batches: Sequence[Batch]) -> list[Batch]:
+    """One step's batches of several loaders, without samples that are bad for one of them."""
+    ids = torch.from_numpy(reduce(np.intersect1d, [batch.ids.numpy() for batch in batches]))
+    kept = [torch.isin(batch.ids, ids) for batch in batches]
+    return [b if k.all() else Batch(*(each[k] for each in b)) for b, k in zip(batches, kept, strict=True)]
 
 
 def logits_by_view(
@@ -151,7 +169,7 @@ def logits_by_view(
     flat = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with autocast():
         logits = net(flat)
-    return list(logits.float().view(*views.shape[:2], -1).unbind(1))
+    return list(logits.float().unflatten(0, views.shape[:2]).unbind(1))
 
 
 def mean_scores(logits: Sequence[Tensor]) -> Tensor:
@@ -176,7 +194,7 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
 
     All labels must be known.
     """
-    labels, ranks, losses, best, _ = predictions
+    labels, ranks, losses, best, *_ = predictions
     assert labels.min() >= 0
     hits = {"top1": ranks < 1, "top5": ranks < BEST}
     images, *correct = (

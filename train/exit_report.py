@@ -64,8 +64,8 @@ class ExitReport:
             self.folder.write_exit(code=code, reason=reason, **{"step": step, **facts})
 
     def write_page(self) -> None:
-        """Lets another process write report.html; not of a stopped run: it resumes, and may be killed before long."""
-        if self.trainer and self.trainer.showcase.writes and self.code != PREEMPTED:
+        """Lets another process write report.html, which changes nothing about how this one ends."""
+        if self.trainer and self.trainer.showcase.writes:
             report = [sys.executable, str(ROOT / "tools" / "report.py"), str(self.trainer.folder.path)]
             with suppress(OSError, subprocess.SubprocessError):
                 subprocess.run(report, timeout=PAGE_SECONDS, stdin=subprocess.DEVNULL, capture_output=True)

@@ -152,7 +152,7 @@ def end_epoch(t: Trainer) -> None:
 
 def log(t: Trainer) -> None:
     """Records the means since the last reading. The host waits for the device here, and at no other step."""
-    state, means = t.state, t.meter.read(t.loader)
+    state, means = t.state, t.meter.read(t.loader) | {"bad_samples": len(t.loader.bad.found)}
     means |= {"lr": state.rate, "memory_gb": environment.memory_gb(t.accelerator.device)}
     if t.accelerator.scaler is not None:
         means["overflows"] = state.overflows
@@ -195,15 +195,18 @@ def count(t: Trainer) -> Evaluation:
 
     def after_each_batch() -> None:
         t.tick(EVALUATING)
-        (stop,) = t.agreement.largest(t.stop_request())
+        stop, found = t.agreement.largest(t.stop_request(), bad.unshared)
+        if found:
+            bad.share(t.agreement.from_all)
         if stop:
             save_and_stop(t, stop)
 
-    results = []
+    results, bad = [], t.val_loader.bad
     for net in t.stepper.nets:
         broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
         t.showcase.begin()
         results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch, see=t.showcase.see))
+        bad.share(t.agreement.from_all)  # those of the last batch, which some ranks do not have
     return Evaluation(*results)
 
 
@@ -251,6 +254,7 @@ def save(t: Trainer) -> None:
             state={
                 **dataclasses.asdict(t.state),
                 "loader": t.loader.state_dict(),
+                "val_bad": sorted(t.val_loader.bad.found),
                 "meter": meter,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "config": t.fixed,

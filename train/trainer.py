@@ -77,6 +77,7 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * self.config.train.epochs
         self.last_step = min(self.total_steps, self.config.limit_steps or self.total_steps)
+        self.loader.bad.together = self.val_loader.bad.together = True
 
     @property
     def within_epoch(self) -> int:
@@ -106,6 +107,7 @@ class Trainer:
         if augment != self.loader.augment:
             self.loader.close()
             self.loader = self.make_loader(augment=augment)
+            self.loader.bad.together = True
             self.loader.load_state_dict(at)
 
     def step(self, batch: Batch) -> int:
@@ -117,7 +119,9 @@ class Trainer:
         # The backward pass is where ranks wait for each other.
         loss = self.stepper.backward(batch, step=state.step, between=lambda: self.tick(BACKWARD)).mean()
         bad, broken = self.finite.bad_step(number, loss), self.saver.is_broken(self.record)
-        stop, bad, broken = self.agreement.largest(self.stop_request(), bad, broken)
+        stop, bad, broken, found = self.agreement.largest(self.stop_request(), bad, broken, self.loader.bad.unshared)
+        if found:
+            self.loader.bad.share(self.agreement.from_all)
         if bad:
             self._leave_out(bad, buffers)
         else:

@@ -1,7 +1,7 @@
 """The interface between the loader and its backends: a planned batch, and the form in which it is delivered."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import BadSample
 from .fetch import HEIGHT, SIZE, WIDTH
+from .plan import Plan
 from .reader import ReadBatch, Reader
 
 PixelType = Literal["uint8", "float32", "float16", "bfloat16"]
@@ -26,7 +27,26 @@ class Work(NamedTuple):
     flip: ndarray  # (n, views) bool
     mean: ndarray  # (n, views, 3) float32: what to subtract, the colour shift with it
     checked: ndarray  # (n,) bool: the images whose pixels are compared with the reference decoder's
+    kept: ndarray  # (n,) bool: the others only stand in for bad samples of an evaluation
     read: ReadBatch
+
+
+def works(plan: Plan, reader: Reader, epoch: int, step: int, *, ahead: int) -> Generator[Work, None, None]:
+    """All batches from a step on; their bytes are requested `ahead` batches before they are yielded."""
+    reading: deque[Work] = deque()
+    try:
+        for at in reader.follow(plan.coordinates(epoch, step), plan):
+            planned = plan.step(*at, reader.rows)
+            reading.append(Work(*planned, reader.read(planned.ids, planned.rows)))
+            if len(reading) <= ahead:
+                continue
+            if reader.is_slow:
+                for work in reading:  # planned while it was not
+                    reader.ahead(work.read)
+            yield reading.popleft()
+    finally:
+        for work in reading:
+            work.read.cancel()
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How batches are made. These fields do not change which samples and crops a batch holds."""
+    """How batches are made. These fields do not change which samples and crops a batch holds, beside bad samples."""
 
     backend: InHelp[Backend] = "auto"
     """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable. resident decodes
@@ -66,6 +66,9 @@ class LoaderConfig:
     a GPU, none on CPUs."""
     verify_action: Literal["log", "stop"] = "log"
     """If a crop differs, log writes a line and counts it in the metrics; stop also ends the run."""
+    max_bad_samples: Annotated[int, Bounds(ge=0)] = 0
+    """Damaged samples of a split, over all ranks, that may be replaced in training and left out in evaluation; one
+    more ends the run."""
     resident_memory: PerHost[Fraction] = 0.8
     """Fraction of a device's free memory that the images of the backend resident may take."""
     hw_decoder_load: Fraction = 0.65

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -25,12 +24,13 @@ import torch
 from torch import Tensor
 
 from ..cores import threads_per_rank
-from ..errors import ConfigError
+from ..errors import BadSample, ConfigError
 from ..files import Json
 from ..manifest import Dataset, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
-from .backend import Output, PixelType, Work, to_device
+from .backend import Output, PixelType, Work, to_device, works
+from .bad_samples import BadSamples
 from .config import LoaderConfig, choose_backend
 from .cutter import open_cutter
 from .plan import Plan
@@ -121,6 +121,8 @@ class Loader(AbstractContextManager["Loader"]):
             covariance=self.dataset.covariance if train and self.augment.colour else None,
             check_every=self.config.check_every(self.backend, self.device),
         )
+        self.bad = BadSamples(self.config.max_bad_samples, self.plan.partition)
+        self.plan.bad = self.bad.found
         self.samples, self._open_window = self.plan.samples, window < 0
         self.threads = self.config.threads or threads_per_rank(local_world or world)
         ahead = self.plan.batch_per_rank * self.config.prefetch_batches
@@ -148,8 +150,9 @@ class Loader(AbstractContextManager["Loader"]):
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split) if encoded else None
-        engine = self.backend, output, self._reader, self.plan, self.config, local_world or world
-        self._engine = make_backend.make(*engine, raw=raw, threads=self.threads, cutter=self._cutter)
+        make = partial(make_backend.make, output=output, reader=self._reader, plan=self.plan, config=self.config)
+        self._make = partial(make, raw=raw, threads=self.threads, cutter=self._cutter, ranks=local_world or world)
+        self._engine = self._make(self.backend)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
         if self.plan.check_every:
@@ -158,7 +161,7 @@ class Loader(AbstractContextManager["Loader"]):
             name = f"{self.backend} ({self.decoder()})"
             self._check = PixelCheck(output, raw=raw, reader=self._reader, decoder=name)
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
-        self._epoch = self._step = 0
+        self._epoch = self._step = self._planned_without = 0
         self._wait_seconds, self._closed = 0.0, False
 
     def __len__(self) -> int:
@@ -187,7 +190,7 @@ class Loader(AbstractContextManager["Loader"]):
         # Everything that determines the ids of a step, except the step; ranks, threads and backend do not.
         of = {"fingerprint": self.dataset.fingerprint, "split": self.split.name}
         of |= {name: getattr(self.plan, name) for name in ("seed", "batch", "partitions", "window", "first")}
-        return {"epoch": self._epoch, "step": self._step, "of": of}
+        return {"epoch": self._epoch, "step": self._step, "of": of, "bad": sorted(self.bad.found)}
 
     def load_state_dict(self, state: Json) -> None:
         """Resumes as if all batches before these coordinates had been consumed. O(1); another world size is fine.
@@ -205,6 +208,7 @@ class Loader(AbstractContextManager["Loader"]):
         epoch, step = state["epoch"], state["step"]
         if epoch < 0 or not 0 <= step < len(self):
             raise ConfigError(f"loader state epoch={epoch} step={step}: an epoch has {len(self)} steps here")
+        self.bad.load(state.get("bad", ()))
         self._epoch, self._step = epoch, step
         self._stop()
 
@@ -252,16 +256,8 @@ class Loader(AbstractContextManager["Loader"]):
             raise ConfigError("this loader is closed; make a new one")
         if self._check and self._check.error and self.config.verify_action == "stop":
             raise self._check.error
-        try:
-            if self._works is None:
-                self._works = self._plan_and_read()
-                self._engine.start(self._works.__next__)
-            work, images = self._engine.next()
-        except BaseException:
-            # The batches in flight no longer fit the state: the next iteration must deliver this same batch.
-            self._stop()
-            raise
-        if self._check:
+        work, images = self._decoded()
+        if self._check and not self.bad.error():
             self._check.add(work, images)
         images = images.to(self.device, non_blocking=True)
         if self._mean_image is not None:
@@ -272,24 +268,30 @@ class Loader(AbstractContextManager["Loader"]):
         if self.plan.views > 1:
             images = images.view(-1, self.plan.views, *images.shape[1:])
         labels = to_device(work.rows[:, fetch.LABEL].copy(), self.device)
-        return Batch(images, labels, torch.from_numpy(work.ids.copy()))
+        batch, kept = Batch(images, labels, torch.from_numpy(work.ids.copy())), torch.from_numpy(work.kept)
+        return batch if kept.all() else Batch(*(each[kept] for each in batch))
 
-    def _plan_and_read(self) -> Generator[Work, None, None]:
-        """All batches from the state on; their bytes are requested batches before they are yielded."""
-        reading: deque[Work] = deque()
-        try:
-            for epoch, step in self._reader.follow(self.plan.coordinates(self._epoch, self._step), self.plan):
-                planned = self.plan.step(epoch, step, self._reader.rows)
-                reading.append(Work(*planned, self._reader.read(planned.ids, planned.rows)))
-                if len(reading) <= self.config.prefetch_batches:
-                    continue
-                if self._reader.is_slow:
-                    for work in reading:  # planned while it was not
-                        self._reader.ahead(work.read)
-                yield reading.popleft()
-        finally:
-            for work in reading:
-                work.read.cancel()
+    def _decoded(self) -> tuple[Work, Tensor]:
+        """The engine's next batch, made anew with other samples as long as one of its samples is found to be bad."""
+        while True:
+            if self._planned_without != len(self.bad.found):
+                self._planned_without = len(self.bad.found)
+                self._stop()
+            try:
+                if self._works is None:
+                    ahead = self.config.prefetch_batches
+                    self._works = works(self.plan, self._reader, self._epoch, self._step, ahead=ahead)
+                    self._engine.start(self._works.__next__)
+                return self._engine.next()
+            except BaseException as err:
+                # The batches in flight no longer fit the state: the next iteration must deliver this same batch.
+                self._stop()
+                if not isinstance(err, BadSample):
+                    raise
+                self.bad.add(err)
+            if self.bad.error():  # other ranks are in the same step, at the end of which all of them raise it
+                self._engine.close()
+                self._engine = self._make("synthetic")
 
     def _stop(self) -> None:
         if self._works is not None:

@@ -37,13 +37,13 @@ def make(
     reader: Reader,
     plan: Plan,
     config: LoaderConfig,
-    local_world: int,
     *,
     raw: bool,
     threads: int,
+    ranks: int,
     cutter: Cutter | None = None,
 ) -> Engine:
-    """local_world: ranks of this machine. raw: images are stored as pixels. cutter: cuts what crops need out of
+    """raw: images are stored as pixels. ranks: of this machine. cutter: cuts what crops need out of
     JPEGs."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
@@ -53,7 +53,7 @@ def make(
     if backend == "resident":
         from .resident import Resident
 
-        return Resident(output, reader, plan, config, local_world, raw=raw, threads=threads)
+        return Resident(output, reader, plan, config, ranks, raw=raw, threads=threads)
     if backend == "portable":
         from .portable import Portable
 

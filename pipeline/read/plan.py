@@ -1,6 +1,6 @@
 """The images and crops of a rank at each step of each epoch: a function of coordinates, without files or threads."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..manifest import Split
 from . import order, rng
 from .augment import AugmentConfig, colour_shift, place
-from .fetch import HEIGHT, WIDTH
+from .fetch import HEIGHT, WIDTH, Rows
 
 PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, while batches of 128 one by one cost 5 µs an image
 
@@ -26,6 +26,7 @@ class Planned(NamedTuple):
     flip: ndarray
     mean: ndarray
     checked: ndarray
+    kept: ndarray
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,6 +46,7 @@ class Plan:
     mean: ndarray  # (3,) what is subtracted from each pixel
     covariance: ndarray | None  # of the colours, if they are shifted
     check_every: int  # N: one image in N is chosen for PixelCheck; 0: none
+    bad: Collection[int] = ()  # samples that are not read, see bad_samples.py; it may grow
 
     def __post_init__(self) -> None:
         if self.partitions < 1 or self.window < 0:
@@ -68,7 +70,7 @@ class Plan:
         # The ids that this rank reads, in all epochs.
         parts = self.partitions if self.train else self.world
         self.held = order.range_of_rank(self.samples, rank=self.rank, world=self.world, partitions=parts)
-        self._chunk: tuple[int, int, Planned] | None = None
+        self._chunk: tuple[tuple[int, int], int, Planned] | None = None
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -78,11 +80,32 @@ class Plan:
 
     def ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
         """See Loader.ids."""
+        planned = self._planned_ids(epoch, step, whole=whole)
+        ids = self._replaced(planned)
+        return ids if self.train else ids[ids == planned]
+
+    def read_ids(self, epoch: int, step: int) -> ndarray:
+        """The samples that are read for a step: in evaluation also those that are read in place of bad ones."""
+        return self._replaced(self._planned_ids(epoch, step))
+
+    def _planned_ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
         if not self.train:
             mine = self.held[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
             return np.array(mine, dtype=np.int64)
         rank, world = (0, 1) if whole else (self.rank, self.world)
         return order.train_ids(self._order(epoch=epoch), step=step, batch=self.batch, rank=rank, world=world)
+
+    def partition(self, sample: int) -> range:
+        """The samples that may be read in its place."""
+        parts, n = self.partitions if self.train else 1, self.samples
+        part = ((sample + 1) * parts - 1) // n
+        return range(part * n // parts, (part + 1) * n // parts)
+
+    def _replaced(self, planned: ndarray) -> ndarray:
+        if not self.bad:
+            return planned
+        ids = [order.replacement(i, self.partition(i), self.bad) if i in self.bad else i for i in planned.tolist()]
+        return np.array(ids, dtype=np.int64)
 
     def coordinates(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """All steps from here on. Without an end: the next epoch's first batches are ready when this one ends."""
@@ -90,19 +113,21 @@ class Plan:
             yield from ((epoch, s) for s in range(step, len(self)))
             epoch, step = epoch + 1, 0
 
-    def step(self, epoch: int, step: int, rows: ndarray) -> Planned:
-        """One step's images. rows: all samples' (see fetch.py)."""
+    def step(self, epoch: int, step: int, rows: Rows) -> Planned:
+        """One step's images. rows: all samples'."""
         n, many = self.batch_per_rank, max(1, PLAN_IMAGES // self.batch_per_rank)
-        if self._chunk is None or self._chunk[0] != epoch or not 0 <= step - self._chunk[1] < many:
-            self._chunk = (epoch, step, self.steps(epoch, range(step, min(step + many, len(self))), rows))
+        of = (epoch, len(self.bad))
+        if self._chunk is None or self._chunk[0] != of or not 0 <= step - self._chunk[1] < many:
+            self._chunk = (of, step, self.steps(epoch, range(step, min(step + many, len(self))), rows))
         _, first, chunk = self._chunk
         start = (step - first) * n
         return Planned(*[column[start : start + n] for column in chunk])
 
-    def steps(self, epoch: int, steps: range, rows: ndarray) -> Planned:
+    def steps(self, epoch: int, steps: range, index: Rows) -> Planned:
         """Plans many steps at once: for a single batch, the overhead of NumPy's calls would exceed their work."""
-        ids = np.concatenate([self.ids(epoch, s) for s in steps])
-        rows = rows[ids]
+        planned = np.concatenate([self._planned_ids(epoch, s) for s in steps])
+        ids = self._replaced(planned)
+        rows, kept = index[ids], ids == planned if not self.train else np.ones(len(ids), np.bool_)
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}
         placement = place(self.augment, ids, rows[:, WIDTH], rows[:, HEIGHT], train=self.train, **at)
         mean = np.tile(self.mean, (n * views, 1))
@@ -112,4 +137,4 @@ class Plan:
         if self.check_every:
             checked = rng.bits(ids, stream=rng.CHECK, **at) % np.uint64(self.check_every) == 0
         box, flip = placement.box.reshape(n, views, 4), placement.flip.reshape(n, views)
-        return Planned(ids, rows, box, flip, mean.reshape(n, views, 3), checked)
+        return Planned(ids, rows, box, flip, mean.reshape(n, views, 3), checked, kept)

@@ -30,9 +30,9 @@ from .fetch import (
     SHARD,
     SIZE,
     Block,
+    Rows,
     all_end,
     fetch_images,
-    index_rows,
     not_plain_jpegs,
     zero_rest,
 )
@@ -42,6 +42,7 @@ from .plan import Plan
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
 WAITS_A_READ = 0.3  # of a thread, on average: reads from the page cache do not wait
 SLOW_SHARE = 0.5  # of the latest blocks
+READS = 3  # of a block, while its images are whole when they are read once more
 RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
 FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is fast; a task costs 15 µs
 MOST_ROOM = 3  # a batch is read into rows of an array if that takes at most so many times its images' bytes
@@ -101,7 +102,7 @@ class Reader:
     ) -> None:
         self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
-        self.rows = index_rows(split.index)
+        self.rows = Rows(split.index)
         self.source = LocalShards([split.root / shard.name for shard in split.shards])
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
@@ -184,12 +185,12 @@ class Reader:
         buffer = self._scratch(int((at + size).max()))
         with self._opened(rows) as fds:
             block = Block(buffer, at, fds, rows, self.verify)
-            done = function(block)
-        if done < b - a:
-            sample = int(batch.ids[a + done])
-            self.stored(sample)  # once more, slowly, for the reason
-            raise self._bad(sample, "its bytes changed while they were read")
-        return block
+            for _ in range(READS):
+                if (done := function(block)) == b - a:
+                    return block
+                sample = int(batch.ids[a + done])
+                self.stored(sample)  # once more, slowly, for the reason; a read that was only interrupted succeeds
+        raise self._bad(sample, "its bytes changed while they were read")
 
     @contextmanager
     def _opened(self, rows: ndarray) -> Iterator[ndarray]:

@@ -17,7 +17,7 @@ from numpy import ndarray
 from .. import remote
 from ..manifest import Split
 from ..shards import crc32
-from .fetch import CRC32, OFFSET, SHARD, SIZE
+from .fetch import CRC32, OFFSET, SHARD, SIZE, Rows
 from .plan import Plan
 from .reader import ReadBatch, Reader
 
@@ -77,7 +77,7 @@ class Chunk(NamedTuple):
     ids: list[ndarray]
 
 
-def chunks(steps: Iterable[tuple[Step, ndarray]], rows: ndarray, *, limit: int, shards: float) -> Iterator[Chunk]:
+def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, shards: float) -> Iterator[Chunk]:
     """Consecutive steps of an epoch: one, or at most `limit` bytes from `shards` shards.
 
     steps: each with its ids. rows: of all samples. A step that begins to read from other shards belongs to the next
@@ -123,7 +123,7 @@ class RemoteReader(Reader):
         if self.done:
             yield from steps
         limit = self._limit(plan)
-        planned = ((step, plan.ids(*step)) for step in steps)
+        planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[list[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):

@@ -18,11 +18,12 @@ from numpy import ndarray
 from torch import Tensor
 
 from ..decode import decode
-from ..errors import ConfigError
+from ..errors import BadSample, ConfigError
+from ..manifest import Split
 from ..progress import Progress
 from .backend import Output, Work, undecodable
 from .config import LoaderConfig
-from .fetch import ALL_ROWS, HEIGHT, IN_MEMORY, SIZE, WIDTH, Block, fetch_images
+from .fetch import ALL_ROWS, IN_MEMORY, SIZE, Block, fetch_images
 from .plan import Plan
 from .portable import Portable
 from .reader import ReadBatch, Reader
@@ -37,11 +38,19 @@ class Images:
     ids: range
     shape: tuple[int, int, int]  # height, width, 3
     device: torch.device
+    bad: dict[int, BadSample]  # those that cannot be read, by id: used when a plan names them
     pixels: Tensor  # (images, height, width, 3) uint8; empty until they are loaded
 
     @property
     def bytes(self) -> int:
         return len(self.ids) * math.prod(self.shape)
+
+    def numbers(self, ids: ndarray) -> ndarray:
+        """Where images are in `pixels`. Raises BadSample for one that cannot be read."""
+        for sample in self.bad.keys() & ids.tolist() if self.bad else ():
+            raise self.bad[sample]
+        # What another rank holds only stands in for a bad sample of an evaluation.
+        return np.clip(ids - self.ids.start, 0, len(self.ids) - 1)
 
 
 # Both splits of a run count before one is loaded; a loader that replaces another one finds its images here.
@@ -49,7 +58,7 @@ _known: WeakValueDictionary[tuple[Any, ...], Images] = WeakValueDictionary()
 
 
 class Resident(Portable):
-    """See backend.Engine. local_world: ranks of this machine. raw: images are stored as pixels."""
+    """See backend.Engine. ranks: of this machine. raw: images are stored as pixels."""
 
     def __init__(
         self,
@@ -57,21 +66,21 @@ class Resident(Portable):
         reader: Reader,
         plan: Plan,
         config: LoaderConfig,
-        local_world: int,
+        ranks: int,
         *,
         raw: bool,
         threads: int,
     ) -> None:
         super().__init__(output, reader, raw=raw, threads=threads, depth=config.prefetch_batches)
-        self._plan, self._at_once = plan, self.images_a_task
+        self._plan, self._at_once, self._may_be_bad = plan, self.images_a_task, config.max_bad_samples
         self.images_a_task = plan.batch_per_rank  # as many tasks as threads
         device = output.device if output.device.type == "cuda" else torch.device("cpu")
         key = plan.split.root, plan.split.index_sha256, plan.held, device
         self._images = images = _known.get(key) or Images(
-            plan.held, image_shape(plan.split.name, reader.rows), device, torch.empty(0)
+            plan.held, image_shape(plan.split), device, {}, torch.empty(0)
         )
         others = sum(i.bytes for i in _known.values() if i is not images and not len(i.pixels) and i.device == device)
-        free, fraction = free_memory(device, local_world), config.resident_memory
+        free, fraction = free_memory(device, ranks), config.resident_memory
         if not len(images.pixels):
             check_fits(images, plan, others, free, fraction)
         _known[key] = images
@@ -88,15 +97,15 @@ class Resident(Portable):
             return super().next()
         from .resident_gpu import gather  # Triton takes a while to import
 
-        work, images = self.source(), self._images
-        return work, gather(images.pixels, work.ids - images.ids.start, work, self.output)
+        work = self.source()
+        return work, gather(self._images.pixels, self._images.numbers(work.ids), work, self.output)
 
     def decoder(self) -> str:
         """Of both splits, as a run logs it before it loads them."""
         return f"{super().decoder()}; all are decoded once and take {self._memory}"
 
     def _loaded(self) -> Tensor:
-        """All images, in stored order. Raises BadSample for one that is damaged."""
+        """All images, in stored order. Raises BadSample for one, unless loader.max_bad_samples allows some."""
         images, plan = self._images, self._plan
         stored = dataclasses.replace(plan, train=False, batch=self._at_once * plan.world)
         stored.held = images.ids
@@ -123,7 +132,18 @@ class Resident(Portable):
         return pixels
 
     def _pixels(self, batch: ReadBatch) -> ndarray:
-        """A thread's task: (n, height, width, 3)."""
+        """A thread's task: (n, height, width, 3), zeros for images that cannot be read."""
+        try:
+            return self._whole(batch)
+        except BadSample as err:
+            if not self._may_be_bad:
+                raise
+            if len(batch.ids) > 1:
+                return np.concatenate([self._pixels(self._reader.read(sample[None])) for sample in batch.ids])
+            self._images.bad[err.sample] = err
+            return np.zeros((1, *self._images.shape), np.uint8)
+
+    def _whole(self, batch: ReadBatch) -> ndarray:
         out = np.empty((len(batch.ids), *self._images.shape), np.uint8)
         block = self._reader.fetch(batch, 0, len(out), lambda block: fetch_images(*block, ALL_ROWS))
         for i, (at, size) in enumerate(zip(block.at.tolist(), batch.rows[:, SIZE].tolist(), strict=True)):
@@ -137,29 +157,28 @@ class Resident(Portable):
     def _decode(self, work: Work, crops: ndarray, start: int, end: int) -> None:
         """A thread's task: images [start, end) of the batch."""
         images, here = self._images, np.full(end - start, IN_MEMORY)
-        at = (work.ids[start:end] - images.ids.start) * math.prod(images.shape)
+        at = images.numbers(work.ids[start:end]) * math.prod(images.shape)
         block = Block(images.pixels.numpy().reshape(-1), at, here, work.rows[start:end], False)
         self._crop(work, crops, block, start, end)
 
 
-def image_shape(split: str, rows: ndarray) -> tuple[int, int, int]:
+def image_shape(split: Split) -> tuple[int, int, int]:
     """(height, width, 3) of all images. Raises ConfigError if they differ."""
-    sizes = rows[:, [HEIGHT, WIDTH]]
-    least, most = sizes.min(0).tolist(), sizes.max(0).tolist()
-    if least != most:
+    height, width = (split.index[side] for side in ("height", "width"))
+    if height.min() < height.max() or width.min() < width.max():
         raise ConfigError(
-            f"loader.backend=resident: the images of the split {split} are {least[1]} to {most[1]} pixels wide and"
-            f" {least[0]} to {most[0]} high, not of one size; shard the data with tools/make_shards.py … --encode jpeg"
-            " --size 256 --square, or use --loader.backend auto"
+            f"loader.backend=resident: the images of the split {split.name} are {width.min()} to {width.max()} pixels"
+            f" wide and {height.min()} to {height.max()} high, not of one size; shard the data with"
+            " tools/make_shards.py … --encode jpeg --size 256 --square, or use --loader.backend auto"
         )
-    return *least, 3
+    return int(height[0]), int(width[0]), 3
 
 
-def free_memory(device: torch.device, local_world: int) -> int:
+def free_memory(device: torch.device, ranks: int) -> int:
     """Bytes of a GPU, or of the host, which the ranks of this machine share."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return psutil.virtual_memory().available // local_world
+    return psutil.virtual_memory().available // ranks
 
 
 def check_fits(images: Images, plan: Plan, others: int, free: int, fraction: float) -> None:

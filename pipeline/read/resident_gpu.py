@@ -25,8 +25,9 @@ WHOLE = tl.constexpr(1.5 * 2.0**52)  # adding and subtracting it rounds a double
 
 
 @triton.jit
-def _height(at, length, centre, spread):
+def _height(at, length, centre, scale):
     """Of the filter's triangle at source pixels `at`; 0 beyond the image."""
+    spread = tl.maximum(scale, 1.0)
     return tl.where(at < length, tl.maximum(1.0 - tl.abs((at - centre + 0.5) * (1.0 / spread)), 0.0), 0.0)
 
 
@@ -38,20 +39,13 @@ def _taps(place, scale, offset, length, TAPS: tl.constexpr):
     low = tl.minimum(tl.maximum((centre - spread + 0.5).to(tl.int32), 0), length - 1)
     total = centre * 0.0
     for k in range(TAPS):
-        total += _height(low + k, length, centre, spread)
+        total += _height(low + k, length, centre, scale)
     return low, centre, UNIT / total
 
 
 @triton.jit
 def _weight(at, length, centre, factor, scale):
-    height = _height(at, length, centre, tl.maximum(scale, 1.0))
-    return ((height * factor + WHOLE - WHOLE) / UNIT).to(tl.float32)
-
-
-@triton.jit
-def _of_channel(channel, three):
-    first, second, third = tl.load(three), tl.load(three + 1), tl.load(three + 2)
-    return tl.where(channel == 0, first, tl.where(channel == 1, second, third)).to(tl.float32)
+    return ((_height(at, length, centre, scale) * factor + WHOLE - WHOLE) / UNIT).to(tl.float32)
 
 
 @triton.jit
@@ -85,7 +79,8 @@ def _gather(
             value += line.to(tl.int32).to(tl.float32) * _weight(x_low + i, width, x_centre, x_factor, x_scale)
         value = value.to(tl.int32).to(tl.float32)
     if NORMAL:
-        value = (value - _of_channel(channel, crop + 6)) * _of_channel(channel, crop + 9)
+        mean, scale = tl.load(crop + 6 + channel), tl.load(crop + 9 + channel)
+        value = (value - mean.to(tl.float32)) * scale.to(tl.float32)
     tl.store(out + number * (3 * SIDE * SIDE) + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -98,7 +93,7 @@ def gather(pixels: Tensor, numbers: ndarray, work: Work, output: Output) -> Tens
     dtype = getattr(torch, output.dtype)
     out = torch.empty((work.flip.size, side, side, 3), dtype=dtype, device=pixels.device)
     taps, block = 0, BLOCK
-    if (box[..., 2:] != side).any() or (box[..., :2] % 1).any():
+    if (box[..., 2:] != side).any():  # otherwise places are whole pixels
         taps, block = math.ceil(2 * max(box[..., 2:].max() / side, 1)), BLOCK_RESIZED
     with torch.cuda.device_of(pixels):
         _gather[work.flip.size, triton.cdiv(3 * side * side, block)](

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .. import cuts, manifest, pool
 from ..decode import BadImage
@@ -98,12 +99,14 @@ def build(
     report: Callable[[int, str], None] = lambda images, note: None,
     only: range | None = None,
     merge: bool = True,
+    run: Callable[..., Any] = pool.run,
 ) -> Json | None:
     """Makes every shard of the plan that is not whole yet, and then the manifest, which it returns.
 
     report: called with the images done since its last call, and a note for people.
     only: make no other shards than these.
     merge: write the manifest, for which all shards must be whole; otherwise None is returned.
+    run: distributes the work as pool.run does.
     Raises BadImages, after all images were read, if more than max_bad_fraction cannot be used; DataError if shards are
     missing; ConfigError if the folder holds something else; StorageError if it cannot be written.
     Without a manifest the folder is no dataset, whatever else is in it.
@@ -121,7 +124,7 @@ def build(
                     if todo and 0 in chosen:  # in a job array, one task verifies the input for all
                         plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
                     report(plan.images(chosen) - plan.images(todo), "")
-                    _make(plan, folder, todo, workers, report)
+                    _make(plan, folder, todo, partial(run, workers=workers), report)
                     return _publish(plan, folder) if merge else None
         report(plan.images(chosen), "")
         folder.remove(manifest.PARTS)  # a run that was killed at its very end leaves it
@@ -148,7 +151,9 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
     return missing
 
 
-def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Callable[[int, str], None]) -> None:
+def _make(
+    plan: Plan, folder: Folder, todo: list[int], run: Callable[..., Any], report: Callable[[int, str], None]
+) -> None:
     if not todo:
         return
     resize.prepare()  # before workers are forked: once for all
@@ -161,7 +166,7 @@ def _make(plan: Plan, folder: Folder, todo: list[int], workers: int, report: Cal
         return record._replace(totals=None)
 
     written, bad, started = 0, 0, time.monotonic()
-    with pool.run(make, todo, workers=workers, place=folder.path) as records:
+    with run(make, todo, place=folder.path) as records:
         for number, record in zip(todo, records):
             written, bad = written + record.shard.bytes, bad + len(record.bad)
             rate = written / 1e6 / (time.monotonic() - started)

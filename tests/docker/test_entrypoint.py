@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import fork_server
 from tests.conftest import ROOT
 from tests.docker.test_healthcheck import probe
 from tests.faults.job import SMALL, lines
@@ -20,11 +21,16 @@ ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 
 
 class Container:
-    """One start of the entrypoint as in a container: with a working directory and a state of its own."""
+    """One start of the entrypoint as in a container: with a working directory and a state of its own.
 
-    def __init__(self, home: Path, *args: object, launch: str = "") -> None:
+    programs: the folder of its python3; forks do for what gets no signal.
+    """
+
+    def __init__(
+        self, home: Path, *args: object, launch: str = "", programs: Path = Path(sys.executable).parent
+    ) -> None:
         home.mkdir(exist_ok=True)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        path = os.pathsep.join([str(programs), os.environ["PATH"]])
         env = os.environ | {"PATH": path, "IMAGENET_EXPRESS_STATE": str(home / "state"), "LAUNCH_CONFIG": launch}
         self.home, self.log = home, home / "log"
         with open(self.log, "w") as log:
@@ -69,6 +75,11 @@ def launches(process: psutil.Process) -> bool:
 
 def exit_json(folder: Path) -> dict:
     return json.loads((folder / "exit.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory) -> Path:
+    return fork_server.write_programs(tmp_path_factory.mktemp("programs"), "python3")
 
 
 def small(shards: Path) -> list[object]:
@@ -136,11 +147,12 @@ def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, few
     assert job.end() == 75, job.said
 
 
-def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(few_digits, tmp_path):
+def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(few_digits, forks, tmp_path):
     folder = tmp_path / "home" / "run"
     folder.mkdir(parents=True)
     (folder / "exit.json").write_text('{"code": 76, "reason": "an earlier start", "step": 5}')
-    odd = Container(tmp_path / "home", *small(few_digits), "--run.dir", folder, "--train.batch", 47, launch="cpu2")
+    args = (*small(few_digits), "--run.dir", folder, "--train.batch", 47)
+    odd = Container(tmp_path / "home", *args, launch="cpu2", programs=forks)
     assert odd.end() == 2, odd.said
     assert "train.batch=47" in exit_json(folder)["reason"]
 
@@ -155,13 +167,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_start_is_refused_in_one_line_with_its_own_code(case, tmp_path, monkeypatch):
+def test_what_cannot_start_is_refused_in_one_line_with_its_own_code(case, forks, tmp_path, monkeypatch):
     args, launch, code, words = REFUSED[case]
     if "LAUNCH_ARGS" in words:
         monkeypatch.setenv("LAUNCH_ARGS", "--num_processes 2")
         if any(Path("/dev").glob("nvidia*")):
             pytest.skip("there is a GPU here")
-    refused = Container(tmp_path / "home", *args, launch=launch)
+    refused = Container(tmp_path / "home", *args, launch=launch, programs=forks)
     assert refused.end() == code, refused.said
     (line,) = refused.said.splitlines()
     assert line.startswith("error: ")

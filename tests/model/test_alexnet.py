@@ -48,8 +48,12 @@ def test_each_variant_has_its_sources_parameters(name):
 @pytest.mark.parametrize(("name", "theirs"), [("seed", Seed), ("torchvision", torchvisions)])
 def test_weights_go_both_ways_strictly_and_outputs_and_gradients_are_equal(name, theirs):
     torch.manual_seed(0)
+    with torch.device("meta"):
+        theirs, ours = theirs(), AlexNet(ModelConfig(name), classes=1000, crop=224)
     # In float64: rounding decides no maximum of a pool.
-    theirs, ours = theirs().double().eval(), AlexNet(ModelConfig(name), classes=1000, crop=224).double().eval()
+    theirs, ours = (net.double().to_empty(device="cpu").eval() for net in (theirs, ours))
+    for parameter in ours.parameters():
+        nn.init.uniform_(parameter, -0.02, 0.02)
     for giver, taker in ((ours, theirs), (theirs, ours)):
         with torch.no_grad():
             next(giver.parameters()).add_(0.01)  # so that each direction carries something
@@ -68,18 +72,21 @@ def test_weights_go_both_ways_strictly_and_outputs_and_gradients_are_equal(name,
 
 
 class Towers(nn.Module):
-    """The two GPUs of 2012: two nets that read each other's channels at conv3 and in the fully connected layers."""
+    """The two GPUs of 2012: two nets that read each other's channels at conv3 and in the fully connected layers.
+
+    With a quarter of their channels: the comparison needs no more.
+    """
 
     def __init__(self, original: bool) -> None:
         super().__init__()
         self.original = original
         conv = lambda i, o, k, **kw: nn.ModuleList(nn.Conv2d(i, o // 2, k, **kw) for _ in "ab")  # noqa: E731
-        self.conv1, self.conv2 = conv(3, 96, 11, stride=4), conv(48, 256, 5, padding=2)
-        self.conv3, self.conv4 = conv(256, 384, 3, padding=1), conv(192, 384, 3, padding=1)
-        self.conv5 = conv(192, 256, 3, padding=1)
-        self.fc6 = nn.ModuleList(nn.Linear(9216, 2048) for _ in "ab")
-        self.fc7 = nn.ModuleList(nn.Linear(4096, 2048) for _ in "ab")
-        self.fc8 = nn.Linear(4096, 1000)
+        self.conv1, self.conv2 = conv(3, 24, 11, stride=4), conv(12, 64, 5, padding=2)
+        self.conv3, self.conv4 = conv(64, 96, 3, padding=1), conv(48, 96, 3, padding=1)
+        self.conv5 = conv(48, 64, 3, padding=1)
+        self.fc6 = nn.ModuleList(nn.Linear(2304, 512) for _ in "ab")
+        self.fc7 = nn.ModuleList(nn.Linear(1024, 512) for _ in "ab")
+        self.fc8 = nn.Linear(1024, 1000)
 
     def forward(self, x):
         pool = lambda x: F.max_pool2d(x, 3, 2)  # noqa: E731
@@ -113,7 +120,7 @@ def spatially(x):
 @pytest.mark.parametrize("name", ["paper", "original"])
 def test_towers_as_groups_equal_two_separate_towers(name):
     torch.manual_seed(0)
-    ours = AlexNet(ModelConfig(name, weight_init="torch"), classes=1000, crop=224).double().eval()
+    ours = AlexNet(ModelConfig(name, width=0.25, weight_init="torch"), classes=1000, crop=224).double().eval()
     theirs = Towers(name == "original").double()
     weights = {}
     for key, value in ours.state_dict().items():
@@ -163,7 +170,7 @@ def test_conv1_of_the_paper_is_that_of_224_pixels_with_55_places():
 )
 def test_each_variants_own_initialisation(name, stds, biases):
     torch.manual_seed(0)
-    net = AlexNet(ModelConfig(name), classes=1000, crop=VARIANTS[name].crop)
+    net = AlexNet(ModelConfig(name, width=0.5), classes=1000, crop=VARIANTS[name].crop)
     weighted = [m for m in net.in_order() if isinstance(m, nn.Conv2d | nn.Linear)]
     for m, std, bias in zip(weighted, stds, biases, strict=True):
         assert (m.bias == bias).all()
@@ -277,6 +284,12 @@ def test_towers_of_the_norms_do_not_see_each_other():
     apart = [F.local_response_norm(t, 5, 0.5, 0.75, 2.0) for t in x.chunk(2, 1)]
     torch.testing.assert_close(both, torch.cat(apart, 1))
     torch.testing.assert_close(spatial_response_norm(x, size=5, alpha=1e-3, beta=0.75, k=1), spatially(x))
+
+
+def test_a_printed_net_shows_the_settings_of_its_norms_and_dropout():
+    text = str(meta(ModelConfig("paper")))
+    assert "LocalResponseNorm(size=5, alpha=" in text
+    assert "Dropout(p=0.5, layer=6)" in text
 
 
 def test_the_layer_table_is_printed(capsys):

@@ -58,9 +58,21 @@ def by_the_formula(x, grad, *, size, alpha, beta, k):
     return x * scale**-beta, direct - 2 * alpha / size * beta * x * through
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("size", [3, 5, 7])
-@pytest.mark.parametrize("channels", [1, 3, 7, 33])
+def norms(*channels: int, sizes: tuple[int, ...], compiled: bool) -> list[tuple[int, int, bool]]:
+    return [(each, size, compiled) for each in channels for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "compiled"),
+    [
+        *norms(1, 3, 7, 33, sizes=(3, 5, 7), compiled=False),
+        *norms(3, 33, sizes=(5,), compiled=True),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in norms(1, 3, 7, 33, sizes=(3, 7), compiled=True) + norms(1, 7, sizes=(5,), compiled=True)
+        ),
+    ],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_it_is_the_formula_in_float64(dtype, tolerance, channels, size, compiled, request):
     if compiled:

@@ -45,7 +45,7 @@ def backend(request) -> LoaderConfig:
     return LoaderConfig(backend=request.param)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("world", [1, 3, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 5))])
 def test_evaluation_of_a_thousand_images_counts_a_thousand(thousand, world, backend):
     ids = []
     for rank in range(world):

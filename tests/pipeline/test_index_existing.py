@@ -211,7 +211,7 @@ def test_patterns_name_what_the_shell_and_webdataset_would(tmp_path, monkeypatch
         with pytest.raises(ConfigError, match=r"write \{0000..1023\}"):
             expand(pattern)
     for pattern in ("", "x?", "t-{00..09}.tar", "t-*.tar.gz"):
-        with pytest.raises(DataError, match="no such tar"):
+        with pytest.raises(DataError, match="no such file"):
             expand(pattern)
 
 
@@ -257,7 +257,7 @@ def without_samples(path):
         (with_a_text_label, "sample 'k' has the label 'cat'"),
         (with_a_bad_image, "1 of 15 images cannot be used.*k.jpg: not an image"),
         (without_samples, "holds no samples"),
-        (lambda path: path.unlink(), "no such tar"),
+        (lambda path: path.unlink(), "no such file"),
     ],
 )
 def test_what_cannot_be_indexed_is_one_line_and_no_dataset(tars, tmp_path, break_it, message):

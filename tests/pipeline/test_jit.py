@@ -62,3 +62,13 @@ def test_a_user_without_a_home_compiles_for_each_start(monkeypatch):
     monkeypatch.setattr(jit.NUMBA, "CACHE_DIR", "")
     monkeypatch.setattr(jit, "_cache_folder", jit._cache_folder.__wrapped__)
     assert jit.compiled(lambda x: x + 1)(1) == 2
+
+
+def test_a_cache_elsewhere_leaves_the_checkouts_own_alone_and_a_new_version_replaces_it(monkeypatch, tmp_path):
+    kept = tmp_path / "__pycache__" / f"{jit.__package__}-0123456789abcdef"
+    kept.mkdir(parents=True)
+    monkeypatch.setattr(jit, "PACKAGE", tmp_path)
+    for folder in (str(tmp_path / "elsewhere"), ""):
+        monkeypatch.setattr(jit.NUMBA, "CACHE_DIR", folder)
+        jit._cache_folder.__wrapped__()
+        assert kept.exists() == bool(folder)

@@ -64,8 +64,10 @@ def differences(root, split, view, *, config, train, epoch=0):
     return np.stack(out)
 
 
-@pytest.mark.parametrize("square", [True, False])
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("train", "square"),
+    [(True, False), (False, True), *(pytest.param(each, each, marks=pytest.mark.slow) for each in (True, False))],
+)
 def test_presized_crops_are_pillows_to_the_last_bit(shards, train, square, backend):
     view = AugmentConfig(resize=256, crop=224, square=square)
     assert differences(shards["jpeg"], "train", view, config=backend, train=train, epoch=2).max() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,3 +120,14 @@ def test_the_order_of_all_of_imagenet_takes_no_python_loop_over_images(partition
     started = time.process_time()
     epoch_of([1251] * 1024, batch=1024, partitions=partitions, window=window)
     assert time.process_time() - started < 20  # a tenth of a second; minutes if each image were visited by Python
+
+
+def test_an_epoch_is_ordered_in_24_bytes_a_sample():
+    shards = np.full(200, 1000)
+    tracemalloc.start()
+    try:
+        order.epoch_order(shards, batch=256, seed=0, epoch=0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 25 * 200_000

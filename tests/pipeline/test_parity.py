@@ -88,8 +88,13 @@ def kind(request, tmp_path_factory):
     return images, dataset_of(images, tmp_path_factory.mktemp("kind"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("train", [True, False])
+OTHERS = [("dali-cpu", False), ("portable", True)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "train"),  # dali-cpu's crops are compared with those of portable, too
+    [("dali-cpu", True), ("portable", False), *(pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS)],
+)
 def test_presized_images_of_every_kind_are_pillows_to_the_last_bit(kind, backend, train):
     images, root = kind
     view = AugmentConfig(resize=256, crop=224, flip=False)
@@ -107,8 +112,18 @@ def test_presized_images_of_every_kind_are_pillows_to_the_last_bit(kind, backend
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("view", [AugmentConfig(resize=144, crop=128), AugmentConfig(crop=96, scale_jitter=(0.1, 1.0))])
+SHRUNK, RANDOM = AugmentConfig(resize=144, crop=128), AugmentConfig(crop=96, scale_jitter=(0.1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("backend", "view"),
+    [
+        ("portable", RANDOM),
+        ("dali-cpu", SHRUNK),
+        pytest.param("portable", SHRUNK, marks=pytest.mark.slow),
+        pytest.param("dali-cpu", RANDOM, marks=pytest.mark.slow),
+    ],
+)
 def test_resized_images_of_every_kind_agree_within_a_grey_level(kind, backend, view):
     """Compares with Pillow's resize of the same box, downscaled and (small random rectangles) upscaled."""
     from pipeline.read.augment import place

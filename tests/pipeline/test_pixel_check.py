@@ -57,7 +57,7 @@ def corrupt(loader: Loader, share: float, seed: int = 0) -> list[int]:
     return damaged
 
 
-@pytest.mark.parametrize(("every", "steps"), [(25, 100), pytest.param(250, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("every", "steps"), [(5, 20), pytest.param(250, 1000, marks=pytest.mark.slow)])
 def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(every, steps, digits_jpeg, caplog):
     """1,024 crops are checked, which miss the damage with a chance of 0.99^1024 = 3e-5. A GPU's default is 250."""
     view = AugmentConfig(resize=36, crop=32)
@@ -78,7 +78,7 @@ def test_one_crop_in_a_hundred_that_is_damaged_is_found_within_1000_steps(every,
     assert len(caplog.records) <= pixel_check.LOGGED
 
 
-@pytest.mark.parametrize(("every", "steps"), [(5, 20), pytest.param(25, 98, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("every", "steps"), [(2, 8), pytest.param(25, 98, marks=pytest.mark.slow)])
 def test_no_false_alarm_in_the_checks_of_a_million_clean_crops(every, steps, digits_jpeg):
     """On a GPU, 4,000 crops of a million are checked; here more of fewer, for as many checks."""
     view = AugmentConfig(resize=36, crop=32)

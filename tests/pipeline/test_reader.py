@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from zlib_ng import zlib_ng
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
 from pipeline.read import byte_source, reader
-from pipeline.read.fetch import ALL_ROWS, SIZE, fetch_images
+from pipeline.read.fetch import ALL_ROWS, COLUMNS, SIZE, WIDTH, Rows, fetch_images
 from pipeline.read.reader import Reader
+from pipeline.shards import INDEX_DTYPE
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import ImageFolder
 
@@ -135,3 +137,22 @@ def test_a_set_of_many_shards_is_read_with_few_open_files(tmp_path):
     command = [sys.executable, "-c", MANY_SHARDS, str(tmp_path / "shards")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.split() == ["1600", "100"], done.stderr
+
+
+def test_rows_are_the_index_however_they_are_asked_for_and_hold_no_copy_of_it(tmp_path):
+    rng = np.random.default_rng(0)
+    index = np.zeros(5000, INDEX_DTYPE)
+    for name in INDEX_DTYPE.names or ():
+        limits = np.iinfo(INDEX_DTYPE[name])
+        index[name] = rng.integers(limits.min, min(int(limits.max), 2**62), len(index))
+    np.save(tmp_path / "index.npy", index)
+    wanted = np.stack([index[name].astype(np.int64) for name in COLUMNS], axis=1)
+    tracemalloc.start()
+    rows = Rows(np.lib.format.open_memmap(tmp_path / "index.npy", mode="r"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+    ids = rng.integers(0, len(index), 300)
+    for at in (ids, 7, slice(3, 9), (ids, SIZE), (7, SIZE), (slice(None), [WIDTH, SIZE]), ids[:0]):
+        assert rows[at].dtype == np.int64
+        assert np.array_equal(rows[at], wanted[at])

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, open_dataset
 from pipeline.read import remote_reader, resident
+from pipeline.read.backend import works
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
@@ -272,9 +273,30 @@ def test_the_kernels_crops_are_the_cpu_s(square, gather, view, train, dtype):
     with Loader(square["raw"], batch=4, config=RESIDENT, **options) as loader:
         wanted, engine, images = next(iter(loader)).images, loader._engine, loader._engine._images
         loader.load_state_dict({"epoch": 0, "step": 0})
-        work = next(loader._plan_and_read())
-        found = gather(images.pixels, work.ids - images.ids.start, work, engine.output)
+        work = next(works(loader.plan, loader._reader, 0, 0, ahead=0))
+        found = gather(images.pixels, images.numbers(work.ids), work, engine.output)
         if loader._mean_image is not None:
             found = found - loader._mean_image
     assert found.dtype == getattr(torch, dtype) or view == "mean image"
     assert torch.equal(found.view_as(wanted), wanted)
+
+
+def test_bad_samples_are_replaced_at_the_steps_of_the_portable_backend(square, tmp_path):
+    root = shutil.copytree(square["jpeg"], tmp_path / "copy")
+    for split, sample in (("train", 7), ("train", 2), ("val", 1)):
+        row = open_dataset(root).split(split).index[sample]
+        path = root / f"pets-{split}-{row['shard']:06d}.tar"
+        data = bytearray(path.read_bytes())
+        data[row["offset"] + 200] ^= 1
+        path.write_bytes(data)
+    for options in (
+        {"partitions": 2},
+        {"partitions": 2, "rank": 1, "world": 2},
+        {"split": "val"},
+        {"split": "val", "world": 2},
+    ):
+        ours, theirs = (
+            batches(root, LoaderConfig(backend, max_bad_samples=2), augment=VIEWS["crop"], **options)
+            for backend in ("resident", "portable")
+        )
+        assert_same(ours, theirs)

@@ -69,10 +69,13 @@ def test_a_full_disk_ends_only_programs_whose_output_is_their_work(tmp_path):
         assert b"No space left" in run(tmp_path / "file", outlive=False, stdout=full).stderr
 
 
-TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
+TOOLS = sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
+FAST = ("tools/make_shards.py", "tools/evaluate.py", "train/run.py")  # the others: here, slow; test_environments.py
 
 
-@pytest.mark.parametrize("tool", [*(f"tools/{name}" for name in TOOLS), "train/run.py"])
+@pytest.mark.parametrize(
+    "tool", [*FAST, *(pytest.param(tool, marks=pytest.mark.slow) for tool in TOOLS if tool not in FAST)]
+)
 def test_help_into_a_pipe_that_ends_early_is_silent(tool):
     read, write = os.pipe()
     os.close(read)

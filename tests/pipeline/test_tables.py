@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from pipeline.errors import DataError, ExpressError
 from pipeline.manifest import open_dataset
 from pipeline.shards import sample_keys
 from pipeline.write.build import Options, Plan, build
+from pipeline.write.sources.hub import HubParquet
 from pipeline.write.sources.imagenet import ImageNet2012
-from pipeline.write.sources.tables import CSV, Kaggle, TinyImageNet
+from pipeline.write.sources.tables import CSV, Kaggle, Table, TinyImageNet
 from tests.conftest import picture
 from tests.pipeline.archives import WNIDS, Mini
 
@@ -203,3 +205,87 @@ def test_a_damaged_page_of_parquet_is_named_with_the_rows_before_it(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"list\.parquet: behind row 0: cannot be read"):
         CSV(path)
+
+
+HUB = {"info": {"features": {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}}}
+
+
+def hub(path: Path, rows: list[tuple], columns: tuple[str, str] = ("image", "label"), group: int = 3) -> Path:
+    """An image dataset as the Hub has it."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = pyarrow.table({name: [row[i] for row in rows] for i, name in enumerate(columns)})
+    made = made.replace_schema_metadata({b"huggingface": json.dumps(HUB)})
+    parquet.write_table(made, path, row_group_size=group)
+    return path
+
+
+def hub_rows(count: int, seed: int = 0) -> list[tuple]:
+    rng = np.random.default_rng(seed)
+    return [({"bytes": image(rng), "path": f"{i}.jpg"}, i % 3) for i in range(count)]
+
+
+def test_parquet_files_of_the_hub_are_sharded_with_names_and_unpacked_once(tmp_path, monkeypatch):
+    wanted = [hub_rows(8, seed) for seed in range(2)]
+    for number, rows in enumerate(wanted):
+        hub(tmp_path / "data" / f"train-0000{number}-of-00002.parquet", rows)
+    hub(tmp_path / "data" / "test.parquet", hub_rows(4, 2))
+    options = {"val": str(tmp_path / "data" / "test.parquet"), "unpack": tmp_path / "unpacked"}
+    pattern = str(tmp_path / "data" / "train-*.parquet")
+    source = HubParquet(pattern, **options)
+    build(Plan(source, Options()), tmp_path / "out", workers=1)
+    dataset = open_dataset(tmp_path / "out")
+    assert (dataset.classes, dataset.class_names) == (["0", "1", "2"], ["cat", "dog", "eel"])
+    assert (dataset.split("val").samples, dataset.manifest["source"]["kind"]) == (4, "hf-parquet")
+    expected = {f"train-0000{n}-of-00002_{i:07}": row for n, rows in enumerate(wanted) for i, row in enumerate(rows)}
+    found = {item.key: ({"bytes": source.read(item)}, item.label) for item in source.splits["train"]}
+    assert {key: (image["bytes"], label) for key, (image, label) in found.items()} == {
+        key: (image["bytes"], label) for key, (image, label) in expected.items()
+    }
+
+    def never(self):
+        raise AssertionError(self.path)
+
+    monkeypatch.setattr(Table, "rows", never)
+    assert HubParquet(pattern, **options).splits["train"].digest() == source.splits["train"].digest()
+    hub(tmp_path / "data" / "test.parquet", hub_rows(5, 3))  # changed: read again
+    with pytest.raises(AssertionError, match=r"test\.parquet"):
+        HubParquet(pattern, **options)
+
+
+HUB_FAULTS = {
+    "no image": (lambda rows: [*rows, ({"bytes": None, "path": "x"}, 1)], r"row 5: no bytes of an image in 'image'"),
+    "no label": (lambda rows: [*rows, (rows[0][0], None)], r"row 5: no class number in 'label'"),
+    "a negative label": (lambda rows: [*rows, (rows[0][0], -1)], r"row 5: no class number in 'label'"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), HUB_FAULTS.values(), ids=HUB_FAULTS)
+def test_what_is_wrong_in_a_parquet_file_of_the_hub_is_named_and_no_tar_is_left(tmp_path, spoil, words):
+    path = hub(tmp_path / "a.parquet", spoil(hub_rows(4)))
+    with pytest.raises(DataError, match=rf"a\.parquet: {words}"):
+        HubParquet(str(path), unpack=tmp_path / "unpacked")
+    assert not [file for file in (tmp_path / "unpacked").rglob("*") if file.is_file()]
+
+
+def test_other_columns_of_the_hub_are_named_and_damage_is_one_line(tmp_path):
+    path = hub(tmp_path / "a.parquet", hub_rows(9), ("img", "fine_label"))
+    with pytest.raises(DataError, match=r"row 1: no bytes of an image in 'image'; --image-column names another"):
+        HubParquet(str(path), unpack=tmp_path / "unpacked")
+    source = HubParquet(str(path), unpack=tmp_path / "unpacked", image_column="img", label_column="fine_label")
+    assert (len(source.splits["train"]), source.class_names) == (9, None)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet: behind row 0: cannot be read"):
+        HubParquet(str(path), unpack=tmp_path / "unpacked")
+    page = hub(tmp_path / "b.parquet", hub_rows(9))
+    data = bytearray(page.read_bytes())
+    data[4:200] = bytes(196)
+    page.write_bytes(data)
+    with pytest.raises(DataError, match=r"b\.parquet: behind row 0: cannot be read"):
+        HubParquet(str(page), unpack=tmp_path / "unpacked")
+    train, other = hub(tmp_path / "c.parquet", hub_rows(2)), hub(tmp_path / "d.parquet", hub_rows(3))
+    with pytest.raises(DataError, match=r"val/d\.tar/d_0000002\.jpg: '2' is none of the 2 training classes"):
+        HubParquet(str(train), val=str(other), unpack=tmp_path / "unpacked")

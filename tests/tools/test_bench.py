@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.errors import ConfigError, ExpressError
 from tests.conftest import ROOT, picture, run_tool, the_error
 
 sys.path.append(str(ROOT))
 from tools.bench import __main__ as bench
-from tools.bench import fig1, harness, layers, loader
+from tools.bench import fig1, harness, layers, loader, plots
 from tools.bench.alone import attempt
 from tools.bench.peers import sharders
 
@@ -81,6 +83,19 @@ def test_the_best_rate_needs_the_fewest_epochs_and_of_those_the_greatest_accurac
     found = {str(r["rate"]): r for r in (result(0.001, 9, 0.2), result(0.03, 5, 0.76), result(0.01, 5, 0.77))}
     assert fig1.fastest(found) == {"rate": 0.01, "epochs": 5, "top1": 0.77}
     assert fig1.fastest({"0.1": result(0.1, 60, 0.7)}) is None
+
+
+def test_the_plots_of_the_results_page_are_those_of_its_json_files(tmp_path):
+    page = (plots.RESULTS.parent / "results.md").read_text()
+    plots.draw(tmp_path)
+    drawn = {path.name: Image.open(path) for path in tmp_path.iterdir()}
+    assert drawn.keys() == set(re.findall(r"!\[[^]]*\]\(results/(.*?)\)", page))
+    for name, now in drawn.items():
+        kept = Image.open(plots.RESULTS / name)
+        if kept.info["Software"] == now.info["Software"]:  # the version of Matplotlib
+            assert kept.size == now.size
+            differ = np.abs(np.asarray(kept, int) - np.asarray(now, int)) > 64  # processors may round differently
+            assert differ.sum() < 20, f"{name}: run python tools/bench/plots.py"
 
 
 def test_every_benchmark_explains_itself(capsys):

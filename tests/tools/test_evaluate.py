@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -34,6 +35,7 @@ from pipeline.write.sources.imagenet import ImageNet2012
 from tests.conftest import ROOT, real_images, run_here, run_tool, the_error
 from tests.faults.job import PLANTED
 from tests.pipeline.archives import ID_OF, Mini
+from tests.pipeline.test_bad_samples import damage
 from tools import evaluate
 from train.classifier import Classifier
 from train.evaluation import Predictions, bootstrap, mean_scores, summary
@@ -108,7 +110,8 @@ def test_probabilities_are_those_of_a_plain_implementation(real, views, nets):
     seen = [AugmentConfig(normalize="mean-std", statistics="imagenet"), AugmentConfig(normalize="mean-image")]
     names = ["torchvision", "paper", "torchvision"]
     models = [a_net(i, seen[i % 2], dataset, names[i]) for i in range(nets)]
-    found = evaluate.predicted(models, dataset, Namespace(views=views, split="val", batch=64), Accelerator(cpu=True))
+    args = Namespace(views=views, split="val", batch=64, max_bad=0, submission=None)
+    found = evaluate.predicted(models, dataset, args, Accelerator(cpu=True))
     expected = plainly(models, dataset, views)
     assert np.ptp(expected, 1).mean() > 0.05  # probabilities differ enough to show an error
     labels = dataset.split("val").index["label"].astype(int)
@@ -176,6 +179,30 @@ def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(worlds, trained, d
     rows = list(csv.DictReader((tmp_path / f"{worlds[-1]}.csv").read_text().splitlines()))
     assert sum(row["label"] == row["answer1"] for row in rows) == results[0]["correct"]["top1"]
     assert len({row["key"] for row in rows}) == 359
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_damaged_images_are_left_out_up_to_a_limit_over_all_ranks(ranks, trained, digits, tmp_path):
+    """Each batch of a rank has two images; one is empty, and one image is of rank 1."""
+    root = shutil.copytree(digits, tmp_path / "digits")
+    bad = [4, 5, 30, 300]
+    damage(root, bad, split="val")
+    files = ["--csv", tmp_path / "b.csv", "--json", tmp_path / "b.json"]
+    told = [ROOT / EVALUATE, trained, "--batch", 2 * ranks, "--data.shards"]
+    done = launched(*told, root, *files, "--loader.max-bad-samples", 4, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "val: 355 of 359 images of 10 classes" in done.stdout
+    assert sum("bad sample" in line for line in done.stderr.splitlines()) == 4
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["images"], found["bad_samples"]) == (355, 4)
+    few = launched(*told, root, "--loader.max-bad-samples", 3, ranks=ranks)
+    assert few.returncode != 0
+    errors = [line for line in few.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "4 bad samples, more than loader.max_bad_samples=3: 4, 5, 30, 300; " in errors[0]
+    assert launched(*told, digits, "--csv", tmp_path / "all.csv").returncode == 0
+    whole, rows = ([line.split(",")[:3] for line in (tmp_path / name).open()] for name in ("all.csv", "b.csv"))
+    assert rows == [row for i, row in enumerate(whole) if i - 1 not in bad]
 
 
 def test_a_submission_has_the_official_order_and_numbers(tmp_path):

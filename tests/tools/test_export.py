@@ -153,7 +153,12 @@ def test_pth_loads_where_its_layers_come_from(name, kinds, image_folder, tmp_pat
     [
         ("small", {}, "which have other layers"),
         ("torchvision", {"width": 0.25}, "model.width=0.25: .pth is for torchvision's own class, which has 1.0"),
-        ("seed", {"activation": "tanh"}, "model.activation=tanh: .pth is for seed's own class, which has relu"),
+        pytest.param(
+            "seed",
+            {"activation": "tanh"},
+            "model.activation=tanh: .pth is for seed's own class, which has relu",
+            marks=pytest.mark.slow,
+        ),
         ("seed", {}, "10 classes and augment.crop=224: the seed's class is for 1000 and 224"),
     ],
 )

@@ -143,7 +143,14 @@ def test_of_other_nets_all_but_the_last_layer_is_frozen():
     assert not net.bn1.training
 
 
-@pytest.mark.parametrize("name", ["torchvision:vit_b_16", "torchvision:swin_t", "timm:mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("torchvision:vit_b_16", marks=pytest.mark.slow),
+        "torchvision:swin_t",
+        "timm:mobilenetv3_small_050",
+    ],
+)
 def test_what_no_layer_holds_is_frozen_too_and_statistics_of_any_kind_stay(name):
     config = ModelConfig(name, init="x", freeze="features")
     net = create_net(config, classes=3, crop=224)

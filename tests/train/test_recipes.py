@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from model import AlexNet, ModelConfig
 from tests.conftest import the_error
-from tests.faults.job import PLANTED, SCRIPT, Job, global_ids, quiet, traces
+from tests.faults.job import PLANTED, SCRIPT, global_ids, quiet, traces
 from tests.train.test_run import STEPS, alone, launch, metrics
 from train.ema import Average
 
@@ -259,16 +259,14 @@ def test_a_limit_leaves_the_schedule_of_evaluations_alone(few_digits, tmp_path):
     assert rates[0][-1] < 1e-9  # it has fallen
 
 
-def test_a_stop_in_the_evaluation_at_the_limit_leaves_it_to_the_next_start(digits, tmp_path):
+def test_a_stop_in_the_evaluation_at_the_limit_leaves_it_to_the_next_start(few_digits, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    args = ["demo", "--data.shards", digits, *QUICK, "--train.batch", 64, "--limit-steps", STEPS]
-    slow = ["--train.eval-batch", 1]  # so that there is time for the signal
-    job = Job(run, *args, *slow, ranks=1)
-    assert job.wait_for(lambda: job.step >= STEPS)
-    job.ranks()[0].terminate()
-    job.wait()
-    assert job.exit["code"] == 75
-    done = alone(*args, "--run.dir", run)
+    args = ["demo", "--data.shards", few_digits, *QUICK, "--limit-steps", STEPS, "--run.dir", run]
+    monkeypatch.setenv("PLANT", "evaluation:0:0")
+    assert quiet(PLANTED, SCRIPT, *args).returncode == 75
+    assert json.loads((run / "exit.json").read_text())["step"] == STEPS
+    assert not metrics(run, "val")
+    done = alone(*args)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in metrics(run, "val")] == [STEPS]
     assert (run / "checkpoints" / "best").exists()

@@ -20,7 +20,7 @@ import pytest
 from pipeline import open_dataset
 from pipeline.read import order
 from tests.conftest import ROOT, run_tool, the_error
-from tests.faults.job import global_ids
+from tests.faults.job import PLANTED, SCRIPT, global_ids
 
 # Losses agree exactly without dropout and at a small learning rate.
 EXACT = [
@@ -169,12 +169,12 @@ def test_with_dropout_losses_of_ranks_and_of_compiled_nets_agree(ranks, compiled
 def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, few_digits, tmp_path):
     run = tmp_path / "run"
     args = ["demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 2, *EXACT]
-    process = subprocess.Popen(
-        command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True
-    )
-    ids = run / "ids" / "rank-00000.jsonl"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    env = os.environ | {"PLANT": f"sleep:0:{STEPS + 6}"}  # so that it does not end before it is killed
+    argv = command(SCRIPT, *args, script=PLANTED)
+    process = subprocess.Popen(argv, **quiet, cwd="/", env=env, start_new_session=True)
     deadline = time.monotonic() + 300
-    while not (ids.exists() and len(ids.read_text().splitlines()) > STEPS + 5):
+    while not (run / "planted").exists():
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -194,7 +194,8 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one
     run = tmp_path / "run"
     args = ["demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 2, "--run.save-every", 5, *EXACT]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(*args, ranks=2), **quiet, cwd="/", env=os.environ | TWO)
+    env = os.environ | TWO | {"PLANT": "sleep:-1:33"}  # so that it does not end before it is killed
+    process = subprocess.Popen(command(SCRIPT, *args, ranks=2, script=PLANTED), **quiet, cwd="/", env=env)
     checkpoint = run / "checkpoints" / "step-00000030"  # the eighth step of the second epoch
     deadline = time.monotonic() + 300
     while not checkpoint.exists():

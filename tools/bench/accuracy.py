@@ -10,7 +10,7 @@ it. A run that was stopped is resumed; one that is done is not run again.
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from tools.bench import harness, trained
+from tools.bench import harness, plots, trained
 
 WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net"
 EPOCHS, WIDTH = 35, 0.375
@@ -43,7 +43,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
         record.keep(results=results)
     print(trained.table(results))
     if args.json:
-        trained.draw(results, args.json.with_suffix(".png"), "top-1 on the test images")
+        plots.accuracies(args.json, args.json.parent)
 
 
 def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:

@@ -6,7 +6,7 @@ the best of its activation, since it could not win any more.
 
 from pathlib import Path
 
-from tools.bench import harness, trained
+from tools.bench import harness, plots, trained
 
 WHAT = "epochs to 25 % training error of the four-layer net, by activation and rate"
 ACTIVATIONS = ("relu", "tanh")
@@ -32,8 +32,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     for activation, found in results.items():
         print(f"{activation}\n{trained.table(found)}\nbest: {bests[activation]}\n")
     if args.json:
-        best = {f"{name}, lr {b['rate']}": results[name][str(b["rate"])] for name, b in bests.items() if b}
-        trained.draw(best, args.json.with_suffix(".png"), "top-1 on the training images")
+        plots.accuracies(args.json, args.json.parent)
 
 
 def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:

@@ -70,14 +70,3 @@ def table(results: harness.Json) -> str:
     return harness.table(
         [{"run": name, "top1": r["last"]["top1"], **{f: r.get(f) for f in fields}} for name, r in results.items()]
     )
-
-
-def draw(results: harness.Json, path: Path, ylabel: str) -> None:
-    """The runs' top-1 after each epoch, of the weights and of their average."""
-    curves = []
-    for name, result in results.items():
-        average = result.get("top1_of_average_by_epoch", [])
-        for tops, style, label in (result["top1_by_epoch"], "-", name), (average, "--", f"{name}, averaged weights"):
-            if tops:
-                curves.append((range(1, len(tops) + 1), tops, style, label))
-    report.draw(path, ({"xlabel": "epoch", "ylabel": ylabel}, curves))

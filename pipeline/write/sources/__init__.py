@@ -3,6 +3,7 @@
 from .base import Item, Items, Source, UniqueKeys
 from .digits import Digits
 from .folders import ImageFolder
+from .hub import HubParquet
 from .imagenet import ImageNet2010, ImageNet2012
 from .tables import CSV, Kaggle, TinyImageNet
 from .tars import WebDataset
@@ -18,4 +19,5 @@ SOURCES: dict[str, type[Source]] = {
     "imagefolder": ImageFolder,
     "csv": CSV,
     "webdataset": WebDataset,
+    "hf-parquet": HubParquet,
 }

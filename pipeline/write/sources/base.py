@@ -126,7 +126,7 @@ class Source:
 
     def describe(self) -> Json:
         """The manifest's entry on the source: nothing that differs from machine to machine."""
-        return {"kind": self.name}
+        return {"kind": type(self).name}  # --name may be another
 
     def verify(self, folder: Folder, note: str) -> None:
         """Checks the whole input before any shard is made. `note`: a file in `folder` for results worth keeping."""

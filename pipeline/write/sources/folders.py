@@ -24,74 +24,80 @@ TEXTS = (".txt", ".json", ".xml", ".csv", ".md")
 
 
 @dataclass
-class ImageFolder(Files):
-    """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
+class TrainAndVal(Files):
+    """Files that people name for each split.
 
-    Every file counts as an image, but for what files_of_images passes over: its content shows if it is none.
-    Class names are compared in Unicode's composed form (NFC), as macOS may decompose them, and kept as found.
-    val_fraction: the fraction of each class that is held out as validation, instead of a folder; chosen by names alone.
+    val_fraction: the fraction of each class that is held out as validation, if `val` is None; chosen by names alone.
     """
 
     train: Path
     val: Path | None = None
-    name: str = "imagefolder"
+    name: str = ""
     val_fraction: float = 0.0
 
-    help = "DIR/<class>/<image>, any depth below the class"
+    metavar = "DIR"  # of `train` and `val`
 
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
-        self.passed_over, self.splits, self.folders = PassedOver(), {}, {}
-        label_of: dict[str, int] = {}
-        for split, folder in (("train", self.train), ("val", self.val)):
-            if folder is None:
-                continue
-            self.folders[split] = folder
-            found = _class_folders(folder, self.passed_over)
-            if split == "train":
-                self.classes = [path.name for path in found.values()]
-                label_of = {name: label for label, name in enumerate(found)}
-            if foreign := [path for name, path in found.items() if name not in label_of]:
-                raise DataError(
-                    f"{foreign[0]}: this class is not among those of {self.train};"
-                    " validation needs the training classes"
-                )
-            labels = {path: label_of[name] for name, path in found.items()}
-            self.splits[split] = Items(self._found(split, folder, labels))
+        self.passed_over, self.folders = PassedOver(), {}
+        given = {"train": self.train} | ({"val": self.val} if self.val else {})
+        self.splits = {split: Items(self.items(split, path)) for split, path in given.items()}
         if self.val_fraction:
             self.splits = held_out(self.splits["train"], self.val_fraction)
 
-    def _found(self, split: str, folder: Path, labels: dict[Path, int]) -> Iterator[Item]:
-        unique = UniqueKeys()
-        for class_folder, label in labels.items():
-            files = sorted(files_of_images(class_folder, self.passed_over))
-            if not files:
-                raise DataError(f"{class_folder}: no image in this class folder; fill or remove it")
-            for file in files:
-                path = require_utf8(os.path.relpath(file, folder))
-                yield Item(unique(readable_key(path)), label, f"{split}/{path}")
+    def items(self, split: str, path: Path) -> Iterator[Item]:
+        """The images of a split, whose folder it adds to `folders`. Those of `train` come first, with the classes."""
+        raise NotImplementedError
 
     def describe(self) -> Json:
-        return {"kind": "imagefolder"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
+        return super().describe() | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
 
-    @staticmethod
-    def add_options(p: argparse.ArgumentParser) -> None:
-        add_train_and_val(p, "DIR", "imagefolder")
+    @classmethod
+    def add_options(cls, p: argparse.ArgumentParser) -> None:
+        p.add_argument("--train", type=Path, required=True, metavar=cls.metavar)
+        validation = p.add_mutually_exclusive_group()
+        validation.add_argument("--val", type=Path, metavar=cls.metavar)
+        validation.add_argument(
+            "--val-fraction",
+            type=float,
+            default=0.0,
+            metavar="F",
+            help="hold out this part of each class as validation",
+        )
+        p.add_argument("--name", default=cls.name, help="the shards' first name (%(default)s)")
 
 
-def add_train_and_val(p: argparse.ArgumentParser, metavar: str, name: str) -> None:
-    p.add_argument("--train", type=Path, required=True, metavar=metavar)
-    validation = p.add_mutually_exclusive_group()
-    validation.add_argument("--val", type=Path, metavar=metavar)
-    validation.add_argument(
-        "--val-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="hold out this part of each class as validation",
-    )
-    p.add_argument("--name", default=name, help="the shards' first name (%(default)s)")
+@dataclass
+class ImageFolder(TrainAndVal):
+    """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
+
+    Every file counts as an image, but for what files_of_images passes over: its content shows if it is none.
+    Class names are compared in Unicode's composed form (NFC), as macOS may decompose them, and kept as found.
+    """
+
+    name: str = "imagefolder"
+
+    help = "DIR/<class>/<image>, any depth below the class"
+
+    def items(self, split: str, path: Path) -> Iterator[Item]:
+        found, unique = _class_folders(path, self.passed_over), UniqueKeys()
+        self.folders[split] = path
+        if split == "train":
+            self.classes = [folder.name for folder in found.values()]
+            self._label_of = {name: label for label, name in enumerate(found)}
+        for name, folder in found.items():
+            if name not in self._label_of:
+                raise DataError(
+                    f"{folder}: this class is not among those of {self.train}; validation needs the training classes"
+                )
+        for name, folder in found.items():
+            files = sorted(files_of_images(folder, self.passed_over))
+            if not files:
+                raise DataError(f"{folder}: no image in this class folder; fill or remove it")
+            for file in files:
+                below = require_utf8(os.path.relpath(file, path))
+                yield Item(unique(readable_key(below)), self._label_of[name], f"{split}/{below}")
 
 
 def held_out(items: Items, fraction: float) -> dict[str, Items]:

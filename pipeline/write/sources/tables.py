@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import ConfigError, DataError
-from ...files import Json
-from .base import Files, Item, Items, UniqueKeys, check_fraction, check_name
-from .folders import ImageFolder, add_train_and_val, held_out, readable_key, require_utf8
+from .base import Files, Item, Items, UniqueKeys
+from .folders import ImageFolder, TrainAndVal, readable_key, require_utf8
 from .imagenet import FIRST_CLASS
 
 BOXES = ("x", "y", "width", "height")
+BATCH = 1024  # rows in memory at a time, with images 100 MB
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Table:
 
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         """(place, image, label) of each row. Raises DataError for a row without them, and for damage."""
-        for place, row in self._parquet() if self.path.suffix == ".parquet" else self._csv():
+        for place, row in self.rows():
             found = [row.get(column) for column in self.columns]
             for column, value in zip(self.columns, found):
                 if value is None or not str(value).strip():
@@ -41,6 +41,10 @@ class Table:
             if None in row:
                 raise self.error(place, "more fields than columns; quote fields that hold commas")
             yield place, str(found[0]), str(found[1]).strip()
+
+    def rows(self) -> Iterator[tuple[str, dict[Any, Any]]]:
+        """(place, values by column) of each row. Raises DataError for damage."""
+        return self._parquet() if self.path.suffix == ".parquet" else self._csv()
 
     def error(self, place: str, reason: str) -> DataError:
         return DataError(f"{self.path}: {place}: {reason}")
@@ -57,19 +61,26 @@ class Table:
             raise self.error(f"behind line {line}", f"cannot be read ({err}); write it as CSV in UTF-8") from err
 
     def _parquet(self) -> Iterator[tuple[str, dict[Any, Any]]]:
+        file, rows = parquet(self.path), 0
         try:
-            import pyarrow
-            from pyarrow.parquet import ParquetFile
-        except ImportError as err:
-            raise ConfigError(f"{self.path}: pyarrow is missing; pip install pyarrow") from err
-        rows = 0
-        try:
-            for batch in ParquetFile(self.path).iter_batches(columns=list(self.columns)):
+            for batch in file.iter_batches(BATCH, columns=list(self.columns)):
                 for values in batch.to_pylist():
                     rows += 1
                     yield f"row {rows}", values
-        except (pyarrow.ArrowException, OSError) as err:
+        except Exception as err:  # pyarrow has several kinds
             raise self.error(f"behind row {rows}", f"cannot be read ({err}); copy it again") from err
+
+
+def parquet(path: Path) -> Any:
+    """The file as pyarrow's ParquetFile. Raises ConfigError without pyarrow, DataError for damage."""
+    try:
+        from pyarrow.parquet import ParquetFile
+
+        return ParquetFile(path)
+    except ImportError as err:
+        raise ConfigError(f"{path}: pyarrow is missing; pip install pyarrow") from err
+    except Exception as err:  # pyarrow has several kinds
+        raise DataError(f"{path}: behind row 0: cannot be read ({err}); copy it again") from err
 
 
 def labelled(table: Table, split: str, folder: Path, label_of: dict[str, int]) -> Iterator[Item]:
@@ -87,39 +98,27 @@ def labelled(table: Table, split: str, folder: Path, label_of: dict[str, int]) -
 
 
 @dataclass
-class CSV(Files):
+class CSV(TrainAndVal):
     """A table for each split. Labels are names, and classes the sorted names; whole numbers are sorted as numbers.
 
-    root: the folder of the images' paths. Default: each table's own. val_fraction: see ImageFolder.
+    root: the folder of the images' paths. Default: each table's own.
     """
 
-    train: Path
-    val: Path | None = None
-    root: Path | None = None
     name: str = "csv"
-    val_fraction: float = 0.0
+    root: Path | None = None
 
+    metavar = "FILE"
     help = "a CSV or Parquet file with the columns path and label"
 
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        check_fraction("--val-fraction", self.val_fraction)
-        label_of = self.name_classes(label for _, _, label in Table(self.train))
-        tables = {"train": self.train} | ({"val": self.val} if self.val else {})
-        self.folders = {split: self.root or table.parent for split, table in tables.items()}
-        self.splits = {
-            split: Items(labelled(Table(table), split, self.folders[split], label_of))
-            for split, table in tables.items()
-        }
-        if self.val_fraction:
-            self.splits = held_out(self.splits["train"], self.val_fraction)
+    def items(self, split: str, path: Path) -> Iterator[Item]:
+        if split == "train":
+            self._label_of = self.name_classes(label for _, _, label in Table(path))
+        self.folders[split] = self.root or path.parent
+        return labelled(Table(path), split, self.folders[split], self._label_of)
 
-    def describe(self) -> Json:
-        return {"kind": "csv"} | ({"val_fraction": self.val_fraction} if self.val_fraction else {})
-
-    @staticmethod
-    def add_options(p: argparse.ArgumentParser) -> None:
-        add_train_and_val(p, "FILE", "csv")
+    @classmethod
+    def add_options(cls, p: argparse.ArgumentParser) -> None:
+        super().add_options(p)
         p.add_argument("--root", type=Path, metavar="DIR", help="the folder of the images' paths (default: the file's)")
 
 

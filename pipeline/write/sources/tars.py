@@ -34,9 +34,9 @@ T = TypeVar("T")
 
 
 def expand(pattern: str) -> list[Path]:
-    """The tars that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. What exists under the very name goes first.
+    """The files that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. What exists under the very name goes first.
 
-    Raises ConfigError for what is no pattern, DataError if a tar is missing.
+    Raises ConfigError for what is no pattern, DataError if a file is missing.
     """
     try:
         if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
@@ -47,10 +47,10 @@ def expand(pattern: str) -> list[Path]:
     except (ValueError, RecursionError) as err:
         raise ConfigError(f"{pattern}: {err}; write {{0000..1023}}, {{a,b}}, *, ? or [0-9]") from err
     if not paths:
-        raise DataError(f"{pattern}: no such tar; quote the pattern, and mind its folder")
+        raise DataError(f"{pattern}: no such file; quote the pattern, and mind its folder")
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: no such tar; {pattern} names {len(paths)} files, and no URL or command is read")
+            raise DataError(f"{path}: no such file; {pattern} names {len(paths)} files, and no URL or command is read")
     return paths
 
 
@@ -138,9 +138,12 @@ class WebDataset(Archives):
     def __post_init__(self) -> None:
         check_name(self.name)
         self.passed_over, patterns = PassedOver(), {"train": self.train} | ({"val": self.val} if self.val else {})
-        found = {split: list(self._samples(expand(pattern))) for split, pattern in patterns.items()}
+        found = {split: list(self._samples(self._tars(pattern))) for split, pattern in patterns.items()}
         label_of = self.name_classes(label for *_, label in found["train"])
         self.splits = {split: Items(self._items(split, each, label_of)) for split, each in found.items()}
+
+    def _tars(self, pattern: str) -> list[Path]:
+        return expand(pattern)
 
     def _samples(self, tars: list[Path]) -> Iterator[tuple[int, Member, str]]:
         """(number of the tar, image, label) of each sample."""
@@ -164,9 +167,13 @@ class WebDataset(Archives):
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--train", required=True, metavar="PATTERN", help="tars, with {0000..1023} or *; quote it")
-        p.add_argument("--val", metavar="PATTERN", help="validation tars")
-        p.add_argument("--name", default="webdataset", help="the shards' first name (%(default)s)")
+        add_patterns(p, "webdataset")
+
+
+def add_patterns(p: argparse.ArgumentParser, name: str) -> None:
+    p.add_argument("--train", required=True, metavar="PATTERN", help="files, with {0000..1023} or *; quote it")
+    p.add_argument("--val", metavar="PATTERN", help="those of validation")
+    p.add_argument("--name", default=name, help="the shards' first name (%(default)s)")
 
 
 def _text(path: Path, key: str, name: str, member: Member) -> str:

@@ -1,0 +1,70 @@
+"""Samples that cannot be used. In training another sample takes the place of each, in evaluation it is left out.
+
+Which one takes its place depends on the ids of the bad samples alone (order.replacement), not on who finds them, or
+when.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..errors import BadSample, DataError
+
+SHOWN = 10  # ids in a message
+
+
+@dataclass
+class BadSamples:
+    """The bad samples of a loader's split that are known, at most `limit`.
+
+    found: id → why, "" if a state holds it. partition: the ids that may replace an id. together: the ranks count
+    together, and all of them raise in the same `share`. unshared: how many may be unknown to other ranks.
+    """
+
+    limit: int
+    partition: Callable[[int], range]
+    together: bool = False
+    found: dict[int, str] = field(default_factory=dict)
+    unshared: int = 0
+
+    def add(self, err: BadSample) -> None:
+        """Counts and names a sample. Raises `err` if none may be bad, DataError if too many are."""
+        if not self.limit:
+            raise err
+        self.found[err.sample] = str(err)
+        self.unshared += 1
+        logging.getLogger("imagenet_express").warning("bad sample %d of %d: %s", len(self.found), self.limit, err)
+        if not self.together and (error := self.error()):
+            del self.found[err.sample]  # so that the next try meets it as well, unless it is repaired by then
+            raise error from err
+
+    def load(self, ids: Iterable[int]) -> None:
+        """Adds those of a loader's state. Raises DataError if they are too many."""
+        self.found |= dict.fromkeys(ids, "") | self.found
+        self.unshared = len(self.found)
+        if error := self.error():
+            raise error
+
+    def share(self, from_all: Callable[[dict[int, str]], Iterable[dict[int, str]]]) -> None:
+        """Adds those of all ranks. Raises DataError, at all ranks, if they are too many.
+
+        from_all: gathers the ranks' values, as torch.distributed.all_gather_object does.
+        """
+        for of_rank in from_all(self.found):
+            self.found |= of_rank
+        self.unshared = 0
+        if error := self.error():
+            raise error
+
+    def error(self) -> DataError | None:
+        """Why no further batch can be made, if so."""
+        ids = sorted(self.found)
+        if len(ids) > self.limit:
+            why = f"more than loader.max_bad_samples={self.limit}"
+        elif lost := [part for part in map(self.partition, ids) if all(i in self.found for i in part)]:
+            why = f"and samples {lost[0].start} to {lost[0].stop - 1}, a whole partition, are among them"
+        else:
+            return None
+        shown = ", ".join(map(str, ids[:SHOWN])) + (", …" if len(ids) > SHOWN else "")
+        reason = next((f"; {reason}" for reason in reversed(self.found.values()) if reason), "")
+        return DataError(f"{len(ids)} bad samples, {why}: {shown}{reason}", together=self.together)

@@ -1,0 +1,102 @@
+"""Distributes work over a Ray cluster, as pipeline/pool.py does over processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..decode import BadImage
+from ..errors import ConfigError, StorageError
+from .sources import Item, Source
+
+CONNECT_SECONDS = 10.0
+RETRIES = 3  # of a task whose worker was lost, or that could not read or write
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def run(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    place: Path,
+    source: Source,
+    address: str,
+) -> Iterator[Iterator[Result]]:
+    """Opens an iterator over function(task) of each task, in order, wherever Ray runs them.
+
+    address: of the cluster; "": that of the environment, or else `workers` on this machine. Before any task, each node
+    must see the source's images and `place`. Raises StorageError for a node that does not, or if workers are lost
+    again and again; ConfigError without Ray or its cluster.
+    """
+    ray = _connected(address or os.environ.get("RAY_ADDRESS", ""), workers)
+    try:
+        shared = ray.put(function)  # once: it holds the plan. Before an image is read: open files cannot be sent
+        _check_nodes(ray, source, place)
+        call = ray.remote(max_retries=RETRIES, retry_exceptions=[OSError], scheduling_strategy="SPREAD")(_call)
+        yield map(ray.get, [call.remote(shared, task) for task in tasks])
+    except ray.exceptions.RayTaskError as err:
+        raise err.cause from err
+    except ray.exceptions.RayError as err:
+        raise StorageError(f"{place}: Ray: {str(err).splitlines()[0]}") from err
+    finally:
+        ray.shutdown()
+
+
+def _call(function: Callable[[Any], Any], task: Any) -> Any:
+    return function(task)
+
+
+def _connected(address: str, workers: int) -> Any:
+    try:
+        import ray
+    except ImportError as err:
+        raise ConfigError("--executor ray: Ray is missing; pip install '.[ray]'") from err
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        if host := re.fullmatch(r"(.+):(\d+)", address):
+            socket.create_connection((host[1], int(host[2])), CONNECT_SECONDS).close()  # Ray itself tries for minutes
+        ray.init(address or "local", **({} if address else {"num_cpus": workers, "include_dashboard": False}), **quiet)
+    except (OSError, ValueError, RuntimeError) as err:
+        raise ConfigError(f"--ray-address {address}: no cluster ({err}); start one with `ray start --head`") from err
+    return ray
+
+
+def _check_nodes(ray: Any, source: Source, place: Path) -> None:
+    pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    nodes, shared = [node for node in ray.nodes() if node["Alive"]], ray.put(source)
+    item = _readable(source)
+    look = ray.remote(num_cpus=0)(_missing_there)
+    missing = [
+        look.options(scheduling_strategy=pinned(node["NodeID"], soft=False)).remote(shared, item, place)
+        for node in nodes
+    ]
+    for node, what in zip(nodes, ray.get(missing)):
+        if what:
+            raise StorageError(f"node {node['NodeManagerHostname']}: {what}; mount it there, or leave the node out")
+
+
+def _readable(source: Source) -> Item | None:
+    """The first image that is read here."""
+    return next((item for items in source.splits.values() for item in items if _read(source, item)), None)
+
+
+def _read(source: Source, item: Item) -> bool:
+    try:
+        return bool(source.read(item))
+    except (BadImage, OSError):
+        return False
+
+
+def _missing_there(source: Source, item: Item | None, place: Path) -> str:
+    if not place.is_dir():
+        return f"{place} is not visible"
+    return "" if item is None or _read(source, item) else f"the source's {item.where} cannot be read"

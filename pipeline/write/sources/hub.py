@@ -1,0 +1,73 @@
+"""Image datasets of the Hugging Face Hub: Parquet files that hold the images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...files import Json
+from ...progress import Progress
+from ...shards import Sample, write_shard
+from ...storage import Folder
+from .base import UniqueKeys
+from .tables import Table, parquet
+from .tars import WebDataset, add_patterns, expand
+
+
+@dataclass
+class HubParquet(WebDataset):
+    """Local Parquet files with a column of images and one of class numbers, as the Hub has them.
+
+    unpack: a folder in which each file becomes a tar first, which later runs use again. Shards take the images in
+    random order, and a Parquet file is read by groups of rows: without tars each image would cost a group.
+    """
+
+    name: str = "hf-parquet"
+    unpack: Path = Path()
+    image_column: str = "image"
+    label_column: str = "label"
+
+    help = "image datasets of the Hugging Face Hub: local Parquet files that hold the images"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        metadata = parquet(expand(self.train)[0]).schema_arrow.metadata or {}
+        info: Json = json.loads(metadata.get(b"huggingface", "{}")).get("info", {})
+        names = info.get("features", {}).get(self.label_column, {}).get("names", [])
+        if names and int(self.classes[-1]) < len(names):
+            self.class_names = [names[int(number)] for number in self.classes]
+
+    def _tars(self, pattern: str) -> list[Path]:
+        return [self._unpacked(path) for path in expand(pattern)]
+
+    def _unpacked(self, path: Path) -> Path:
+        """The file's tar, which lies in a folder for the file as it is now: a changed one is unpacked again."""
+        status = path.stat()
+        folder = self.unpack / f"{status.st_mtime_ns:x}-{status.st_size:x}"
+        name = f"{path.stem}.tar"
+        if not (folder / name).is_file():
+            with Progress(f"unpack {path.name}", parquet(path).metadata.num_rows) as progress:
+                write_shard(Folder(folder), name, self._rows(path, progress))
+        return folder / name
+
+    def _rows(self, path: Path, progress: Progress) -> Iterator[Sample]:
+        table, unique = Table(path, (self.image_column, self.label_column)), UniqueKeys()
+        for number, (place, row) in enumerate(table.rows()):
+            image, label = (row.get(column) for column in table.columns)
+            data = image.get("bytes") if isinstance(image, dict) else image
+            if not isinstance(data, bytes) or not data:
+                raise table.error(place, f"no bytes of an image in {self.image_column!r}; --image-column names another")
+            if not isinstance(label, int) or label < 0:
+                raise table.error(place, f"no class number in {self.label_column!r}; --label-column names another")
+            progress.update(1)
+            yield Sample(unique(f"{path.stem}_{number:07}"), data, label, 0, 0)
+
+    @staticmethod
+    def add_options(p: argparse.ArgumentParser) -> None:
+        add_patterns(p, "hf-parquet")
+        p.add_argument("--unpack", type=Path, required=True, metavar="DIR", help="the images are unpacked there first")
+        p.add_argument("--image-column", default="image", metavar="NAME", help="of the images (%(default)s)")
+        p.add_argument("--label-column", default="label", metavar="NAME", help="of the class numbers (%(default)s)")

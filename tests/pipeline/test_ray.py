@@ -1,0 +1,132 @@
+"""Sharding on a Ray cluster: the bytes of a local run, whatever is lost. `make ray-test` installs Ray first."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.write import ray_pool
+from pipeline.write.build import Options, Plan, build
+from pipeline.write.sources import Digits, Item
+from tests.conftest import ROOT, run_here
+from tools import make_shards
+
+OPTIONS = Options(samples_per_shard=100, stats=False)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of a core each, on this machine."""
+    pytest.importorskip("ray", reason="make ray-test installs it")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wanted")
+    build(Plan(Digits(), OPTIONS), out, workers=1)
+    return out
+
+
+@dataclass
+class Faulty(Digits):
+    """Digits whose reading goes wrong at one image: `fault` says how, and `done` is a file that shows it has."""
+
+    fault: str = ""
+    done: Path = Path()
+
+    def read(self, item: Item) -> bytes:
+        if item.where == "700":
+            if self.fault == "disk":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if self.fault == "killed" and not self.done.exists():
+                self.done.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "not there" and self._is_second_node():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return super().read(item)
+
+    def _is_second_node(self) -> bool:
+        import ray
+
+        return ray.is_initialized() and ray.get_runtime_context().get_node_id() == self.done.name
+
+
+def shard(source: Digits, out: Path, address: str) -> None:
+    run = partial(ray_pool.run, source=source, address=address)
+    build(Plan(source, OPTIONS), out, workers=2, run=run)
+
+
+def assert_same(found: Path, wanted: Path) -> None:
+    names = sorted(os.listdir(wanted))
+    assert sorted(os.listdir(found)) == names
+    assert filecmp.cmpfiles(found, wanted, names, shallow=False)[1:] == ([], [])
+
+
+def test_a_cluster_makes_the_same_bytes_though_a_worker_is_killed(cluster, wanted, tmp_path):
+    shard(Faulty(fault="killed", done=tmp_path / "done"), tmp_path / "out", cluster.address)
+    assert (tmp_path / "done").exists()
+    assert_same(tmp_path / "out", wanted)
+
+
+def test_a_node_that_does_not_see_the_images_is_named_before_any_shard_is_made(cluster, tmp_path):
+    second = cluster.list_all_nodes()[1].node_id
+    with pytest.raises(StorageError, match=r"node .+: the source's 0 cannot be read; mount it there"):
+        shard(Faulty(fault="not there", done=Path(second)), tmp_path, cluster.address)
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_folder_that_a_node_does_not_see_is_named(tmp_path):
+    assert ray_pool._missing_there(Digits(), None, tmp_path / "x") == f"{tmp_path / 'x'} is not visible"
+    assert ray_pool._missing_there(Digits(), Item("k", 0, "0"), tmp_path) == ""
+
+
+def test_what_fails_on_each_retry_is_the_error_of_a_local_run(cluster, tmp_path):
+    with pytest.raises(StorageError, match="Input/output error; solve that, and run it again to resume"):
+        shard(Faulty(fault="disk"), tmp_path / "out", cluster.address)
+
+
+def test_a_driver_that_is_killed_leaves_what_the_next_one_completes(cluster, wanted, tmp_path):
+    command = [sys.executable, "tools/make_shards.py", "digits", "--side", "40", "--out", str(tmp_path / "out")]
+    command += ["--samples-per-shard", "100", "--stats", "off", "--executor", "ray", "--ray-address", cluster.address]
+    driver = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    assert list((tmp_path / "out").glob("*.tar"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert_same(tmp_path / "out", wanted)
+
+
+def test_without_ray_it_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ["digits", "--out", tmp_path / "out", "--executor", "ray"]
+    code, line = run_here(make_shards.main, monkeypatch, capsys, *command)
+    assert (code, line) == (2, "error: --executor ray: Ray is missing; pip install '.[ray]'")
+
+
+def test_without_a_cluster_it_is_one_line(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("ray", reason="make ray-test installs it")
+    command = ["digits", "--out", tmp_path / "out", "--executor", "ray", "--ray-address", "127.0.0.1:1"]
+    code, line = run_here(make_shards.main, monkeypatch, capsys, *command)
+    assert code == 2
+    assert line.startswith("error: --ray-address 127.0.0.1:1: no cluster (")
