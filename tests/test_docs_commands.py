@@ -88,6 +88,7 @@ GIVEN = {
         "photos": "photos", "base/train": "photos", "base/val": "photos", "photo.jpg": "photo", "runs/other": "run",
     },
     "docs/recipes.md": {"data/shards": "tiny"},
+    "docs/resident.md": {"images/train": "photos", "images/val": "photos"},
     "docs/results.md": {"cifar10/train": "photos", "cifar10/test": "photos", "sample": "few"},
     "docs/shards.md": {"data/archives": "archives"},
 }  # fmt: skip

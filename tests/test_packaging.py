@@ -61,7 +61,7 @@ def test_the_model_knows_torch_alone():
 def test_torch_and_dali_stay_in_their_rooms():
     rooms = {
         "backend.py", "buffers.py", "config.py", "dali.py", "dali_decoder.py", "loader.py", "make_backend.py",
-        "pixel_check.py", "portable.py", "synthetic.py", "torch_dataset.py",
+        "pixel_check.py", "portable.py", "resident.py", "resident_gpu.py", "synthetic.py", "torch_dataset.py",
     }  # fmt: skip
     for path in sources("pipeline"):
         tops = {n.split(".")[0] for n in imports(path)}

@@ -94,6 +94,8 @@ def begin(t: Trainer) -> None:
         t.record.log(line)
     if c.optim.scale_lr != "none":
         t.record.log(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
+    for part in (t.loader, t.val_loader):
+        part.load()
     t.tick(DATA)
     t.watchdog.start()
     t.stop.running = True

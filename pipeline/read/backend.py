@@ -70,6 +70,10 @@ class Engine(Protocol):
         """`source` returns the next batch; the engine calls it when it can begin to decode that batch."""
         self.source = source
 
+    def load(self) -> None:
+        """Reads what stays in memory, if anything does; otherwise the first next() does that."""
+        return
+
     def next(self) -> tuple[Work, Tensor]:
         """The next batch and its (n · views, 3, crop, crop) crops. Raises DataError for an image it cannot decode."""
 
@@ -85,7 +89,7 @@ class Engine(Protocol):
         """Which decoder turns stored bytes into pixels, for a log line."""
 
 
-def undecodable(work: Work, number: int, reason: object, reader: Reader) -> BadSample:
+def undecodable(work: Work | ReadBatch, number: int, reason: object, reader: Reader) -> BadSample:
     """The error for image `number` of a batch, which a backend's decoder rejects."""
     sample = int(work.ids[number])
     return BadSample(

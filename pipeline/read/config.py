@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to impo
     import torch
 
 Few = Annotated[int, Bounds(ge=1, le=1024)]
-Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "synthetic"]
+Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "resident", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class LoaderConfig:
     """How batches are made. These fields do not change which samples and crops a batch holds, beside bad samples."""
 
     backend: InHelp[Backend] = "auto"
-    """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable; never synthetic,
-    which delivers noise without reading an image, to measure the network alone."""
+    """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable. resident decodes
+    all images once and keeps them in memory (docs/resident.md). synthetic delivers noise without reading an image, to
+    measure the network alone."""
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: PerHost[Few] = 32
@@ -68,6 +69,8 @@ class LoaderConfig:
     max_bad_samples: Annotated[int, Bounds(ge=0)] = 0
     """Damaged samples of a split, over all ranks, that may be replaced in training and left out in evaluation; one
     more ends the run."""
+    resident_memory: PerHost[Fraction] = 0.8
+    """Fraction of a device's free memory that the images of the backend resident may take."""
     hw_decoder_load: Fraction = 0.65
     """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
@@ -80,7 +83,8 @@ class LoaderConfig:
             return 0  # noise is no crop of anything
         if self.verify_pixels >= 0:
             return self.verify_pixels
-        return 250 if device.type == "cuda" else 0
+        # The images of `resident` were decoded by the reference itself.
+        return 250 if device.type == "cuda" and backend != "resident" else 0
 
 
 def choose_backend(backend: Backend, device: torch.device) -> tuple[Backend, str]:

@@ -148,11 +148,12 @@ class Loader(AbstractContextManager["Loader"]):
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
         output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
-        encoded = self.backend != "synthetic" and not raw
+        encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split) if encoded else None
         make = partial(make_backend.make, output=output, reader=self._reader, plan=self.plan, config=self.config)
-        self._make = partial(make, raw=raw, threads=self.threads, cutter=self._cutter)
+        self._make = partial(make, raw=raw, threads=self.threads, cutter=self._cutter, ranks=local_world or world)
         self._engine = self._make(self.backend)
+        self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
         if self.plan.check_every:
             from .pixel_check import PixelCheck

@@ -25,7 +25,7 @@ def reader(split: Split) -> type[Reader]:
 def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:
     """Compiles what a backend needs, or loads what an earlier process compiled."""
     fetch.prepare()
-    if backend == "portable":
+    if backend in ("portable", "resident"):
         from . import portable
 
         portable.prepare(crop, dtype, on_cpu=device.type == "cpu")
@@ -40,14 +40,20 @@ def make(
     *,
     raw: bool,
     threads: int,
+    ranks: int,
     cutter: Cutter | None = None,
 ) -> Engine:
-    """raw: images are stored as pixels. cutter: cuts what crops need out of JPEGs."""
+    """raw: images are stored as pixels. ranks: of this machine. cutter: cuts what crops need out of
+    JPEGs."""
     rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
     if backend == "synthetic":
         from .synthetic import Synthetic
 
         return Synthetic(output, rows=rows)
+    if backend == "resident":
+        from .resident import Resident
+
+        return Resident(output, reader, plan, config, ranks, raw=raw, threads=threads)
     if backend == "portable":
         from .portable import Portable
 

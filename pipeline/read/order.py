@@ -91,6 +91,11 @@ def train_ids(order: ndarray, *, step: int, batch: int, rank: int = 0, world: in
     return order[start : start + part]
 
 
-def evaluation_range(samples: int, *, rank: int, world: int) -> range:
-    """The ids that `rank` evaluates: each id belongs to one rank, and the ranks' counts differ by at most one."""
-    return range(rank * samples // world, (rank + 1) * samples // world)
+def range_of_rank(samples: int, *, rank: int, world: int, partitions: int) -> range:
+    """The ids of the partitions from which `rank` reads in training.
+
+    With `world` partitions, those that it evaluates: each id belongs to one rank, and the ranks' counts differ by at
+    most one.
+    """
+    first, end = rank * partitions // world, -(-(rank + 1) * partitions // world)
+    return range(first * samples // partitions, end * samples // partitions)

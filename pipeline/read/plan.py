@@ -67,14 +67,16 @@ class Plan:
         ordered = partial(order.epoch_order, np.diff(ends, prepend=0), **settings)
         # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
         self._order = lru_cache(2)(ordered)
-        self._evaluated = order.evaluation_range(self.samples, rank=self.rank, world=self.world)
+        # The ids that this rank reads, in all epochs.
+        parts = self.partitions if self.train else self.world
+        self.held = order.range_of_rank(self.samples, rank=self.rank, world=self.world, partitions=parts)
         self._chunk: tuple[tuple[int, int], int, Planned] | None = None
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
         if self.train:
             return order.steps_per_epoch(self.samples, batch=self.batch)
-        return -(-len(self._evaluated) // self.batch_per_rank)
+        return -(-len(self.held) // self.batch_per_rank)
 
     def ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
         """See Loader.ids."""
@@ -88,7 +90,7 @@ class Plan:
 
     def _planned_ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
         if not self.train:
-            mine = self._evaluated[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
+            mine = self.held[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
             return np.array(mine, dtype=np.int64)
         rank, world = (0, 1) if whole else (self.rank, self.world)
         return order.train_ids(self._order(epoch=epoch), step=step, batch=self.batch, rank=rank, world=world)

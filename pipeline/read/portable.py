@@ -55,6 +55,7 @@ class Portable(Engine):
     ) -> None:
         self.output, self.raw, self.threads, self.depth, self._reader = output, raw, threads, depth, reader
         stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
+        self.images_a_task = min(IMAGES_A_TASK, reader.source.at_once(threads))
         self._in_kernel = stored == "float32"
         self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
@@ -97,7 +98,7 @@ class Portable(Engine):
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
         shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
         crops = self._buffers.take(shape, np.float32 if self._in_kernel else np.uint8)
-        step = min(IMAGES_A_TASK, self._reader.source.at_once(self.threads), -(-n // self.threads))
+        step = min(self.images_a_task, -(-n // self.threads))
         tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
         return _Job(work, crops, tasks)
 

@@ -111,11 +111,12 @@ class Reader:
         self._scratch = Scratch()
         self._slow_share = 0.0  # moving mean over blocks: those that were waited for
         self._slow_for = 0  # batches
+        self.done = False  # whether all images are in memory
 
     @property
     def is_slow(self) -> bool:
         """Whether threads recently had to wait for storage."""
-        return self._slow_for > 0
+        return self._slow_for > 0 and not self.done
 
     def follow(self, steps: Iterator[tuple[int, int]], plan: Plan) -> Iterator[tuple[int, int]]:
         """The steps of `plan` that will be read, for storage that fetches them ahead."""
@@ -128,6 +129,8 @@ class Reader:
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
         batch = ReadBatch(ids, self.rows[ids] if rows is None else rows)
+        if self.done:
+            return batch
         self._slow_for = max(0, self._slow_for - 1)
         if self.always_ahead or self.is_slow:
             self.ahead(batch)

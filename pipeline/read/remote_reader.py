@@ -99,6 +99,7 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, sha
         chunk.ids.append(ids)
         held += int(rows[ids, SIZE].sum())
         seen.update(shard.tolist())
+    yield chunk
 
 
 class RemoteReader(Reader):
@@ -119,6 +120,8 @@ class RemoteReader(Reader):
         self._tasks += batch.tasks
 
     def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
+        if self.done:
+            yield from steps
         limit = self._limit(plan)
         planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[list[Step]] = deque()
@@ -130,6 +133,8 @@ class RemoteReader(Reader):
                 waiting.append(chunk.steps)
                 if len(waiting) > 1:
                     yield from waiting.popleft()
+            for rest in waiting:
+                yield from rest
         finally:
             for fetched in self._fetched:
                 for future, _ in fetched.values():

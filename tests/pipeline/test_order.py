@@ -94,7 +94,7 @@ def test_training_drops_less_than_one_global_batch(samples, batch):
 
 @given(st.integers(0, 5000), st.integers(1, 40))
 def test_evaluation_covers_each_id_once_and_evenly(samples, world):
-    parts = [order.evaluation_range(samples, rank=r, world=world) for r in range(world)]
+    parts = [order.range_of_rank(samples, rank=r, world=world, partitions=world) for r in range(world)]
     assert [i for part in parts for i in part] == list(range(samples))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

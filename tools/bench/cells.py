@@ -59,6 +59,7 @@ VARIANTS = (
     *(LoaderCell(f"{data}{CUTS}portable", data, PORTABLE) for data in JPEGS),
     *(LoaderCell(f"{data}{CUTS}jitter", data, PORTABLE, jitter=True) for data in JPEGS),
     *(LoaderCell(f"{data}{CUTS}dali-cpu", data, DALI_CPU) for data in JPEGS),
+    LoaderCell("raw-resident", "raw", LoaderConfig("resident")),  # the other kinds have images of many sizes
     *(LoaderCell(f"jpeg-{ranks}-ranks", "jpeg", PORTABLE, ranks=ranks) for ranks in (2, 4)),
     *(LoaderCell(f"jpeg-{delay}-ms-late", "jpeg", PORTABLE, delay=delay / 1000) for delay in (1, 10)),
 )

@@ -54,8 +54,8 @@ def encoded(shards: Path) -> Iterator[np.ndarray]:
         yield tars[row["shard"]][row["offset"] : row["offset"] + row["size"]]
 
 
-def enlarge(root: Path, out: Path) -> Path:
-    """A dataset of ImageNet's size in `out`, whose index names the images of `root` over and over.
+def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
+    """A dataset of ImageNet's size, or of `samples`, in `out`, whose index names the images of `root` over and over.
 
     The first VALIDATION images of `root` are also its validation split.
     """
@@ -76,7 +76,7 @@ def enlarge(root: Path, out: Path) -> Path:
             folder.write(cuts.file_name(split_name, number), places + table.tobytes())
         return manifest.split_record(shards, name, write_array(folder, name, index))
 
-    repeated = np.resize(np.arange(len(split.index)), SAMPLES)
+    repeated = np.resize(np.arange(len(split.index)), samples)
     repeated = repeated[np.argsort(split.index["shard"][repeated], kind="stable")]
     splits = {"train": record(repeated, "train", "large.npy")}
     splits["val"] = record(np.arange(min(VALIDATION, len(split.index))), "val", "val.npy")

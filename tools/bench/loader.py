@@ -19,6 +19,7 @@ OURS = {  # the cells of each kind of data, by the last part of their names
     "unverified": "ours, checksums off",
     "jitter": "ours, random resized crop",
     "dali-cpu": "ours, backend dali-cpu",
+    "resident": "ours, backend resident",
     "cuts-portable": "ours, cuts",
     "cuts-jitter": "ours, random resized crop, cuts",
     "cuts-dali-cpu": "ours, backend dali-cpu, cuts",

@@ -78,9 +78,9 @@ def extract(shards: Path, out: Path) -> None:
         (folder / f"{number:06d}.jpg").write_bytes(image)
 
 
-def enlarged(proof: Proof, shards: Path, name: str) -> Path:
+def enlarged(proof: Proof, shards: Path, name: str, **samples: int) -> Path:
     """scratch/large/NAME: a dataset of ImageNet's size whose index names the images of `shards` over and over."""
     from tools.bench.data import enlarge
 
     out = proof.scratch / "large" / name
-    return out if (out / MANIFEST).is_file() else enlarge(shards, out)
+    return out if (out / MANIFEST).is_file() else enlarge(shards, out, **samples)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.errors import ExpressError
 from train.environment import ROOT
 
-from . import grid, preflight, training
+from . import grid, preflight, resident, training
 from .base import Json, Proof, answers, tail
 
 
@@ -58,6 +58,7 @@ STEPS = {
     "preflight": Step(preflight.preflight, "A", 60),
     "train-256": Step(partial(training.synthetic, full_batch=256), "A", 75),
     "train-1024": Step(partial(training.synthetic, full_batch=1024), "A", 60, in_tiny=False),
+    "resident": Step(resident.resident, "A", 90),
     "profile": Step(training.profile, "A", 45),
     "layers": Step(layers, "A", 60),
     "tests": Step(gpu_tests, "A", 200),
