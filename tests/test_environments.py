@@ -53,6 +53,10 @@ TOOLS = {
     "tiny-imagenet": Tool(["tools/make_shards.py", "tiny-imagenet", "--src", "of-tiny", *SHARD], "out/manifest.json"),
     "webdataset": Tool(["tools/make_shards.py", "webdataset", "--train", "shards/*.tar", *SHARD], "out/manifest.json"),
     "csv": Tool(["tools/make_shards.py", "csv", "--train", "list.csv", *SHARD], "out/manifest.json"),
+    "hf-parquet": Tool(
+        ["tools/make_shards.py", "hf-parquet", "--train", "of-hub.parquet", "--unpack", "unpacked", *SHARD],
+        "out/manifest.json",
+    ),
     "check_shards": Tool(["tools/check_shards.py", "shards", "--deep", "--workers", 2, "--json", "out"], "out"),
     "train": Tool([*TRAIN, "--run.dir", "out"], "out/checkpoints/best"),
     "evaluate": Tool(["tools/evaluate.py", "run", "--data.shards", "shards", "--json", "out"], "out"),
@@ -81,7 +85,7 @@ ALONE: dict[str, dict] = {
     "nobody": {"user": NOBODY},
     "all names in \\xff": {},
 }
-INPUTS = ("images", "shards", "run", "2010", "2012", "of-kaggle", "of-tiny", "list.csv")
+INPUTS = ("images", "shards", "run", "2010", "2012", "of-kaggle", "of-tiny", "list.csv", "of-hub.parquet")
 PER_CLASS = 90  # three quarters of all are more shards than files may be open
 
 
@@ -100,6 +104,7 @@ def place(tmp_path_factory) -> Path:
         Mini(root / str(year), year)
     test_tables.kaggle(root / "of-kaggle")
     test_tables.tiny(root / "of-tiny")
+    test_tables.hub(root / "of-hub.parquet", test_tables.hub_rows(40))
     labels = ((name, path) for name in ("naïve", "雪") for path in sorted((root / "images" / name).iterdir()))
     rows = "".join(f"{path.relative_to(root)},{name}\n" for name, path in labels)
     (root / "list.csv").write_text(f"path,label\n{rows}", encoding="utf-8")
@@ -116,7 +121,7 @@ def run(folder: Path, command: list, *, only_first_line: bool = False, **environ
     if only_first_line:
         process.stdout.readline()
         process.stdout.close()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=500)
     return process.returncode, errors.decode()
 
 
@@ -130,7 +135,7 @@ def chosen() -> Iterator[Any]:
     """Each tool in each environment. Slow: environments one by one, and what another source of make_shards shows."""
     for environment, tool in itertools.product(ENVIRONMENTS | ALONE, TOOLS):
         repeats = (
-            tool in ("digits", "index", "imagenet2010", "kaggle", "tiny-imagenet", "csv", "webdataset")
+            tool in ("digits", "index", "imagenet2010", "kaggle", "tiny-imagenet", "csv", "webdataset", "hf-parquet")
             and environment != FIRST
         )
         marks = [pytest.mark.slow] * (repeats or environment in ALONE)

@@ -24,6 +24,7 @@ from pipeline.read.fetch import COLUMNS, OFFSET, SHARD, SIZE
 from pipeline.read.plan import Plan
 from pipeline.shards import Shard
 from tests.conftest import ROOT, run_here, run_tool
+from tests.pipeline.test_bad_samples import damage
 from tests.pipeline.web_server import WebServer, serving
 from tools import evaluate
 
@@ -81,6 +82,17 @@ def test_requests_that_fail_change_no_id_and_no_pixel(shards, web, fault):
     failing = (6, 9) if fault == "wrong" else range(0, 1000, 3)
     web.fault = lambda number, name: fault if name.endswith(".tar") and number in failing else ""
     assert_same(two_epochs(opened(web, fetch_memory=0.1)), two_epochs(shards["jpeg"], window=16))
+
+
+def test_bad_samples_are_replaced_as_in_a_folder(web, caplog):
+    """A request that fails, or whose bytes are right the second time, makes no other sample bad."""
+    damage(web.folder, [7, 8])
+    options = {"config": LoaderConfig("portable", max_bad_samples=2), "window": 2}
+    wanted = two_epochs(web.folder, **options)
+    web.fault = lambda number, name: {0: "503", 1: "wrong"}.get(number % 4, "") if name.endswith(".tar") else ""
+    assert_same(two_epochs(opened(web, fetch_memory=0.1), **options), wanted)
+    assert not {i for ids, _ in wanted for i in ids} & {7, 8}
+    assert sum("bad sample" in line for line in caplog.messages) == 4
 
 
 def test_evaluation_sees_each_sample_once_over_ranks(web):
@@ -153,7 +165,9 @@ def test_an_epoch_takes_each_shard_about_once_in_few_requests(web):
             time.sleep(0.01)
     ranges = web.ranges()
     assert len(ranges) == 6
-    assert sum(end - start for _, start, end in ranges[:3]) <= 1.05 * size
+    # Both epochs' requests may come in any order.
+    assert sorted(name for name, _, _ in ranges) == sorted([shard.name for shard in loader.split.shards] * 2)
+    assert sum(end - start for _, start, end in ranges) <= 2 * 1.05 * size
     assert loader.split.remote is not None
 
 

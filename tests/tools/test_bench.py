@@ -23,7 +23,7 @@ from tests.conftest import ROOT, picture, run_tool, the_error
 
 sys.path.append(str(ROOT))
 from tools.bench import __main__ as bench
-from tools.bench import fig1, harness, layers, loader, plots
+from tools.bench import feed, fig1, harness, layers, loader, plots
 from tools.bench.alone import attempt
 from tools.bench.peers import sharders
 
@@ -96,6 +96,11 @@ def test_the_plots_of_the_results_page_are_those_of_its_json_files(tmp_path):
             assert kept.size == now.size
             differ = np.abs(np.asarray(kept, int) - np.asarray(now, int)) > 64  # processors may round differently
             assert differ.sum() < 20, f"{name}: run python tools/bench/plots.py"
+
+
+def test_the_feed_is_measured_with_a_real_pipeline(shards):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    assert 0 < feed.microseconds(shards["jpeg"], batch=4, batches=3) < 100_000
 
 
 def test_every_benchmark_explains_itself(capsys):

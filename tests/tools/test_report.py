@@ -129,6 +129,8 @@ def test_the_page_of_shards_is_whole_on_a_phone_and_on_a_wide_screen(browser, od
     assert done.returncode == 0, done.stderr
     assert f"page: {tmp_path / 'page.html'}" in done.stdout
     check(browser, tmp_path / "page.html", pictures=4 + open_dataset(odd_shards).split("train").samples, plots=4)
+    ticks = browser.value("[...document.querySelectorAll('.xtick text')].map(tick => tick.textContent)")
+    assert {"cat", "<i>dog"} <= set(ticks)
 
 
 @pytest.mark.slow
@@ -272,12 +274,12 @@ def test_a_page_is_written_at_every_end_and_never_changes_the_exit_code(run, mon
 
 
 def test_two_runs_are_compared_in_one_page(browser, run, tmp_path, monkeypatch):
-    other = shutil.copytree(run, tmp_path / "other")
+    other = shutil.copytree(run, tmp_path / "a <b>b")
     config = read_json(other / "config.json", cure="")
     config["config"]["model"]["name"], config["config"]["optim"]["lr"] = "another", 0.5
     (other / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["report.py", str(run), "other"])
+    monkeypatch.setattr("sys.argv", ["report.py", str(run), "a <b>b"])
     report.main()
     text = (tmp_path / "report.html").read_text().replace("<wbr>", "")
     rows = re.findall(r'<tr( class="differs")?><th scope="row">([\w.]+)</th><td>(.*?)</td><td>(.*?)</td>', text)
@@ -287,6 +289,8 @@ def test_two_runs_are_compared_in_one_page(browser, run, tmp_path, monkeypatch):
     assert len(rows) > 80
     assert text.count('"of": "digits run"') == 8  # loss and accuracy of training, validation and averaged weights …
     check(browser, tmp_path / "report.html", pictures=2 * IMAGES, plots=7, screens=(PHONE,))
+    legend = browser.value("[...document.querySelectorAll('.legendtext')].map(text => text.textContent)")
+    assert {"digits run: training", "a <b>b: training"} <= set(legend)
 
 
 def test_curves_keep_their_peaks():
@@ -424,12 +428,12 @@ def test_the_page_of_shards_shows_what_was_converted_left_out_and_twice(odd_shar
     check_shards.main()
     text = (tmp_path / "page.html").read_text()
     assert "<i>dog" not in text
-    assert "1 images were converted, 1 were left out." in text
+    assert "Images converted: 1, left out: 1." in text
     assert "train/cat/bad.jpg" in text
     converted = re.search(r'<img src="data:image/jpeg;base64,([^"]+)" alt="train/cat/odd.png"', text)
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(converted[1]))))
     assert shown.shape == (40, 64, 3)
-    assert "1 groups of images with equal bytes" in text
+    assert "Groups of images with equal bytes: 1." in text
     copies = re.search(r'<section id="duplicates">(.*?)</section>', text, re.DOTALL)[1]
     first, second = re.findall(r'<img src="([^"]+)"', copies)
     assert first == second

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from pipeline import AugmentConfig, Loader, LoaderConfig
-from pipeline.read import dali, fetch, reader
+from pipeline.read import backend, dali, fetch, reader
 from tools.bench import data, harness
 
 WHAT = (
@@ -59,8 +59,8 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
         with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
             engine: Any = loader._engine
             engine.graph = NoDecode(**vars(engine.graph))
-            works = loader._plan_and_read()
-            engine.start(works.__next__)
+            ahead = backend.works(loader.plan, loader._reader, 0, 0, ahead=config.prefetch_batches)
+            engine.start(ahead.__next__)
             for number in range(batches + 8):
                 if number == 8:  # after the first batches: pages and compiled functions are warm
                     started = time.thread_time()
@@ -69,7 +69,7 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
                 engine._decoding.popleft()
             consumer = time.thread_time() - started
             engine.stop()
-            works.close()
+            ahead.close()
     return round((consumer + sum(spent)) / (batches * batch) * 1e6, 2)
 
 

@@ -76,7 +76,7 @@ def parquet(path: Path) -> Any:
     try:
         from pyarrow.parquet import ParquetFile
 
-        return ParquetFile(path)
+        return ParquetFile(open(path, "rb"))  # pyarrow itself opens no name that is not UTF-8
     except ImportError as err:
         raise ConfigError(f"{path}: pyarrow is missing; pip install pyarrow") from err
     except Exception as err:  # pyarrow has several kinds
