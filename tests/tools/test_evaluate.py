@@ -340,5 +340,6 @@ def test_top5_is_shown_if_it_says_anything(classes, shown, monkeypatch, capsys):
     found = {"images": 9, "top1": 0.5, "top5": 1.0, "loss": 1.0, "interval_95": {}, "correct": {}, "confusions": []}
     monkeypatch.setattr("train.evaluation.summary", lambda *_, **__: found)
     args = Namespace(views=1, shards="s", split="val", resamples=0, json=None)
-    evaluate.report(None, [], Namespace(classes=names, class_names=names), args, "fp32")
+    dataset = Namespace(classes=names, class_names=names, split=lambda name: Namespace(index=range(9)))
+    evaluate.report(None, [], dataset, args, "fp32")
     assert ("top-5   100.00%" in capsys.readouterr().out) is shown
