@@ -52,6 +52,10 @@ NOT_RUN = {
     "python tools/make_shards.py listed": "needs the example's code; tests/test_docs.py",
     "make netns-test": "needs root and iproute2; is a suite of its own",
     "make slurm-test": "needs root and Slurm; is a suite of its own",
+    "make ray-test": "installs Ray; is a suite of its own",
+    "python tools/make_shards.py imagenet2012 --src /data/archives --out /data/shards --executor ray": (
+        "needs Ray; tests/pipeline/test_ray.py"
+    ),
     "make simd": "replaces Pillow, and needs a compiler and headers",
     "make accuracy": "needs CIFAR-10 and two hours; tests/tools/test_bench.py",
     "make gpu-proof": "needs a GPU, or minutes without one; .ci/run",
