@@ -4,6 +4,7 @@ Which one takes its place depends on the ids of the bad samples alone (order.rep
 when.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from ..errors import BadSample, DataError
 
 SHOWN = 10  # ids in a message
+COLLECTED = 16  # bad samples, after which memory is collected: that takes a tenth of a second
 
 
 @dataclass
@@ -33,6 +35,8 @@ class BadSamples:
             raise err
         self.found[err.sample] = str(err)
         self.unshared += 1
+        if len(self.found) % COLLECTED == 0:
+            gc.collect()  # tracebacks hold each failed batch in a circle, 0.25 MB of small images
         logging.getLogger("imagenet_express").warning("bad sample %d of %d: %s", len(self.found), self.limit, err)
         if not self.together and (error := self.error()):
             del self.found[err.sample]  # so that the next try meets it as well, unless it is repaired by then
