@@ -272,7 +272,7 @@ class Loader(AbstractContextManager["Loader"]):
         return batch if kept.all() else Batch(*(each[kept] for each in batch))
 
     def _decoded(self) -> tuple[Work, Tensor]:
-        """The engine's next batch, made anew with other samples as long as one of its samples is found to be bad."""
+        """The engine's next batch, made again with other samples as long as one of its samples is found to be bad."""
         while True:
             if self._planned_without != len(self.bad.found):
                 self._planned_without = len(self.bad.found)

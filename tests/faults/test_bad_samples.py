@@ -69,9 +69,9 @@ def test_a_run_that_stops_resumes_with_the_same_samples_without_reading_the_bad_
     second = run(tmp_path / "run", *args, ranks=2)
     assert "bad sample" not in second.said
     assert traces(tmp_path / "run") == traces(clean.folder)
-    refused = Job(tmp_path / "run", *args[:-1], 3, ranks=2)
-    refused.wait()
-    assert f"4 bad samples, more than loader.max_bad_samples=3: {', '.join(map(str, sorted(bad)))}\n" in refused.said
+    rejected = Job(tmp_path / "run", *args[:-1], 3, ranks=2)
+    rejected.wait()
+    assert f"4 bad samples, more than loader.max_bad_samples=3: {', '.join(map(str, sorted(bad)))}\n" in rejected.said
 
 
 @pytest.mark.slow

@@ -188,19 +188,19 @@ def test_damaged_images_are_left_out_up_to_a_limit_over_all_ranks(ranks, trained
     bad = [4, 5, 30, 300]
     damage(root, bad, split="val")
     files = ["--csv", tmp_path / "b.csv", "--json", tmp_path / "b.json"]
-    told = [ROOT / EVALUATE, trained, "--batch", 2 * ranks, "--data.shards"]
-    done = launched(*told, root, *files, "--loader.max-bad-samples", 4, ranks=ranks)
+    command = [ROOT / EVALUATE, trained, "--batch", 2 * ranks, "--data.shards"]
+    done = launched(*command, root, *files, "--loader.max-bad-samples", 4, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert "val: 355 of 359 images of 10 classes" in done.stdout
     assert sum("bad sample" in line for line in done.stderr.splitlines()) == 4
     found = json.loads((tmp_path / "b.json").read_text())
     assert (found["images"], found["bad_samples"]) == (355, 4)
-    few = launched(*told, root, "--loader.max-bad-samples", 3, ranks=ranks)
+    few = launched(*command, root, "--loader.max-bad-samples", 3, ranks=ranks)
     assert few.returncode != 0
     errors = [line for line in few.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "4 bad samples, more than loader.max_bad_samples=3: 4, 5, 30, 300; " in errors[0]
-    assert launched(*told, digits, "--csv", tmp_path / "all.csv").returncode == 0
+    assert launched(*command, digits, "--csv", tmp_path / "all.csv").returncode == 0
     whole, rows = ([line.split(",")[:3] for line in (tmp_path / name).open()] for name in ("all.csv", "b.csv"))
     assert rows == [row for i, row in enumerate(whole) if i - 1 not in bad]
 
