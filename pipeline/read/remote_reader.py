@@ -9,12 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from .. import remote
+from ..errors import StorageError
 from ..manifest import Split
 from ..shards import crc32
 from .fetch import CRC32, OFFSET, SHARD, SIZE, Rows
@@ -106,7 +108,8 @@ class RemoteReader(Reader):
     """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
 
     def __init__(self, split: Split, *, threads: int = 32, **settings: Any) -> None:
-        super().__init__(split, threads=threads, **settings | {"always_ahead": True})
+        settings["always_ahead"] |= not settings["copies"]
+        super().__init__(split, threads=threads, **settings)
         assert split.remote is not None
         self._folder: remote.RemoteFolder = split.remote
         self._shards, self._closed = split.shards, threading.Event()
@@ -114,6 +117,12 @@ class RemoteReader(Reader):
         # By chunk and sample: its request, and its first byte there.
         self._fetched: list[dict[int, tuple[Future[ndarray], int]]] = []
         self._tasks: list[Future[None]] = []  # those that copy the latest chunk's images into batches
+
+    def _at_once(self, batch: ReadBatch) -> bool:
+        if self.cache:
+            with suppress(StorageError):  # as long as one is not copied
+                batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
+        return super()._at_once(batch) or not batch.files
 
     def ahead(self, batch: ReadBatch) -> None:
         super().ahead(batch)
@@ -129,8 +138,13 @@ class RemoteReader(Reader):
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):
                 wait(self._tasks)  # so that no more than two chunks are in memory
                 self._tasks.clear()
-                self._fetched = [*filter(None, self._fetched), self._fetch(np.concatenate(chunk.ids))]
+                ids = np.concatenate(chunk.ids)
                 waiting.append(chunk.steps)
+                if self.cache:
+                    shards = self.rows[ids, SHARD]
+                    copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
+                    ids = ids[~np.isin(shards, list(copies))]
+                self._fetched = [*filter(None, self._fetched), self._fetch(ids)]
                 if len(waiting) > 1:
                     yield from waiting.popleft()
             for rest in waiting:
@@ -150,14 +164,20 @@ class RemoteReader(Reader):
             fewer = f"; --data.fetch-memory {held / limit * self._folder.fetch_memory:.0f} makes fewer"
         return (
             f"remote: {self._folder}, window={plan.window}; an epoch takes about {count:,.0f} requests and"
-            f" {size / 1e9:.1f} GB, over all ranks{fewer}"
+            f" {size / 1e9:.1f} GB, over all ranks{fewer}{'; ' * bool(self.cache)}{super().cost(plan)}"
         )
 
     def _limit(self, plan: Plan) -> int:
-        """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
-        return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
+        """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1.
+
+        Two must find room among copies, and the shards of the one before, which the next one begins with.
+        """
+        limit = int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
+        return int(min(limit, self.cache.place.bytes // 3)) if self.cache and self.cache.place.wait else limit
 
     def _fetch(self, ids: ndarray) -> dict[int, tuple[Future[ndarray], int]]:
+        if not len(ids):
+            return {}
         rows = self.rows[ids]
         ranges, of_image = requests(rows)
         futures = [self._fetchers.submit(self._get, *each) for each in ranges.tolist()]
@@ -169,7 +189,12 @@ class RemoteReader(Reader):
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self._closed)
         return np.frombuffer(data, np.uint8)
 
+    def original(self, shard: int, start: int, end: int) -> Any:
+        return self._get(shard, start, end)
+
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
+        if batch.files:
+            return super()._fill(batch, a, b)
         for i in range(a, b):
             at = int(batch.at[i])
             batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
@@ -185,12 +210,19 @@ class RemoteReader(Reader):
         for attempt in range(FETCHES):
             if attempt == 0 and ahead:
                 image = ahead[0].result()[ahead[1] : ahead[1] + row[SIZE]]
-            else:
+            elif attempt > 0 or not len(image := self._of_copy(row)):
                 image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
             if not self.verify or crc32(image) == row[CRC32]:
                 return image
             logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
         raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
+
+    def _of_copy(self, row: list[int]) -> ndarray:
+        """One image's bytes; none if its shard is not copied."""
+        if self.cache and self.cache.wait(row[SHARD]):
+            with suppress(StorageError, EOFError):  # it made room for another
+                return self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])[0]
+        return np.empty(0, np.uint8)
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message, without a request: shard, offset."""
