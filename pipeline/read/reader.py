@@ -93,7 +93,8 @@ class Reader:
     """Reads samples of one split by their ids.
 
     threads: reads in flight if storage is slow. images_a_task: how many a thread reads in turn then.
-    always_ahead: for consumers that do not read themselves. pinned: into page-locked memory. copies: see ShardCache.
+    always_ahead: for consumers that do not read themselves. pinned: into page-locked memory. copies,
+    original: the place and the read of a ShardCache.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Reader:
         always_ahead: bool = False,
         pinned: bool = False,
         copies: Copies | None = None,
+        original: Callable[[int, int, int], Any] | None = None,
     ) -> None:
         self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
@@ -114,8 +116,9 @@ class Reader:
         self.cache: ShardCache | None = None
         self.source = LocalShards(shards)
         if copies:
-            self._originals = self.source
-            self.cache = ShardCache(copies, split, self.original, lambda: self.source.open.cache_clear())
+            here = self.source
+            read = original or (lambda shard, start, end: here.read(shard, [(start, end - start)])[0])
+            self.cache = ShardCache(copies, split, read, lambda: self.source.open.cache_clear())
             self.source = LocalShards(shards, self.cache.path)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
@@ -146,10 +149,6 @@ class Reader:
         if plan.train and not plan.window:
             return f"{text}; with window=0 all are read all the time, from their source until copied"
         return text
-
-    def original(self, shard: int, start: int, end: int) -> Any:
-        """These bytes of a shard, not of its copy."""
-        return self._originals.read(shard, [(start, end - start)])[0]
 
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""

@@ -109,7 +109,7 @@ class RemoteReader(Reader):
 
     def __init__(self, split: Split, *, threads: int = 32, **settings: Any) -> None:
         settings["always_ahead"] |= not settings["copies"]
-        super().__init__(split, threads=threads, **settings)
+        super().__init__(split, threads=threads, **settings, original=self._get)
         assert split.remote is not None
         self._folder: remote.RemoteFolder = split.remote
         self._shards, self._closed = split.shards, threading.Event()
@@ -188,9 +188,6 @@ class RemoteReader(Reader):
         of = self._shards[shard]
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self._closed)
         return np.frombuffer(data, np.uint8)
-
-    def original(self, shard: int, start: int, end: int) -> Any:
-        return self._get(shard, start, end)
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         if batch.files:
