@@ -6,7 +6,7 @@ Evaluation: the samples in stored order, one contiguous slice per rank, each sam
 """
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from itertools import chain, pairwise
 
 import numpy as np
@@ -36,18 +36,44 @@ def epoch_order(shard_sizes: ndarray, *, batch: int, partitions: int = 1, window
     return pieces[0].ravel() if partitions == 1 else np.concatenate(pieces, axis=1).ravel()
 
 
+def shard_steps(
+    shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int
+) -> tuple[ndarray, ndarray]:
+    """(shards,) int64 each: an epoch's first and last step at which any rank reads from a shard. See epoch_order.
+
+    Those of a shard that is not read: the number of steps, and -1.
+    """
+    ends = np.cumsum(shard_sizes)
+    steps, piece = steps_per_epoch(int(ends[-1]), batch=batch), batch // partitions
+    first, last = np.full(len(ends), steps), np.full(len(ends), -1)
+    for part in range(partitions):
+        start, end = part * int(ends[-1]) // partitions, (part + 1) * int(ends[-1]) // partitions
+        done = 0
+        for shards, ids in _groups(ends, start, end, window, **at) if start < end else ():
+            if done // piece < steps:
+                first[shards] = np.minimum(first[shards], done // piece)
+                last[shards] = np.maximum(last[shards], min((done + len(ids) - 1) // piece, steps - 1))
+            done += len(ids)
+    return first, last
+
+
 def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) -> ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another."""
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
         order = np.argsort(rng.bits(np.arange(start, end), stream=rng.ORDER, **at))
         order += start  # as _shuffled, with half the memory
         return order
+    return np.concatenate([_shuffled(ids, **at) for _, ids in _groups(ends, start, end, window, **at)])
+
+
+def _groups(ends: ndarray, start: int, end: int, window: int, **at: int) -> Iterator[tuple[ndarray, ndarray]]:
+    """(shards, ids) of each group of a partition, in the order in which they are read."""
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
     ranges = [np.arange(a, b) for a, b in pairwise(bounds)]
     shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
-    groups = [shards[i : i + window] for i in range(0, len(shards), window)]
-    return np.concatenate([_shuffled(np.concatenate([ranges[s] for s in g]), **at) for g in groups])
+    for group in (shards[i : i + window] for i in range(0, len(shards), window)):
+        yield first + group, np.concatenate([ranges[s] for s in group])
 
 
 def _shuffled(ids: ndarray, **at: int) -> ndarray:
