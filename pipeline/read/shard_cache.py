@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class ShardCache:
     def __init__(
         self, place: Copies, split: Split, read: Callable[[int, int, int], Any], copied: Callable[[], None]
     ) -> None:
-        self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
+        self.place, self._shards, self.read, self._copied = place, split.shards, read, copied
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
@@ -65,7 +66,7 @@ class ShardCache:
         return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
 
     def is_whole(self, shard: int) -> bool:
-        return file_size(self.path(shard)) == self._shards[shard].bytes
+        return self.path(shard).is_file()
 
     def request(self, plan: Plan, epoch: int, step: int, needed: Collection[int] = ()) -> set[int]:
         """Starts to copy this rank's shards, in the order in which they are read from this step on.
@@ -162,7 +163,7 @@ class ShardCache:
             while chunk := file.read(PIECE):
                 digest.update(chunk)
             while (done := file.tell()) < of.bytes and not self._closed.is_set() and shard not in self._failed:
-                data = self._read(shard, done, min(done + PIECE, of.bytes))
+                data = self.read(shard, done, min(done + PIECE, of.bytes))
                 digest.update(data)
                 file.write(data)
             if done < of.bytes:  # the next run may continue
@@ -186,6 +187,14 @@ class ShardCache:
                 return self.is_whole(shard)
             time.sleep(PAUSE)
         return True
+
+    def drop(self, shard: int) -> None:
+        """Deletes a copy that does not hold the shard's bytes: something else wrote it, or the disk failed."""
+        with suppress(OSError):
+            self.path(shard).unlink()
+            self._whole.discard(shard)
+            self._copied()
+            logging.getLogger("imagenet_express").warning("%s: a damaged copy of a shard; deleted", self.path(shard))
 
     def close(self) -> None:
         self._closed.set()

@@ -183,6 +183,17 @@ def test_what_was_copied_before_a_kill_is_kept_and_compared(many, web, folder):
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.parametrize("backend", ["portable", "dali-cpu", "resident"])
+@pytest.mark.parametrize("size", [0.5, 1], ids=["truncated", "damaged"])
+@pytest.mark.parametrize("remote", [True, False], ids=["url", "folder"])
+def test_a_damaged_copy_is_replaced(many, web, folder, caplog, remote, size, backend):
+    for name, bytes_ in list(sizes(many).items())[:3]:
+        (folder / f"{name}.tar").write_bytes(bytes(int(size * bytes_)))
+    dataset = copied(web, folder) if remote else open_dataset(many, copies=Copies(folder))
+    assert_same(batches(dataset, backend=backend), batches(many, backend=backend))
+    assert sum(line.endswith(".tar: a damaged copy of a shard; deleted") for line in caplog.messages) == 3
+
+
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_full_disk_is_reported_and_the_rest_is_read_from_the_source(many, web, tmp_path, caplog, wait):
     with tmpfs(tmp_path / "small", "256k") as small:
