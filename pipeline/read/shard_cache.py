@@ -66,7 +66,7 @@ class ShardCache:
         return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
 
     def is_whole(self, shard: int) -> bool:
-        return self.path(shard).is_file()
+        return os.path.isfile(self.path(shard))
 
     def request(self, plan: Plan, epoch: int, step: int, needed: Collection[int] = ()) -> set[int]:
         """Starts to copy this rank's shards, in the order in which they are read from this step on.
@@ -79,8 +79,11 @@ class ShardCache:
             self._at = plan, epoch, step
             mine = plan.shards()
             if not self._closed.is_set() and not self._whole.union(self._failed).issuperset(mine):
-                with open(self._locked(), "rb"):
-                    self._claim(plan.steps_until(epoch, step), mine, needed)
+                try:
+                    with open(self._locked(), "rb"):
+                        self._claim(plan.steps_until(epoch, step), mine, needed)
+                except OSError as err:
+                    self._give_up(err)
             return {shard for shard in needed if self.is_whole(shard) or (wait and self._comes(shard))}
 
     def _comes(self, shard: int) -> bool:
@@ -141,10 +144,9 @@ class ShardCache:
                 self._failed.add(shard)
                 log("shard %s: its sha256 is not the manifest's; it is not copied", self._shards[shard].name)
         except OSError as err:
-            partial.unlink(missing_ok=True)
-            if len(self._failed) < len(self._shards):
-                log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
-            self._failed.update(range(len(self._shards)))
+            with suppress(OSError):
+                partial.unlink()
+            self._give_up(err)
         except BaseException:  # of the source: who reads an image meets it too
             self._failed.add(shard)
             raise
@@ -155,6 +157,12 @@ class ShardCache:
                 self._copied()
                 if self._at:
                     self.request(*self._at)
+
+    def _give_up(self, err: OSError) -> None:
+        if len(self._failed) < len(self._shards):
+            log = logging.getLogger("imagenet_express").warning
+            log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
+        self._failed.update(range(len(self._shards)))
 
     def _filled(self, shard: int, partial: Path) -> bool:
         """Copies what is missing, and names the copy. False if it is not the shard."""
@@ -202,10 +210,11 @@ class ShardCache:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
     try:
-        os.close(locked(path, wait_seconds=0))
+        if path.exists():
+            os.close(locked(path, wait_seconds=0))
     except StorageError:
         return True
+    except OSError:  # the folder was deleted, or may not be read any more
+        pass
     return False
