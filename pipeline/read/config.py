@@ -54,7 +54,7 @@ class DataConfig:
     def open(self) -> Dataset:
         folder, copies = self.cache or self.stage, None
         if folder:
-            copies = Copies(Path(folder), 1e9 * self.cache_size or math.inf, wait=bool(self.cache))
+            copies = Copies(Path(folder).expanduser(), 1e9 * self.cache_size or math.inf, wait=bool(self.cache))
         return open_dataset(self.shards, allow_http=self.allow_http, fetch_memory=self.fetch_memory, copies=copies)
 
 

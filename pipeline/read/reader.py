@@ -117,7 +117,7 @@ class Reader:
         if copies:
             here = self.source
             read = original or (lambda shard, start, end: here.read(shard, [(start, end - start)])[0])
-            self.cache = ShardCache(copies, split, read, lambda: self.source.open.cache_clear())
+            self.cache = ShardCache(copies, split, read, lambda: [each.close() for each in (here, self.source)])
             self.source = LocalShards(shards, self.cache.path)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))

@@ -118,6 +118,7 @@ class ShardCache:
                 lock = OpenFile(locked(self._partial(shard), wait_seconds=LOCK_SECONDS))
                 self._claims[shard] = self._pool.submit(self._copy, shard, lock)
                 used += room
+                busy.add(name)  # another shard may have the same bytes
 
     def _files(self) -> tuple[dict[str, int], set[str]]:
         """The bytes of our files, those of partial ones that a process is filling as they will be; and their names."""
@@ -207,6 +208,7 @@ class ShardCache:
     def close(self) -> None:
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._copied()
 
 
 def _is_locked(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 import random
 import re
 import shutil
@@ -264,10 +266,31 @@ def test_settings_of_copies(many, tmp_path):
     with pytest.raises(ConfigError, match=r"data\.cache and data\.stage: name one of them"):
         DataConfig(str(many), cache="a", stage="b")
     assert DataConfig(str(many), stage="b").open().copies == Copies(Path("b"), wait=False)
+    assert DataConfig(str(many), stage="~/b").open().copies == Copies(Path.home() / "b", wait=False)
     assert DataConfig(str(many), cache="a", cache_size=2).open().copies == Copies(Path("a"), 2e9)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=f"^{tmp_path}/file/copies: cannot hold copies of shards: Not a directory"):
         Loader(open_dataset(many, copies=Copies(tmp_path / "file" / "copies")), batch=4, augment=VIEW)
+
+
+def test_two_shards_of_the_same_bytes_share_a_copy(many, web, folder, monkeypatch):
+    monkeypatch.setattr(shard_cache, "LOCK_SECONDS", 0.1)
+    web.fault = lambda number, name: "delay"
+    with Loader(copied(web, folder), batch=16, augment=VIEW, window=3) as loader:
+        cache = loader._reader.cache
+        first, second, *rest = cache._shards
+        cache._shards = (first, dataclasses.replace(second, sha256=first.sha256, bytes=first.bytes), *rest)
+        assert cache.request(loader.plan, 0, 0, needed=(0, 1)) == {0, 1}
+        assert [cache.wait(0), cache.wait(1)] == [True, True]
+
+
+def test_a_closed_loader_holds_no_file_of_the_source(many, folder):
+    loader = Loader(open_dataset(many, copies=Copies(folder)), batch=16, augment=VIEW, window=3)
+    for _ in loader:
+        pass
+    loader.close()
+    held = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.lexists(entry.path)]
+    assert not [path for path in held if path.startswith((f"{many}/", f"{folder}/")) and ".tar" in path]
 
 
 # The plan
