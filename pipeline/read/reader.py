@@ -116,8 +116,13 @@ class Reader:
         self.source = LocalShards(shards)
         if copies:
             here = self.source
+
+            def closed() -> None:  # opened when they are next read, from copies that exist by then
+                here.close()
+                self.source.close()
+
             read = original or (lambda shard, start, end: here.read(shard, [(start, end - start)])[0])
-            self.cache = ShardCache(copies, split, read, lambda: [each.close() for each in (here, self.source)])
+            self.cache = ShardCache(copies, split, read, closed)
             self.source = LocalShards(shards, self.cache.path)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
