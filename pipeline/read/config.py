@@ -25,8 +25,8 @@ class DataConfig:
     """Where the images are."""
 
     shards: InHelp[PerHost[str]] = ""
-    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, https:// (docs/remote.md). Another place of
-    the same data is the same run: the fingerprint decides."""
+    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, hf://, https:// (docs/remote.md). Another
+    place of the same data is the same run: the fingerprint decides."""
     train_split: str = "train"
     val_split: InHelp[str] = "val"
     partitions: Positive = 1

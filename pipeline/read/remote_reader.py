@@ -60,7 +60,7 @@ def reads_from(plan: Plan) -> tuple[float, float]:
     return window * max(1.0, parts / plan.world), size * parts / plan.world
 
 
-def shards_of_a_chunk(plan: Plan, *, limit: int) -> float:
+def shards_of_a_chunk(plan: Plan, *, limit: float) -> float:
     """Those of whole windows: the images in a part of a window do not lie side by side."""
     shards, size = reads_from(plan)
     return shards * max(1.0, limit // size) if plan.window else len(plan.split.shards)
@@ -132,10 +132,13 @@ class RemoteReader(Reader):
         if self.done:
             yield from steps
         limit = self._limit(plan)
+        room = float(limit)
+        if self.cache:  # which has to hold two chunks, and the shards that the older one began with
+            room = min(limit, self.cache.place.bytes / (3 * plan.partitions))
         planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[list[Step]] = deque()
         try:
-            for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):
+            for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
                 wait(self._tasks)  # so that no more than two chunks are in memory
                 self._tasks.clear()
                 ids = np.concatenate(chunk.ids)
@@ -168,12 +171,8 @@ class RemoteReader(Reader):
         )
 
     def _limit(self, plan: Plan) -> int:
-        """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1.
-
-        Two must find room among copies, and the shards of the one before, which the next one begins with.
-        """
-        limit = int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
-        return int(min(limit, self.cache.place.bytes // 3)) if self.cache and self.cache.place.wait else limit
+        """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
+        return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
 
     def _fetch(self, ids: ndarray) -> dict[int, tuple[Future[ndarray], int]]:
         if not len(ids):

@@ -144,6 +144,9 @@ class ShardCache:
             if len(self._failed) < len(self._shards):
                 log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
             self._failed.update(range(len(self._shards)))
+        except BaseException:  # of the source: who reads an image meets it too
+            self._failed.add(shard)
+            raise
         finally:
             del lock
             with self._lock:
@@ -162,7 +165,7 @@ class ShardCache:
                 data = self._read(shard, done, min(done + PIECE, of.bytes))
                 digest.update(data)
                 file.write(data)
-            if done < of.bytes:
+            if done < of.bytes:  # the next run may continue
                 return True
             file.flush()
             os.fsync(file.fileno())

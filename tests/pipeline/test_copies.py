@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,22 @@ def test_a_shard_that_stays_wrong_is_not_copied_and_its_image_is_named(many, web
     with pytest.raises(DataError, match=r"train-000000\.tar: sample 7 at byte \d+: .* fetched 3 times"):
         batches(copied(web, folder))
     assert any("train-000000.tar: its sha256 is not the manifest's" in line for line in caplog.messages)
+
+
+def test_a_shard_that_cannot_be_read_is_asked_for_once_and_ends_the_epoch(many, web, folder, tmp_path):
+    web.folder = shutil.copytree(many, tmp_path / "served")
+    with Loader(copied(web, folder), batch=16, seed=3, augment=VIEW, window=3) as loader:
+        last = loader.split.shards[int(np.argmax(loader.plan.steps_until(0, 0)))]
+        (web.folder / last.name).unlink()
+        next(iter(loader))
+        deadline = time.monotonic() + 60
+        while len(whole(folder)) < 17 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(web.rejected) == 1
+        with pytest.raises(DataError, match=f"{re.escape(last.name)}: there is no such object"):
+            for _ in loader:
+                pass
 
 
 def test_what_was_copied_before_a_kill_is_kept_and_compared(many, web, folder):
