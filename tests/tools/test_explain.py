@@ -79,6 +79,8 @@ def test_storage_that_makes_reads_wait_is_the_limit(explained, few_digits, monke
     shown, found = explained(few_digits, batch=32)
     assert found["limit"] == "storage"
     assert "--data.stage DIR" in shown
+    (assemble,) = (row for row in found["stages"] if row["stage"] == "assemble")
+    assert assemble["img/s"] > 4 * 32 / waited  # it reads nothing
     assert 32 / waited * 0.2 < found["predicted"] < 32 / waited * 1.1  # 32 reads in flight
 
 

@@ -51,9 +51,9 @@ LIMITS = {
     "assemble": ("assembling batches, in the training thread", "larger batches, or more ranks"),
     "step": ("the training step", "nothing to do: the loader is faster"),
 }
-SMALLER = ", or shards with --encode jpeg, which are smaller and faster to decode"
+JPEGS = ", or shards with --encode jpeg"
+SMALLER = dict.fromkeys([("storage", "keep"), ("storage", "raw"), ("decode", "keep")], JPEGS)
 NOT_MEASURED = "measured: the backend portable; not measured: dali-cpu, dali-gpu and resident"
-
 
 Task = Callable[[Work, Any, int, int | None], None]  # images [a, b) of a batch, and the batch's crops
 
@@ -87,6 +87,7 @@ class Stages:
             self.works.append(work)
             each += [(work, next(places), a, min(a + step, n)) for a in range(0, n, step)]
         self.tasks = itertools.cycle(each)
+        loader._reader.done = True  # so that it reads nothing while batches are assembled, even if storage is slow
         settings = {"threads": loader.config.read_threads, "images_a_task": loader._reader.images_a_task}
         self.readers = {name: reads.Reader(loader.split, **settings) for name in (COLD, WARM)}
 
@@ -227,8 +228,7 @@ def report(stages: Stages, step: float, args: harness.Namespace, record: harness
     found |= {STEP: Stage(step, 1 / step)} if step else {}
     which = "step" if 0 < step <= rate else which
     because, advice = (text.format(**on, most=rate * on["cores"] / on["threads"]) for text in LIMITS[which])
-    if which in ("storage", "decode") and stages.loader.dataset.encoding != "jpeg":
-        advice += SMALLER
+    advice += SMALLER.get((which, stages.loader.dataset.encoding), "")
     if rate < step:
         advice += f"; the step takes {step / rate:.2g} times as many images"
     size, names = stages.image_bytes / 1e6, ("stage", "img/s", "MB/s", "µs an image")
