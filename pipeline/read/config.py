@@ -64,8 +64,8 @@ class LoaderConfig:
 
     backend: InHelp[Backend] = "auto"
     """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable. resident decodes
-    all images once and keeps them in memory (docs/resident.md). synthetic delivers noise without reading an image, to
-    measure the network alone."""
+    all images once and keeps them in memory; on GPUs, auto takes it for training runs that it suits (docs/resident.md).
+    synthetic delivers noise without reading an image, to measure the network alone."""
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: PerHost[Few] = 32
