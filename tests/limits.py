@@ -24,7 +24,7 @@ PRODUCT = ("pipeline", "model", "train", "tools")
 BENCHMARKS = "tools/bench"
 
 PRODUCT_TOKENS = 119_045  # the aim is 85,000: lower this whenever the code has shrunk
-BENCHMARK_TOKENS = 23_760
+BENCHMARK_TOKENS = 23_780
 FILE_LINES = 300
 CLASS_METHODS = 15
 MEDIAN_FUNCTION_LINES = 8
