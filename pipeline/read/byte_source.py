@@ -44,7 +44,7 @@ class LocalShards:
         def opened(shard: int) -> OpenFile:
             try:
                 if copy:
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(OSError):  # it may exist and not be readable
                         return OpenFile(os.open(copy(shard), os.O_RDONLY | os.O_CLOEXEC))
                 return OpenFile(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
             except OSError as err:

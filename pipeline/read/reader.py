@@ -46,7 +46,6 @@ from .shard_cache import ShardCache
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
 WAITS_A_READ = 0.3  # of a thread, on average: reads from the page cache do not wait
 SLOW_SHARE = 0.5  # of the latest blocks
-READS = 3  # of a block, while its images are whole when they are read once more
 RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
 FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is fast; a task costs 15 µs
 COPIES_ASKED = 64  # steps from one look for shards to copy to the next
@@ -212,12 +211,14 @@ class Reader:
         buffer = self._scratch(int((at + size).max()))
         with self._opened(batch, rows) as fds:
             block = Block(buffer, at, fds, rows, self.verify)
-            for _ in range(READS):
-                if (done := function(block)) == b - a:
-                    return block
-                sample = int(batch.ids[a + done])
-                self.stored(sample)  # once more, slowly, for the reason; a read that was only interrupted succeeds
-        raise self._bad(sample, "its bytes changed while they were read")
+            if function(block) == b - a:
+                return block
+        # Once more, slowly: for the reason, or because a copy is damaged. A read that was only interrupted succeeds.
+        images = [self.stored(sample) for sample in batch.ids[a:b].tolist()]
+        at = np.cumsum(size) - size
+        block = Block(np.concatenate(images), at, np.full(b - a, IN_MEMORY), rows, False)
+        function(block)
+        return block
 
     @contextmanager
     def _opened(self, batch: ReadBatch, rows: ndarray) -> Iterator[ndarray]:
@@ -240,14 +241,19 @@ class Reader:
 
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""
-        row = self.rows[sample].tolist()
-        try:
-            (image,) = self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])
-        except EOFError:
-            raise self._bad(sample, "the shard ends before it") from None
-        if self.verify and crc32(image) != row[CRC32]:
-            raise self._bad(sample, "its bytes changed since they were written (checksum)")
-        return image
+        (shard, start, size), reason = self.rows[sample, [SHARD, OFFSET, SIZE]].tolist(), "the shard ends before it"
+        for cache in (None, self.cache) if self.cache else (None,):
+            try:
+                # With a cache, the first read may be of a damaged copy.
+                image = cache.read(shard, start, start + size) if cache else self.source.read(shard, [(start, size)])[0]
+                if not self.verify or crc32(image) == self.rows[sample, CRC32]:
+                    return image
+                reason = "its bytes changed since they were written (checksum)"
+            except EOFError:
+                pass
+            if self.cache:
+                self.cache.drop(shard)
+        raise self._bad(sample, reason)
 
     def _bad(self, sample: int, reason: str) -> BadSample:
         cure = "copy the shard again or shard the data again"

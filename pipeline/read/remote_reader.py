@@ -210,6 +210,8 @@ class RemoteReader(Reader):
                 image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
             if not self.verify or crc32(image) == row[CRC32]:
                 return image
+            if self.cache:
+                self.cache.drop(row[SHARD])
             logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
         raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
 
@@ -218,6 +220,7 @@ class RemoteReader(Reader):
         if self.cache and self.cache.wait(row[SHARD]):
             with suppress(StorageError, EOFError):  # it made room for another
                 return self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])[0]
+            self.cache.drop(row[SHARD])
         return np.empty(0, np.uint8)
 
     def describe(self, sample: int) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class ShardCache:
     def __init__(
         self, place: Copies, split: Split, read: Callable[[int, int, int], Any], copied: Callable[[], None]
     ) -> None:
-        self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
+        self.place, self._shards, self.read, self._copied = place, split.shards, read, copied
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
@@ -65,7 +66,7 @@ class ShardCache:
         return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
 
     def is_whole(self, shard: int) -> bool:
-        return file_size(self.path(shard)) == self._shards[shard].bytes
+        return os.path.isfile(self.path(shard))
 
     def request(self, plan: Plan, epoch: int, step: int, needed: Collection[int] = ()) -> set[int]:
         """Starts to copy this rank's shards, in the order in which they are read from this step on.
@@ -78,8 +79,11 @@ class ShardCache:
             self._at = plan, epoch, step
             mine = plan.shards()
             if not self._closed.is_set() and not self._whole.union(self._failed).issuperset(mine):
-                with open(self._locked(), "rb"):
-                    self._claim(plan.steps_until(epoch, step), mine, needed)
+                try:
+                    with open(self._locked(), "rb"):
+                        self._claim(plan.steps_until(epoch, step), mine, needed)
+                except OSError as err:
+                    self._give_up(err)
             return {shard for shard in needed if self.is_whole(shard) or (wait and self._comes(shard))}
 
     def _comes(self, shard: int) -> bool:
@@ -140,10 +144,9 @@ class ShardCache:
                 self._failed.add(shard)
                 log("shard %s: its sha256 is not the manifest's; it is not copied", self._shards[shard].name)
         except OSError as err:
-            partial.unlink(missing_ok=True)
-            if len(self._failed) < len(self._shards):
-                log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
-            self._failed.update(range(len(self._shards)))
+            with suppress(OSError):
+                partial.unlink()
+            self._give_up(err)
         except BaseException:  # of the source: who reads an image meets it too
             self._failed.add(shard)
             raise
@@ -155,6 +158,12 @@ class ShardCache:
                 if self._at:
                     self.request(*self._at)
 
+    def _give_up(self, err: OSError) -> None:
+        if len(self._failed) < len(self._shards):
+            log = logging.getLogger("imagenet_express").warning
+            log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
+        self._failed.update(range(len(self._shards)))
+
     def _filled(self, shard: int, partial: Path) -> bool:
         """Copies what is missing, and names the copy. False if it is not the shard."""
         of, digest = self._shards[shard], hashlib.sha256()
@@ -162,7 +171,7 @@ class ShardCache:
             while chunk := file.read(PIECE):
                 digest.update(chunk)
             while (done := file.tell()) < of.bytes and not self._closed.is_set() and shard not in self._failed:
-                data = self._read(shard, done, min(done + PIECE, of.bytes))
+                data = self.read(shard, done, min(done + PIECE, of.bytes))
                 digest.update(data)
                 file.write(data)
             if done < of.bytes:  # the next run may continue
@@ -187,16 +196,25 @@ class ShardCache:
             time.sleep(PAUSE)
         return True
 
+    def drop(self, shard: int) -> None:
+        """Deletes a copy that does not hold the shard's bytes: something else wrote it, or the disk failed."""
+        with suppress(OSError):
+            self.path(shard).unlink()
+            self._whole.discard(shard)
+            self._copied()
+            logging.getLogger("imagenet_express").warning("%s: a damaged copy of a shard; deleted", self.path(shard))
+
     def close(self) -> None:
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
     try:
-        os.close(locked(path, wait_seconds=0))
+        if path.exists():
+            os.close(locked(path, wait_seconds=0))
     except StorageError:
         return True
+    except OSError:  # the folder was deleted, or may not be read any more
+        pass
     return False

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, StorageError, open_dataset
-from pipeline.read import order, shard_cache
+from pipeline.read import order, reader, shard_cache
 from pipeline.read.byte_source import LocalShards
 from pipeline.read.config import DataConfig
 from pipeline.storage import Copies
@@ -181,6 +181,34 @@ def test_what_was_copied_before_a_kill_is_kept_and_compared(many, web, folder):
     assert whole(folder) == sizes(many)
     assert bytes_sent(web) == sum(sizes(many).values()) - first[1] // 2 + second[1] // 2
     assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("backend", ["portable", "dali-cpu", "resident"])
+@pytest.mark.parametrize("size", [0.5, 1], ids=["truncated", "damaged"])
+@pytest.mark.parametrize("remote", [True, False], ids=["url", "folder"])
+def test_a_damaged_copy_is_replaced(many, web, folder, caplog, remote, size, backend):
+    for name, bytes_ in list(sizes(many).items())[:3]:
+        (folder / f"{name}.tar").write_bytes(bytes(int(size * bytes_)))
+    dataset = copied(web, folder) if remote else open_dataset(many, copies=Copies(folder))
+    assert_same(batches(dataset, backend=backend), batches(many, backend=backend))
+    assert sum(line.endswith(".tar: a damaged copy of a shard; deleted") for line in caplog.messages) == 3
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["url", "folder"])
+def test_a_folder_of_copies_that_disappears_ends_no_run(many, web, folder, caplog, remote, monkeypatch):
+    wanted, size = batches(many), 6 * max(sizes(many).values())
+    monkeypatch.setattr(reader, "COPIES_ASKED", 1)
+    dataset = copied(web, folder, size=size) if remote else open_dataset(many, copies=Copies(folder, size))
+    found, settings = [], {"batch": 16, "seed": 3, "dtype": "uint8", "augment": VIEW, "window": 3}
+    with Loader(dataset, config=LoaderConfig("portable"), **settings) as loader:
+        for _ in range(2):
+            for batch in loader:
+                found.append((batch.ids.tolist(), batch.images.clone()))
+                if len(found) == 1:
+                    folder.rename(folder.with_name("elsewhere"))
+    assert_same(found, wanted)
+    lines = [line for line in caplog.messages if "no more shards" in line]
+    assert lines == [f"{folder}: No such file or directory; no more shards are copied"]
 
 
 @pytest.mark.parametrize("wait", [True, False])
