@@ -28,6 +28,7 @@ if os.path.basename(os.path.dirname(os.path.abspath(sys.argv[0]))) in ("tools", 
 # ruff: noqa: E402
 from .errors import ConfigError, DataError, ExpressError, StorageError
 from .manifest import Dataset, open_dataset
+from .storage import Copies
 
 if TYPE_CHECKING:
     from .read.augment import AugmentConfig
@@ -39,6 +40,7 @@ __all__ = [
     "AugmentConfig",
     "Batch",
     "ConfigError",
+    "Copies",
     "DataError",
     "Dataset",
     "ExpressError",

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,20 @@ from typing import Any
 import numba
 from numba.core import config
 
+from .errors import StorageError
+from .files import OpenFile, locked
+
 NUMBA: Any = config
 PACKAGE = Path(__file__).parent
+LONGEST = 600.0  # seconds that another process may compile one function
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
     try:
         with _set("CACHE_DIR", _cache_folder()):
-            return numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
+            made: Any = numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
+        made.compile = partial(_compile, made.compile)
+        return made
     except RuntimeError:  # no folder for the machine code: a read-only installation without a home
         return numba.njit(nogil=True, fastmath=fastmath)(function)
 
@@ -62,7 +68,29 @@ def _set(name: str, value: Any) -> Iterator[None]:
         setattr(NUMBA, name, before)
 
 
-_lock = threading.Lock()
+_lock, _held = threading.RLock(), list[OpenFile | None]()
+
+
+def _compile(compile: Callable[..., Any], *args: Any) -> Any:
+    """Compiles or loads a function while no other process does: of ranks that start together, one compiles.
+
+    Compiling a function compiles those that it calls, under the same lock.
+    """
+    with _lock:
+        outermost = not _held
+        if outermost:
+            _held.append(_locked())
+        try:
+            return compile(*args)
+        finally:
+            if outermost:
+                _held.clear()
+
+
+def _locked() -> OpenFile | None:
+    with suppress(OSError, StorageError):  # without a lock, two may compile the same
+        return OpenFile(locked(Path(_cache_folder(), "lock"), wait_seconds=LONGEST))
+    return None
 
 
 @contextmanager

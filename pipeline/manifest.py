@@ -19,7 +19,7 @@ from .files import Json, json_bytes
 from .manifest_values import EXISTING as EXISTING
 from .manifest_values import bounds, check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
-from .storage import Folder, absolute, file_size, is_url
+from .storage import Copies, Folder, absolute, file_size, is_url
 
 if TYPE_CHECKING:  # needs a library that only URLs need
     from .remote import RemoteFolder
@@ -123,6 +123,7 @@ class Dataset:
     manifest: Json
     splits: dict[str, Split]
     remote: RemoteFolder | None = None
+    copies: Copies | None = None
 
     @property
     def place(self) -> Path | RemoteFolder:
@@ -132,7 +133,7 @@ class Dataset:
     @property
     def window(self) -> int:
         """The default of the loader's `window`: see docs/order.md."""
-        return REMOTE_WINDOW if self.remote else 0
+        return REMOTE_WINDOW if self.remote or self.copies else 0
 
     @property
     def fingerprint(self) -> str:
@@ -198,12 +199,17 @@ def _local(root: Path, remote: RemoteFolder | None, name: str, sha256: str) -> P
 
 
 def open_dataset(
-    root: str | Path, *, check_splits: bool = True, allow_http: bool = False, fetch_memory: float = FETCH_MEMORY
+    root: str | Path,
+    *,
+    check_splits: bool = True,
+    allow_http: bool = False,
+    fetch_memory: float = FETCH_MEMORY,
+    copies: Copies | None = None,
 ) -> Dataset:
     """Opens a shard folder, or one at a URL; every shard's presence and size is checked, no image is read.
 
     check_splits: False leaves the shards unchecked. For URLs, see docs/remote.md. allow_http: also without encryption.
-    fetch_memory: MB that a loader of training and one of evaluation may fetch ahead, together.
+    fetch_memory: MB that a loader of training and one of evaluation may fetch ahead, together. copies: of whole shards.
     Raises DataError if the folder is missing, unfinished, damaged or of another kind.
     """
     root = absolute(str(root)) if is_url(root) else root
@@ -211,7 +217,7 @@ def open_dataset(
         from .remote import RemoteFolder
 
         remote = RemoteFolder(str(root), allow_http=allow_http, fetch_memory=fetch_memory)
-        return _dataset(Path(root), remote, bytes(remote.get(NAME)), check_splits)
+        return _dataset(Path(root), remote, bytes(remote.get(NAME)), check_splits, copies)
     root = Path(root)
     path = root / NAME
     if not root.is_dir():
@@ -228,10 +234,12 @@ def open_dataset(
             f"{root}: no {NAME}, so its sharding never finished (or this is no shard folder);"
             " run tools/make_shards.py again"
         )
-    return _dataset(root, None, path.read_bytes(), check_splits)
+    return _dataset(root, None, path.read_bytes(), check_splits, copies)
 
 
-def _dataset(root: Path, remote: RemoteFolder | None, text: bytes, check_splits: bool) -> Dataset:
+def _dataset(
+    root: Path, remote: RemoteFolder | None, text: bytes, check_splits: bool, copies: Copies | None
+) -> Dataset:
     place = remote or root
     path = place / NAME
     try:
@@ -256,7 +264,7 @@ def _dataset(root: Path, remote: RemoteFolder | None, text: bytes, check_splits:
     for split in splits.values() if check_splits else ():
         for name, fault in split.faults():
             raise DataError(f"{place / name}: {fault}")
-    return Dataset(root, manifest, splits, remote)
+    return Dataset(root, manifest, splits, remote, copies)
 
 
 def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Json:
@@ -266,21 +274,6 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Jso
         "index": index_name,
         "index_sha256": index_sha256,
         "shards": [asdict(shard) for shard in shards],
-    }
-
-
-def timm_info(splits: Json) -> Json:
-    """The content of INFO. splits: of the manifest."""
-    return {
-        "splits": {
-            name: {
-                "name": name,
-                "num_samples": split["samples"],
-                "filenames": [shard["name"] for shard in split["shards"]],
-                "shard_lengths": [shard["samples"] for shard in split["shards"]],
-            }
-            for name, split in splits.items()
-        }
     }
 
 

@@ -4,6 +4,7 @@ Credentials come from the environment (docs/remote.md). No message repeats what 
 rejected requests hold signatures and tokens.
 """
 
+import json
 import logging
 import os
 import re
@@ -25,7 +26,8 @@ try:
 except ImportError as err:
     raise ConfigError("shards at a URL need obstore: pip install 'imagenet-express[remote]'") from err
 
-SCHEMES = ("s3", "gs", "az", "https", "http")
+SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
+HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?((?:/.*)?)")
 PATIENCE = 180.0  # seconds in which a request is retried
 AT_OPENING = 30.0  # a name that is wrong should not take three minutes to be reported
 REJECTED = 5.0  # for a request that lacks permission: credentials may just be renewed
@@ -47,18 +49,42 @@ class RemoteFolder:
     def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: float) -> None:
         check_url(url, allow_http=allow_http)
         self.url, self.fetch_memory = url.rstrip("/"), fetch_memory
-        options = TIMEOUTS | ({"allow_http": True} if allow_http else {})
+        options: dict[str, Any] = TIMEOUTS | ({"allow_http": True} if allow_http else {})
         more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
         # Its retries keep the signature of the first attempt, and end with a body that was cut: `get` has its own.
         retries = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
-        connect: Any = from_url  # its types have a signature for each kind of URL
-        try:
-            self._store: Any = connect(self.url, client_options=options, retry_config=retries, **more)
-        except Exception as err:
-            about = f"settings in the environment are missing or wrong ({type(err).__name__}); see docs/remote.md"
-            raise ConfigError(f"{self.url}: {about}") from None
+        make: Any = from_url  # its types have a signature for each kind of URL
+
+        def connected(address: str) -> Any:
+            try:
+                return make(address, client_options=options, retry_config=retries, **more)
+            except Exception as err:
+                about = f"settings in the environment are missing or wrong ({type(err).__name__}); see docs/remote.md"
+                raise ConfigError(f"{self.url}: {about}") from None
+
         self._versions: dict[str, str] = {}
         self._warned = 0.0
+        address = self.url
+        if url.startswith("hf:"):
+            if token := os.environ.get("HF_TOKEN"):
+                options["default_headers"] = {"Authorization": f"Bearer {token}"}
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+            self._store = connected(hub)
+            address = f"{hub}/{self._pinned()}"
+        self._store = connected(address)
+
+    def _pinned(self) -> str:
+        """The folder's path on the Hub, in the commit that its branch has now; from here on, the URL names it."""
+        found = HUB.fullmatch(self.url)
+        if not found:
+            raise ConfigError(f"{self.url}: write hf://datasets/OWNER/NAME/FOLDER, or NAME@REVISION")
+        name, revision, folder = found.groups()
+        try:
+            commit = json.loads(bytes(self.get(f"api/datasets/{name}/revision/{revision or 'main'}")))["sha"]
+        except (DataError, ValueError, KeyError, TypeError):
+            raise DataError(f"{self.url}: the Hub has no such dataset or revision; check the URL") from None
+        self.url = f"hf://datasets/{name}@{commit}{folder}"
+        return f"datasets/{name}/resolve/{commit}{folder}"
 
     def __str__(self) -> str:
         return self.url
@@ -119,7 +145,7 @@ class RemoteFolder:
         """In bytes; None if it is missing. A web server lists nothing: what the manifest says, until it is read."""
         if shard.name.startswith("../"):
             raise DataError(f"{self.url}: its tars lie outside it ({shard.name}); copy shards and tars to this machine")
-        if self.url.startswith("http") or "/" in shard.name:
+        if self.url.startswith(("http", "hf")) or "/" in shard.name:
             return shard.bytes
         return self._sizes.get(shard.name)
 

@@ -1,5 +1,6 @@
 """The folder that a sharding writes, and URLs. Storage without files would implement the same methods."""
 
+import math
 import os
 import shutil
 from contextlib import AbstractContextManager
@@ -25,6 +26,19 @@ def absolute(place: str) -> str:
 def file_size(path: Path) -> int | None:
     """In bytes; None if there is no such file."""
     return path.stat().st_size if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A folder of this machine for copies of whole shards, made in the order in which they are read: docs/remote.md.
+
+    bytes: that all copies there may take. wait: images are taken from copies alone, as far as they fit; otherwise from
+    the shards themselves, as long as there is no copy.
+    """
+
+    folder: Path
+    bytes: float = math.inf
+    wait: bool = True
 
 
 @dataclass

@@ -25,6 +25,7 @@ from .manifest import Split
 from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
 from .tar import Member, members
 from .write.cuts import find
+from .write.manifest_content import timm_info
 
 STORED = (*IMAGES, "raw")
 MANY = 20  # findings of one kind that a shard names
@@ -274,7 +275,7 @@ def _check_extras(dataset: manifest.Dataset, ours: bool) -> list[Finding]:
     if ours:
         try:
             info = json.loads((dataset.root / manifest.INFO).read_bytes())
-            if info != manifest.timm_info(dataset.manifest["splits"]):
+            if info != timm_info(dataset.manifest["splits"]):
                 found.append((manifest.INFO, "differs from the manifest; shard the data again"))
         except (OSError, ValueError) as err:
             found.append((manifest.INFO, f"cannot be read ({err}); shard the data again"))

@@ -2,13 +2,12 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_text
 from tools import cli
-
-TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -16,10 +15,12 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    places = jinja2.FileSystemLoader(TEMPLATES)
+    places = jinja2.PackageLoader(__package__)
     env = jinja2.Environment(loader=places, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters["printable"] = cli.printable
-    write_text(path, env.get_template(template).render(values, plotly=get_plotlyjs))
+    # Beside lines, plotly registers bars and then 45 kinds of plots that no page has: most of its time to start.
+    plotly = re.sub(r"(register\(\[[\w$]+\(\)),[^]]*", r"\1", get_plotlyjs())
+    write_text(path, env.get_template(template).render(values, plotly=plotly))
 
 
 def thumbnail(pixels: Any, side: int) -> str:

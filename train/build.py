@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from .step import Stepper
 from .trainer import Trainer, TrainState
 from .watchdog import Watchdog
 
+LEAST_EPOCHS = 3  # in which decoding all images once saves more than it costs
 INIT = 1_000_000  # a stream of draws, away from the loader's
 
 
@@ -98,7 +100,14 @@ def build_trainer(
         say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
     stepper = Stepper(net, config, accelerator, optim)
     if world > 1:
-        stepper.settle_buckets(loader)
+        stepper.settle_buckets(loader, loader.augment.crop)
+    if reason := reason_for_memory(config, stepper, agreement, loader, val_loader):
+        loader.close()
+        val_loader.close()
+        there = dataclasses.replace(config.loader, backend="resident")
+        make_loader, val_loader = make_loaders(dataclasses.replace(config, loader=there), dataset, accelerator)
+        loader = make_loader(augment=config.augment_at(0))
+        loader.backend_reason = reason
     state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:
         restore(saved, state, stepper=stepper, meter=meter, loader=loader)
@@ -154,6 +163,28 @@ def build_trainer(
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
         showcase=Showcase(folder.path, accelerator, on=config.run.report, step=resumed_at[0]),
     )
+
+
+def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *loaders: Loader) -> str:
+    """Why `auto` keeps a run's images in GPU memory, the same at all ranks; "" if it does not."""
+    accelerator, auto = stepper.accelerator, config.loader.backend == "auto" and not config.limit_steps
+    if not auto or accelerator.device.type != "cuda" or config.train.epochs < LEAST_EPOCHS:
+        return ""
+    from pipeline.read.resident import bytes_held, free_memory, gigabytes  # Numba takes a while to import
+
+    try:
+        images = sum(bytes_held(loader.plan) for loader in loaders)
+    except ConfigError:  # they are of several sizes
+        return ""
+    # What a step needs at its peak stays allocated. Not compiled, since the first crop may be smaller and would be
+    # compiled again; that may need more memory, even too much. Without other ranks, which must not wait then.
+    with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager"), accelerator.no_sync(stepper.net):
+        stepper.settle_buckets(loaders[0], config.augment.crop)
+    velocities = sum(p.nbytes for p in stepper.bare.parameters())  # the first update makes them
+    images, lacking = agreement.largest(images, velocities - free_memory(accelerator.device, 1))
+    if images > -lacking * min(0.5, config.loader.resident_memory):
+        return ""
+    return f"auto: images take {gigabytes(images)} of the {gigabytes(-lacking)} that a step leaves free on each GPU"
 
 
 def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, loader: Loader) -> None:

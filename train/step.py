@@ -96,20 +96,22 @@ class Stepper:
             self.average.update(self.bare, number)
         return moved
 
-    def settle_buckets(self, loader: Loader) -> None:
-        """A pass over zeros, before the first step.
+    def settle_buckets(self, loader: Loader, crop: int) -> None:
+        """A pass over zeros of so many pixels a side, before the first step.
 
         After its first backward pass DDP reorders its buckets. A resumed run has another first step, and would add
         up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
         """
-        ids, crop, dtype = loader.ids(0, 0), loader.augment.crop, getattr(torch, loader.dtype)
+        ids, dtype = loader.ids(0, 0), getattr(torch, loader.dtype)
         ids = ids[micro_batches(len(ids), self.config.train.accumulate)[0]]
         images = torch.zeros(len(ids), 3, crop, crop, device=loader.device, dtype=dtype)
         images = images.to(memory_format=torch.channels_last)
         buffers = self.buffers()
-        self.accelerator.backward(self.logits(images, ids, step=0).sum() * 0)
-        self.optimizer.zero_grad()
-        self.put_back(buffers)
+        try:
+            self.accelerator.backward(self.logits(images, ids, step=0).sum() * 0)
+        finally:
+            self.optimizer.zero_grad()
+            self.put_back(buffers)
 
     # What the forward pass itself changes: a batch that is left out must not stay in averages
 

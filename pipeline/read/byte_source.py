@@ -5,7 +5,7 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,13 +34,18 @@ def files_for_a_reader() -> int:
 class LocalShards:
     """The files `paths`: opened when first read, the MAX_OPEN that were used last kept open.
 
+    copy: the path of a shard's copy, which is read instead if it exists.
+
     pread and not mmap: a map was a little faster from the page cache, but kills the process if a shard is truncated,
     and is slow on network filesystems.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], copy: Callable[[int], Path] | None = None) -> None:
         def opened(shard: int) -> OpenFile:
             try:
+                if copy:
+                    with contextlib.suppress(FileNotFoundError):
+                        return OpenFile(os.open(copy(shard), os.O_RDONLY | os.O_CLOEXEC))
                 return OpenFile(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
             except OSError as err:
                 if err.errno == errno.EMFILE and self.open.cache_info().currsize:

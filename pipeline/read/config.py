@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import ConfigError
 from ..manifest import FETCH_MEMORY, Dataset, open_dataset
 from ..settings import Bounds, Fraction, InHelp, PerHost, Positive, validate
+from ..storage import Copies
 
 if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to import
     import torch
@@ -22,24 +25,37 @@ class DataConfig:
     """Where the images are."""
 
     shards: InHelp[PerHost[str]] = ""
-    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, https:// (docs/remote.md). Another place of
-    the same data is the same run: the fingerprint decides."""
+    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, hf://, https:// (docs/remote.md). Another
+    place of the same data is the same run: the fingerprint decides."""
     train_split: str = "train"
     val_split: InHelp[str] = "val"
     partitions: Positive = 1
     """Partitions that are shuffled by themselves, so that a node reads only its own shards; see docs/order.md."""
     window: Annotated[int, Bounds(ge=-1)] = -1
-    """Shards that are shuffled together; 0: all of a partition; -1: 16 if shards is a URL, otherwise 0."""
+    """Shards that are shuffled together; 0: all of a partition; -1: 16 if shards is a URL or is copied, otherwise
+    0."""
     allow_http: PerHost[bool] = False
     """Also read from servers without encryption, by http://."""
     fetch_memory: PerHost[Positive] = FETCH_MEMORY
     """MB of a rank's memory for what it fetches ahead from a URL; more makes fewer requests (docs/order.md)."""
+    cache: PerHost[str] = ""
+    """Folder on this machine for copies of whole shards; from a URL, images are read only from there, as far as the
+    copies fit (docs/remote.md)."""
+    cache_size: PerHost[Annotated[float, Bounds(ge=0)]] = 0
+    """GB that the copies in data.cache may take; 0: all shards."""
+    stage: PerHost[str] = ""
+    """Folder on this machine to which all shards are copied while training already reads them from data.shards."""
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.cache and self.stage:
+            raise ConfigError("data.cache and data.stage: name one of them")
 
     def open(self) -> Dataset:
-        return open_dataset(self.shards, allow_http=self.allow_http, fetch_memory=self.fetch_memory)
+        folder, copies = self.cache or self.stage, None
+        if folder:
+            copies = Copies(Path(folder), 1e9 * self.cache_size or math.inf, wait=bool(self.cache))
+        return open_dataset(self.shards, allow_http=self.allow_http, fetch_memory=self.fetch_memory, copies=copies)
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,8 @@ class LoaderConfig:
 
     backend: InHelp[Backend] = "auto"
     """auto takes dali-gpu if the net is on a CUDA device and DALI is installed, otherwise portable. resident decodes
-    all images once and keeps them in memory (docs/resident.md). synthetic delivers noise without reading an image, to
-    measure the network alone."""
+    all images once and keeps them in memory; on GPUs, auto takes it for training runs that it suits (docs/resident.md).
+    synthetic delivers noise without reading an image, to measure the network alone."""
     threads: PerHost[Annotated[int, Bounds(ge=0, le=1024)]] = 0
     """Decoding threads of a rank; 0: the cores it may use, divided by the ranks of this machine."""
     read_threads: PerHost[Few] = 32

@@ -101,8 +101,7 @@ class Loader(AbstractContextManager["Loader"]):
         # The mean image is subtracted at the end, on the device, with every backend.
         decoded: PixelType = "uint8" if self.augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
-        prepare = partial(make_backend.prepare, self.backend, self.augment.crop, decoded, self.device)
-        importing = ThreadPoolExecutor(1).submit(prepare)  # its thread ends with the task
+        importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, augment.crop, decoded, self.device)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         normal = normalisation(self.augment, statistics or self.dataset)
@@ -126,7 +125,8 @@ class Loader(AbstractContextManager["Loader"]):
         self.samples, self._open_window = self.plan.samples, window < 0
         self.threads = self.config.threads or threads_per_rank(local_world or world)
         ahead = self.plan.batch_per_rank * self.config.prefetch_batches
-        self._reader = make_backend.reader(self.split)(
+        self._reader = make_backend.reader(
+            self.dataset,
             self.split,
             threads=self.config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.

@@ -3,10 +3,12 @@
 Each is imported when it is used: DALI and Numba's machine code take a while to load.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from ..manifest import Split
+from ..manifest import Dataset, Split
 from . import fetch
 from .backend import Engine, Output, PixelType
 from .config import Backend, LoaderConfig
@@ -15,12 +17,12 @@ from .plan import Plan
 from .reader import Reader
 
 
-def reader(split: Split) -> type[Reader]:
-    if not split.remote:
-        return Reader
+def reader(dataset: Dataset, split: Split, **settings: Any) -> Reader:
+    if not dataset.remote:
+        return Reader(split, copies=dataset.copies, **settings)
     from .remote_reader import RemoteReader
 
-    return RemoteReader
+    return RemoteReader(split, copies=dataset.copies, **settings)
 
 
 def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:

@@ -6,7 +6,7 @@ Evaluation: the samples in stored order, one contiguous slice per rank, each sam
 """
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from itertools import chain
 
 import numpy as np
@@ -40,6 +40,27 @@ def epoch_order(
     return (pieces[0] if len(mine) == 1 else np.concatenate(pieces, axis=1))[:, start : start + share]
 
 
+def shard_steps(
+    shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int
+) -> tuple[ndarray, ndarray]:
+    """(shards,) int64 each: an epoch's first and last step at which any rank reads from a shard. See epoch_order.
+
+    Those of a shard that is not read: the number of steps, and -1.
+    """
+    ends = np.cumsum(shard_sizes)
+    steps, piece = steps_per_epoch(int(ends[-1]), batch=batch), batch // partitions
+    first, last = np.full(len(ends), steps), np.full(len(ends), -1)
+    for part in range(partitions):
+        start, end = part * int(ends[-1]) // partitions, (part + 1) * int(ends[-1]) // partitions
+        done = 0
+        for shards, ids in _groups(ends, start, end, window, **at) if start < end else ():
+            if done // piece < steps:
+                first[shards] = np.minimum(first[shards], done // piece)
+                last[shards] = np.maximum(last[shards], min((done + len(ids) - 1) // piece, steps - 1))
+            done += len(ids)
+    return first, last
+
+
 def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) -> ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another.
 
@@ -49,11 +70,8 @@ def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) 
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
         ids, groups = np.arange(start, end), []
     else:
-        first, last = np.searchsorted(ends, (start, end - 1), side="right")
-        bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
-        shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
-        ids = np.concatenate([np.arange(*bounds[s : s + 2]) for s in shards])
-        groups = np.cumsum(np.diff(bounds)[shards])[window - 1 :: window].tolist()
+        groups = [ids for _, ids in _groups(ends, start, end, window, **at)]
+        ids, groups = np.concatenate(groups), np.cumsum(list(map(len, groups))).tolist()
     hashes = ids.view(np.uint64)
     chunks = np.array_split(hashes, len(ids) // CACHED + 1)
     for chunk in chunks:
@@ -63,6 +81,15 @@ def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) 
     for chunk in chunks:
         rng.ids(chunk, stream=rng.ORDER, **at)
     return ids
+
+
+def _groups(ends: ndarray, start: int, end: int, window: int, **at: int) -> Iterator[tuple[ndarray, ndarray]]:
+    """(shards, ids) of each group of a partition, in the order in which they are read."""
+    first, last = np.searchsorted(ends, (start, end - 1), side="right")
+    bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
+    shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
+    for group in (shards[i : i + window] for i in range(0, len(shards), window)):
+        yield first + group, np.concatenate([np.arange(*bounds[s : s + 2]) for s in group])
 
 
 def replacement(sample: int, partition: range, bad: Container[int]) -> int:

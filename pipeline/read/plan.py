@@ -62,9 +62,10 @@ class Plan:
             raise ConfigError(f"batch={self.batch}: must be at least 1")
         self.batch_per_rank = max(1, self.batch // self.world)
         self.views = 1 if self.train else self.augment.views
-        ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
+        self._ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
         settings = {name: getattr(self, name) for name in ("seed", "batch", "partitions", "window")}
-        ordered = partial(order.epoch_order, np.diff(ends, prepend=0), **settings)
+        ordered = partial(order.epoch_order, np.diff(self._ends, prepend=0), **settings)
+        self._shard_steps = lru_cache(2)(partial(order.shard_steps, np.diff(self._ends, prepend=0), **settings))
         # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
         self._order = lru_cache(2)(ordered)
         # The ids that this rank reads, in all epochs.
@@ -94,6 +95,20 @@ class Plan:
             return np.array(mine, dtype=np.int64)
         rank, world = (0, 1) if whole else (self.rank, self.world)
         return self._order(epoch=epoch, rank=rank, world=world)[step]
+
+    def shards(self) -> range:
+        """Those from which this rank reads."""
+        if not self.held:
+            return range(0)
+        first, last = np.searchsorted(self._ends, (self.held.start, self.held.stop - 1), side="right").tolist()
+        return range(first, last + 1)
+
+    def steps_until(self, epoch: int, step: int) -> ndarray:
+        """(shards,) int64: after how many steps any rank reads from each; all 0 unless they are read in windows."""
+        if not self.train or not self.window:
+            return np.zeros(len(self._ends), np.int64)
+        (first, last), (following, _) = self._shard_steps(epoch=epoch), self._shard_steps(epoch=epoch + 1)
+        return np.where(last >= step, np.maximum(first - step, 0), len(self) - step + following)
 
     def partition(self, sample: int) -> range:
         """The samples that may be read in its place."""

@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
 from ..decode import Scratch
 from ..errors import BadSample
+from ..files import OpenFile
 from ..manifest import Split
 from ..shards import crc32, sample_keys
+from ..storage import Copies
 from .buffers import Buffers
 from .byte_source import LocalShards
 from .fetch import (
@@ -37,6 +40,7 @@ from .fetch import (
     zero_rest,
 )
 from .plan import Plan
+from .shard_cache import ShardCache
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
@@ -45,6 +49,7 @@ SLOW_SHARE = 0.5  # of the latest blocks
 READS = 3  # of a block, while its images are whole when they are read once more
 RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
 FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is fast; a task costs 15 µs
+COPIES_ASKED = 64  # steps from one look for shards to copy to the next
 MOST_ROOM = 3  # a batch is read into rows of an array if that takes at most so many times its images' bytes
 
 
@@ -58,6 +63,7 @@ class ReadBatch:
     at: ndarray = field(init=False)
     room: int = 0  # bytes from one image to the next, if it is the same for all; zeros follow an image
     images_a_task: int = 1
+    files: dict[int, OpenFile] = field(default_factory=dict)  # of copies, which may be deleted before they are read
     tasks: list[Future[None]] = field(default_factory=list)
 
     def wait(self) -> None:
@@ -87,7 +93,8 @@ class Reader:
     """Reads samples of one split by their ids.
 
     threads: reads in flight if storage is slow. images_a_task: how many a thread reads in turn then.
-    always_ahead: for consumers that do not read themselves. pinned: into page-locked memory.
+    always_ahead: for consumers that do not read themselves. pinned: into page-locked memory. copies,
+    original: the place and the read of a ShardCache.
     """
 
     def __init__(
@@ -99,11 +106,20 @@ class Reader:
         verify: bool = True,
         always_ahead: bool = False,
         pinned: bool = False,
+        copies: Copies | None = None,
+        original: Callable[[int, int, int], Any] | None = None,
     ) -> None:
         self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
         self.rows = Rows(split.index)
-        self.source = LocalShards([split.root / shard.name for shard in split.shards])
+        shards = [split.root / shard.name for shard in split.shards]
+        self.cache: ShardCache | None = None
+        self.source = LocalShards(shards)
+        if copies:
+            here = self.source
+            read = original or (lambda shard, start, end: here.read(shard, [(start, end - start)])[0])
+            self.cache = ShardCache(copies, split, read, lambda: self.source.open.cache_clear())
+            self.source = LocalShards(shards, self.cache.path)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
@@ -120,11 +136,19 @@ class Reader:
 
     def follow(self, steps: Iterator[tuple[int, int]], plan: Plan) -> Iterator[tuple[int, int]]:
         """The steps of `plan` that will be read, for storage that fetches them ahead."""
-        return steps
+        for number, step in enumerate(steps):
+            if self.cache and number % COPIES_ASKED == 0:
+                self.cache.request(plan, *step)
+            yield step
 
     def cost(self, plan: Plan) -> str:
         """What an epoch costs, for the log, if bytes and requests are worth counting."""
-        return ""
+        if not self.cache:
+            return ""
+        text = f"shards are copied to {self.cache.place.folder}"
+        if plan.train and not plan.window:
+            return f"{text}; with window=0 all are read all the time, from their source until copied"
+        return text
 
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
@@ -132,9 +156,12 @@ class Reader:
         if self.done:
             return batch
         self._slow_for = max(0, self._slow_for - 1)
-        if self.always_ahead or self.is_slow:
+        if self._at_once(batch):
             self.ahead(batch)
         return batch
+
+    def _at_once(self, batch: ReadBatch) -> bool:
+        return self.always_ahead or self.is_slow
 
     def ahead(self, batch: ReadBatch) -> None:
         """Starts to read all images, unless that was done already."""
@@ -157,7 +184,7 @@ class Reader:
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         while a < b:
-            with self._opened(batch.rows[a:b]) as fds:
+            with self._opened(batch, batch.rows[a:b]) as fds:
                 a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)
             if a < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
                 at = int(batch.at[a])
@@ -183,7 +210,7 @@ class Reader:
         size = rows[:, SIZE]
         at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
         buffer = self._scratch(int((at + size).max()))
-        with self._opened(rows) as fds:
+        with self._opened(batch, rows) as fds:
             block = Block(buffer, at, fds, rows, self.verify)
             for _ in range(READS):
                 if (done := function(block)) == b - a:
@@ -193,9 +220,9 @@ class Reader:
         raise self._bad(sample, "its bytes changed while they were read")
 
     @contextmanager
-    def _opened(self, rows: ndarray) -> Iterator[ndarray]:
+    def _opened(self, batch: ReadBatch, rows: ndarray) -> Iterator[ndarray]:
         """(n,) int64: the descriptors of n images' shards. Counts this thread's waits while it reads them."""
-        files = [self.source.open(shard) for shard in rows[:, SHARD].tolist()]
+        files = [batch.files.get(shard) or self.source.open(shard) for shard in rows[:, SHARD].tolist()]
         fds = np.array([file.fd for file in files], np.int64)
         if USAGE is None:
             yield fds
@@ -235,4 +262,6 @@ class Reader:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.cache:
+            self.cache.close()
         self.source.close()

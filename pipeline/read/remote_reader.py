@@ -9,12 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from .. import remote
+from ..errors import StorageError
 from ..manifest import Split
 from ..shards import crc32
 from .fetch import CRC32, OFFSET, SHARD, SIZE, Rows
@@ -58,7 +60,7 @@ def reads_from(plan: Plan) -> tuple[float, float]:
     return window * max(1.0, parts / plan.world), size * parts / plan.world
 
 
-def shards_of_a_chunk(plan: Plan, *, limit: int) -> float:
+def shards_of_a_chunk(plan: Plan, *, limit: float) -> float:
     """Those of whole windows: the images in a part of a window do not lie side by side."""
     shards, size = reads_from(plan)
     return shards * max(1.0, limit // size) if plan.window else len(plan.split.shards)
@@ -106,7 +108,8 @@ class RemoteReader(Reader):
     """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
 
     def __init__(self, split: Split, *, threads: int = 32, **settings: Any) -> None:
-        super().__init__(split, threads=threads, **settings | {"always_ahead": True})
+        settings["always_ahead"] |= not settings["copies"]
+        super().__init__(split, threads=threads, **settings, original=self._get)
         assert split.remote is not None
         self._folder: remote.RemoteFolder = split.remote
         self._shards, self._closed = split.shards, threading.Event()
@@ -114,6 +117,12 @@ class RemoteReader(Reader):
         # By chunk and sample: its request, and its first byte there.
         self._fetched: list[dict[int, tuple[Future[ndarray], int]]] = []
         self._tasks: list[Future[None]] = []  # those that copy the latest chunk's images into batches
+
+    def _at_once(self, batch: ReadBatch) -> bool:
+        if self.cache:
+            with suppress(StorageError):  # as long as one is not copied
+                batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
+        return super()._at_once(batch) or not batch.files
 
     def ahead(self, batch: ReadBatch) -> None:
         super().ahead(batch)
@@ -123,14 +132,22 @@ class RemoteReader(Reader):
         if self.done:
             yield from steps
         limit = self._limit(plan)
+        room = float(limit)
+        if self.cache:  # which has to hold two chunks, and the shards that the older one began with
+            room = min(limit, self.cache.place.bytes / (3 * plan.partitions))
         planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[list[Step]] = deque()
         try:
-            for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=limit)):
+            for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
                 wait(self._tasks)  # so that no more than two chunks are in memory
                 self._tasks.clear()
-                self._fetched = [*filter(None, self._fetched), self._fetch(np.concatenate(chunk.ids))]
+                ids = np.concatenate(chunk.ids)
                 waiting.append(chunk.steps)
+                if self.cache:
+                    shards = self.rows[ids][:, SHARD]
+                    copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
+                    ids = ids[~np.isin(shards, list(copies))]
+                self._fetched = [*filter(None, self._fetched), self._fetch(ids)]
                 if len(waiting) > 1:
                     yield from waiting.popleft()
             for rest in waiting:
@@ -150,7 +167,7 @@ class RemoteReader(Reader):
             fewer = f"; --data.fetch-memory {held / limit * self._folder.fetch_memory:.0f} makes fewer"
         return (
             f"remote: {self._folder}, window={plan.window}; an epoch takes about {count:,.0f} requests and"
-            f" {size / 1e9:.1f} GB, over all ranks{fewer}"
+            f" {size / 1e9:.1f} GB, over all ranks{fewer}{'; ' * bool(self.cache)}{super().cost(plan)}"
         )
 
     def _limit(self, plan: Plan) -> int:
@@ -158,6 +175,8 @@ class RemoteReader(Reader):
         return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
 
     def _fetch(self, ids: ndarray) -> dict[int, tuple[Future[ndarray], int]]:
+        if not len(ids):
+            return {}
         rows = self.rows[ids]
         ranges, of_image = requests(rows)
         futures = [self._fetchers.submit(self._get, *each) for each in ranges.tolist()]
@@ -170,6 +189,8 @@ class RemoteReader(Reader):
         return np.frombuffer(data, np.uint8)
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
+        if batch.files:
+            return super()._fill(batch, a, b)
         for i in range(a, b):
             at = int(batch.at[i])
             batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
@@ -185,12 +206,19 @@ class RemoteReader(Reader):
         for attempt in range(FETCHES):
             if attempt == 0 and ahead:
                 image = ahead[0].result()[ahead[1] : ahead[1] + row[SIZE]]
-            else:
+            elif attempt > 0 or not len(image := self._of_copy(row)):
                 image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
             if not self.verify or crc32(image) == row[CRC32]:
                 return image
             logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
         raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
+
+    def _of_copy(self, row: list[int]) -> ndarray:
+        """One image's bytes; none if its shard is not copied."""
+        if self.cache and self.cache.wait(row[SHARD]):
+            with suppress(StorageError, EOFError):  # it made room for another
+                return self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])[0]
+        return np.empty(0, np.uint8)
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message, without a request: shard, offset."""

@@ -162,6 +162,11 @@ class Resident(Portable):
         self._crop(work, crops, block, start, end)
 
 
+def bytes_held(plan: Plan) -> int:
+    """What a rank's images take. Raises ConfigError if they are of several sizes."""
+    return len(plan.held) * math.prod(image_shape(plan.split))
+
+
 def image_shape(split: Split) -> tuple[int, int, int]:
     """(height, width, 3) of all images. Raises ConfigError if they differ."""
     height, width = (split.column(side) for side in ("height", "width"))

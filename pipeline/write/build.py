@@ -24,7 +24,7 @@ from . import journal, resize
 from .cuts import find, write_file
 from .images import Preparer
 from .journal import Listed, ShardRecord
-from .manifest_content import Collected, write_statistics
+from .manifest_content import Collected, timm_info, write_statistics
 from .plan import Options, Plan
 from .resize import Sums
 from .sources import Item
@@ -253,7 +253,7 @@ def _publish(plan: Plan, folder: Folder) -> Json:
         )
     splits = collected.write_splits(folder, source.name)
     measured = write_statistics(collected.totals, folder, f"{source.name}-mean.npy") if options.stats else {}
-    folder.write(manifest.INFO, json_bytes(manifest.timm_info(splits)))
+    folder.write(manifest.INFO, json_bytes(timm_info(splits)))
     content = {
         "dataset": source.name,
         "label_kind": "class index, 0-based; -1 where it is not known",

@@ -29,6 +29,21 @@ class BadImages(DataError):
         )
 
 
+def timm_info(splits: Json) -> Json:
+    """The content of manifest.INFO. splits: of the manifest."""
+    return {
+        "splits": {
+            name: {
+                "name": name,
+                "num_samples": split["samples"],
+                "filenames": [shard["name"] for shard in split["shards"]],
+                "shard_lengths": [shard["samples"] for shard in split["shards"]],
+            }
+            for name, split in splits.items()
+        }
+    }
+
+
 def write_statistics(totals: Totals, folder: Folder, name: str) -> Json:
     """Writes the mean image as `name`; returns all other statistics for the manifest, with the file's sha256."""
     (images, pixels), sums = totals.numbers[:2].tolist(), totals.numbers[2:]

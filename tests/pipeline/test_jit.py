@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -72,3 +73,34 @@ def test_a_cache_elsewhere_leaves_the_checkouts_own_alone_and_a_new_version_repl
         monkeypatch.setattr(jit.NUMBA, "CACHE_DIR", folder)
         jit._cache_folder.__wrapped__()
         assert kept.exists() == bool(folder)
+
+
+def squared(x):
+    return x * x
+
+
+def one_more(x):
+    return inner(x) + 1
+
+
+def compiles(barrier, results):
+    """Puts how often this process compiled a function, and the one that it calls."""
+    global inner  # where compiled code looks for it
+    inner, outer = jit.compiled(squared), jit.compiled(one_more)
+    barrier.wait()
+    assert outer(3) == 10
+    results.put([sum(each.stats.cache_misses.values()) for each in (inner, outer)])
+
+
+def test_of_processes_that_start_together_one_compiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(jit.NUMBA, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(jit, "_cache_folder", lambda: str(tmp_path))
+    fork = multiprocessing.get_context("fork")
+    barrier, results = fork.Barrier(3), fork.Queue()
+    processes = [fork.Process(target=compiles, args=(barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    counts = sorted(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    assert counts == [[0, 0], [0, 0], [1, 1]]

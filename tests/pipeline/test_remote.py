@@ -9,7 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +137,59 @@ def test_the_mean_image_comes_along_and_ranks_are_told_what_makes_fewer_requests
         assert memory == pytest.approx(16 / 7 * size / 1e6, abs=1)
     with Loader(shards["jpeg"], batch=4, augment=VIEW) as local:
         assert (local.cost, local.state_dict()["of"]["window"]) == ("", 0)
+
+
+@contextmanager
+def hub(storage: WebServer, commit: str):
+    """A Hub with the dataset me/pets, whose files another server holds: (its URL, the headers of each request)."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            return
+
+        def do_GET(self) -> None:
+            requests.append((self.path, self.headers.get("Authorization")))
+            resolved = f"/datasets/me/pets/resolve/{commit}/in/it/"
+            body = json.dumps({"sha": commit}).encode()
+            if self.path.startswith(resolved):
+                self.send_response(302)
+                self.send_header("Location", f"{storage.url}/{self.path.removeprefix(resolved)}")
+                body = b""
+            else:
+                self.send_response(200 if self.path == "/api/datasets/me/pets/revision/main" else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_hub_gives_the_ids_and_pixels_of_a_folder_pinned_to_a_commit_and_its_storage_gets_no_token(
+    shards, web, monkeypatch
+):
+    commit = "0123456789" * 4
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    with hub(web, commit) as (url, requests):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        dataset = open_dataset("hf://datasets/me/pets/in/it", allow_http=True)
+        assert str(dataset.remote) == f"hf://datasets/me/pets@{commit}/in/it"
+        assert_same(two_epochs(dataset, window=2), two_epochs(shards["jpeg"], window=2))
+        assert {token for _, token in requests} == {f"Bearer {CANARY}"}
+        assert [path for path, _ in requests if commit not in path] == ["/api/datasets/me/pets/revision/main"]
+        assert "range" in web.headers
+        assert "authorization" not in web.headers
+        for wrong in ("datasets/me/dogs/in/it", "datasets/me/pets@gone/in/it"):
+            with pytest.raises(DataError, match=f"^hf://{wrong}: the Hub has no such dataset or revision"):
+                open_dataset(f"hf://{wrong}", allow_http=True)
+        with pytest.raises(ConfigError, match="write hf://datasets/OWNER/NAME/FOLDER"):
+            open_dataset("hf://me/pets", allow_http=True)
 
 
 # What is requested
@@ -338,7 +394,10 @@ def test_a_url_that_is_no_data_set_is_one_line(web):
         ("http://example.org/x", "http://example.org/x: is not encrypted; .* --data.allow-http"),
         (f"https://me:{CANARY}@example.org/x", "https://example.org/x: leave user, password and query out"),
         (f"https://example.org/x?sig={CANARY}", "https://example.org/x: leave user, password and query out"),
-        ("ftp://example.org/x", "ftp://example.org/x: begin it with s3://, gs://, az://, https://, or name a folder"),
+        (
+            "ftp://example.org/x",
+            "ftp://example.org/x: begin it with s3://, gs://, az://, hf://, https://, or name a folder",
+        ),
     ],
 )
 def test_urls_that_cannot_work_or_hold_secrets_are_rejected_without_them(url, message):

@@ -26,6 +26,7 @@ class WebServer:
     url: str = ""
     requested: int = 0
     rejected: list[str] = field(default_factory=list)
+    headers: set[str] = field(default_factory=set)  # names of those that clients have sent
 
     def ranges(self) -> list[tuple[str, int, int]]:
         return [each for each in self.log if each[0].endswith(".tar")]
@@ -53,6 +54,7 @@ def serving(folder: Path) -> Iterator[WebServer]:
             found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             with lock:
                 number, state.requested = state.requested, state.requested + 1
+            state.headers |= {header.lower() for header in self.headers}
             fault = state.fault(number, name)
             path = state.folder / name
             if "list-type=2" in self.path:

@@ -178,7 +178,8 @@ def test_settings_that_change_nothing_of_what_is_trained_may_change_and_places_a
     changing = {"train.accumulate", "train.epochs", "train.eval_batch", "train.stop_at"}
     assert {name for name in marked(Config, MAY_CHANGE) if name.startswith("train.")} == changing
     assert set(marked(Config, PER_HOST)) == {
-        *("data.shards", "data.allow_http", "data.fetch_memory", "run.dir", "resume"),
+        *("data.shards", "data.allow_http", "data.fetch_memory", "data.cache", "data.cache_size", "data.stage"),
+        *("run.dir", "resume"),
         *(f"loader.{name}" for name in ("threads", "read_threads", "prefetch_batches", "verify", "resident_memory")),
     }
 

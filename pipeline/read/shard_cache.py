@@ -1,0 +1,202 @@
+"""Copies of whole shards on a disk of this machine, made in the order in which the shards are read.
+
+A copy gets its name, the shard's sha256, once its bytes have been compared with it: a file with such a name is whole.
+The processes of a machine share the folder. While one copies a shard, it holds the lock of the partial file: a killed
+process leaves no lock behind, and the next one continues where the copy ended.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from numpy import ndarray
+
+from ..errors import StorageError
+from ..files import OpenFile, fsync_path, locked
+from ..manifest import Split
+from ..storage import Copies, file_size
+from .plan import Plan
+
+AT_ONCE = 8  # shards that are copied at a time
+CLAIMED = 2 * AT_ONCE  # shards that are being copied or wait for it, beside those that are needed now
+PIECE = 8 << 20  # bytes of a request
+TRIES = 3  # of a shard whose sha256 is wrong
+LOCK_SECONDS = 60.0
+PAUSE = 0.05  # seconds until another process's copy is looked at again
+OURS = re.compile(r"[0-9a-f]{64}\.(?:tar|(\d+)\.partial)")  # a partial file's name has the bytes that it will have
+
+
+class ShardCache:
+    """The copies of a split's shards.
+
+    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. copied: is called
+    after each copy.
+    """
+
+    def __init__(
+        self, place: Copies, split: Split, read: Callable[[int, int, int], Any], copied: Callable[[], None]
+    ) -> None:
+        self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
+        self._whole, self._failed = set[int](), set[int]()
+        self._claims: dict[int, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._at: tuple[Plan, int, int] | None = None
+        try:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            os.close(self._locked())
+        except OSError as err:
+            raise StorageError(f"{place.folder}: cannot hold copies of shards: {err.strerror}") from err
+
+    def path(self, shard: int) -> Path:
+        return self.place.folder / f"{self._shards[shard].sha256}.tar"
+
+    def _partial(self, shard: int) -> Path:
+        return self.path(shard).with_suffix(f".{self._shards[shard].bytes}.partial")
+
+    def _locked(self) -> int:
+        return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
+
+    def is_whole(self, shard: int) -> bool:
+        return file_size(self.path(shard)) == self._shards[shard].bytes
+
+    def request(self, plan: Plan, epoch: int, step: int, needed: Collection[int] = ()) -> set[int]:
+        """Starts to copy this rank's shards, in the order in which they are read from this step on.
+
+        One that is read later makes room for one that is read earlier. Returns those of `needed` whose images are to
+        be taken from copies.
+        """
+        wait = self.place.wait and (plan.window > 0 or not plan.train)
+        with self._lock:
+            self._at = plan, epoch, step
+            mine = plan.shards()
+            if not self._closed.is_set() and not self._whole.union(self._failed).issuperset(mine):
+                with open(self._locked(), "rb"):
+                    self._claim(plan.steps_until(epoch, step), mine, needed)
+            return {shard for shard in needed if self.is_whole(shard) or (wait and self._comes(shard))}
+
+    def _comes(self, shard: int) -> bool:
+        return shard in self._claims or _is_locked(self._partial(shard))
+
+    def _claim(self, away: ndarray, mine: range, needed: Collection[int]) -> None:
+        """away: (shards,) steps until each is read, by any rank: copies that other ranks need soon stay."""
+        sizes, busy = self._files()
+        used = sum(sizes.values())
+        self._whole = {shard for shard in range(len(self._shards)) if self.path(shard).name in sizes}
+        free = [
+            (away[shard], path)
+            for shard in range(len(self._shards))
+            for path in (self.path(shard), self._partial(shard))
+            if path.name in sizes and path.name not in busy
+        ]
+        free.sort()
+        for shard in sorted(mine, key=away.__getitem__):
+            if shard in self._whole or shard in self._claims or shard in self._failed:
+                continue
+            if len(self._claims) >= CLAIMED and shard not in needed:
+                return
+            name, size = self._partial(shard).name, self._shards[shard].bytes
+            room = size - sizes.get(name, 0)
+            while used + room > self.place.bytes and free and free[-1][0] > away[shard]:
+                path = free.pop()[1]
+                path.unlink(missing_ok=True)
+                used -= sizes[path.name]
+            if used + room > self.place.bytes:
+                return
+            if name not in busy:
+                lock = OpenFile(locked(self._partial(shard), wait_seconds=LOCK_SECONDS))
+                self._claims[shard] = self._pool.submit(self._copy, shard, lock)
+                used += room
+
+    def _files(self) -> tuple[dict[str, int], set[str]]:
+        """The bytes of our files, those of partial ones that a process is filling as they will be; and their names."""
+        sizes, busy = {}, set()
+        for entry in os.scandir(self.place.folder):
+            if found := OURS.fullmatch(entry.name):
+                path = Path(entry.path)
+                size = file_size(path)
+                if found[1] and (size is None or _is_locked(path)):  # None: it just got its name
+                    size = int(found[1])
+                    busy.add(entry.name)
+                sizes[entry.name] = size or 0
+        return sizes, busy
+
+    def _copy(self, shard: int, lock: OpenFile) -> None:
+        """A pool thread's task. lock: of the partial file, until it is whole or given up."""
+        partial, log = self._partial(shard), logging.getLogger("imagenet_express").warning
+        try:
+            for _ in range(TRIES):
+                if self._closed.is_set() or self._filled(shard, partial):
+                    break
+            else:
+                partial.unlink()
+                self._failed.add(shard)
+                log("shard %s: its sha256 is not the manifest's; it is not copied", self._shards[shard].name)
+        except OSError as err:
+            partial.unlink(missing_ok=True)
+            if len(self._failed) < len(self._shards):
+                log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
+            self._failed.update(range(len(self._shards)))
+        except BaseException:  # of the source: who reads an image meets it too
+            self._failed.add(shard)
+            raise
+        finally:
+            del lock
+            with self._lock:
+                del self._claims[shard]
+                self._copied()
+                if self._at:
+                    self.request(*self._at)
+
+    def _filled(self, shard: int, partial: Path) -> bool:
+        """Copies what is missing, and names the copy. False if it is not the shard."""
+        of, digest = self._shards[shard], hashlib.sha256()
+        with open(partial, "r+b") as file:
+            while chunk := file.read(PIECE):
+                digest.update(chunk)
+            while (done := file.tell()) < of.bytes and not self._closed.is_set() and shard not in self._failed:
+                data = self._read(shard, done, min(done + PIECE, of.bytes))
+                digest.update(data)
+                file.write(data)
+            if done < of.bytes:  # the next run may continue
+                return True
+            file.flush()
+            os.fsync(file.fileno())
+            if digest.hexdigest() != of.sha256:
+                file.truncate(0)
+                return False
+        os.replace(partial, self.path(shard))
+        fsync_path(self.place.folder)
+        return True
+
+    def wait(self, shard: int) -> bool:
+        """Waits while a shard is being copied. Whether its copy is whole then. Raises what `read` raised."""
+        while not self.is_whole(shard):
+            claim = self._claims.get(shard)
+            if claim:
+                claim.result()
+            elif self._closed.is_set() or not _is_locked(self._partial(shard)):
+                return self.is_whole(shard)
+            time.sleep(PAUSE)
+        return True
+
+    def close(self) -> None:
+        self._closed.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        os.close(locked(path, wait_seconds=0))
+    except StorageError:
+        return True
+    return False
