@@ -7,7 +7,6 @@ A file for each shard lies beside the manifest, which does not name it: order, r
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -57,38 +56,31 @@ def read(path: Path, shard: Shard, rows: np.ndarray) -> list[bytes]:
     return places
 
 
-class Cuts(NamedTuple):
-    """A split's files, in the order of its shards, and the table of all its samples."""
+def open_cuts(dataset: Dataset, split: Split) -> dict[Path, str]:
+    """The split's files in the order of its shards, and their sha256; none is read. Empty if there are none.
 
-    paths: list[Path]
-    sha256: list[str]
-    table: np.ndarray  # (samples,) TABLE_DTYPE
-
-
-def open_cuts(dataset: Dataset, split: Split) -> Cuts | None:
-    """None if there are none. Raises DataError if they are of another data set or damaged; places are not read."""
+    Raises DataError if they are of another data set or have another size.
+    """
     path = dataset.root / NAME
     if not path.is_file():
-        return None
+        return {}
     paths = [dataset.root / file_name(split.name, number) for number in range(len(split.shards))]
     with reading(f"{path}", CURE, OSError):
         record = json.loads(path.read_bytes())
         if record["fingerprint"] != dataset.fingerprint:
             raise ValueError("of another data set")
-        sha256 = []
-        for made, file in zip(paths, record["splits"][split.name], strict=True):
+        files = record["splits"][split.name]
+        for made, file in zip(paths, files, strict=True):
             if made.stat().st_size != file["bytes"]:
                 raise ValueError(f"{made.name} has not {file['bytes']} bytes")
-            sha256.append(file["sha256"])
-    return Cuts(paths, sha256, np.concatenate(list(map(table, paths, split.shards))))
+        return {made: file["sha256"] for made, file in zip(paths, files)}
 
 
 def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it); every byte is read."""
     for split in dataset.splits.values():
         try:
-            found = open_cuts(dataset, split)
-            for path, sha256 in zip(found.paths, found.sha256) if found else ():
+            for path, sha256 in open_cuts(dataset, split).items():
                 if file_sha256(path) != sha256:
                     yield path.name, f"its bytes changed since they were written; {CURE}"
         except DataError as err:

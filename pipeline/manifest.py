@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,10 +17,9 @@ from numpy import ndarray
 from .errors import ConfigError, DataError
 from .files import Json, json_bytes
 from .manifest_values import EXISTING as EXISTING
-from .manifest_values import check_types, checked_shards
+from .manifest_values import bounds, check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
 from .storage import Copies, Folder, absolute, file_size, is_url
-from .tar import BLOCK
 
 if TYPE_CHECKING:  # needs a library that only URLs need
     from .remote import RemoteFolder
@@ -51,27 +51,26 @@ class Split:
     def index(self) -> ndarray:
         """(n,) INDEX_DTYPE, read-only, within the bounds of shards and classes. Raises DataError."""
         path = _local(self.root, self.remote, self.index_name, self.index_sha256)
-        index = read_array(path, "index", sha256=self.index_sha256)
+        index: Any = read_array(path, "index", sha256=self.index_sha256)
         if index.dtype != INDEX_DTYPE or index.ndim != 1:
             raise DataError(f"{path}: index of another format version; shard the data again")
+        sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
         for start in range(0, len(index), CHECKED):
             part = index[start : start + CHECKED]
-            for name, valid in self._bounds(part):
+            for name, valid in bounds(part, sizes, self.classes):
                 if not valid.all():
                     at = int(np.argmin(valid))
                     what = f"sample {start + at} has {name} {part[name][at]}, out of bounds"
                     raise DataError(f"{path}: {what}; shard the data again")
+        index.base.madvise(mmap.MADV_DONTNEED)
         return index
 
-    def _bounds(self, index: ndarray) -> Iterator[tuple[str, ndarray]]:
-        """(field, whether each sample's is possible): compiled code reads where the index says."""
-        yield "shard", index["shard"] < len(self.shards)
-        yield "label", (index["label"] >= -1) & (index["label"] < self.classes)
-        yield "width", index["width"] > 0
-        yield "height", index["height"] > 0
-        room = np.array([shard.bytes for shard in self.shards], np.uint64)[index["shard"]]
-        yield "size", index["size"] <= room
-        yield "offset", (index["offset"] >= BLOCK) & (index["offset"] <= room - index["size"])
+    def column(self, name: str) -> ndarray:
+        """(n,) of the index, a copy: the whole file does not stay in this process's memory."""
+        index: Any = self.index
+        column = index[name].copy()
+        index.base.madvise(mmap.MADV_DONTNEED)
+        return column
 
     @property
     def samples(self) -> int:
@@ -97,7 +96,9 @@ class Split:
             if size != shard.bytes:
                 what = "the shard is missing" if size is None else f"{size} bytes, {shard.bytes} in the manifest"
                 yield shard.name, f"{what}; copy it again or shard the data again"
-        counts = np.bincount(self.index["shard"], minlength=len(self.shards))  # a shard may have lost all its images
+        # A shard may have lost all its images.
+        parts = np.array_split(self.column("shard"), len(self.index) // CHECKED + 1)
+        counts = np.sum([np.bincount(part, minlength=len(self.shards)) for part in parts], axis=0)
         if counts.tolist() != [shard.samples for shard in self.shards]:
             yield self.index_name, "the index and the manifest count differently"
 

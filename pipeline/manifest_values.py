@@ -1,7 +1,12 @@
-"""Checks of the values that a manifest.json holds: anybody may have written it."""
+"""Checks of the values that a manifest.json and an index hold: anybody may have written them."""
+
+from collections.abc import Iterator
+
+from numpy import ndarray
 
 from .files import Json
 from .shards import Shard
+from .tar import BLOCK
 
 EXISTING = "existing webdataset tars"  # the kind of a source whose tars stay where they are: apart from the manifest
 
@@ -42,6 +47,17 @@ def checked_shards(manifest: Json, split: Json) -> tuple[Shard, ...]:
     if not shards or sum(shard.samples for shard in shards) != split["samples"]:
         raise ValueError(f"{split['samples']!r} samples in {len(shards)} shards")
     return shards
+
+
+def bounds(index: ndarray, sizes: ndarray, classes: int) -> Iterator[tuple[str, ndarray]]:
+    """(field, whether each sample's is possible): compiled code reads where the index says. sizes: of all shards."""
+    yield "shard", index["shard"] < len(sizes)
+    yield "label", (index["label"] >= -1) & (index["label"] < classes)
+    yield "width", index["width"] > 0
+    yield "height", index["height"] > 0
+    room = sizes[index["shard"]]
+    yield "size", index["size"] <= room
+    yield "offset", (index["offset"] >= BLOCK) & (index["offset"] <= room - index["size"])
 
 
 def _check_name(name: str, *, elsewhere: bool = False) -> None:

@@ -76,12 +76,11 @@ def log_best(t: Trainer, step: int) -> None:
 def begin(t: Trainer) -> None:
     """Logs what the run uses, and starts to watch for hangs and requests to stop."""
     c, loader = t.config, t.loader
-    index = loader.split.index
-    side = int(np.median(np.minimum(index["width"], index["height"])))
+    side = int(np.median(np.minimum(loader.split.column("width"), loader.split.column("height"))))
     weights, classes = count_parameters(t.stepper.bare), len(loader.dataset.classes)
     for line in (
-        f"data: {len(index):,} training and {t.val_loader.samples:,} validation images of {classes:,} classes, short"
-        f" side {side} (median), resized to {c.augment.resize}, crop {c.augment.crop}",
+        f"data: {loader.split.samples:,} training and {t.val_loader.samples:,} validation images of {classes:,}"
+        f" classes, short side {side} (median), resized to {c.augment.resize}, crop {c.augment.crop}",
         f"net: {c.model.name}, {weights:,} weights",
         f"loader: {loader.backend} ({loader.backend_reason}), {loader.threads} threads a rank",
         f"decoder: {loader.decoder()}",
@@ -89,7 +88,7 @@ def begin(t: Trainer) -> None:
         f"compiled: {t.stepper.compiled}",
         *c.behind_the_end(),
         *["warning: the set has one class, so top-1 is always 1"] * (classes == 1),
-        *advice(c, images=len(index), short_side=side, weights=weights),
+        *advice(c, images=loader.split.samples, short_side=side, weights=weights),
     ):
         t.record.log(line)
     if c.optim.scale_lr != "none":

@@ -1,6 +1,8 @@
 """JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,13 +10,14 @@ from numpy import ndarray
 
 from .. import jpeg
 from ..cut_jpeg import EXTRA, cut_jpeg
-from ..cuts import HEADER_BYTES, Cuts, open_cuts
+from ..cuts import HEADER_BYTES, TABLE_DTYPE, open_cuts, table
 from ..decode import Scratch
 from ..errors import DataError, StorageError
 from ..files import OpenFile
 from ..huffman import SLACK
 from ..jit import compiled
 from ..manifest import Dataset, Split
+from ..shards import Shard
 from .byte_source import LocalShards
 from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
@@ -51,8 +54,12 @@ def pixels_under(box: ndarray, crop: int) -> ndarray:
 class Cutter:
     """Cuts the images of a split. `missed`: images that are decoded whole since their places are lost or damaged."""
 
-    def __init__(self, cuts: Cuts) -> None:
-        self._table, self._source, self._out = cuts.table, LocalShards(cuts.paths), Scratch()
+    def __init__(self, paths: list[Path], shards: Sequence[Shard]) -> None:
+        self._source, self._out = LocalShards(paths), Scratch()
+        ends = np.cumsum([shard.samples for shard in shards])
+        self._table = np.zeros(ends[-1], TABLE_DTYPE)  # takes memory as it is filled, when a shard is first needed
+        self._files = list(zip(paths, shards, np.split(self._table, ends[:-1])))
+        self._unread = set(range(len(ends)))
         self.missed = 0
 
     def places(self, ids: ndarray, rows: ndarray, pixels: ndarray) -> ndarray:
@@ -60,12 +67,23 @@ class Cutter:
 
         rows: see fetch.py. pixels: by pixels_under.
         """
-        table, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
+        for shard in self._unread.intersection(rows[:, SHARD].tolist()):
+            self._read(shard)
+        found, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
         first, last = np.maximum(pixels[:, :2] // MCU, 0), -(-np.minimum(pixels[:, 2:], sides) // MCU)
         area = np.minimum(MCU * (last - first), sides).prod(1)
-        size = np.where(area < WORTH * sides.prod(1), table["size"], 0)
-        offset = HEADER_BYTES + table["offset"].astype(np.int64)
-        return np.stack([offset, size, table["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
+        size = np.where(area < WORTH * sides.prod(1), found["size"], 0)
+        offset = HEADER_BYTES + found["offset"].astype(np.int64)
+        return np.stack([offset, size, found["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
+
+    def _read(self, shard: int) -> None:
+        path, of, rows = self._files[shard]
+        try:
+            rows[:] = table(path, of)
+        except DataError as err:
+            logging.getLogger("imagenet_express").warning("%s", err)
+            rows["size"] = 1  # byte, without its checksum: each image counts as missed
+        self._unread.discard(shard)
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
         """Cuts the images of a block that has been fetched; unless kept, valid until this thread's next call."""
@@ -92,8 +110,8 @@ class Cutter:
 def open_cutter(dataset: Dataset, split: Split) -> Cutter | None:
     """None if there are no cuts, or, with a warning, if they cannot be used: images are decoded whole then."""
     try:
-        cuts = open_cuts(dataset, split)
-        return Cutter(cuts) if cuts else None
+        paths = list(open_cuts(dataset, split))
+        return Cutter(paths, split.shards) if paths else None
     except DataError as err:
         logging.getLogger("imagenet_express").warning("%s", err)
         return None

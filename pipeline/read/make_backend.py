@@ -5,6 +5,7 @@ Each is imported when it is used: DALI and Numba's machine code take a while to 
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..manifest import Dataset, Split
@@ -62,7 +63,7 @@ def make(
         return Portable(output, reader, raw=raw, threads=threads, depth=depth, cutter=cutter)
     from .dali import Dali, Graph
 
-    short_sides = reader.rows[:, [fetch.WIDTH, fetch.HEIGHT]].min(axis=1)
+    short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
     jittered = plan.train and plan.augment.scale_jitter is not None
     resized = jittered or bool((short_sides != plan.augment.resize).any())
     whole = backend == "dali-gpu" if config.decode == "auto" else config.decode == "whole"

@@ -1,13 +1,13 @@
 """The samples that each rank reads at each step. Pure: no files, no clock, no globals. The contract: docs/order.md.
 
-Training: an epoch is one array of ids, global batch after global batch. Step s takes its ids [s·batch, (s+1)·batch),
-and a rank takes a contiguous slice of them: the ids of a global step, in order, do not depend on the number of ranks.
+Training: an epoch is an array of ids, a row for each global batch. A rank takes a contiguous slice of each row: the ids
+of a global step, in order, do not depend on the number of ranks.
 Evaluation: the samples in stored order, one contiguous slice per rank, each sample exactly once.
 """
 
 import math
 from collections.abc import Container, Iterator
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 from numpy import ndarray
@@ -15,9 +15,13 @@ from numpy import ndarray
 from ..errors import ConfigError
 from . import rng
 
+CACHED = 1 << 15  # ids that are hashed at once: they fit into the processor's cache
 
-def epoch_order(shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int = 0, **at: int) -> ndarray:
-    """(steps · batch,) int64: the ids of all global batches of an epoch.
+
+def epoch_order(
+    shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int = 0, rank: int = 0, world: int = 1, **at: int
+) -> ndarray:
+    """(steps, batch / world) int64: the ids that `rank` reads at each step of an epoch.
 
     at: seed and epoch. shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
     partitions: the number of partitions of consecutive ids. Each is shuffled by itself, and a global batch consists of
@@ -27,13 +31,13 @@ def epoch_order(shard_sizes: ndarray, *, batch: int, partitions: int = 1, window
     """
     ends = np.cumsum(shard_sizes)
     samples = int(ends[-1])
-    steps, piece = steps_per_epoch(samples, batch=batch), batch // partitions
-    pieces = []
-    for part in range(partitions):
-        start, end = part * samples // partitions, (part + 1) * samples // partitions
-        ids = _shuffled_part(ends, start, end, window, **at)
+    steps, piece, share = steps_per_epoch(samples, batch=batch), batch // partitions, batch // world
+    mine, pieces = partitions_of_rank(rank=rank, world=world, partitions=partitions), []
+    for part in mine:
+        ids = _shuffled_part(ends, part * samples // partitions, (part + 1) * samples // partitions, window, **at)
         pieces.append(ids[: steps * piece].reshape(steps, piece))
-    return pieces[0].ravel() if partitions == 1 else np.concatenate(pieces, axis=1).ravel()
+    start = rank * share - mine.start * piece
+    return (pieces[0] if len(mine) == 1 else np.concatenate(pieces, axis=1))[:, start : start + share]
 
 
 def shard_steps(
@@ -58,27 +62,34 @@ def shard_steps(
 
 
 def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) -> ndarray:
-    """The ids [start, end) in random order; with a window, one group of shards after another."""
+    """The ids [start, end) in random order; with a window, one group of shards after another.
+
+    The ids of a group are sorted by their hashes, which are distinct: any correct sort gives the same order. The hashes
+    themselves are sorted, in place, and inverted: a fourth of an argsort's time, and a third of its memory.
+    """
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
-        order = np.argsort(rng.bits(np.arange(start, end), stream=rng.ORDER, **at))
-        order += start  # as _shuffled, with half the memory
-        return order
-    return np.concatenate([_shuffled(ids, **at) for _, ids in _groups(ends, start, end, window, **at)])
+        ids, groups = np.arange(start, end), []
+    else:
+        groups = [ids for _, ids in _groups(ends, start, end, window, **at)]
+        ids, groups = np.concatenate(groups), np.cumsum(list(map(len, groups))).tolist()
+    hashes = ids.view(np.uint64)
+    chunks = np.array_split(hashes, len(ids) // CACHED + 1)
+    for chunk in chunks:
+        chunk[:] = rng.bits(chunk, stream=rng.ORDER, **at)
+    for group in np.split(hashes, groups):
+        group.sort()
+    for chunk in chunks:
+        rng.ids(chunk, stream=rng.ORDER, **at)
+    return ids
 
 
 def _groups(ends: ndarray, start: int, end: int, window: int, **at: int) -> Iterator[tuple[ndarray, ndarray]]:
     """(shards, ids) of each group of a partition, in the order in which they are read."""
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
-    ranges = [np.arange(a, b) for a, b in pairwise(bounds)]
     shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
     for group in (shards[i : i + window] for i in range(0, len(shards), window)):
-        yield first + group, np.concatenate([ranges[s] for s in group])
-
-
-def _shuffled(ids: ndarray, **at: int) -> ndarray:
-    """Sorted by their hashes, which are distinct: any correct sort gives the same order."""
-    return ids[np.argsort(rng.bits(ids, stream=rng.ORDER, **at))]
+        yield first + group, np.concatenate([np.arange(*bounds[s : s + 2]) for s in group])
 
 
 def replacement(sample: int, partition: range, bad: Container[int]) -> int:
@@ -110,11 +121,9 @@ def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, fi
         raise ConfigError(f"{field}={batch} is more than the {samples} training samples; {cure}")
 
 
-def train_ids(order: ndarray, *, step: int, batch: int, rank: int = 0, world: int = 1) -> ndarray:
-    """(batch / world,) ids that `rank` reads at `step` of the epoch with this order."""
-    part = batch // world
-    start = step * batch + rank * part
-    return order[start : start + part]
+def partitions_of_rank(*, rank: int, world: int, partitions: int) -> range:
+    """Those from which `rank` reads in training."""
+    return range(rank * partitions // world, -(-(rank + 1) * partitions // world))
 
 
 def range_of_rank(samples: int, *, rank: int, world: int, partitions: int) -> range:
@@ -123,5 +132,5 @@ def range_of_rank(samples: int, *, rank: int, world: int, partitions: int) -> ra
     With `world` partitions, those that it evaluates: each id belongs to one rank, and the ranks' counts differ by at
     most one.
     """
-    first, end = rank * partitions // world, -(-(rank + 1) * partitions // world)
-    return range(first * samples // partitions, end * samples // partitions)
+    mine = partitions_of_rank(rank=rank, world=world, partitions=partitions)
+    return range(mine.start * samples // partitions, mine.stop * samples // partitions)

@@ -94,7 +94,7 @@ class Plan:
             mine = self.held[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
             return np.array(mine, dtype=np.int64)
         rank, world = (0, 1) if whole else (self.rank, self.world)
-        return order.train_ids(self._order(epoch=epoch), step=step, batch=self.batch, rank=rank, world=world)
+        return self._order(epoch=epoch, rank=rank, world=world)[step]
 
     def shards(self) -> range:
         """Those from which this rank reads."""

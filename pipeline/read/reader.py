@@ -266,7 +266,8 @@ class Reader:
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""
-        path, offset = self.source.paths[self.rows[sample, SHARD]], int(self.rows[sample, OFFSET])
+        offset, _, shard, *_ = self.rows[sample].tolist()
+        path = self.source.paths[shard]
         (key,) = sample_keys(path, [offset])
         return f"{path}: sample {sample} ({key!r}) at byte {offset}"
 

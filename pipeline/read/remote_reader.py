@@ -87,19 +87,19 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, sha
     """
     chunk, held, room, seen = Chunk([], []), 0, limit // FIRST, set[int]()
     for step, ids in steps:
-        shard, size = rows[ids, SHARD], int(rows[ids, SIZE].sum())
+        size, shard = rows[ids][:, [SIZE, SHARD]].T
         another = bool(chunk.steps) and chunk.steps[0][0] != step[0]
         beyond = len(seen.union(shard.tolist())) > shards
-        if chunk.steps and (another or beyond or held + size > room):
+        if chunk.steps and (another or beyond or held + int(size.sum()) > room):
             if beyond and not another:
                 these = np.isin(shard, list(seen))
                 chunk.ids.append(ids[these])
-                ids, shard = ids[~these], shard[~these]
+                ids, shard, size = ids[~these], shard[~these], size[~these]
             yield chunk
             chunk, held, room, seen = Chunk([], []), 0, min(2 * room, limit), set()
         chunk.steps.append(step)
         chunk.ids.append(ids)
-        held += int(rows[ids, SIZE].sum())
+        held += int(size.sum())
         seen.update(shard.tolist())
     yield chunk
 
@@ -144,7 +144,7 @@ class RemoteReader(Reader):
                 ids = np.concatenate(chunk.ids)
                 waiting.append(chunk.steps)
                 if self.cache:
-                    shards = self.rows[ids, SHARD]
+                    shards = self.rows[ids][:, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
                     ids = ids[~np.isin(shards, list(copies))]
                 self._fetched = [*filter(None, self._fetched), self._fetch(ids)]

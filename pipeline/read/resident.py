@@ -169,7 +169,7 @@ def bytes_held(plan: Plan) -> int:
 
 def image_shape(split: Split) -> tuple[int, int, int]:
     """(height, width, 3) of all images. Raises ConfigError if they differ."""
-    height, width = (split.index[side] for side in ("height", "width"))
+    height, width = (split.column(side) for side in ("height", "width"))
     if height.min() < height.max() or width.min() < width.max():
         raise ConfigError(
             f"loader.backend=resident: the images of the split {split.name} are {width.min()} to {width.max()} pixels"

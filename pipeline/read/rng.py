@@ -26,6 +26,14 @@ def _mix(x: ndarray) -> ndarray:
     return x
 
 
+def _unmix(x: ndarray) -> ndarray:
+    """The inverse of _mix. In place."""
+    for shift, factor in ((31, _M2), (27, _M1), (30, 1)):
+        x ^= x >> np.uint64(shift) ^ x >> np.uint64(2 * shift)
+        x *= np.uint64(pow(factor, -1, 1 << 64))
+    return x
+
+
 def key(*coordinates: int) -> int:
     """64 bits from whole numbers: the key of all draws at these coordinates."""
     x = 0
@@ -48,6 +56,16 @@ def bits(ids: ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> 
     _mix(x)
     x ^= np.uint64(key(draw, stream, epoch, seed))
     return _mix(x)
+
+
+def ids(bits: ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> ndarray:
+    """The inverse of `bits`, in place."""
+    x = _unmix(bits)
+    x ^= np.uint64(key(draw, stream, epoch, seed))
+    _unmix(x)
+    x -= np.uint64(key(seed, epoch, stream, draw))
+    x *= np.uint64(pow(_GOLDEN, -1, 1 << 64))
+    return x
 
 
 def uniform(ids: ndarray, *, count: int, **at: int) -> ndarray:

@@ -98,4 +98,4 @@ class Plan:
 def _shuffled(seed: int, split: str, items: Items) -> np.ndarray:
     """(n,) int64. By a hash of the key, not by a generator: the same on every version of Python and NumPy."""
     hashes = (hashlib.sha256(f"{seed}/{split}/{key}".encode()).digest()[:16] for key in items.keys)
-    return np.argsort(np.fromiter(hashes, "S16", len(items)), kind="stable")
+    return np.lexsort(np.fromiter(hashes, "S16", len(items)).view(">u8").astype(np.uint64).reshape(-1, 2).T[::-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -11,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.read import order
+from pipeline.read import order, rng
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(np.array)
 WINDOWS = st.integers(0, 8)
 
 
 def epoch_of(sizes, *, batch, seed=0, epoch=0, **kwargs):
-    return order.epoch_order(np.asarray(sizes), seed=seed, epoch=epoch, batch=batch, **kwargs)
+    return order.epoch_order(np.asarray(sizes), seed=seed, epoch=epoch, batch=batch, **kwargs).ravel()
 
 
 @given(SIZES, st.integers(0, 2**31), st.integers(0, 1000), WINDOWS)
@@ -46,12 +47,11 @@ def test_partitions_read_their_own_consecutive_ids_and_drop_less_than_one_global
 def test_a_global_step_has_the_same_ids_in_the_same_order_at_every_world_size(sizes, partitions, multiple, window):
     batch = 12 * multiple
     ids = epoch_of(sizes, batch=batch, partitions=partitions, window=window)
-    for step in range(order.steps_per_epoch(int(sizes.sum()), batch=batch)):
-        one = order.train_ids(ids, step=step, batch=batch)
-        for world in (1, 2, 3, 4, 6, 12):
-            ranks = [order.train_ids(ids, step=step, batch=batch, rank=r, world=world) for r in range(world)]
-            assert all(len(part) == batch // world for part in ranks)
-            assert np.concatenate(ranks).tolist() == one.tolist()
+    of = {"seed": 0, "epoch": 0, "batch": batch, "partitions": partitions, "window": window}
+    for world in (1, 2, 3, 4, 6, 12):
+        ranks = [order.epoch_order(sizes, rank=rank, world=world, **of) for rank in range(world)]
+        assert all(part.shape == (int(sizes.sum()) // batch, batch // world) for part in ranks)
+        assert np.concatenate(ranks, axis=1).ravel().tolist() == ids.tolist()
 
 
 def test_fewer_samples_than_parts_make_an_epoch_without_steps():
@@ -122,12 +122,36 @@ def test_the_order_of_all_of_imagenet_takes_no_python_loop_over_images(partition
     assert time.process_time() - started < 20  # a tenth of a second; minutes if each image were visited by Python
 
 
-def test_an_epoch_is_ordered_in_24_bytes_a_sample():
-    shards = np.full(200, 1000)
+@pytest.mark.parametrize(
+    ("settings", "bytes_a_sample"),
+    [({}, 8), ({"window": 16}, 16), ({"partitions": 8}, 16), ({"partitions": 8, "world": 8, "rank": 3}, 1)],
+)
+def test_an_epoch_is_ordered_in_8_bytes_for_each_sample_of_the_ranks_partitions(settings, bytes_a_sample):
+    shards = np.full(1000, 1000)
     tracemalloc.start()
     try:
-        order.epoch_order(shards, batch=256, seed=0, epoch=0)
+        order.epoch_order(shards, batch=256, seed=0, epoch=0, **settings)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 25 * 200_000
+    assert peak < (bytes_a_sample + 1.5) * 1_000_000
+
+
+@given(SIZES, st.integers(1, 4), WINDOWS, st.integers(0, 2**63))
+def test_an_order_is_that_of_the_hashes(sizes, partitions, window, seed):
+    """The same as sorting the ids of a group of shards by their hashes, and the shards of a partition by theirs."""
+
+    def by_hash(numbers: list[int], stream: int) -> list[int]:
+        hashes = rng.bits(np.array(numbers, np.int64), seed=seed, epoch=3, stream=stream).tolist()
+        return [number for _, number in sorted(zip(hashes, numbers))]
+
+    samples, shard_of = int(sizes.sum()), np.repeat(np.arange(len(sizes)), sizes)
+    steps, pieces = samples // partitions, []
+    for part in range(partitions):
+        ids = range(part * samples // partitions, (part + 1) * samples // partitions)
+        shards = by_hash(sorted({int(shard_of[i]) for i in ids}), rng.SHARDS)
+        groups = [shards[i : i + window] for i in range(0, len(shards), window)] if window else [shards]
+        shuffled = [by_hash([i for i in ids if shard_of[i] in group], rng.ORDER) for group in groups]
+        pieces.append(list(chain.from_iterable(shuffled))[:steps])
+    made = epoch_of(sizes, batch=partitions, partitions=partitions, window=window, seed=seed, epoch=3)
+    assert made.tolist() == [i for step in zip(*pieces) for i in step]

@@ -315,7 +315,7 @@ def test_what_is_fetched_ahead_stays_within_the_memory(web, monkeypatch):
 
     def watched(self, ids):
         ahead = [sample for fetched in self._fetched for sample in fetched] + ids.tolist()
-        most[0] = max(most[0], int(self.rows[ahead, SIZE].sum()))
+        most[0] = max(most[0], int(self.rows[ahead][:, SIZE].sum()))
         return fetch(self, ids)
 
     monkeypatch.setattr(remote_reader.RemoteReader, "_fill", slow)

@@ -37,6 +37,14 @@ def test_distinct_ids_never_collide(seed, epoch, stream):
     assert len(np.unique(bits)) == 5000
 
 
+@given(SMALL, SMALL, st.integers(0, 10), st.lists(st.integers(0, 2**64 - 1)))
+def test_ids_are_recovered_from_their_bits(seed, epoch, stream, ids):
+    at = {"seed": seed, "epoch": epoch, "stream": stream, "draw": 1}
+    bits = rng.bits(np.array(ids, np.uint64), **at)
+    rng.ids(bits, **at)
+    assert bits.tolist() == ids
+
+
 @given(SMALL, SMALL)
 def test_neighbouring_ids_epochs_seeds_streams_and_draws_share_no_number(seed, epoch):
     ids = np.arange(500)

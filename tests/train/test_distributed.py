@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.shards import INDEX_DTYPE
 from train import loop, signals
 from train.config import Config, RunConfig
 from train.distributed import make_accelerator, make_plain_accelerator
@@ -87,7 +86,7 @@ def test_what_accelerate_cannot_do_is_an_error_that_names_who_asked(tmp_path, mo
 def test_a_set_of_one_class_is_warned_of(classes):
     trainer = MagicMock(config=Config())
     trainer.loader.dataset.classes = ["cat", "dog"][:classes]
-    trainer.loader.split.index = np.full(1, 256, INDEX_DTYPE)
+    trainer.loader.split.column.return_value, trainer.loader.split.samples = np.full(1, 256), 1
     trainer.val_loader.samples, trainer.stepper.bare = 1, torch.nn.Linear(1, 1)
     loop.begin(trainer)
     logged = [call.args[0] for call in trainer.record.log.call_args_list]

@@ -1,6 +1,7 @@
 """Benchmarks of imagenet-express beside its peers.
 
     python tools/bench loader --images imagenet-sample.tar
+    python tools/bench loader --explain SHARDS
     python tools/bench shards --images imagenet-sample.tar
     python tools/bench train
     python tools/bench saves

@@ -62,6 +62,7 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
     dataset, folder = open_dataset(root), Folder(out)
     split = dataset.split("train")
     made = cuts.open_cuts(dataset, split)
+    whole = np.concatenate(list(map(cuts.table, made, split.shards))) if made else np.zeros(0)
     out.mkdir(parents=True)
     for shard in split.shards:
         (out / shard.name).symlink_to((root / shard.name).resolve())
@@ -70,9 +71,9 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
         index = split.index[samples]
         counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
         shards = [type(s)(s.name, count, s.bytes, s.sha256) for s, count in zip(split.shards, counts, strict=True)]
-        for number, path in enumerate(made.paths if made else ()):
-            table = made.table[samples[index["shard"] == number]]
-            places = path.read_bytes()[: -made.table.itemsize * split.shards[number].samples]
+        for number, path in enumerate(made):
+            table = whole[samples[index["shard"] == number]]
+            places = path.read_bytes()[: -whole.itemsize * split.shards[number].samples]
             folder.write(cuts.file_name(split_name, number), places + table.tobytes())
         return manifest.split_record(shards, name, write_array(folder, name, index))
 

@@ -40,6 +40,7 @@ HELP = {
     "device": "",
     "threads": "decoding threads",
     "workers": "processes",
+    "step-rate": "images/s of a training step, for --explain; 0: unknown",
     "ffcv-python": "interpreter that has FFCV; without it FFCV is left out",
     "simd-python": "interpreter that has Pillow-SIMD; without it Pillow-SIMD is left out",
 }

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
-from tools.bench import data, extremes, harness
+from tools.bench import data, explain, extremes, harness
 from tools.bench.cells import BY_NAME, DATA, JPEGS
 from tools.bench.harness import Cell, Json, Record
+from train.presets import PRESETS
 
 WHAT = "loader rates, decoded and cropped to 224, warm page cache; medians over interleaved rounds"
 OURS = {  # the cells of each kind of data, by the last part of their names
@@ -42,7 +43,18 @@ NAMES = [*OURS, *dict.fromkeys(name for name, *_ in PEERS.values()), "extremes"]
 
 ALL = f"of {', '.join(NAMES)} (default: all)"
 OPTIONS = {
-    "images": Path,
+    "images": {"type": Path, "metavar": "PATH", "help": harness.HELP["images"]},
+    "explain": {
+        "type": Path,
+        "metavar": "SHARDS",
+        "help": "find out instead what limits the loader of these shards, and what would help",
+    },
+    "step-rate": 0.0,
+    "preset": {
+        "choices": PRESETS,
+        "metavar": "NAME",
+        "help": "whose crops --explain takes, and whose step it measures",
+    },
     "ffcv-python": Path,
     "rounds": 3,
     "seconds": 1.5,
@@ -53,6 +65,10 @@ OPTIONS = {
 
 
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
+    if bool(args.images) == bool(args.explain):
+        raise ConfigError("name either the images to measure with by --images, or your shards by --explain")
+    if args.explain:
+        return explain.run(args, record)
     if args.only != NAMES and "ffcv" in args.only and not args.ffcv_python:
         raise ConfigError("--only ffcv: name the interpreter that has it by --ffcv-python")
     images = data.unpacked(args.images, scratch / "images")

@@ -42,17 +42,17 @@ class Names(Sequence[str]):
     """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
 
     def __init__(self) -> None:
-        self._bytes, self._ends = bytearray(), array("q", [0])
+        self.lines, self._ends = bytearray(), array("q", [0])
 
     def append(self, name: str) -> None:
-        self._bytes += name.encode("utf-8", "surrogateescape")
-        self._ends.append(len(self._bytes))
+        self.lines += name.encode("utf-8", "surrogateescape") + b"\n"
+        self._ends.append(len(self.lines))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, i: Any) -> Any:
-        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+        return self.lines[self._ends[i] : self._ends[i + 1] - 1].decode("utf-8", "surrogateescape")
 
 
 class Items(Sequence[Item]):
@@ -78,9 +78,8 @@ class Items(Sequence[Item]):
 
     def digest(self) -> str:
         """A hash of all that decides what is stored, except the images themselves."""
-        digest = hashlib.sha256()
-        for name in (*self.keys, *self.where):
-            digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        digest = hashlib.sha256(self.keys.lines)
+        digest.update(self.where.lines)
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
 
@@ -213,8 +212,8 @@ class UniqueKeys:
         slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_"
         # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
         # A slug holds no "~", so a counter behind one never meets another slug.
-        self._seen[slug.lower()] += 1
-        n = self._seen[slug.lower()]
+        self._seen[folded := slug.lower()] += 1
+        n = self._seen[folded]
         return slug if n == 1 else f"{slug}~{n}"
 
 

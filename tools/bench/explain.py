@@ -1,0 +1,241 @@
+"""Which stage limits the loader, and what would help: `python tools/bench loader --explain SHARDS`.
+
+Each stage is measured by itself, with the functions and threads that the loader has for it, on the images and crops of
+its first steps. The loader's rate is predicted from them, not measured.
+
+Each decoding thread reads some images and decodes them. If storage is slow, the reader keeps many reads in flight
+instead, and the slower of the two stages sets the rate. The training thread assembles the batches, which costs the
+decoding threads time if there are as many of them as cores.
+"""
+
+import copy
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+
+from pipeline import Loader, LoaderConfig
+from pipeline.cores import usable_cores
+from pipeline.errors import ConfigError
+from pipeline.read import reader as reads
+from pipeline.read.backend import Work
+from pipeline.read.fetch import ALL_ROWS, OFFSET, SHARD, SIZE
+from tools.bench import harness, layers
+from train.build import make_net
+from train.networks import compile_net
+from train.presets import PRESETS
+
+IMAGES, BYTES = 1024, 256e6  # at most: of the plan's first batches, at least one, which are measured over and over
+PROBE, PROBES = 4, 8  # images that one thread reads at a time, to see whether it waits, and how often
+CROPS = 2  # arrays, in turn, so that they are not in the processor's cache when they are written
+ASSEMBLED = 100  # batches
+ENOUGH = 8  # seconds after which no round begins
+ON_CPU = 16  # images of a step
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+COLD, WARM, DECODE, ASSEMBLE, STEP = "read, not cached", "read, cached", "decode and crop", "assemble", "step"
+LIMITS = {
+    "storage": ("storage: reads wait for it", "--data.stage DIR, to copy the shards to a local disk"),
+    "threads": ("too few threads: {threads}, of {cores} cores", "--loader.threads {cores}: up to {most:,.0f} img/s"),
+    "decode": ("decoding, on all {cores} cores", "more cores for each GPU"),
+    "read": ("copying and verifying cached bytes, on all {cores} cores", "more cores for each GPU"),
+    "assemble": ("assembling batches, in the training thread", "larger batches, or more ranks"),
+    "step": ("the training step", "nothing to do: the loader is faster"),
+}
+JPEGS = ", or shards with --encode jpeg"
+SMALLER = dict.fromkeys([("storage", "keep"), ("storage", "raw"), ("decode", "keep")], JPEGS)
+NOT_MEASURED = "measured: the backend portable; not measured: dali-cpu, dali-gpu and resident"
+
+Task = Callable[[Work, Any, int, int | None], None]  # images [a, b) of a batch, and the batch's crops
+
+
+class Stage(NamedTuple):
+    """rate: images a second. cost: seconds an image, of one thread. slow: whether its threads wait for storage."""
+
+    rate: float
+    cost: float
+    slow: bool = False
+
+
+class Stages:
+    """Measures a loader, which never iterates with all its stages. seconds: to decode in each measurement."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.engine, self.seconds, n = loader, loader._engine, 0.0, loader.plan.batch
+        self.stored = sum(shard.bytes for shard in loader.split.shards)
+        self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
+        crops = [np.ones((n, 3, side, side), np.float32 if self.engine._in_kernel else np.uint8) for _ in range(CROPS)]
+        places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
+        self.works, each = [], []
+        for at in itertools.islice(loader.plan.coordinates(0, 0), 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
+            planned = loader.plan.step(*at, loader._reader.rows)
+            work = Work(*planned, reads.ReadBatch(planned.ids, planned.rows))
+            loader._reader.ahead(work.read)
+            work.read.wait()
+            work.read.whole = work.read.buffer.copy()
+            if self.engine.raw:
+                work.read.at[:] = 0  # one image for all: in the processor's cache when it is cropped, as in the loader
+            self.works.append(work)
+            each += [(work, next(places), a, min(a + step, n)) for a in range(0, n, step)]
+        self.tasks = itertools.cycle(each)
+        loader._reader.done = True  # so that it reads nothing while batches are assembled, even if storage is slow
+        settings = {"threads": loader.config.read_threads, "images_a_task": loader._reader.images_a_task}
+        self.readers = {name: reads.Reader(loader.split, **settings) for name in (COLD, WARM)}
+
+    def measured(self) -> dict[str, Stage]:
+        found = {name: self.read(reader, cold=name == COLD) for name, reader in self.readers.items()}
+        return found | {DECODE: self.by_threads(self.engine._decode, restore, self.seconds), ASSEMBLE: self.assemble()}
+
+    def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
+        """By the decoding threads, or with many reads in flight if threads wait for storage."""
+
+        def evict(work: Work, _: Any, a: int, b: int | None) -> None:
+            for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist():
+                if cold and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(reader.source.open(shard).fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+        def read(work: Work, _: Any, a: int, b: int) -> None:
+            batch = reads.ReadBatch(work.ids, work.rows)
+            reader.fetch(batch, a, b, lambda block: reads.fetch_images(*block, ALL_ROWS), in_turn=True)
+
+        first = self.works[0]
+        for a in range(0, min(PROBES * PROBE, len(first.ids)), PROBE):
+            if not reader.is_slow:
+                evict(first, None, a, a + PROBE)
+                read(first, None, a, min(a + PROBE, len(first.ids)))
+        seconds = self.seconds / 3
+        return self.in_flight(reader, evict, seconds) if reader.is_slow else self.by_threads(read, evict, seconds)
+
+    def in_flight(self, reader: reads.Reader, before: Task, seconds: float) -> Stage:
+        flying, began, cpu, ahead = deque(), 0.0, 0.0, 2 * self.loader.config.prefetch_batches
+        for number, work in enumerate(itertools.cycle(self.works), -ahead):
+            before(work, None, 0, None)
+            flying.append(reads.ReadBatch(work.ids, work.rows))
+            reader.ahead(flying[-1])
+            if number < 0:
+                continue
+            flying.popleft().wait()
+            elapsed, spent = time.perf_counter() - began, time.process_time() - cpu
+            if not number:  # from now on as many reads are in flight as at the end
+                began, cpu = time.perf_counter(), time.process_time()
+            elif elapsed > seconds:
+                break
+        for batch in flying:
+            batch.wait()
+        images = number * len(work.ids)
+        return Stage(images / elapsed, spent / images, True)
+
+    def by_threads(self, task: Task, before: Task, seconds: float) -> Stage:
+        """As many threads as the loader has. before: what is done before each task and not counted."""
+
+        def repeat(until: float) -> tuple[int, float]:
+            images, spent = 0, 0.0
+            while not images or time.perf_counter() < until:
+                at = next(self.tasks)
+                before(*at)
+                began = time.perf_counter()
+                task(*at)
+                images, spent = images + at[3] - at[2], spent + time.perf_counter() - began
+            return images, spent
+
+        threads = self.loader.threads
+        with ThreadPoolExecutor(threads) as pool:
+            images, spent = map(sum, zip(*pool.map(repeat, [time.perf_counter() + seconds] * threads)))
+        return Stage(threads * images / spent, spent / images)
+
+    def assemble(self) -> Stage:
+        """Batches whose images are neither read nor decoded, delivered to the device."""
+        idle = self.loader._engine = copy.copy(self.engine)
+        idle._decode = lambda *_: None
+        batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
+        cpu, began = time.process_time(), time.perf_counter()
+        images = sum(len(batch.ids) for batch in itertools.islice(batches, ASSEMBLED))
+        layers.synchronize(self.loader.device)
+        stage = Stage(images / (time.perf_counter() - began), (time.process_time() - cpu) / images)
+        self.loader._stop()
+        return stage
+
+
+def restore(work: Work, _: Any, a: int, b: int) -> None:
+    """The bytes of images [a, b), as if they had just been read: decoding cuts JPEGs short, in place."""
+    there = slice(work.read.at[a], work.read.at[b - 1] + work.rows[b - 1, SIZE])
+    work.read.buffer[there] = work.read.whole[there]
+
+
+def predicted(read: Stage, decode: Stage, assemble: Stage, *, threads: int, cores: int) -> tuple[float, str]:
+    """The loader's images a second, and what limits them."""
+    beside = assemble.cost + read.slow * read.cost if threads >= cores else 0
+    busy = 1 / decode.rate + (not read.slow) / read.rate + beside / cores
+    which = "decode" if read.slow or decode.rate < read.rate else "read"
+    which = "threads" if threads < cores else which
+    return min((1 / busy, which), (read.rate, "storage"), (assemble.rate, "assemble"))
+
+
+def step_rate(preset: str, batch: int, classes: int, seconds: float) -> dict[str, float]:
+    """Images a second of its net and SGD, on noise. On a CPU, not compiled and in small batches, to be quick."""
+    config, device = PRESETS[preset], torch.device(DEVICE)
+    n, precision, compiled = (batch, "bf16", config.train.compile) if DEVICE == "cuda" else (ON_CPU, "fp32", "off")
+    crop, net = config.augment.crop, make_net(config, classes=classes, say=len).to(device)
+    compile_net(net, compiled, device)
+    step, _ = layers.training_step(
+        net, layers.noise(n, 3, crop, crop, device=device), classes=classes, precision=precision
+    )
+    return {"rate": n / layers.median_seconds(step, seconds, device)}
+
+
+def portable(shards: Path, batch: int, threads: int, preset: str | None = None) -> Loader:
+    """The loader that is explained."""
+    options = {"device": DEVICE, "channels_last": True, "augment": PRESETS[preset or "seed"].augment}
+    return Loader(shards, batch=batch, config=LoaderConfig("portable", threads=threads), **options)
+
+
+def middle(rounds: list[dict[str, Stage]]) -> dict[str, Stage]:
+    return {name: Stage(*map(median, zip(*(found[name] for found in rounds)))) for name in rounds[0]}
+
+
+def run(args: harness.Namespace, record: harness.Record) -> None:
+    if not args.step_rate >= 0:
+        raise ConfigError(f"--step-rate {args.step_rate:g}: choose 0 (unknown) or images a second")
+    if ":/" in str(args.explain):
+        raise ConfigError("--explain measures files, not URLs; copy some shards to this machine and name their folder")
+    step = args.step_rate
+    with portable(args.explain, args.batch, args.threads, args.preset) as loader:
+        if args.preset and not step:  # in a process whose threads sleep when they wait, as train/run.py's do
+            net = {"preset": args.preset, "classes": len(loader.dataset.classes)}
+            net |= {"batch": args.batch, "seconds": args.seconds}
+            step = harness.run_once(f"{__name__}:step_rate", net, OMP_WAIT_POLICY="passive")["rate"]
+        report(Stages(loader), step, args, record)
+
+
+def report(stages: Stages, step: float, args: harness.Namespace, record: harness.Record) -> None:
+    stages.measured()  # compiles
+    began, rounds, stages.seconds = time.monotonic(), [], args.seconds
+    while not rounds or (len(rounds) < args.rounds and time.monotonic() < began + ENOUGH):
+        rounds.append(stages.measured())
+    found = middle(rounds)
+    on = {"threads": stages.loader.threads, "cores": usable_cores()}
+    rates = {name: predicted(found[name], found[DECODE], found[ASSEMBLE], **on) for name in (COLD, WARM)}
+    rate, which = rates[WARM if stages.stored < psutil.virtual_memory().available else COLD]
+    found |= {STEP: Stage(step, 1 / step)} if step else {}
+    which = "step" if 0 < step <= rate else which
+    because, advice = (text.format(**on, most=rate * on["cores"] / on["threads"]) for text in LIMITS[which])
+    advice += SMALLER.get((which, stages.loader.dataset.encoding), "")
+    if rate < step:
+        advice += f"; the step takes {step / rate:.2g} times as many images"
+    size, names = stages.image_bytes / 1e6, ("stage", "img/s", "MB/s", "µs an image")
+    rows = [dict(zip(names, (name, s.rate, s.rate * size, 1e6 * s.cost))) for name, s in found.items()]
+    print(harness.table(rows))
+    print(f"\npredicted: {rate:,.0f} img/s; while nothing is in the page cache {rates[COLD][0]:,.0f}")
+    print(f"limit: {because}\nadvice: {advice}\n{NOT_MEASURED}")
+    record.keep(
+        stages=rows, rounds=rounds, predicted=rate, first_epoch=rates[COLD][0], limit=which, advice=advice, **on
+    )
