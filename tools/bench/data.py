@@ -62,7 +62,7 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
     dataset, folder = open_dataset(root), Folder(out)
     split = dataset.split("train")
     made = cuts.open_cuts(dataset, split)
-    whole = np.concatenate(list(map(cuts.table, made, split.shards))) if made else np.zeros(0)
+    whole = np.concatenate([*map(cuts.table, made, split.shards)] or [[]])
     out.mkdir(parents=True)
     for shard in split.shards:
         (out / shard.name).symlink_to((root / shard.name).resolve())
