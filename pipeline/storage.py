@@ -25,7 +25,10 @@ def absolute(place: str) -> str:
 
 def file_size(path: Path) -> int | None:
     """In bytes; None if there is no such file."""
-    return path.stat().st_size if path.is_file() else None
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:  # it was just renamed or deleted
+        return None
 
 
 @dataclass(frozen=True)

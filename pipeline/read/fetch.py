@@ -4,12 +4,15 @@ A thread that reads, checks and crops image by image asks for the interpreter's 
 other threads. Here a block of images costs one call.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
 from numpy import ndarray
 
+from ..errors import StorageError
+from ..files import OpenFile
 from ..jit import compiled
 from ..shards import INDEX_DTYPE
 from .checksum import crc32
@@ -22,6 +25,8 @@ OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(COLUMNS))
 # The C library's function, called by its name, so that compiled code can be kept on disk.
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
 
+RECORD = INDEX_DTYPE.itemsize
+MAPPED = 100_000_000  # bytes of an index, 3.6 million samples
 IN_MEMORY = -1  # instead of a file's descriptor: the bytes are in the buffer already, verified
 ALL_ROWS = np.zeros(0, np.int64)
 
@@ -39,15 +44,26 @@ class Block(NamedTuple):
 class Rows:
     """A split's index as an array of `rows`, which are made when they are asked for: rows[ids], rows[ids, columns].
 
-    Kept whole, they would take twice the index's memory. Its words are gathered, not its records: half the cost.
+    Kept whole, they would take twice the index's memory. Its words are gathered, not its records: half the cost. From a
+    large file they are read instead, at 0.5 µs an image and not 0.05: mapped, it would soon be in memory as a whole.
     """
 
-    def __init__(self, index: ndarray) -> None:
-        self._words = index.view(np.uint32).reshape(len(index), INDEX_DTYPE.itemsize // 4)
+    def __init__(self, index: Any) -> None:
+        self._words, self._file = index.view(np.uint32).reshape(len(index), RECORD // 4), None
+        if index.nbytes > MAPPED:
+            self._file, self._start = OpenFile(os.open(index.filename, os.O_RDONLY | os.O_CLOEXEC)), index.offset
+
+    def _records(self, ids: Any) -> ndarray:
+        if not self._file:
+            return self._words[ids].view(INDEX_DTYPE)[..., 0]
+        records = np.empty(np.shape(ids), INDEX_DTYPE)
+        if not read_records(self._file.fd, self._start, np.ravel(ids), records.reshape(-1).view(np.uint8)):
+            raise StorageError("the end of an index is missing, or cannot be read; copy the dataset again")
+        return records
 
     def __getitem__(self, at: Any) -> ndarray:
         ids, columns = at if isinstance(at, tuple) else (at, range(len(COLUMNS)))
-        records = self._words[ids].view(INDEX_DTYPE)[..., 0]
+        records = self._records(ids)
         if isinstance(columns, int):
             return records[COLUMNS[columns]].astype(np.int64)
         rows = np.empty((*records.shape, len(columns)), np.int64)
@@ -68,6 +84,15 @@ def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int,
             return False
         done += got
     return not verify or np.int64(crc32(np.uint32(0), address, np.uint32(size))) == crc
+
+
+@compiled
+def read_records(fd: int, start: int, ids: ndarray, records: ndarray) -> bool:
+    """records: flat uint8. False if that fails."""
+    done = True
+    for i in range(len(ids)):
+        done &= fetched(records, i * RECORD, fd, start + ids[i] * RECORD, RECORD, 0, False)
+    return done
 
 
 @compiled
@@ -126,3 +151,4 @@ def prepare() -> None:
     all_end(pixel, none, rows)
     zero_rest(pixel, none, rows, 0)
     fetch_images(pixel, none, none, rows, False, ALL_ROWS)
+    read_records(0, 0, none, pixel)

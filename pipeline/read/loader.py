@@ -162,7 +162,7 @@ class Loader(AbstractContextManager["Loader"]):
             self._check = PixelCheck(output, raw=raw, reader=self._reader, decoder=name)
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
-        self._wait_seconds, self._closed = 0.0, False
+        self._wait_seconds = 0.0
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -238,8 +238,8 @@ class Loader(AbstractContextManager["Loader"]):
 
     def close(self) -> None:
         """Ends all threads and closes all files. The loader cannot be used afterwards."""
-        if not self._closed:
-            self._closed = True
+        if not self._reader.closing.is_set():
+            self._reader.closing.set()
             self._stop()
             self._engine.close()
             if self._check:
@@ -252,7 +252,7 @@ class Loader(AbstractContextManager["Loader"]):
         self.close()
 
     def _next(self) -> Batch:
-        if self._closed:
+        if self._reader.closing.is_set():
             raise ConfigError("this loader is closed; make a new one")
         if self._check and self._check.error and self.config.verify_action == "stop":
             raise self._check.error

@@ -8,6 +8,7 @@ by counting how often a thread had to wait. Both ways read and verify by one com
 """
 
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,7 +111,7 @@ class Reader:
     ) -> None:
         self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
-        self.rows = Rows(split.index)
+        self.rows, self.closing = Rows(split.index), threading.Event()
         shards = [split.root / shard.name for shard in split.shards]
         self.cache: ShardCache | None = None
         self.source = LocalShards(shards)
@@ -122,7 +123,7 @@ class Reader:
                 self.source.close()
 
             read = original or (lambda shard, start, end: here.read(shard, [(start, end - start)])[0])
-            self.cache = ShardCache(copies, split, read, closed)
+            self.cache = ShardCache(copies, split, read, closed, self.closing)
             self.source = LocalShards(shards, self.cache.path)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))

@@ -5,7 +5,6 @@ chunk holds, the more of its images lie side by side and share a request. docs/o
 """
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -112,7 +111,7 @@ class RemoteReader(Reader):
         super().__init__(split, threads=threads, **settings, original=self._get)
         assert split.remote is not None
         self._folder: remote.RemoteFolder = split.remote
-        self._shards, self._closed = split.shards, threading.Event()
+        self._shards = split.shards
         self._fetchers = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
         # By chunk and sample: its request, and its first byte there.
         self._fetched: list[dict[int, tuple[Future[ndarray], int]]] = []
@@ -185,7 +184,7 @@ class RemoteReader(Reader):
 
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
-        data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self._closed)
+        data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
         return np.frombuffer(data, np.uint8)
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
@@ -229,6 +228,6 @@ class RemoteReader(Reader):
         return f"{self._folder / self._shards[row[SHARD]].name}: sample {sample} at byte {row[OFFSET]}"
 
     def close(self) -> None:
-        self._closed.set()
+        self.closing.set()
         self._fetchers.shutdown(wait=True, cancel_futures=True)
         super().close()

@@ -38,17 +38,22 @@ class ShardCache:
     """The copies of a split's shards.
 
     read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. copied: is called
-    after each copy.
+    after each copy. closing: nothing is copied or waited for once it is set.
     """
 
     def __init__(
-        self, place: Copies, split: Split, read: Callable[[int, int, int], Any], copied: Callable[[], None]
+        self,
+        place: Copies,
+        split: Split,
+        read: Callable[[int, int, int], Any],
+        copied: Callable[[], None],
+        closing: threading.Event,
     ) -> None:
         self.place, self._shards, self.read, self._copied = place, split.shards, read, copied
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
-        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._lock, self._closing = threading.RLock(), closing
         self._at: tuple[Plan, int, int] | None = None
         try:
             place.folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ class ShardCache:
         with self._lock:
             self._at = plan, epoch, step
             mine = plan.shards()
-            if not self._closed.is_set() and not self._whole.union(self._failed).issuperset(mine):
+            if not self._closing.is_set() and not self._whole.union(self._failed).issuperset(mine):
                 try:
                     with open(self._locked(), "rb"):
                         self._claim(plan.steps_until(epoch, step), mine, needed)
@@ -138,7 +143,7 @@ class ShardCache:
         partial, log = self._partial(shard), logging.getLogger("imagenet_express").warning
         try:
             for _ in range(TRIES):
-                if self._closed.is_set() or self._filled(shard, partial):
+                if self._closing.is_set() or self._filled(shard, partial):
                     break
             else:
                 partial.unlink()
@@ -171,7 +176,7 @@ class ShardCache:
         with open(partial, "r+b") as file:
             while chunk := file.read(PIECE):
                 digest.update(chunk)
-            while (done := file.tell()) < of.bytes and not self._closed.is_set() and shard not in self._failed:
+            while (done := file.tell()) < of.bytes and not self._closing.is_set() and shard not in self._failed:
                 data = self.read(shard, done, min(done + PIECE, of.bytes))
                 digest.update(data)
                 file.write(data)
@@ -192,7 +197,7 @@ class ShardCache:
             claim = self._claims.get(shard)
             if claim:
                 claim.result()
-            elif self._closed.is_set() or not _is_locked(self._partial(shard)):
+            elif self._closing.is_set() or not _is_locked(self._partial(shard)):
                 return self.is_whole(shard)
             time.sleep(PAUSE)
         return True
@@ -206,7 +211,7 @@ class ShardCache:
             logging.getLogger("imagenet_express").warning("%s: a damaged copy of a shard; deleted", self.path(shard))
 
     def close(self) -> None:
-        self._closed.set()
+        self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._copied()
 

@@ -16,7 +16,7 @@ from zlib_ng import zlib_ng
 
 from pipeline import manifest
 from pipeline.errors import DataError, StorageError
-from pipeline.read import byte_source, reader
+from pipeline.read import byte_source, fetch, reader
 from pipeline.read.fetch import ALL_ROWS, COLUMNS, SIZE, WIDTH, Rows, fetch_images
 from pipeline.read.reader import Reader
 from pipeline.shards import INDEX_DTYPE
@@ -139,7 +139,7 @@ def test_a_set_of_many_shards_is_read_with_few_open_files(tmp_path):
     assert done.stdout.split() == ["1600", "100"], done.stderr
 
 
-def test_rows_are_the_index_however_they_are_asked_for_and_hold_no_copy_of_it(tmp_path):
+def test_rows_are_the_index_however_they_are_asked_for_and_hold_no_copy_of_it(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     index = np.zeros(5000, INDEX_DTYPE)
     for name in INDEX_DTYPE.names or ():
@@ -156,3 +156,11 @@ def test_rows_are_the_index_however_they_are_asked_for_and_hold_no_copy_of_it(tm
     for at in (ids, 7, slice(3, 9), (ids, SIZE), (7, SIZE), (slice(None), [WIDTH, SIZE]), ids[:0]):
         assert rows[at].dtype == np.int64
         assert np.array_equal(rows[at], wanted[at])
+    monkeypatch.setattr(fetch, "MAPPED", 0)
+    rows = Rows(np.lib.format.open_memmap(tmp_path / "index.npy", mode="r"))
+    for at in (ids, 7, (ids, SIZE), (7, SIZE), (ids, [WIDTH, SIZE]), ids[:0]):
+        assert np.array_equal(rows[at], wanted[at])
+    os.truncate(tmp_path / "index.npy", (tmp_path / "index.npy").stat().st_size - 1)
+    assert np.array_equal(rows[4998], wanted[4998])
+    with pytest.raises(StorageError, match="the end of an index is missing, or cannot be read"):
+        rows[np.array([7, 4999])]
