@@ -47,7 +47,7 @@ if "mean_image" in dataset.manifest["statistics"]:
 tell("_info.json")
 try:
     for made in filter(None, (cuts.open_cuts(dataset, split) for split in dataset.splits.values())):
-        for path, sha256 in zip(made.paths, made.sha256):
+        for path, sha256 in made.items():
             tell(path.name, sha256)
     tell(cuts.NAME)
 except ExpressError as err:

@@ -118,6 +118,7 @@ def blended(image: np.ndarray, length: int, resampled: int) -> np.ndarray:
 
 @settings(deadline=None)
 @example(164, 164, 287, 0)  # two grey levels at one value
+@example(134, 2, 39, 5)  # at 50 of an image that is enlarged 20 times
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(8, 300), st.integers(0, 9))
 def test_resizing_is_pillows_but_for_a_grey_level_and_exact_in_whole_numbers(width, height, short, seed):
     to = tuple(int(side) for side in resized(width, height, short))
@@ -128,7 +129,8 @@ def test_resizing_is_pillows_but_for_a_grey_level_and_exact_in_whole_numbers(wid
     expected = blended(blended(image, height, to[1]).swapaxes(0, 1), width, to[0]).swapaxes(0, 1)
     difference = np.abs(expected - pillows)
     assert difference.max() <= 2  # each direction may round to another side
-    assert np.count_nonzero(difference > 1) <= 2 + difference.size / 100_000  # of noise, one value in a million
+    alike = max(1, to[0] / width)  # neighbours of an enlarged image, which round to the same side
+    assert np.count_nonzero(difference > 1) <= alike * (2 + difference.size / 100_000)  # of noise, one in a million
     memory = Scratch()
     assert np.array_equal(resize.resize(image, short, memory, square=False), expected)
     left, top = (int(centre_offset(side, short)) for side in to)
