@@ -108,11 +108,13 @@ def test_a_folder_smaller_than_the_set_or_than_a_shard_works(many, web, folder, 
     """Within its limit: sizes are looked at whenever a copy was made."""
     limit, held = shards * max(sizes(many).values()), []
     copy = shard_cache.ShardCache._copy
-    taken = lambda: sum(file_size(path) or 0 for path in folder.iterdir() if path.name != USERS)  # noqa: E731
+    # By shard: a copy that gets its name meanwhile is listed by both.
+    taken = lambda: sum({path.name[:64]: file_size(path) or 0 for path in folder.glob("*[lr]")}.values())  # noqa: E731
     monkeypatch.setattr(shard_cache.ShardCache, "_copy", lambda *args: [copy(*args), held.append(taken())])
     assert_same(batches(copied(web, folder, size=limit)), batches(many))
     assert max(held, default=0) <= limit
-    assert len(whole(folder)) == int(shards)
+    assert len(whole(folder)) <= int(shards)  # fewer if one was being copied at the end
+    assert bool(held) == (shards >= 1)
     if shards >= 10:  # three windows: nothing is fetched twice in an epoch
         assert bytes_sent(web) <= 2 * 1.05 * sum(sizes(many).values())
 
