@@ -176,13 +176,17 @@ def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *l
         images = sum(bytes_held(loader.plan) for loader in loaders)
     except ConfigError:  # they are of several sizes
         return ""
+    share = min(0.5, config.loader.resident_memory)
+    images, lacking = agreement.largest(images, -free_memory(accelerator.device, 1))
+    if images > -lacking * share:  # before the pass below, which takes memory from DALI
+        return ""
     # What a step needs at its peak stays allocated. Not compiled, since the first crop may be smaller and would be
     # compiled again; that may need more memory, even too much. Without other ranks, which must not wait then.
     with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager"), accelerator.no_sync(stepper.net):
         stepper.settle_buckets(loaders[0], config.augment.crop)
     velocities = sum(p.nbytes for p in stepper.bare.parameters())  # the first update makes them
     images, lacking = agreement.largest(images, velocities - free_memory(accelerator.device, 1))
-    if images > -lacking * min(0.5, config.loader.resident_memory):
+    if images > -lacking * share:
         return ""
     return f"auto: images take {gigabytes(images)} of the {gigabytes(-lacking)} that a step leaves free on each GPU"
 

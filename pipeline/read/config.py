@@ -50,6 +50,8 @@ class DataConfig:
         validate(self)
         if self.cache and self.stage:
             raise ConfigError("data.cache and data.stage: name one of them")
+        if self.cache_size and not self.cache:
+            raise ConfigError("data.cache_size: name the folder of the copies too, by data.cache")
 
     def open(self) -> Dataset:
         folder, copies = self.cache or self.stage, None

@@ -51,14 +51,15 @@ class Rows:
     def __init__(self, index: Any) -> None:
         self._words, self._file = index.view(np.uint32).reshape(len(index), RECORD // 4), None
         if index.nbytes > MAPPED:
-            self._file, self._start = OpenFile(os.open(index.filename, os.O_RDONLY | os.O_CLOEXEC)), index.offset
+            self._path, self._start = index.filename, index.offset
+            self._file = OpenFile(os.open(index.filename, os.O_RDONLY | os.O_CLOEXEC))
 
     def _records(self, ids: Any) -> ndarray:
         if not self._file:
             return self._words[ids].view(INDEX_DTYPE)[..., 0]
         records = np.empty(np.shape(ids), INDEX_DTYPE)
         if not read_records(self._file.fd, self._start, np.ravel(ids), records.reshape(-1).view(np.uint8)):
-            raise StorageError("the end of an index is missing, or cannot be read; copy the dataset again")
+            raise StorageError(f"{self._path}: its end is missing, or cannot be read; copy it again")
         return records
 
     def __getitem__(self, at: Any) -> ndarray:

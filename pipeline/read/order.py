@@ -48,10 +48,11 @@ def shard_steps(
     Those of a shard that is not read: the number of steps, and -1.
     """
     ends = np.cumsum(shard_sizes)
-    steps, piece = steps_per_epoch(int(ends[-1]), batch=batch), batch // partitions
+    samples = int(ends[-1])
+    steps, piece = steps_per_epoch(samples, batch=batch), batch // partitions
     first, last = np.full(len(ends), steps), np.full(len(ends), -1)
     for part in range(partitions):
-        start, end = part * int(ends[-1]) // partitions, (part + 1) * int(ends[-1]) // partitions
+        start, end = part * samples // partitions, (part + 1) * samples // partitions
         done = 0
         for shards, ids in _groups(ends, start, end, window, **at) if start < end else ():
             if done // piece < steps:

@@ -113,18 +113,17 @@ class Reader:
         self.always_ahead = always_ahead or USAGE is None
         self.rows, self.closing = Rows(split.index), threading.Event()
         shards = [split.root / shard.name for shard in split.shards]
-        self.cache: ShardCache | None = None
-        self.source = LocalShards(shards)
+        self.cache, sources = None, [LocalShards(shards)]
         if copies:
-            here = self.source
 
-            def closed() -> None:  # opened when they are next read, from copies that exist by then
-                here.close()
-                self.source.close()
+            def closed() -> None:  # opened again when they are next read, from copies that exist by then
+                for source in sources:
+                    source.close()
 
-            read = original or (lambda shard, start, end: here.read(shard, [(start, end - start)])[0])
+            read = original or (lambda shard, start, end: sources[-1].read(shard, [(start, end - start)])[0])
             self.cache = ShardCache(copies, split, read, closed, self.closing)
-            self.source = LocalShards(shards, self.cache.path)
+            sources.insert(0, LocalShards(shards, self.cache.path))
+        self.source, self._sources = sources[0], sources
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
@@ -148,12 +147,9 @@ class Reader:
 
     def cost(self, plan: Plan) -> str:
         """What an epoch costs, for the log, if bytes and requests are worth counting."""
-        if not self.cache:
-            return ""
-        text = f"shards are copied to {self.cache.place.folder}"
-        if plan.train and not plan.window:
-            return f"{text}; with window=0 all are read all the time, from their source until copied"
-        return text
+        always = "; with window=0 all are read all the time, from their source until copied"
+        more = always if plan.train and not plan.window else ""
+        return f"shards are copied to {self.cache.place.folder}{more}" if self.cache else ""
 
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
         """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
@@ -248,10 +244,9 @@ class Reader:
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""
         (shard, start, size), reason = self.rows[sample, [SHARD, OFFSET, SIZE]].tolist(), "the shard ends before it"
-        for cache in (None, self.cache) if self.cache else (None,):
+        for source in self._sources:  # with a cache, the first may hold a damaged copy
             try:
-                # With a cache, the first read may be of a damaged copy.
-                image = cache.read(shard, start, start + size) if cache else self.source.read(shard, [(start, size)])[0]
+                (image,) = source.read(shard, [(start, size)])
                 if not self.verify or crc32(image) == self.rows[sample, CRC32]:
                     return image
                 reason = "its bytes changed since they were written (checksum)"

@@ -131,9 +131,8 @@ class RemoteReader(Reader):
         if self.done:
             yield from steps
         limit = self._limit(plan)
-        room = float(limit)
-        if self.cache:  # which has to hold two chunks, and the shards that the older one began with
-            room = min(limit, self.cache.place.bytes / (3 * plan.partitions))
+        # A cache has to hold two chunks, and the shards that the older one began with.
+        room = min(limit, self.cache.place.bytes / (3 * plan.partitions)) if self.cache else limit
         planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[list[Step]] = deque()
         try:
@@ -143,7 +142,7 @@ class RemoteReader(Reader):
                 ids = np.concatenate(chunk.ids)
                 waiting.append(chunk.steps)
                 if self.cache:
-                    shards = self.rows[ids][:, SHARD]
+                    shards = self.rows[ids, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
                     ids = ids[~np.isin(shards, list(copies))]
                 self._fetched = [*filter(None, self._fetched), self._fetch(ids)]
@@ -209,16 +208,16 @@ class RemoteReader(Reader):
                 image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
             if not self.verify or crc32(image) == row[CRC32]:
                 return image
-            if self.cache:
-                self.cache.drop(row[SHARD])
             logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
         raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
 
     def _of_copy(self, row: list[int]) -> ndarray:
-        """One image's bytes; none if its shard is not copied."""
+        """One image's bytes; none if its shard is not copied, or if the copy is damaged."""
         if self.cache and self.cache.wait(row[SHARD]):
             with suppress(StorageError, EOFError):  # it made room for another
-                return self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])[0]
+                image = self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])[0]
+                if not self.verify or crc32(image) == row[CRC32]:
+                    return image
             self.cache.drop(row[SHARD])
         return np.empty(0, np.uint8)
 

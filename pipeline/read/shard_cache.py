@@ -25,6 +25,7 @@ from ..manifest import Split
 from ..storage import Copies, file_size
 from .plan import Plan
 
+LOG = logging.getLogger("imagenet_express")
 AT_ONCE = 8  # shards that are copied at a time
 CLAIMED = 2 * AT_ONCE  # shards that are being copied or wait for it, beside those that are needed now
 PIECE = 8 << 20  # bytes of a request
@@ -49,12 +50,13 @@ class ShardCache:
         copied: Callable[[], None],
         closing: threading.Event,
     ) -> None:
-        self.place, self._shards, self.read, self._copied = place, split.shards, read, copied
+        self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
+        self._names = [(f"{of.sha256}.tar", f"{of.sha256}.{of.bytes}.partial") for of in split.shards]
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
         self._lock, self._closing = threading.RLock(), closing
-        self._at: tuple[Plan, int, int] | None = None
+        self._at: tuple[Plan, int, int]
         try:
             place.folder.mkdir(parents=True, exist_ok=True)
             os.close(self._locked())
@@ -62,10 +64,10 @@ class ShardCache:
             raise StorageError(f"{place.folder}: cannot hold copies of shards: {err.strerror}") from err
 
     def path(self, shard: int) -> Path:
-        return self.place.folder / f"{self._shards[shard].sha256}.tar"
+        return self.place.folder / self._names[shard][0]
 
     def _partial(self, shard: int) -> Path:
-        return self.path(shard).with_suffix(f".{self._shards[shard].bytes}.partial")
+        return self.place.folder / self._names[shard][1]
 
     def _locked(self) -> int:
         return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
@@ -89,58 +91,51 @@ class ShardCache:
                         self._claim(plan.steps_until(epoch, step), mine, needed)
                 except OSError as err:
                     self._give_up(err)
-            return {shard for shard in needed if self.is_whole(shard) or (wait and self._comes(shard))}
-
-    def _comes(self, shard: int) -> bool:
-        return shard in self._claims or _is_locked(self._partial(shard))
+            coming = {shard for shard in needed if wait and (shard in self._claims or _is_locked(self._partial(shard)))}
+            return coming.union(filter(self.is_whole, needed))
 
     def _claim(self, away: ndarray, mine: range, needed: Collection[int]) -> None:
         """away: (shards,) steps until each is read, by any rank: copies that other ranks need soon stay."""
         sizes, busy = self._files()
         used = sum(sizes.values())
-        self._whole = {shard for shard in range(len(self._shards)) if self.path(shard).name in sizes}
-        free = [
-            (away[shard], path)
-            for shard in range(len(self._shards))
-            for path in (self.path(shard), self._partial(shard))
-            if path.name in sizes and path.name not in busy
-        ]
-        free.sort()
+        self._whole = {shard for shard, (whole, _) in enumerate(self._names) if whole in sizes}
+        free, idle = dict[str, int](), sizes.keys() - busy  # shards with the same bytes share a file
+        for shard, names in enumerate(self._names):
+            for name in idle.intersection(names):
+                free[name] = min(away[shard], free.get(name, away[shard]))
+        last = sorted(free, key=free.__getitem__)
         for shard in sorted(mine, key=away.__getitem__):
-            if shard in self._whole or shard in self._claims or shard in self._failed:
+            name = self._names[shard][1]
+            if name in busy or shard in self._whole or shard in self._claims or shard in self._failed:
                 continue
             if len(self._claims) >= CLAIMED and shard not in needed:
                 return
-            name, size = self._partial(shard).name, self._shards[shard].bytes
-            room = size - sizes.get(name, 0)
-            while used + room > self.place.bytes and free and free[-1][0] > away[shard]:
-                path = free.pop()[1]
-                path.unlink(missing_ok=True)
-                used -= sizes[path.name]
+            room = self._shards[shard].bytes - sizes.get(name, 0)
+            while used + room > self.place.bytes and last and free[last[-1]] > away[shard]:
+                (self.place.folder / last[-1]).unlink(missing_ok=True)
+                used -= sizes[last.pop()]
             if used + room > self.place.bytes:
                 return
-            if name not in busy:
-                lock = OpenFile(locked(self._partial(shard), wait_seconds=LOCK_SECONDS))
-                self._claims[shard] = self._pool.submit(self._copy, shard, lock)
-                used += room
-                busy.add(name)  # another shard may have the same bytes
+            lock = OpenFile(locked(self._partial(shard), wait_seconds=LOCK_SECONDS))
+            self._claims[shard] = self._pool.submit(self._copy, shard, lock)
+            used += room
+            busy.add(name)  # another shard may have the same bytes
 
     def _files(self) -> tuple[dict[str, int], set[str]]:
         """The bytes of our files, those of partial ones that a process is filling as they will be; and their names."""
         sizes, busy = {}, set()
-        for entry in os.scandir(self.place.folder):
-            if found := OURS.fullmatch(entry.name):
-                path = Path(entry.path)
+        for path in self.place.folder.iterdir():
+            if found := OURS.fullmatch(path.name):
                 size = file_size(path)
                 if found[1] and (size is None or _is_locked(path)):  # None: it just got its name
                     size = int(found[1])
-                    busy.add(entry.name)
-                sizes[entry.name] = size or 0
+                    busy.add(path.name)
+                sizes[path.name] = size or 0
         return sizes, busy
 
     def _copy(self, shard: int, lock: OpenFile) -> None:
         """A pool thread's task. lock: of the partial file, until it is whole or given up."""
-        partial, log = self._partial(shard), logging.getLogger("imagenet_express").warning
+        partial = self._partial(shard)
         try:
             for _ in range(TRIES):
                 if self._closing.is_set() or self._filled(shard, partial):
@@ -148,7 +143,7 @@ class ShardCache:
             else:
                 partial.unlink()
                 self._failed.add(shard)
-                log("shard %s: its sha256 is not the manifest's; it is not copied", self._shards[shard].name)
+                LOG.warning("shard %s: its sha256 is not the manifest's; it is not copied", self._shards[shard].name)
         except OSError as err:
             with suppress(OSError):
                 partial.unlink()
@@ -161,14 +156,13 @@ class ShardCache:
             with self._lock:
                 del self._claims[shard]
                 self._copied()
-                if self._at:
-                    self.request(*self._at)
+                self.request(*self._at)
 
     def _give_up(self, err: OSError) -> None:
-        if len(self._failed) < len(self._shards):
-            log = logging.getLogger("imagenet_express").warning
-            log("%s: %s; no more shards are copied", self.place.folder, err.strerror)
-        self._failed.update(range(len(self._shards)))
+        with self._lock:
+            if len(self._failed) < len(self._shards):
+                LOG.warning("%s: %s; no more shards are copied", self.place.folder, err.strerror)
+            self._failed.update(range(len(self._shards)))
 
     def _filled(self, shard: int, partial: Path) -> bool:
         """Copies what is missing, and names the copy. False if it is not the shard."""
@@ -177,7 +171,7 @@ class ShardCache:
             while chunk := file.read(PIECE):
                 digest.update(chunk)
             while (done := file.tell()) < of.bytes and not self._closing.is_set() and shard not in self._failed:
-                data = self.read(shard, done, min(done + PIECE, of.bytes))
+                data = self._read(shard, done, min(done + PIECE, of.bytes))
                 digest.update(data)
                 file.write(data)
             if done < of.bytes:  # the next run may continue
@@ -194,8 +188,7 @@ class ShardCache:
     def wait(self, shard: int) -> bool:
         """Waits while a shard is being copied. Whether its copy is whole then. Raises what `read` raised."""
         while not self.is_whole(shard):
-            claim = self._claims.get(shard)
-            if claim:
+            if claim := self._claims.get(shard):
                 claim.result()
             elif self._closing.is_set() or not _is_locked(self._partial(shard)):
                 return self.is_whole(shard)
@@ -208,7 +201,7 @@ class ShardCache:
             self.path(shard).unlink()
             self._whole.discard(shard)
             self._copied()
-            logging.getLogger("imagenet_express").warning("%s: a damaged copy of a shard; deleted", self.path(shard))
+            LOG.warning("%s: a damaged copy of a shard; deleted", self.path(shard))
 
     def close(self) -> None:
         self._closing.set()

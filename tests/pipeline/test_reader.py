@@ -162,5 +162,5 @@ def test_rows_are_the_index_however_they_are_asked_for_and_hold_no_copy_of_it(tm
         assert np.array_equal(rows[at], wanted[at])
     os.truncate(tmp_path / "index.npy", (tmp_path / "index.npy").stat().st_size - 1)
     assert np.array_equal(rows[4998], wanted[4998])
-    with pytest.raises(StorageError, match="the end of an index is missing, or cannot be read"):
+    with pytest.raises(StorageError, match=r"index\.npy: its end is missing, or cannot be read; copy it again"):
         rows[np.array([7, 4999])]

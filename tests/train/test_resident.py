@@ -107,6 +107,14 @@ def test_auto_keeps_images_that_fit_in_half_of_what_a_step_leaves(
     assert passes in ([], [config.augment.crop])
 
 
+def test_auto_takes_no_memory_for_images_that_would_not_fit_anyway(few_digits, monkeypatch):
+    stepper = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda:0")))  # without a pass
+    agreement = SimpleNamespace(largest=lambda *values: list(values))
+    monkeypatch.setattr(resident, "free_memory", lambda device, ranks: 2 * IMAGES - 1)
+    with Loader(few_digits, batch=8) as loader:
+        assert reason_for_memory(updated(Config(), {"train.epochs": 3}), stepper, agreement, loader) == ""
+
+
 def test_auto_leaves_images_of_several_sizes_where_they_are(shards):
     stepper = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda:0")))
     with Loader(shards["keep"], batch=4) as loader:
