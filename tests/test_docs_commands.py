@@ -61,6 +61,7 @@ NOT_RUN = {
     "make gpu-proof": "needs a GPU, or minutes without one; .ci/run",
     "python tools/gpu_proof.py --steps": "needs a GPU; tests/tools/test_gpu_proof.py",
     "python tests/tools/explain_pairs.py": "takes minutes; its parts: tests/tools/test_explain.py",
+    "python tests/tools/remote_rates.py": "takes minutes; tests/pipeline/test_remote.py, tests/pipeline/test_copies.py",
     "python tools/bench": "takes minutes to hours; tests/tools/test_bench.py, tests/test_environments.py",
     "accelerate launch --config_file docker/accelerate/8gpu.yaml": "needs eight GPUs; tests/docker/test_image_files.py",
     "accelerate launch --config_file docker/accelerate/2x8.yaml": "needs two hosts; tests/cluster/test_netns.py",

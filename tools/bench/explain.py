@@ -36,7 +36,6 @@ from train.presets import PRESETS
 
 IMAGES, BYTES = 1024, 256e6  # at most: of the plan's first batches, at least one, which are measured over and over
 PROBE, PROBES = 4, 8  # images that one thread reads at a time, to see whether it waits, and how often
-CROPS = 2  # arrays, in turn, so that they are not in the processor's cache when they are written
 ASSEMBLED = 100  # batches
 ENOUGH = 8  # seconds after which no round begins
 ON_CPU = 16  # images of a step
@@ -73,7 +72,9 @@ class Stages:
         self.loader, self.engine, self.seconds, n = loader, loader._engine, 0.0, loader.plan.batch
         self.stored = sum(shard.bytes for shard in loader.split.shards)
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
-        crops = [np.ones((n, 3, side, side), np.float32 if self.engine._in_kernel else np.uint8) for _ in range(CROPS)]
+        # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
+        kind, count = np.float32 if self.engine._in_kernel else np.uint8, loader.config.prefetch_batches + 2
+        crops = [np.ones((n, 3, side, side), kind) for _ in range(count)]
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
         self.works, each = [], []
         for at in itertools.islice(loader.plan.coordinates(0, 0), 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
@@ -98,7 +99,9 @@ class Stages:
     def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
         """By the decoding threads, or with many reads in flight if threads wait for storage."""
 
-        def evict(work: Work, _: Any, a: int, b: int | None) -> None:
+        def evict(work: Work, crops: Any, a: int, b: int | None) -> None:
+            if crops is not None:
+                crops[a:b] = 0  # as decoding does, which takes the images out of the processor's cache
             for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist():
                 if cold and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(reader.source.open(shard).fd, offset, size, os.POSIX_FADV_DONTNEED)
