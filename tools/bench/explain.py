@@ -50,8 +50,7 @@ LIMITS = {
     "assemble": ("assembling batches, in the training thread", "larger batches, or more ranks"),
     "step": ("the training step", "nothing to do: the loader is faster"),
 }
-JPEGS = ", or shards with --encode jpeg"
-SMALLER = dict.fromkeys([("storage", "keep"), ("storage", "raw"), ("decode", "keep")], JPEGS)
+SMALLER = dict.fromkeys([("storage", "keep"), ("storage", "raw"), ("decode", "keep")], ", or shards with --encode jpeg")
 NOT_MEASURED = "measured: the backend portable; not measured: dali-cpu, dali-gpu and resident"
 
 Task = Callable[[Work, Any, int, int | None], None]  # images [a, b) of a batch, and the batch's crops
@@ -73,8 +72,8 @@ class Stages:
         self.stored = sum(shard.bytes for shard in loader.split.shards)
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
         # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
-        kind, count = np.float32 if self.engine._in_kernel else np.uint8, loader.config.prefetch_batches + 2
-        crops = [np.ones((n, 3, side, side), kind) for _ in range(count)]
+        shape = loader.config.prefetch_batches + 2, n, 3, side, side
+        crops = np.ones(shape, np.float32 if self.engine._in_kernel else np.uint8)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
         self.works, each = [], []
         for at in itertools.islice(loader.plan.coordinates(0, 0), 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
