@@ -31,7 +31,7 @@ from tools.bench import data  # noqa: E402
 from train import environment  # noqa: E402
 
 DELAY, FAILING = 0.1, 0.01  # seconds; of the requests
-ROUNDS, EPOCHS, BATCH, WINDOW, PACE, COPIES_OF_EACH = 7, 2, 128, 16, 0.7, 4
+ROUNDS, BATCH, WINDOW, PACE, COPIES_OF_EACH = 21, 128, 16, 0.7, 4
 
 
 def serve(folder: Path, port, sent) -> None:
@@ -70,15 +70,14 @@ def serve(folder: Path, port, sent) -> None:
     server.serve_forever()
 
 
-def epochs(loader: Loader, count: int, rate: float = 0) -> tuple[float, float, float]:
-    """(images a second, images a second of processor time, fraction of the time spent waiting), at most at `rate`."""
+def epoch(loader: Loader, rate: float = 0) -> tuple[float, float, float]:
+    """(images a second, of processor time too, fraction of the time spent waiting) of an epoch, at most at `rate`."""
     loader.stats()
     began, cpu, images = time.perf_counter(), time.process_time(), 0
-    for _ in range(count):
-        for batch in loader:
-            images += len(batch.ids)
-            if rate:
-                time.sleep(max(0.0, images / rate - (time.perf_counter() - began)))
+    for batch in loader:
+        images += len(batch.ids)
+        if rate:
+            time.sleep(max(0.0, images / rate - (time.perf_counter() - began)))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     return images / seconds, images / cpu, loader.stats()["wait_seconds"] / seconds
 
@@ -111,18 +110,18 @@ def main() -> None:
             for name, each in opened.items()
         }
         for loader in loaders.values():
-            epochs(loader, 1)
+            epoch(loader)
         found, paced = ({name: [] for name in loaders} for _ in range(2))
         before = sent.value
         for _ in range(ROUNDS):
             for name, loader in loaders.items():
-                found[name].append(epochs(loader, EPOCHS))
+                found[name].append(epoch(loader))
         size = sum(shard.bytes for shard in loaders["url"].split.shards)
-        of_set = (sent.value - before) / size / EPOCHS / ROUNDS
+        of_set = (sent.value - before) / size / ROUNDS
         local = statistics.median(rate for rate, *_ in found["local"])
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS // 3):
             for name, loader in loaders.items():
-                paced[name].append(epochs(loader, 1, PACE * local)[2])
+                paced[name].append(epoch(loader, PACE * local)[2])
         for loader in loaders.values():
             loader.close()
         server.kill()
