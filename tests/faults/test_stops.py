@@ -347,9 +347,9 @@ def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(most, digits, 
     assert global_ids(folder) == global_ids(whole)
     assert traces(folder)["rates"] == traces(whole)["rates"]
     ours, theirs = losses(folder), losses(whole)
-    for change in changes:
-        for step in range(change + 1, min(change + 21, len(theirs) + 1)):
-            assert abs(ours[step] - theirs[step]) < 1e-4, (change, step)
+    since = changes[1]  # the first change of ranks: rounding grows from there (docs/model.md)
+    for step in range(1, min(since + 50, len(theirs)) + 1):
+        assert abs(ours[step] - theirs[step]) < (1e-4 if step <= since + 20 else 1e-3), (changes, step)
 
 
 @pytest.mark.slow
