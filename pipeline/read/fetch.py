@@ -24,10 +24,13 @@ OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(COLUMNS))
 
 # The C library's function, called by its name, so that compiled code can be kept on disk.
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
+_memcpy: Any = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 RECORD = INDEX_DTYPE.itemsize
 MAPPED = 100_000_000  # bytes of an index, 3.6 million samples
-IN_MEMORY = -1  # instead of a file's descriptor: the bytes are in the buffer already, verified
+# Instead of a file's descriptor. A number below IN_MEMORY is minus the address of an image's first byte.
+IN_MEMORY = -1  # the bytes are in the buffer already, verified
+NOT_IN_MEMORY = (1 << 31) - 1  # no file has it: reading fails
 ALL_ROWS = np.zeros(0, np.int64)
 
 
@@ -36,7 +39,7 @@ class Block(NamedTuple):
 
     buffer: ndarray  # flat uint8
     at: ndarray  # (n,) int64: the image's first byte in the buffer
-    fds: ndarray  # (n,) int64: descriptors, or IN_MEMORY
+    fds: ndarray  # (n,) int64: descriptors, or what stands for one
     rows: ndarray
     verify: bool
 
@@ -79,6 +82,9 @@ def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int,
     if fd == IN_MEMORY:
         return True
     done, address = 0, np.uintp(buffer.ctypes.data + at)
+    if fd < IN_MEMORY:
+        _memcpy(address, np.uintp(-fd), np.uintp(size))
+        done = size
     while done < size:
         got = _pread(np.int32(fd), address + np.uintp(done), np.uintp(size - done), np.int64(offset + done))
         if got <= 0:

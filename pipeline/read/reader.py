@@ -185,7 +185,7 @@ class Reader:
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         while a < b:
-            with self._opened(batch, batch.rows[a:b]) as fds:
+            with self._opened(batch, a, b) as fds:
                 a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)
             if a < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
                 at = int(batch.at[a])
@@ -211,7 +211,7 @@ class Reader:
         size = rows[:, SIZE]
         at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
         buffer = self._scratch(int((at + size).max()))
-        with self._opened(batch, rows) as fds:
+        with self._opened(batch, a, b) as fds:
             block = Block(buffer, at, fds, rows, self.verify)
             if function(block) == b - a:
                 return block
@@ -223,8 +223,9 @@ class Reader:
         return block
 
     @contextmanager
-    def _opened(self, batch: ReadBatch, rows: ndarray) -> Iterator[ndarray]:
-        """(n,) int64: the descriptors of n images' shards. Counts this thread's waits while it reads them."""
+    def _opened(self, batch: ReadBatch, a: int, b: int) -> Iterator[ndarray]:
+        """(n,) int64: a Block's `fds` for images [a, b). Counts this thread's waits while it reads them."""
+        rows = batch.rows[a:b]
         files = [batch.files.get(shard) or self.source.open(shard) for shard in rows[:, SHARD].tolist()]
         fds = np.array([file.fd for file in files], np.int64)
         if USAGE is None:

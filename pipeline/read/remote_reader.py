@@ -1,14 +1,15 @@
 """Reads remote shards: the images of the coming steps are fetched ahead, in few large requests.
 
 Steps are taken in chunks. While one chunk is used, the next one is fetched, all its requests at once: the more steps a
-chunk holds, the more of its images lie side by side and share a request. docs/order.md counts bytes and requests.
+chunk holds, the more of its images lie side by side and share a request. docs/order.md counts bytes and requests. An
+image stays among the bytes of its request until a decoding thread takes it, by compiled code, as it would read a file.
 """
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from .. import remote
 from ..errors import StorageError
 from ..manifest import Split
 from ..shards import crc32
-from .fetch import CRC32, OFFSET, SHARD, SIZE, Rows
+from .fetch import CRC32, NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Block, Rows
 from .plan import Plan
 from .reader import ReadBatch, Reader
 
@@ -103,29 +104,36 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, sha
     yield chunk
 
 
+class Fetched(NamedTuple):
+    """An image that is being fetched: its request's bytes with their address, and its first byte among them."""
+
+    request: Future[tuple[ndarray, int]]
+    first: int
+
+
 class RemoteReader(Reader):
     """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
 
     def __init__(self, split: Split, *, threads: int = 32, **settings: Any) -> None:
-        settings["always_ahead"] |= not settings["copies"]
         super().__init__(split, threads=threads, **settings, original=self._get)
         assert split.remote is not None
         self._folder: remote.RemoteFolder = split.remote
         self._shards = split.shards
         self._fetchers = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
-        # By chunk and sample: its request, and its first byte there.
-        self._fetched: list[dict[int, tuple[Future[ndarray], int]]] = []
-        self._tasks: list[Future[None]] = []  # those that copy the latest chunk's images into batches
+        self._fetched: list[dict[int, Fetched]] = []  # by chunk and sample, until it is used
+        self._tasks: list[Future[None]] = []  # those that wait for copies, of the latest chunk
 
     def _at_once(self, batch: ReadBatch) -> bool:
         if self.cache:
             with suppress(StorageError):  # as long as one is not copied
                 batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
-        return super()._at_once(batch) or not batch.files
+                self._use(batch.ids)
+        return super()._at_once(batch) or (self.cache is not None and not batch.files)
 
     def ahead(self, batch: ReadBatch) -> None:
         super().ahead(batch)
-        self._tasks += batch.tasks
+        if self.cache and not batch.files:
+            self._tasks += batch.tasks
 
     def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
         if self.done:
@@ -134,27 +142,38 @@ class RemoteReader(Reader):
         # A cache has to hold two chunks, and the shards that the older one began with.
         room = min(limit, self.cache.place.bytes / (3 * plan.partitions)) if self.cache else limit
         planned = ((step, plan.read_ids(*step)) for step in steps)
-        waiting: deque[list[Step]] = deque()
+        waiting: deque[deque[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
-                wait(self._tasks)  # so that no more than two chunks are in memory
-                self._tasks.clear()
+                while len(waiting) > 1 or (waiting and len(self._unused()) > 1):  # no third chunk in memory
+                    yield waiting[0].popleft()
+                    if not waiting[0]:
+                        waiting.popleft()
+                waiting.append(deque(chunk.steps))
                 ids = np.concatenate(chunk.ids)
-                waiting.append(chunk.steps)
                 if self.cache:
+                    wait(self._tasks)  # of batches that need copies, which might be deleted now
+                    self._tasks.clear()
                     shards = self.rows[ids, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
                     ids = ids[~np.isin(shards, list(copies))]
-                self._fetched = [*filter(None, self._fetched), self._fetch(ids)]
-                if len(waiting) > 1:
-                    yield from waiting.popleft()
+                self._fetched = [*self._unused(), self._fetch(ids)]
             for rest in waiting:
                 yield from rest
         finally:
             for fetched in self._fetched:
-                for future, _ in fetched.values():
-                    future.cancel()
+                for image in fetched.values():
+                    image.request.cancel()
             self._fetched = []
+
+    def _unused(self) -> list[dict[int, Fetched]]:
+        """The chunks of which an image is still to be used."""
+        return [*filter(None, self._fetched)]
+
+    def _use(self, ids: ndarray) -> None:
+        """Lets go of images. The next epoch's first chunk may hold the same sample: the older one goes first."""
+        for sample in ids.tolist():
+            next(filter(None, (fetched.pop(sample, None) for fetched in self._fetched)), None)
 
     def cost(self, plan: Plan) -> str:
         limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
@@ -172,26 +191,51 @@ class RemoteReader(Reader):
         """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
         return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
 
-    def _fetch(self, ids: ndarray) -> dict[int, tuple[Future[ndarray], int]]:
+    def _fetch(self, ids: ndarray) -> dict[int, Fetched]:
         if not len(ids):
             return {}
         rows = self.rows[ids]
         ranges, of_image = requests(rows)
-        futures = [self._fetchers.submit(self._get, *each) for each in ranges.tolist()]
+        futures = [self._fetchers.submit(self._get_in_place, *each) for each in ranges.tolist()]
         first = (rows[:, OFFSET] - ranges[of_image, 1]).tolist()
-        return dict(zip(ids.tolist(), zip([futures[i] for i in of_image.tolist()], first)))
+        return {i: Fetched(futures[number], at) for i, number, at in zip(ids.tolist(), of_image.tolist(), first)}
+
+    def _get_in_place(self, *of: int) -> tuple[ndarray, int]:
+        data = self._get(*of)
+        return data, data.ctypes.data
 
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
         return np.frombuffer(data, np.uint8)
 
-    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
+    @contextmanager
+    def _opened(self, batch: ReadBatch, a: int, b: int) -> Iterator[ndarray]:
         if batch.files:
-            return super()._fill(batch, a, b)
-        for i in range(a, b):
-            at = int(batch.at[i])
-            batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
+            with super()._opened(batch, a, b) as fds:
+                yield fds
+            return
+        images = [self._ahead(sample) for sample in batch.ids[a:b].tolist()]
+        addresses = [image.request.result()[1] + image.first if image else -NOT_IN_MEMORY for image in images]
+        yield -np.array(addresses)
+
+    def _ahead(self, sample: int) -> Fetched | None:
+        return next(filter(None, (fetched.get(sample) for fetched in self._fetched)), None)
+
+    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
+        if batch.files or not self.cache:
+            super()._fill(batch, a, b)
+        else:  # each may wait for another copy
+            for i in range(a, b):
+                at = int(batch.at[i])
+                batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
+        self._use(batch.ids[a:b])
+
+    def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:
+        block = super().fetch(batch, a, b, function, **settings)
+        if not batch.tasks:
+            self._use(batch.ids[a:b])
+        return block
 
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored: those fetched ahead, or by a request of its own.
@@ -199,11 +243,10 @@ class RemoteReader(Reader):
         Bytes with a wrong checksum are fetched again before they count as damaged.
         """
         row = self.rows[sample].tolist()
-        # The next epoch's first chunk may hold the same sample.
-        ahead = next(filter(None, (fetched.pop(sample, None) for fetched in self._fetched)), None)
+        ahead = self._ahead(sample)
         for attempt in range(FETCHES):
             if attempt == 0 and ahead:
-                image = ahead[0].result()[ahead[1] : ahead[1] + row[SIZE]]
+                image = ahead.request.result()[0][ahead.first : ahead.first + row[SIZE]]
             elif attempt > 0 or not len(image := self._of_copy(row)):
                 image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
             if not self.verify or crc32(image) == row[CRC32]:

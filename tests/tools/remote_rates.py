@@ -1,7 +1,8 @@
 """Rates of shards at a URL and of their copies, beside those of a local folder: IMAGES.tar FILE.json.
 
 The loader has one thread on core 0. The web server runs on core 1, waits before each response and lets some requests
-fail. Then a consumer takes 70 % of the local rate, and the time is measured in which it waits for data.
+fail. Then a consumer takes 70 % of the local rate, and the time is measured in which it waits for data after the first
+window.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tools.bench import data  # noqa: E402
 from train import environment  # noqa: E402
 
 DELAY, FAILING = 0.1, 0.01  # seconds; of the requests
-ROUNDS, BATCH, WINDOW, PACE, COPIES_OF_EACH = 21, 128, 16, 0.7, 4
+ROUNDS, BATCH, SHARD, WINDOW, PACE, COPIES_OF_EACH = 21, 128, 128, 16, 0.7, 4
 
 
 def serve(folder: Path, port, sent) -> None:
@@ -71,15 +72,20 @@ def serve(folder: Path, port, sent) -> None:
 
 
 def epoch(loader: Loader, rate: float = 0) -> tuple[float, float, float]:
-    """(images a second, of processor time too, fraction of the time spent waiting) of an epoch, at most at `rate`."""
-    loader.stats()
-    began, cpu, images = time.perf_counter(), time.process_time(), 0
+    """(images a second, of processor time too, fraction of the time spent waiting) of an epoch, at most at `rate`.
+
+    The first window's images are not counted in the last figure: no byte of them was fetched when the epoch began.
+    """
+    began, cpu, images, later = time.perf_counter(), time.process_time(), 0, None
     for batch in loader:
         images += len(batch.ids)
         if rate:
             time.sleep(max(0.0, images / rate - (time.perf_counter() - began)))
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    return images / seconds, images / cpu, loader.stats()["wait_seconds"] / seconds
+        if later is None and images >= WINDOW * SHARD:
+            later = time.perf_counter()
+            loader.stats()
+    ended, cpu = time.perf_counter(), time.process_time() - cpu
+    return images / (ended - began), images / cpu, loader.stats()["wait_seconds"] / (ended - later)
 
 
 def main() -> None:
@@ -91,7 +97,7 @@ def main() -> None:
         for path in sorted((root / "images").glob("*/*")):
             for number in range(1, COPIES_OF_EACH):
                 os.link(path, path.with_name(f"{number}-{path.name}"))
-        options = Options(data.ENCODINGS["jpeg"], samples_per_shard=128)
+        options = Options(data.ENCODINGS["jpeg"], samples_per_shard=SHARD)
         build(Plan(ImageFolder(root / "images"), options), root / "set", workers=2)
         fork = get_context("fork")
         port, sent = fork.Value("i", 0), fork.Value("q", 0)
