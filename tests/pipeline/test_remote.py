@@ -92,7 +92,9 @@ def test_bad_samples_are_replaced_as_in_a_folder(web, caplog):
     damage(web.folder, [7, 8])
     options = {"config": LoaderConfig("portable", max_bad_samples=2), "window": 2}
     wanted = two_epochs(web.folder, **options)
-    web.fault = lambda number, name: {0: "503", 1: "wrong at first"}.get(number % 4, "") if name.endswith(".tar") else ""
+    web.fault = lambda number, name: (
+        {0: "503", 1: "wrong at first"}.get(number % 4, "") if name.endswith(".tar") else ""
+    )
     assert_same(two_epochs(opened(web, fetch_memory=0.1), **options), wanted)
     assert not {i for ids, _ in wanted for i in ids} & {7, 8}
     assert sum("bad sample" in line for line in caplog.messages) == 4

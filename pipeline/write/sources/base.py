@@ -11,9 +11,9 @@ import os
 import re
 import stat
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from ...errors import ConfigError
 from ...files import Json, OpenFile
 from ...storage import Folder
 
+NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
+MADE_AT_ONCE = 256  # items: the garbage collector would look at more of them, again and again
 NO_FILE = "neither a file nor a link to one"
 MAX_OPEN = 32  # archives, of which ImageNet has four
 MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
@@ -44,9 +46,15 @@ class Names(Sequence[str]):
     def __init__(self) -> None:
         self.lines, self._ends = bytearray(), array("q", [0])
 
-    def append(self, name: str) -> None:
-        self.lines += name.encode("utf-8", "surrogateescape") + b"\n"
-        self._ends.append(len(self.lines))
+    def extend(self, names: Sequence[str]) -> None:
+        text = "\n".join(names) + "\n"
+        encoded = _encoded(text)
+        sizes = [*map(len, names if len(encoded) == len(text) else map(_encoded, names))]
+        self._ends.frombytes((np.cumsum(sizes) + np.arange(1, len(names) + 1) + len(self.lines)).tobytes())
+        self.lines += encoded
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.lines[a : b - 1].decode("utf-8", "surrogateescape") for a, b in pairwise(self._ends))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -55,17 +63,23 @@ class Names(Sequence[str]):
         return self.lines[self._ends[i] : self._ends[i + 1] - 1].decode("utf-8", "surrogateescape")
 
 
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
 class Items(Sequence[Item]):
     """A split's images: 100 bytes each."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self.keys, self.where = Names(), Names()
         labels, extents = array("i"), array("q")
-        for item in items:
-            self.keys.append(item.key)
-            self.where.append(item.where)
-            labels.append(item.label)
-            extents.extend(item.extent)
+        items = iter(items)
+        while some := [*zip(*islice(items, MADE_AT_ONCE))]:
+            keys, of, where, places = some
+            self.keys.extend(keys)
+            self.where.extend(where)
+            labels.extend(of)
+            extents.extend(chain.from_iterable(places))
         self.labels = np.array(labels, np.int32)
         self.extents = np.array(extents, np.int64).reshape(-1, 3)
 
@@ -206,14 +220,14 @@ class UniqueKeys:
     """
 
     def __init__(self) -> None:
-        self._seen: Counter[str] = Counter()
+        self._seen: dict[str, int] = {}
 
     def __call__(self, name: str) -> str:
-        slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:MAX_KEY] or "_"
+        slug = NOT_IN_KEYS.sub("_", name)[:MAX_KEY] or "_"
         # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
         # A slug holds no "~", so a counter behind one never meets another slug.
-        self._seen[folded := slug.lower()] += 1
-        n = self._seen[folded]
+        folded = slug.lower()
+        n = self._seen[folded] = self._seen.get(folded, 0) + 1
         return slug if n == 1 else f"{slug}~{n}"
 
 
