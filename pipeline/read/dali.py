@@ -3,6 +3,7 @@
 Nothing here is random, shuffles or reads a file: bytes and crops come from outside, through one external source.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -227,7 +228,7 @@ class Dali(Engine):
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()
 
     def _explain(self, err: RuntimeError) -> Exception:
-        """A decoder's failure with the sample's name, which DALI does not give.
+        """A decoder's failure with the sample's name: DALI gives its number in the batch, but not always.
 
         The batch that failed is the oldest one: batches come out in order. Returns `err` itself if no image is at
         fault: DALI then rejects any.
@@ -236,7 +237,12 @@ class Dali(Engine):
         if not self._decoding or self.graph.raw or decoder.why_not_decoded([memoryview(ANY_JPEG)]):
             return err
         work, images = self._decoding[0]
-        found = decoder.first_rejected(images or work.read.images(), threads=self.threads)
+        images = images or work.read.images()
+        name = re.search(r"Failed to decode sample #(\d+)", str(err))
+        number = int(name[1]) // self.graph.output.views if name else len(images)
+        if number < len(images) and (reason := decoder.why_not_decoded([images[number]])):
+            return undecodable(work, number, reason, self._reader)
+        found = decoder.first_rejected(images, threads=self.threads)
         return undecodable(work, *found, self._reader) if found else err
 
 
