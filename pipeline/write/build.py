@@ -67,7 +67,7 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
     shard, rows = write_shard(folder, name, samples(), extension=extension)
     if plan.cuts:
         write_file(folder, _cuts_name(plan, name), shard, rows, places)
-    return ShardRecord(shard, rows, sums.totals() if sums else None, converted, bad)
+    return ShardRecord(shard, rows, sums.totals if sums else None, converted, bad)
 
 
 def _cuts_name(plan: Plan, tar: str) -> str:

@@ -63,7 +63,7 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
     listed = [{"image": _printable(path, member), "reason": str(err)} for member, err in bad.items()]
     shard = Shard(path.name, len(rows), path.stat().st_size, file_sha256(path))
     index = np.array(list(rows.values()), dtype=INDEX_DTYPE)
-    return ShardRecord(shard, index, sums.totals(), [], listed), passed_over
+    return ShardRecord(shard, index, sums.totals, [], listed), passed_over
 
 
 def _printable(path: Path, member: Member) -> str:

@@ -60,7 +60,7 @@ def _add_image(pixels: ndarray, start: int, stride: int, side: int, image: ndarr
     for y in range(side):
         p = u(start + y * stride)
         for j in range(u(3 * side)):
-            image[q + j] += np.uint16(pixels[p + j])
+            image[q + j] += np.uint32(pixels[p + j])
         q += u(3 * side)
 
 
@@ -104,28 +104,17 @@ class Totals(NamedTuple):
 class Sums:
     """Adds up one shard's images."""
 
-    FLUSH = 257  # images whose sum fits 16 bits, which are half the memory to go through for each
-
     def __init__(self, size: int) -> None:
         # 32 bits are enough for 16 million images.
-        self._totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.uint32))
-        self._latest = np.zeros(3 * size * size, np.uint16)
+        self.totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.uint32))
 
     def add(self, square: Square, pixels: Square) -> None:
         """square: size² pixels of the mean image. pixels: those that mean and covariance are made of."""
-        numbers, image = self._totals
+        numbers, image = self.totals
         assert 3 * square.side**2 == len(image)
-        if numbers[0] % self.FLUSH == 0:
-            self.totals()
-        _add_image(*square, self._latest)
+        _add_image(*square, image)
         _add(*pixels, numbers[2:])
         numbers[:2] += 1, pixels.side**2
-
-    def totals(self) -> Totals:
-        """Of all images so far."""
-        self._totals.image[:] += self._latest
-        self._latest[:] = 0
-        return self._totals
 
 
 def prepare() -> None:

@@ -149,7 +149,7 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
     for _ in range(2):
         sums.add(square, square)
     products = np.einsum("hwi,hwj->ij", wide, wide)
-    numbers, image_sum = sums.totals()
+    numbers, image_sum = sums.totals
     assert numbers[:2].tolist() == [2, 2 * side * side]
     assert (numbers[2:5] == 2 * wide.sum((0, 1))).all()
     assert (numbers[5:] == 2 * products[np.triu_indices(3)]).all()
@@ -162,9 +162,9 @@ def test_sums_of_many_white_images_overflow_nothing():
     for number in range(1, 800):
         sums.add(white, white)
         if number in (100, 257, 258):
-            assert (sums.totals().image == 255 * number).all()
-    assert (sums.totals().image == 255 * 799).all()
-    assert (sums.totals().numbers[2:5] == 255 * 799 * 64).all()
+            assert (sums.totals.image == 255 * number).all()
+    assert (sums.totals.image == 255 * 799).all()
+    assert (sums.totals.numbers[2:5] == 255 * 799 * 64).all()
 
 
 def test_dali_index_lists_every_member_at_its_place(shards):
