@@ -71,14 +71,11 @@ def _printable(path: Path, member: Member) -> str:
     return f"{path.name}/{member.name}".encode(errors="backslashreplace").decode()
 
 
-def _label(path: Path, key: str, name: str, member: Member) -> int:
-    try:
-        label = stored_label({name: read_member(path, member)})
-        if not 0 <= label < MAX_CLASSES:
-            raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
-        return label
-    except DataError as err:
-        raise DataError(f"{path}: sample {key!r} {err}") from err
+def _label(fields: dict[str, bytes]) -> int:
+    label = stored_label(fields)
+    if not 0 <= label < MAX_CLASSES:
+        raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
+    return label
 
 
 def index(

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from glob import escape, glob
 from itertools import groupby
 from operator import itemgetter
@@ -67,12 +68,12 @@ def samples(
     path: Path,
     bad: dict[Member, BadImage],
     unused: list[Member],
-    label: Callable[[Path, str, str, Member], T],
+    label: Callable[[dict[str, bytes]], T],
     kinds: tuple[str, ...] = LABELS,
 ) -> Iterator[tuple[Member, T]]:
     """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`.
 
-    label: makes a label of the tar, the key, the extension and the member. kinds: extensions of labels, by preference.
+    label: makes a label of a member's content, by its extension. kinds: extensions of labels, by preference.
     """
     last: dict[str, str] = {}  # member of each key
     for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
@@ -90,7 +91,11 @@ def samples(
         used: set[Member] = set()
         if name and len(images) == 1:
             used = {*images, found[name]}
-            yield images[0], label(path, key, name, found[name])
+            try:
+                labelled = images[0], label({name: read_member(path, found[name])})
+            except DataError as err:
+                raise DataError(f"{path}: sample {key!r} {err}") from err
+            yield labelled
         elif name and (images or name.endswith("cls") or b'"label"' in read_member(path, found[name])):
             bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
         elif images and not name and not any(map(litter, images[0].name.split("/"))):
@@ -151,7 +156,7 @@ class WebDataset(Archives):
             self.archives.append(path)
             bad: dict[Member, BadImage] = {}
             unused: list[Member] = []
-            for member, label in samples(path, bad, unused, _text, NAMES):
+            for member, label in samples(path, bad, unused, partial(label_text, kinds=NAMES), NAMES):
                 yield len(self.archives) - 1, member, label
             for member in (*bad, *unused):
                 self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
@@ -174,12 +179,3 @@ def add_patterns(p: argparse.ArgumentParser, name: str) -> None:
     p.add_argument("--train", required=True, metavar="PATTERN", help="files, with {0000..1023} or *; quote it")
     p.add_argument("--val", metavar="PATTERN", help="those of validation")
     p.add_argument("--name", default=name, help="the shards' first name (%(default)s)")
-
-
-def _text(path: Path, key: str, name: str, member: Member) -> str:
-    try:
-        if text := label_text({name: read_member(path, member)}, NAMES):
-            return text
-        raise DataError(f"has an empty .{name}")
-    except DataError as err:
-        raise DataError(f"{path}: sample {key!r} {err}") from err
