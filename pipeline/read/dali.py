@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 from ..decode import BadImage, decode, open_image
-from .backend import Engine, Held, Output, Work, check_raw_sizes, undecodable
-from .cutter import Cut, Cutter, pixels_under
+from .backend import Engine, Held, Output, Setup, Work, check_raw_sizes, undecodable
+from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH
-from .reader import Reader
 
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
@@ -136,16 +135,23 @@ class Graph:
         )
 
 
-class Dali(Engine):
-    """See backend.Engine. rows: crops of the largest batch. cutter: cuts what crops need out of JPEGs."""
+def graph_of(setup: Setup) -> Graph:
+    plan, output, config = setup.plan, setup.output, setup.config
+    short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
+    jittered = plan.train and plan.augment.scale_jitter is not None
+    resized = jittered or bool((short_sides != plan.augment.resize).any())
+    whole = output.device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
+    return Graph(output, setup.raw, resized, whole, bool(setup.cutter), config.hw_decoder_load)
 
-    def __init__(
-        self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int, cutter: Cutter | None = None
-    ) -> None:
-        self.graph, self.rows, self.threads, self.depth, self._reader = graph, rows, threads, depth, reader
+
+class Dali(Engine):
+    """See backend.Engine."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.graph, self.threads, self._reader, self._setup = graph_of(setup), setup.threads, setup.reader, setup
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
-        self._cutter, self._cutting = cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-cut")
+        self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-cut")
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
@@ -159,7 +165,8 @@ class Dali(Engine):
             self._decoding.append((work, images))
             return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
-        self._pipeline = self.graph.pipeline(feed, rows=self.rows, threads=self.threads, depth=self.depth)
+        most, depth = self._setup.most_crops, self._setup.config.prefetch_batches
+        self._pipeline = self.graph.pipeline(feed, rows=most, threads=self.threads, depth=depth)
 
     def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
         def cut(a: int, b: int) -> list[Cut]:
