@@ -5,7 +5,6 @@ As in webdataset, a sample is the adjacent members of one key, a name up to its 
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import re
@@ -24,8 +23,8 @@ from ...decode import BadImage
 from ...errors import ConfigError, DataError
 from ...shards import IMAGES, LABELS, label_name, label_text, split_name
 from ...tar import Member, members
-from .base import Archives, Item, Items, PassedOver, UniqueKeys, check_name
-from .folders import is_image, litter, require_utf8
+from .base import Archives, Item, UniqueKeys
+from .folders import TrainAndVal, is_image, litter, require_utf8
 
 KEY = "a name up to its first dot"
 NAMED = 10  # extensions of one key
@@ -131,21 +130,26 @@ def read_member(path: Path, member: Member) -> bytes:
 
 
 @dataclass
-class WebDataset(Archives):
+class WebDataset(TrainAndVal, Archives):
     """The samples of tars that exist already. Labels are numbers, or names, whose classes are then in sorted order."""
 
-    train: str
-    val: str | None = None
     name: str = "webdataset"
 
+    place = str
+    metavar = "PATTERN"
+    hint = "files, with {0000..1023} or *; quote it"
     help = "WebDataset tars, sharded once more: in a new order, size or encoding"
 
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        self.passed_over, patterns = PassedOver(), {"train": self.train} | ({"val": self.val} if self.val else {})
-        found = {split: list(self._samples(self._tars(pattern))) for split, pattern in patterns.items()}
-        label_of = self.name_classes(label for *_, label in found["train"])
-        self.splits = {split: Items(self._items(split, each, label_of)) for split, each in found.items()}
+    def items(self, split: str, place: str) -> Iterator[Item]:
+        found, unique = list(self._samples(self._tars(place))), UniqueKeys()
+        if split == "train":
+            self._label_of = self.name_classes(label for *_, label in found)
+        for archive, member, label in found:
+            where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
+            if label not in self._label_of:
+                raise DataError(f"{where}: {label!r} is none of the {len(self._label_of):,} training classes")
+            extent = (archive, member.offset, member.size)
+            yield Item(unique(split_name(member.name)[0]), self._label_of[label], where, extent)
 
     def _tars(self, pattern: str) -> list[Path]:
         return expand(pattern)
@@ -160,22 +164,3 @@ class WebDataset(Archives):
                 yield len(self.archives) - 1, member, label
             for member in (*bad, *unused):
                 self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
-
-    def _items(self, split: str, found: list[tuple[int, Member, str]], label_of: dict[str, int]) -> Iterator[Item]:
-        unique = UniqueKeys()
-        for archive, member, label in found:
-            where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
-            if label not in label_of:
-                raise DataError(f"{where}: {label!r} is none of the {len(label_of):,} training classes")
-            extent = (archive, member.offset, member.size)
-            yield Item(unique(split_name(member.name)[0]), label_of[label], where, extent)
-
-    @staticmethod
-    def add_options(p: argparse.ArgumentParser) -> None:
-        add_patterns(p, "webdataset")
-
-
-def add_patterns(p: argparse.ArgumentParser, name: str) -> None:
-    p.add_argument("--train", required=True, metavar="PATTERN", help="files, with {0000..1023} or *; quote it")
-    p.add_argument("--val", metavar="PATTERN", help="those of validation")
-    p.add_argument("--name", default=name, help="the shards' first name (%(default)s)")
