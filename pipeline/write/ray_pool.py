@@ -1,7 +1,5 @@
 """Distributes work over a Ray cluster, as pipeline/pool.py does over processes."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

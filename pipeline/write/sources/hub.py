@@ -1,7 +1,5 @@
 """Image datasets of the Hugging Face Hub: Parquet files that hold the images."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterator

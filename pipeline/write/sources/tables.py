@@ -1,7 +1,5 @@
 """Images in files of their own, labelled by a table: CSV, Parquet, ImageNet as Kaggle packs it, Tiny ImageNet."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import os

@@ -3,8 +3,6 @@
 As in webdataset, a sample is the adjacent members of one key, a name up to its first dot: an image and a label.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re
