@@ -29,8 +29,8 @@ class Graph:
     raw: bool  # images are stored as pixels
     resized: bool  # otherwise every crop is a plain copy of pixels
     whole: bool  # decode whole images and crop them then, instead of decoding the crop's region alone
-    cut: bool = False  # some images are cuts, whose memory is not pinned
-    hw_decoder_load: float = 0.65  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
+    cut: bool  # some images are cuts, whose memory is not pinned
+    hw_decoder_load: float  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
 
     @property
     def decoder(self) -> Decoder:

@@ -171,7 +171,7 @@ class Portable(Engine):
         images = torch.from_numpy(job.crops)
         images = images.permute(0, 3, 1, 2) if self.output.channels_last else images
         dtype = getattr(torch, self.output.dtype)
-        if self._in_kernel or (self.output.dtype == "uint8" and self.output.device.type == "cpu"):
+        if self.output.device.type == "cpu":
             return images.to(dtype)
         images = images.to(self.output.device, non_blocking=True)
         if self.output.device.type == "cuda":
