@@ -150,9 +150,7 @@ class Loader(AbstractContextManager["Loader"]):
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split) if encoded else None
         ranks = local_world or world
-        self._setup = Setup(
-            output, self._reader, self.plan, self.config, raw, self.threads, ranks=ranks, cutter=self._cutter
-        )
+        self._setup = Setup(output, self._reader, self.plan, self.config, raw, self.threads, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
