@@ -144,10 +144,7 @@ class Source:
 class Files(Source):
     """Images in files of their own: an item's `where` is its split and the path below the split's folder."""
 
-    @cached_property
-    def folders(self) -> dict[str, Path]:
-        """Of each split."""
-        return {}
+    folders: dict[str, Path]  # of each split
 
     @cached_property
     def _opened(self) -> dict[str, int]:

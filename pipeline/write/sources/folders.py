@@ -40,7 +40,7 @@ class TrainAndVal(Source):
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
-        self.passed_over = PassedOver()
+        self.passed_over, self.folders = PassedOver(), dict[str, Path]()
         given = {"train": self.train} | ({"val": self.val} if self.val else {})
         self.splits = {split: Items(self.items(split, path)) for split, path in given.items()}
         if self.val_fraction:
