@@ -52,10 +52,9 @@ class Portable(Engine):
     def __init__(self, setup: Setup) -> None:
         output, threads = self.output, self.threads = setup.output, setup.threads
         self.raw, self.depth, self._reader = setup.raw, setup.config.prefetch_batches, setup.reader
-        stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
         self.images_a_task = min(IMAGES_A_TASK, self._reader.source.at_once(threads))
-        self._in_kernel = stored == "float32"
-        self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
+        made = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
+        self._cropper = Cropper(output.crop, dtype=made, packed=output.channels_last)
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
@@ -95,7 +94,7 @@ class Portable(Engine):
     def _begin(self, work: Work) -> _Job:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
         shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
-        crops = self._buffers.take(shape, np.float32 if self._in_kernel else np.uint8)
+        crops = self._buffers.take(shape, self._cropper.dtype)
         step = min(self.images_a_task, -(-n // self.threads))
         tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
         return _Job(work, crops, tasks)
