@@ -172,6 +172,3 @@ class Held:
         self._held.append((_recorded(device), memory))
         while self._held and self._held[0][0].query():
             self._held.popleft()
-
-    def clear(self) -> None:
-        self._held.clear()

@@ -225,7 +225,7 @@ class Dali(Engine):
         wait([task for _, cuts in self._cutting for task in cuts if not task.cancel()])
         self._cutting.clear()
         self._decoding.clear()
-        self._spent.clear()
+        self._spent = Held()
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -3,6 +3,9 @@
 Steps, labels and ids are those of the plan. Nothing is read from storage, decoded or copied to the device.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,19 +19,16 @@ class Synthetic(Engine):
 
     def __init__(self, setup: Setup) -> None:
         self.output, self.most_crops = setup.output, setup.most_crops
-        self._batches: list[Tensor] = []
-        self._delivered = 0
+        self._batches: Iterator[Tensor] | None = None
 
     def next(self) -> tuple[Work, Tensor]:
-        if not self._batches:  # not in __init__: the loader of the other split may never be used
-            self._batches = [self._noise(seed) for seed in range(BATCHES)]
+        if self._batches is None:  # not in __init__: the loader of the other split may never be used
+            self._batches = itertools.cycle([self._noise(seed) for seed in range(BATCHES)])
         work = self.source()
-        images = self._batches[self._delivered % BATCHES]
-        self._delivered += 1
-        return work, images[: work.flip.size]
+        return work, next(self._batches)[: work.flip.size]
 
     def close(self) -> None:
-        self._batches = []
+        self._batches = None
 
     def decoder(self) -> str:
         return "none: pixels are noise"
