@@ -55,7 +55,7 @@ class Rows:
         self._words, self._file = index.view(np.uint32).reshape(len(index), RECORD // 4), None
         if index.nbytes > MAPPED:
             self._path, self._start = index.filename, index.offset
-            self._file = OpenFile(os.open(index.filename, os.O_RDONLY | os.O_CLOEXEC))
+            self._file = OpenFile(os.open(index.filename, os.O_RDONLY))
 
     def _records(self, ids: Any) -> ndarray:
         if not self._file:
