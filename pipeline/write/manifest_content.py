@@ -75,7 +75,7 @@ class Collected:
 
     def __init__(self, records: Iterable[tuple[str, ShardRecord]], *, size: int, max_bad_fraction: float) -> None:
         self.of_split: dict[str, list[ShardRecord]] = {}
-        self.totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.int64))
+        self.totals = Totals.zeros(size, np.int64)
         self.converted: Listed = []
         self.bad: Listed = []
         samples = 0
