@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,7 +112,7 @@ def check(
                 for shard, findings in zip(split.shards, found):
                     report.findings += findings
                     progress(shard.samples)
-    report.findings += _check_extras(dataset, ours)
+    report.findings += [Finding("info", *fault) for fault in _extra_faults(dataset, ours)]
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
 
@@ -264,22 +264,20 @@ def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Mem
             return
 
 
-def _check_extras(dataset: manifest.Dataset, ours: bool) -> list[Finding]:
-    found: list[tuple[str, str]] = []
+def _extra_faults(dataset: manifest.Dataset, ours: bool) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) of the files beside shards and indices."""
     if image := dataset.manifest["statistics"].get("mean_image"):
         try:
             dataset.mean_image  # noqa: B018
         except DataError as err:
-            found.append((image["file"], str(err)))
-    found += cuts.faults(dataset)
+            yield image["file"], str(err)
+    yield from cuts.faults(dataset)
     if ours:
         try:
-            info = json.loads((dataset.root / manifest.INFO).read_bytes())
-            if info != timm_info(dataset.manifest["splits"]):
-                found.append((manifest.INFO, "differs from the manifest; shard the data again"))
+            if json.loads((dataset.root / manifest.INFO).read_bytes()) != timm_info(dataset.manifest["splits"]):
+                yield manifest.INFO, "differs from the manifest; shard the data again"
         except (OSError, ValueError) as err:
-            found.append((manifest.INFO, f"cannot be read ({err}); shard the data again"))
-    return [Finding("info", *fault) for fault in found]
+            yield manifest.INFO, f"cannot be read ({err}); shard the data again"
 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:
