@@ -19,15 +19,16 @@ def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/pro
     quotas = []
     for line in _read(process).splitlines():
         _, controllers, path = line.split(":", 2)
-        folders = [Path(path), *Path(path).parents]
         if not controllers:  # version 2
-            pairs = [_read(root / str(folder).lstrip("/") / "cpu.max").split() for folder in folders]
+            mount, names = root, ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            at = [root / "cpu" / str(folder).lstrip("/") for folder in folders]
-            pairs = [[_read(f / "cpu.cfs_quota_us"), _read(f / "cpu.cfs_period_us")] for f in at]
+            mount, names = root / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
-        quotas += [int(p[0]) / int(p[1]) for p in pairs if len(p) == 2 and p[0].isdigit() and p[1].isdigit()]
+        for folder in (Path(path), *Path(path).parents):
+            numbers = [n for name in names for n in _read(mount / str(folder).lstrip("/") / name).split()]
+            if len(numbers) == 2 and all(map(str.isdigit, numbers)):  # not "max" or -1: no limit
+                quotas.append(int(numbers[0]) / int(numbers[1]))
     return min(quotas, default=None)
 
 

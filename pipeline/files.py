@@ -58,7 +58,7 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = LOCK_SECON
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as err:

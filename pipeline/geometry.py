@@ -1,4 +1,4 @@
-"""Sizes and offsets in whole pixels: one rule for the sharder and for every loader backend."""
+"""Sizes and offsets in whole pixels, and the axes of colours: one rule for the sharder and every loader backend."""
 
 from typing import TypeVar
 
@@ -15,6 +15,15 @@ def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
     """
     shorter = np.minimum(width, height)
     return short * width // shorter, short * height // shorter
+
+
+def principal_axes(covariance: ndarray) -> tuple[ndarray, ndarray]:
+    """Its eigenvalues, ascending, and in columns its eigenvectors, of unit length.
+
+    An eigenvector may point either way, and libraries differ: here its largest component is positive.
+    """
+    values, axes = np.linalg.eigh(covariance)
+    return values, axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(len(values))])
 
 
 def centre_offset(length: int | ndarray, part: int | ndarray) -> ndarray:

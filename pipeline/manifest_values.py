@@ -28,13 +28,12 @@ def check_types(manifest: Json) -> None:
             raise ValueError("statistics are not three numbers")
     if len(statistics.get("covariance", [0] * 3)) != 3:
         raise ValueError("the covariance is not three rows")
-    files = [split["index"] for split in manifest["splits"].values()]
-    files += [statistics["mean_image"]["file"]] if "mean_image" in statistics else []
-    for name in files:
+    files = [(split["index"], split["index_sha256"]) for split in manifest["splits"].values()]
+    if "mean_image" in statistics:
+        files.append((statistics["mean_image"]["file"], statistics["mean_image"].get("sha256", "0")))
+    for name, sha256 in files:
         _check_name(name)
-    for split in manifest["splits"].values():
-        int(split["index_sha256"], 16)  # a file's name, for remote shards
-    int(statistics.get("mean_image", {}).get("sha256", "0"), 16)
+        int(sha256, 16)  # a file's name, for remote shards
     manifest.get("options", {}).get("encoding", {}).get("kind")
 
 

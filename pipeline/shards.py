@@ -148,7 +148,7 @@ def label_name(extensions: Iterable[str], kinds: Sequence[str] = LABELS) -> str:
 
 
 def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> str:
-    """The label in a sample's members by extension, which may be empty. Raises DataError if there is none."""
+    """The label in a sample's members by extension. Raises DataError, with the reason, if there is none."""
     name = label_name(fields, kinds)
     try:
         label = json.loads(fields[name])["label"] if name.endswith("json") else fields[name].decode("utf-8-sig")
@@ -156,7 +156,9 @@ def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> st
         raise DataError("has no label: neither .cls nor .json with a 'label'") from err
     except (ValueError, TypeError, RecursionError) as err:
         raise DataError(f"has a .{name} that cannot be read as a label") from err
-    return str(label).strip()
+    if text := str(label).strip():
+        return text
+    raise DataError(f"has an empty .{name}")
 
 
 def stored_label(fields: Mapping[str, bytes]) -> int:

@@ -3,12 +3,11 @@
 Each finding names the file, and the byte or sample.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,7 +43,7 @@ CHECKS = {
 }
 DEEP = ("decode", "webdataset")  # checks that are not made by default
 
-Add = Callable[[str, str], None]  # adds a finding: the check and what is wrong
+Fault = tuple[str, str]  # the check, and what is wrong
 
 
 @dataclass
@@ -112,7 +111,7 @@ def check(
                 for shard, findings in zip(split.shards, found):
                     report.findings += findings
                     progress(shard.samples)
-    report.findings += _check_extras(dataset, ours)
+    report.findings += [Finding("info", *fault) for fault in _extra_faults(dataset, ours)]
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
 
@@ -136,65 +135,65 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
 def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool) -> list[Finding]:
     shard, rows = split.shards[number], split.index[split.index["shard"] == number]
     path = split.root / shard.name
-    found: dict[str, list[str]] = defaultdict(list)
-
-    def add(check: str, what: str) -> None:
-        found[check].append(what)
-
+    faults: list[Fault] = []
     if not path.is_file():
         return []  # see Split.faults
     if file_sha256(path) != shard.sha256:
-        add("sha256", "its bytes are not those that were written; copy it again")
+        faults.append(("sha256", "its bytes are not those that were written; copy it again"))
     inside: dict[int, Member] = {}  # by offset, up to the first damage
     try:
         inside |= ((member.offset, member) for member in members(path))
     except DataError as err:
-        add("tar", str(err).removeprefix(f"{path}: "))
+        faults.append(("tar", str(err).removeprefix(f"{path}: ")))
     made, places = split.root / cuts.file_name(split.name, number), [b""] * len(rows)
     if deep:
-        with contextlib.suppress(DataError):  # there are none, or cuts.faults names what is wrong
+        with suppress(DataError):  # there are none, or cuts.faults names what is wrong
             places = cuts.read(made, shard, rows)
     with open(path, "rb") as file:
-        _compare_samples(file.fileno(), rows, inside, places, add, deep=deep, ours=ours, raw=raw)
+        faults += _compare_samples(file.fileno(), rows, inside, places, deep=deep, ours=ours, raw=raw)
     if ours:
-        _compare_dali_index(path.with_name(dali_index_name(path.name)), inside, add)
-    if deep and not found:
-        _compare_with_webdataset(path, rows, inside, add)
-    for whats in found.values():  # a shard of zeros needs no thousand lines
-        whats[MANY:] = [f"and {len(whats) - MANY} more"] * (len(whats) > MANY)
-    return [Finding(check, shard.name, what) for check in CHECKS for what in found[check]]
+        faults += _compare_dali_index(path.with_name(dali_index_name(path.name)), inside)
+    if deep and not faults:
+        faults += _compare_with_webdataset(path, rows, inside)
+    findings = []
+    for check in CHECKS:
+        whats = [what for kind, what in faults if kind == check]
+        findings += [Finding(check, shard.name, what) for what in whats[:MANY]]
+        if len(whats) > MANY:  # a shard of zeros needs no thousand lines
+            findings.append(Finding(check, shard.name, f"and {len(whats) - MANY} more"))
+    return findings
 
 
 def _compare_samples(
-    fd: int, rows: np.ndarray, inside: dict[int, Member], places: list[bytes], add: Add,
+    fd: int, rows: np.ndarray, inside: dict[int, Member], places: list[bytes],
     *, deep: bool, ours: bool, raw: bool,
-) -> None:  # fmt: skip
+) -> Iterator[Fault]:  # fmt: skip
     images = sum(split_name(member.name)[1] in STORED for member in inside.values())
     if ours and images > len(rows):  # tars of other people may hold images that were left out
-        add("index", f"{images} images in the tar, {len(rows)} in the index")
+        yield "index", f"{images} images in the tar, {len(rows)} in the index"
     by_name, last = {member.name: member for member in inside.values()}, max(inside, default=-1)
     for (offset, size, _, label, crc, width, height), stored in zip(rows.tolist(), places):
         member = inside.get(offset)
         where = f"{member.name} at byte {offset}" if member else f"the sample at byte {offset}"
         if member is None and offset <= last:
-            add("index", f"the index names a sample at byte {offset}, but no member begins there")
+            yield "index", f"the index names a sample at byte {offset}, but no member begins there"
         elif member and member.size != size:
-            add("index", f"{where} has {member.size} bytes, {size} in the index")
+            yield "index", f"{where} has {member.size} bytes, {size} in the index"
         data = os.pread(fd, size, offset)
         if len(data) < size:
-            add("size", f"ends within {where}")
+            yield "size", f"ends within {where}"
             return
         if crc32(data) != crc:
-            add("crc32", f"{where}: its bytes changed since they were written")
+            yield "crc32", f"{where}: its bytes changed since they were written"
         elif deep and (fault := _undecodable(data, width, height, raw)):
-            add("decode", f"{where}: {fault}")
+            yield "decode", f"{where}: {fault}"
         elif stored and stored != find(data):
-            add("info", f"{where}: its cuts have wrong places; remove the shard's .cuts, and {cuts.CURE}")
+            yield "info", f"{where}: its cuts have wrong places; remove the shard's .cuts, and {cuts.CURE}"
         cls = by_name.get(split_name(member.name)[0] + ".cls") if member else None
         if cls:
             text = os.pread(fd, min(cls.size, 32), cls.offset)
             if _label({"cls": text}) != label:
-                add("label", f"{cls.name} has {text[:20]!r}, the index {label}")
+                yield "label", f"{cls.name} has {text[:20]!r}, the index {label}"
 
 
 def _label(fields: dict[str, bytes]) -> int | None:
@@ -213,19 +212,19 @@ def _undecodable(data: bytes, width: int, height: int, raw: bool) -> str | None:
     return None
 
 
-def _compare_dali_index(path: Path, inside: dict[int, Member], add: Add) -> None:
+def _compare_dali_index(path: Path, inside: dict[int, Member]) -> Iterator[Fault]:
     try:
         header, *lines = path.read_text().splitlines()
     except (OSError, ValueError) as err:
-        add("idx", f"{path.name} cannot be read ({err}); shard the data again")
+        yield "idx", f"{path.name} cannot be read ({err}); shard the data again"
         return
     if header != f"v1.2 {len(lines)}":
-        add("idx", f"{path.name} begins with {header!r} and has {len(lines)} lines")
+        yield "idx", f"{path.name} begins with {header!r} and has {len(lines)} lines"
     samples = [list(group) for _, group in groupby(inside.values(), key=lambda member: split_name(member.name)[0])]
     listed = set(lines)
     wrong = [sample[0] for sample, line in zip(samples, dali_index(samples)[1:]) if line not in listed]
     if wrong:
-        add("idx", f"{path.name} does not name {wrong[0].name} at byte {wrong[0].offset}")
+        yield "idx", f"{path.name} does not name {wrong[0].name} at byte {wrong[0].offset}"
 
 
 class _Seen(NamedTuple):
@@ -237,7 +236,7 @@ class _Seen(NamedTuple):
     crc32: int
 
 
-def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Member], add: Add) -> None:
+def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Member]) -> Iterator[Fault]:
     """Reads a tar with webdataset, as other programs will; names the first sample that differs from the index.
 
     Samples that are not in the index are passed over.
@@ -256,30 +255,28 @@ def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Mem
                 image = sample.get(extension_of[key], b"")
                 read.append(_Seen(key, _label(sample), len(image), crc32(image)))
     except Exception as err:  # it raises whatever tarfile or a handler meets
-        add("webdataset", f"cannot be read by webdataset ({err}); shard the data again")
+        yield "webdataset", f"cannot be read by webdataset ({err}); shard the data again"
         return
     for theirs, ours in zip_longest(read, expected):
         if theirs != ours:
-            add("webdataset", f"webdataset reads {theirs}, the index has {ours}; shard the data again")
+            yield "webdataset", f"webdataset reads {theirs}, the index has {ours}; shard the data again"
             return
 
 
-def _check_extras(dataset: manifest.Dataset, ours: bool) -> list[Finding]:
-    found: list[tuple[str, str]] = []
+def _extra_faults(dataset: manifest.Dataset, ours: bool) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) of the files beside shards and indices."""
     if image := dataset.manifest["statistics"].get("mean_image"):
         try:
             dataset.mean_image  # noqa: B018
         except DataError as err:
-            found.append((image["file"], str(err)))
-    found += cuts.faults(dataset)
+            yield image["file"], str(err)
+    yield from cuts.faults(dataset)
     if ours:
         try:
-            info = json.loads((dataset.root / manifest.INFO).read_bytes())
-            if info != timm_info(dataset.manifest["splits"]):
-                found.append((manifest.INFO, "differs from the manifest; shard the data again"))
+            if json.loads((dataset.root / manifest.INFO).read_bytes()) != timm_info(dataset.manifest["splits"]):
+                yield manifest.INFO, "differs from the manifest; shard the data again"
         except (OSError, ValueError) as err:
-            found.append((manifest.INFO, f"cannot be read ({err}); shard the data again"))
-    return [Finding("info", *fault) for fault in found]
+            yield manifest.INFO, f"cannot be read ({err}); shard the data again"
 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:

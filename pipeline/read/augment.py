@@ -8,7 +8,7 @@ import numpy as np
 from numpy import ndarray
 
 from ..errors import ConfigError
-from ..geometry import centre_offset, resized
+from ..geometry import centre_offset, principal_axes, resized
 from ..manifest import Dataset, Statistics
 from ..settings import Bounds, InHelp, validate
 from . import rng
@@ -152,9 +152,7 @@ def colour_shift(config: AugmentConfig, ids: ndarray, covariance: ndarray, **at:
     covariance: (3, 3), of the training images' R, G, B in grey levels. The shift is P · (α ⊙ λ), or √λ in place of λ,
     with P, λ of the covariance of pixels in [0, 1] and α from N(0, colour).
     """
-    values, axes = np.linalg.eigh(np.asarray(covariance, np.float64) / 255**2)
-    # The sign of an eigenvector is arbitrary, and libraries differ in it: here the largest component is positive.
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
+    values, axes = principal_axes(np.asarray(covariance, np.float64) / 255**2)
     size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
     alpha = config.colour * rng.normal(ids, stream=rng.COLOUR, count=3, **at)
     return np.asarray(255 * (alpha * size) @ axes.T, np.float32)

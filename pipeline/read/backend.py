@@ -11,6 +11,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from ..errors import BadSample
+from .config import LoaderConfig
+from .cutter import Cutter
 from .fetch import HEIGHT, SIZE, WIDTH
 from .plan import Plan
 from .reader import ReadBatch, Reader
@@ -59,6 +61,25 @@ class Output:
     channels_last: bool
     std: tuple[float, ...]  # (3,) what to divide by
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that an engine is made from."""
+
+    output: Output
+    reader: Reader
+    plan: Plan
+    config: LoaderConfig
+    raw: bool  # images are stored as pixels
+    threads: int
+    ranks: int  # of this machine
+    cutter: Cutter | None  # cuts what crops need out of JPEGs
+
+    @property
+    def most_crops(self) -> int:
+        """Those of the largest batch."""
+        return self.plan.batch_per_rank * self.plan.views
 
 
 class Engine(Protocol):
@@ -151,6 +172,3 @@ class Held:
         self._held.append((_recorded(device), memory))
         while self._held and self._held[0][0].query():
             self._held.popleft()
-
-    def clear(self) -> None:
-        self._held.clear()

@@ -45,8 +45,8 @@ class LocalShards:
             try:
                 if copy:
                     with contextlib.suppress(OSError):  # it may exist and not be readable
-                        return OpenFile(os.open(copy(shard), os.O_RDONLY | os.O_CLOEXEC))
-                return OpenFile(os.open(paths[shard], os.O_RDONLY | os.O_CLOEXEC))
+                        return OpenFile(os.open(copy(shard), os.O_RDONLY))
+                return OpenFile(os.open(paths[shard], os.O_RDONLY))
             except OSError as err:
                 if err.errno == errno.EMFILE and self.open.cache_info().currsize:
                     self.open.cache_clear()

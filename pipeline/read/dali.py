@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from ..decode import BadImage, decode, open_image
-from .backend import Engine, Held, Output, Work, check_raw_sizes, undecodable
-from .cutter import Cut, Cutter, pixels_under
+from .backend import Engine, Held, Output, Setup, Work, check_raw_sizes, undecodable
+from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH
-from .reader import Reader
 
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
@@ -31,8 +30,8 @@ class Graph:
     raw: bool  # images are stored as pixels
     resized: bool  # otherwise every crop is a plain copy of pixels
     whole: bool  # decode whole images and crop them then, instead of decoding the crop's region alone
-    cut: bool = False  # some images are cuts, whose memory is not pinned
-    hw_decoder_load: float = 0.65  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
+    cut: bool  # some images are cuts, whose memory is not pinned
+    hw_decoder_load: float  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
 
     @property
     def decoder(self) -> Decoder:
@@ -137,16 +136,23 @@ class Graph:
         )
 
 
-class Dali(Engine):
-    """See backend.Engine. rows: crops of the largest batch. cutter: cuts what crops need out of JPEGs."""
+def graph_of(setup: Setup) -> Graph:
+    plan, output, config = setup.plan, setup.output, setup.config
+    short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
+    jittered = plan.train and plan.augment.scale_jitter is not None
+    resized = jittered or bool((short_sides != plan.augment.resize).any())
+    whole = output.device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
+    return Graph(output, setup.raw, resized, whole, bool(setup.cutter), config.hw_decoder_load)
 
-    def __init__(
-        self, graph: Graph, reader: Reader, *, rows: int, threads: int, depth: int, cutter: Cutter | None = None
-    ) -> None:
-        self.graph, self.rows, self.threads, self.depth, self._reader = graph, rows, threads, depth, reader
+
+class Dali(Engine):
+    """See backend.Engine."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.graph, self.threads, self._reader, self._setup = graph_of(setup), setup.threads, setup.reader, setup
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
-        self._cutter, self._cutting = cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-cut")
+        self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-cut")
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
@@ -160,7 +166,8 @@ class Dali(Engine):
             self._decoding.append((work, images))
             return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
-        self._pipeline = self.graph.pipeline(feed, rows=self.rows, threads=self.threads, depth=self.depth)
+        most, depth = self._setup.most_crops, self._setup.config.prefetch_batches
+        self._pipeline = self.graph.pipeline(feed, rows=most, threads=self.threads, depth=depth)
 
     def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
         def cut(a: int, b: int) -> list[Cut]:
@@ -219,7 +226,7 @@ class Dali(Engine):
         wait([task for _, cuts in self._cutting for task in cuts if not task.cancel()])
         self._cutting.clear()
         self._decoding.clear()
-        self._spent.clear()
+        self._spent = Held()
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -55,7 +55,7 @@ class Rows:
         self._words, self._file = index.view(np.uint32).reshape(len(index), RECORD // 4), None
         if index.nbytes > MAPPED:
             self._path, self._start = index.filename, index.offset
-            self._file = OpenFile(os.open(index.filename, os.O_RDONLY | os.O_CLOEXEC))
+            self._file = OpenFile(os.open(index.filename, os.O_RDONLY))
 
     def _records(self, ids: Any) -> ndarray:
         if not self._file:
@@ -66,14 +66,12 @@ class Rows:
         return records
 
     def __getitem__(self, at: Any) -> ndarray:
-        ids, columns = at if isinstance(at, tuple) else (at, range(len(COLUMNS)))
+        ids, columns = at if isinstance(at, tuple) else (at, slice(None))
         records = self._records(ids)
-        if isinstance(columns, int):
-            return records[COLUMNS[columns]].astype(np.int64)
-        rows = np.empty((*records.shape, len(columns)), np.int64)
-        for i, column in enumerate(columns):
-            rows[..., i] = records[COLUMNS[column]]
-        return rows
+        rows = np.empty((*records.shape, len(COLUMNS)), np.int64)
+        for i, name in enumerate(COLUMNS):
+            rows[..., i] = records[name]
+        return rows[..., columns]
 
 
 @compiled

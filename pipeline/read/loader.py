@@ -15,7 +15,6 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -29,7 +28,7 @@ from ..files import Json
 from ..manifest import Dataset, Statistics, open_dataset
 from . import fetch, make_backend
 from .augment import AugmentConfig, normalisation
-from .backend import Output, PixelType, Work, to_device, works
+from .backend import Output, PixelType, Setup, Work, to_device, works
 from .bad_samples import BadSamples
 from .config import LoaderConfig, choose_backend
 from .cutter import open_cutter
@@ -150,9 +149,9 @@ class Loader(AbstractContextManager["Loader"]):
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split) if encoded else None
-        make = partial(make_backend.make, output=output, reader=self._reader, plan=self.plan, config=self.config)
-        self._make = partial(make, raw=raw, threads=self.threads, cutter=self._cutter, ranks=local_world or world)
-        self._engine = self._make(self.backend)
+        ranks = local_world or world
+        self._setup = Setup(output, self._reader, self.plan, self.config, raw, self.threads, ranks, self._cutter)
+        self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
         if self.plan.check_every:
@@ -291,7 +290,7 @@ class Loader(AbstractContextManager["Loader"]):
                 self.bad.add(err)
             if self.bad.error():  # other ranks are in the same step, at the end of which all of them raise it
                 self._engine.close()
-                self._engine = self._make("synthetic")
+                self._engine = make_backend.make("synthetic", self._setup)
 
     def _stop(self) -> None:
         if self._works is not None:

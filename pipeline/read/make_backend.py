@@ -5,15 +5,12 @@ Each is imported when it is used: DALI and Numba's machine code take a while to 
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..manifest import Dataset, Split
 from . import fetch
-from .backend import Engine, Output, PixelType
-from .config import Backend, LoaderConfig
-from .cutter import Cutter
-from .plan import Plan
+from .backend import Engine, PixelType, Setup
+from .config import Backend
 from .reader import Reader
 
 
@@ -34,38 +31,19 @@ def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device)
         portable.prepare(crop, dtype, on_cpu=device.type == "cpu")
 
 
-def make(
-    backend: Backend,
-    output: Output,
-    reader: Reader,
-    plan: Plan,
-    config: LoaderConfig,
-    *,
-    raw: bool,
-    threads: int,
-    ranks: int,
-    cutter: Cutter | None = None,
-) -> Engine:
-    """raw: images are stored as pixels. ranks: of this machine. cutter: cuts what crops need out of
-    JPEGs."""
-    rows, depth = plan.batch_per_rank * plan.views, config.prefetch_batches
+def make(backend: Backend, setup: Setup) -> Engine:
     if backend == "synthetic":
         from .synthetic import Synthetic
 
-        return Synthetic(output, rows=rows)
+        return Synthetic(setup)
     if backend == "resident":
         from .resident import Resident
 
-        return Resident(output, reader, plan, config, ranks, raw=raw, threads=threads)
+        return Resident(setup)
     if backend == "portable":
         from .portable import Portable
 
-        return Portable(output, reader, raw=raw, threads=threads, depth=depth, cutter=cutter)
-    from .dali import Dali, Graph
+        return Portable(setup)
+    from .dali import Dali
 
-    short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
-    jittered = plan.train and plan.augment.scale_jitter is not None
-    resized = jittered or bool((short_sides != plan.augment.resize).any())
-    whole = backend == "dali-gpu" if config.decode == "auto" else config.decode == "whole"
-    graph = Graph(output, raw, resized, whole, bool(cutter), config.hw_decoder_load)
-    return Dali(graph, reader, rows=rows, threads=threads, depth=depth, cutter=cutter)
+    return Dali(setup)

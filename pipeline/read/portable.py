@@ -18,12 +18,11 @@ from simplejpeg import decode_jpeg
 from ..decode import Scratch, decode
 from ..manifest import Statistics
 from .augment import AugmentConfig, normalisation, place
-from .backend import Engine, Held, Output, Work, check_raw_sizes, to_device, undecodable
+from .backend import Engine, Held, Setup, Work, check_raw_sizes, to_device, undecodable
 from .buffers import Buffers
-from .cutter import NOT_CUT, Cut, Cutter, pixels_under
+from .cutter import NOT_CUT, Cut, pixels_under
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import Cropper, decoded_block, size_row
-from .reader import Reader
 from .truncate_jpeg import ROWS_BELOW, cut_short
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
@@ -48,22 +47,20 @@ def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
 
 
 class Portable(Engine):
-    """See backend.Engine. raw: images are stored as pixels. cutter: cuts what crops need out of JPEGs."""
+    """See backend.Engine."""
 
-    def __init__(
-        self, output: Output, reader: Reader, *, raw: bool, threads: int, depth: int, cutter: Cutter | None = None
-    ) -> None:
-        self.output, self.raw, self.threads, self.depth, self._reader = output, raw, threads, depth, reader
-        stored = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
-        self.images_a_task = min(IMAGES_A_TASK, reader.source.at_once(threads))
-        self._in_kernel = stored == "float32"
-        self._cropper = Cropper(output.crop, dtype=stored, packed=output.channels_last)
+    def __init__(self, setup: Setup) -> None:
+        output, threads = self.output, self.threads = setup.output, setup.threads
+        self.raw, self.depth, self._reader = setup.raw, setup.config.prefetch_batches, setup.reader
+        self.images_a_task = min(IMAGES_A_TASK, self._reader.source.at_once(threads))
+        made = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
+        self._cropper = Cropper(output.crop, dtype=made, packed=output.channels_last)
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
-        self._cutter = cutter
+        self._cutter = setup.cutter
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
@@ -97,7 +94,7 @@ class Portable(Engine):
     def _begin(self, work: Work) -> _Job:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
         shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
-        crops = self._buffers.take(shape, np.float32 if self._in_kernel else np.uint8)
+        crops = self._buffers.take(shape, self._cropper.dtype)
         step = min(self.images_a_task, -(-n // self.threads))
         tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
         return _Job(work, crops, tasks)
@@ -173,7 +170,7 @@ class Portable(Engine):
         images = torch.from_numpy(job.crops)
         images = images.permute(0, 3, 1, 2) if self.output.channels_last else images
         dtype = getattr(torch, self.output.dtype)
-        if self._in_kernel or (self.output.dtype == "uint8" and self.output.device.type == "cpu"):
+        if self.output.device.type == "cpu":
             return images.to(dtype)
         images = images.to(self.output.device, non_blocking=True)
         if self.output.device.type == "cuda":

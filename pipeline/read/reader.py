@@ -28,9 +28,7 @@ from .buffers import Buffers
 from .byte_source import LocalShards
 from .fetch import (
     ALL_ROWS,
-    CRC32,
     IN_MEMORY,
-    OFFSET,
     SHARD,
     SIZE,
     Block,
@@ -244,11 +242,12 @@ class Reader:
 
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""
-        (shard, start, size), reason = self.rows[sample, [SHARD, OFFSET, SIZE]].tolist(), "the shard ends before it"
+        start, size, shard, _, crc, *_ = self.rows[sample].tolist()
+        reason = "the shard ends before it"
         for source in self._sources:  # with a cache, the first may hold a damaged copy
             try:
                 (image,) = source.read(shard, [(start, size)])
-                if not self.verify or crc32(image) == self.rows[sample, CRC32]:
+                if not self.verify or crc32(image) == crc:
                     return image
                 reason = "its bytes changed since they were written (checksum)"
             except EOFError:

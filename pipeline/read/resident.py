@@ -21,12 +21,11 @@ from ..decode import decode
 from ..errors import BadSample, ConfigError
 from ..manifest import Split
 from ..progress import Progress
-from .backend import Output, Work, undecodable
-from .config import LoaderConfig
+from .backend import Setup, Work, undecodable
 from .fetch import ALL_ROWS, IN_MEMORY, SIZE, Block, fetch_images
 from .plan import Plan
 from .portable import Portable
-from .reader import ReadBatch, Reader
+from .reader import ReadBatch
 
 SMALL = 128  # the short side that a message suggests
 
@@ -58,29 +57,20 @@ _known: WeakValueDictionary[tuple[Any, ...], Images] = WeakValueDictionary()
 
 
 class Resident(Portable):
-    """See backend.Engine. ranks: of this machine. raw: images are stored as pixels."""
+    """See backend.Engine."""
 
-    def __init__(
-        self,
-        output: Output,
-        reader: Reader,
-        plan: Plan,
-        config: LoaderConfig,
-        ranks: int,
-        *,
-        raw: bool,
-        threads: int,
-    ) -> None:
-        super().__init__(output, reader, raw=raw, threads=threads, depth=config.prefetch_batches)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        plan, config, device = setup.plan, setup.config, setup.output.device
         self._plan, self._at_once, self._may_be_bad = plan, self.images_a_task, config.max_bad_samples
         self.images_a_task = plan.batch_per_rank  # as many tasks as threads
-        device = output.device if output.device.type == "cuda" else torch.device("cpu")
+        device = device if device.type == "cuda" else torch.device("cpu")
         key = plan.split.root, plan.split.index_sha256, plan.held, device
         self._images = images = _known.get(key) or Images(
             plan.held, image_shape(plan.split), device, {}, torch.empty(0)
         )
         others = sum(i.bytes for i in _known.values() if i is not images and not len(i.pixels) and i.device == device)
-        free, fraction = free_memory(device, ranks), config.resident_memory
+        free, fraction = free_memory(device, setup.ranks), config.resident_memory
         if not len(images.pixels):
             check_fits(images, plan, others, free, fraction)
         _known[key] = images

@@ -3,42 +3,42 @@
 Steps, labels and ids are those of the plan. Nothing is read from storage, decoded or copied to the device.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .backend import Engine, Output, Work
+from .backend import Engine, Setup, Work
 
 BATCHES = 4  # different ones, used in turn; more only cost memory: 1,024 float32 crops of 224 pixels are 617 MB
 
 
 class Synthetic(Engine):
-    """See backend.Engine. rows: crops of the largest batch."""
+    """See backend.Engine."""
 
-    def __init__(self, output: Output, *, rows: int) -> None:
-        self.output, self.rows = output, rows
-        self._batches: list[Tensor] = []
-        self._delivered = 0
+    def __init__(self, setup: Setup) -> None:
+        self.output, self.most_crops = setup.output, setup.most_crops
+        self._batches: Iterator[Tensor] | None = None
 
     def next(self) -> tuple[Work, Tensor]:
-        if not self._batches:  # not in __init__: the loader of the other split may never be used
-            self._batches = [self._noise(seed) for seed in range(BATCHES)]
+        if self._batches is None:  # not in __init__: the loader of the other split may never be used
+            self._batches = itertools.cycle([self._noise(seed) for seed in range(BATCHES)])
         work = self.source()
-        images = self._batches[self._delivered % BATCHES]
-        self._delivered += 1
-        return work, images[: work.flip.size]
+        return work, next(self._batches)[: work.flip.size]
 
     def close(self) -> None:
-        self._batches = []
+        self._batches = None
 
     def decoder(self) -> str:
         return "none: pixels are noise"
 
     def _noise(self, seed: int) -> Tensor:
-        """(rows, 3, crop, crop) of the output's dtype and memory format; standard normal, or 0 to 255 for uint8."""
+        """(most_crops, 3, crop, crop) in the output's form; standard normal, or 0 to 255 for uint8."""
         o = self.output
         layout = torch.channels_last if o.channels_last else torch.contiguous_format
         images = torch.empty(
-            (self.rows, 3, o.crop, o.crop), dtype=getattr(torch, o.dtype), device=o.device, memory_format=layout
+            (self.most_crops, 3, o.crop, o.crop), dtype=getattr(torch, o.dtype), device=o.device, memory_format=layout
         )
         generator = torch.Generator(o.device).manual_seed(seed)
         if o.dtype == "uint8":

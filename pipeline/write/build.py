@@ -26,7 +26,7 @@ from .images import Preparer
 from .journal import Listed, ShardRecord
 from .manifest_content import Collected, timm_info, write_statistics
 from .plan import Options, Plan
-from .resize import Sums
+from .resize import Totals
 from .sources import Item
 
 __all__ = ["Options", "Plan", "build", "forecast"]
@@ -39,7 +39,7 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
     """Writes a shard of these items. Images that cannot be used are listed in the record's `bad`, not stored."""
     options, source = plan.options, plan.source
     prepare = Preparer(options.encoding, measure=measure, check=options.check)
-    sums = Sums(options.encoding.size) if measure else None
+    totals = Totals.zeros(options.encoding.size) if measure else None
     converted: Listed = []
     bad: Listed = []
     places: list[bytes] = []
@@ -57,8 +57,8 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
                 continue
             if image.converted:
                 converted.append({"image": item.where, "was": image.converted})
-            if sums and image.measured:
-                sums.add(*image.measured)
+            if totals and image.measured:
+                totals.add(*image.measured)
             if plan.cuts:
                 places.append(find(image.image, check_one_in=plan.cuts))
             yield Sample(item.key, image.image, item.label, image.width, image.height)
@@ -67,7 +67,7 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
     shard, rows = write_shard(folder, name, samples(), extension=extension)
     if plan.cuts:
         write_file(folder, _cuts_name(plan, name), shard, rows, places)
-    return ShardRecord(shard, rows, sums.totals() if sums else None, converted, bad)
+    return ShardRecord(shard, rows, totals, converted, bad)
 
 
 def _cuts_name(plan: Plan, tar: str) -> str:

@@ -21,7 +21,7 @@ from . import resize
 from .images import Encoding, Preparer
 from .journal import ShardRecord
 from .manifest_content import Collected, write_statistics
-from .resize import Sums
+from .resize import Totals
 from .sources.base import PassedOver
 from .sources.folders import litter, require_utf8
 from .sources.tars import read_member, samples
@@ -50,20 +50,20 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
         if unused:
             raise DataError(f"{path}: holds no samples, no image with a label, but {passed_over}")
         passed_over.add("empty tar", path.name)
-    sums, prepare = Sums(size), Preparer(Encoding(size=size))
+    totals, prepare = Totals.zeros(size), Preparer(Encoding(size=size))
     chosen = list(rows)[:: max(1, len(rows) // statistics_images)][:statistics_images] if statistics_images else []
     for image in chosen:
         try:
             measured = prepare(read_member(path, image)).measured
             assert measured is not None
-            sums.add(*measured)
+            totals.add(*measured)
         except BadImage as err:
             bad[image] = err
             del rows[image]
     listed = [{"image": _printable(path, member), "reason": str(err)} for member, err in bad.items()]
     shard = Shard(path.name, len(rows), path.stat().st_size, file_sha256(path))
     index = np.array(list(rows.values()), dtype=INDEX_DTYPE)
-    return ShardRecord(shard, index, sums.totals(), [], listed), passed_over
+    return ShardRecord(shard, index, totals, [], listed), passed_over
 
 
 def _printable(path: Path, member: Member) -> str:
@@ -71,14 +71,11 @@ def _printable(path: Path, member: Member) -> str:
     return f"{path.name}/{member.name}".encode(errors="backslashreplace").decode()
 
 
-def _label(path: Path, key: str, name: str, member: Member) -> int:
-    try:
-        label = stored_label({name: read_member(path, member)})
-        if not 0 <= label < MAX_CLASSES:
-            raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
-        return label
-    except DataError as err:
-        raise DataError(f"{path}: sample {key!r} {err}") from err
+def _label(fields: dict[str, bytes]) -> int:
+    label = stored_label(fields)
+    if not 0 <= label < MAX_CLASSES:
+        raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
+    return label
 
 
 def index(

@@ -8,6 +8,7 @@ import numpy as np
 from .. import manifest
 from ..errors import DataError
 from ..files import Json
+from ..geometry import principal_axes
 from ..shards import write_array
 from ..storage import Folder
 from .journal import Listed, ShardRecord
@@ -52,9 +53,7 @@ def write_statistics(totals: Totals, folder: Folder, name: str) -> Json:
     mean = sums[:3] / pixels
     pairs = np.array([[0, 1, 2], [1, 3, 4], [2, 4, 5]])  # of rr, rg, rb, gg, gb and bb
     covariance = sums[3:][pairs] / pixels - np.outer(mean, mean)
-    values, vectors = np.linalg.eigh(covariance)
-    # An eigenvector may point either way: this fixes the direction.
-    vectors *= np.sign(vectors[np.abs(vectors).argmax(0), [0, 1, 2]])
+    values, vectors = principal_axes(covariance)
     side = isqrt(len(totals.image) // 3)
     mean_image = (totals.image / images).astype(np.float32).reshape(side, side, 3)
     return {
@@ -76,7 +75,7 @@ class Collected:
 
     def __init__(self, records: Iterable[tuple[str, ShardRecord]], *, size: int, max_bad_fraction: float) -> None:
         self.of_split: dict[str, list[ShardRecord]] = {}
-        self.totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.int64))
+        self.totals = Totals.zeros(size, np.int64)
         self.converted: Listed = []
         self.bad: Listed = []
         samples = 0

@@ -1,24 +1,20 @@
 """Distributes work over a Ray cluster, as pipeline/pool.py does over processes."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..decode import BadImage
 from ..errors import ConfigError, StorageError
+from ..pool import Result, Task
 from .sources import Item, Source
 
 CONNECT_SECONDS = 10.0
 RETRIES = 3  # of a task whose worker was lost, or that could not read or write
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -60,7 +60,7 @@ def _add_image(pixels: ndarray, start: int, stride: int, side: int, image: ndarr
     for y in range(side):
         p = u(start + y * stride)
         for j in range(u(3 * side)):
-            image[q + j] += np.uint16(pixels[p + j])
+            image[q + j] += np.uint32(pixels[p + j])
         q += u(3 * side)
 
 
@@ -100,32 +100,17 @@ class Totals(NamedTuple):
     numbers: ndarray  # (11,) int64: images, pixels, and of these the sums of r, g, b, rr, rg, rb, gg, gb and bb
     image: ndarray  # (3 · size²,): all squares added up
 
-
-class Sums:
-    """Adds up one shard's images."""
-
-    FLUSH = 257  # images whose sum fits 16 bits, which are half the memory to go through for each
-
-    def __init__(self, size: int) -> None:
-        # 32 bits are enough for 16 million images.
-        self._totals = Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, np.uint32))
-        self._latest = np.zeros(3 * size * size, np.uint16)
+    @staticmethod
+    def zeros(size: int, dtype: Any = np.uint32) -> Totals:
+        """dtype: of the image. 32 bits are enough for 16 million images."""
+        return Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, dtype))
 
     def add(self, square: Square, pixels: Square) -> None:
         """square: size² pixels of the mean image. pixels: those that mean and covariance are made of."""
-        numbers, image = self._totals
-        assert 3 * square.side**2 == len(image)
-        if numbers[0] % self.FLUSH == 0:
-            self.totals()
-        _add_image(*square, self._latest)
-        _add(*pixels, numbers[2:])
-        numbers[:2] += 1, pixels.side**2
-
-    def totals(self) -> Totals:
-        """Of all images so far."""
-        self._totals.image[:] += self._latest
-        self._latest[:] = 0
-        return self._totals
+        assert 3 * square.side**2 == len(self.image)
+        _add_image(*square, self.image)
+        _add(*pixels, self.numbers[2:])
+        self.numbers[:2] += 1, pixels.side**2
 
 
 def prepare() -> None:
@@ -133,4 +118,4 @@ def prepare() -> None:
     with straight_lines_vectorised():
         pixels = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
         centre = Square.centre(pixels, 8)
-        Sums(8).add(centre, centre)
+        Totals.zeros(8).add(centre, centre)

@@ -153,7 +153,7 @@ def test_a_label_without_an_image_is_a_bad_image(tmp_path, extra):
     [
         (("cls", b"\xef\xbb\xbf1\r\n"), [1]),
         (("json", b'\xef\xbb\xbf{"label": "2"}'), [2]),
-        (("cls", b""), "the label ''"),
+        (("cls", b""), "has an empty .cls"),
         (("cls", b"2000000000"), "the label 2000000000; class numbers from 0 to 999,999"),
         (("cls", b"9" * 5000), "the label '999"),
         (("cls", b"-1"), "the label -1"),

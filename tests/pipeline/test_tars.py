@@ -69,6 +69,13 @@ def test_tars_are_sharded_once_more_with_every_sample_and_its_label(tmp_path, ki
     assert sorted(index["label"].tolist()) == sorted(label for label, _ in wanted.values())
 
 
+def test_a_fraction_of_each_class_is_held_out_for_validation(tmp_path):
+    samples = {f"{i}.{name}": value for i in range(12) for name, value in (("cls", b"%d" % (i % 3)), ("jpg", image(i)))}
+    splits = WebDataset(str(tar(tmp_path / "a.tar", samples)), val_fraction=0.25).splits
+    assert sorted(item.label for item in splits["val"]) == [0, 1, 2]
+    assert sorted(item.key for items in splits.values() for item in items) == sorted(map(str, range(12)))
+
+
 def test_more_tars_than_files_may_be_open_are_read(tmp_path):
     for number in range(70):
         tar(tmp_path / f"{number:02}.tar", {"x.cls": b"0", "x.jpg": image(number)})

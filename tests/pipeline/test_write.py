@@ -145,11 +145,11 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
     top, left = (int(centre_offset(length, side)) for length in image.shape[:2])
     wide = image[top : top + side, left : left + side].astype(np.int64)
     square = resize.Square.centre(image, side)
-    sums = resize.Sums(side)
+    sums = resize.Totals.zeros(side)
     for _ in range(2):
         sums.add(square, square)
     products = np.einsum("hwi,hwj->ij", wide, wide)
-    numbers, image_sum = sums.totals()
+    numbers, image_sum = sums
     assert numbers[:2].tolist() == [2, 2 * side * side]
     assert (numbers[2:5] == 2 * wide.sum((0, 1))).all()
     assert (numbers[5:] == 2 * products[np.triu_indices(3)]).all()
@@ -158,13 +158,13 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
 
 def test_sums_of_many_white_images_overflow_nothing():
     white = resize.Square.centre(np.full((8, 8, 3), 255, np.uint8), 8)
-    sums = resize.Sums(8)
+    sums = resize.Totals.zeros(8)
     for number in range(1, 800):
         sums.add(white, white)
         if number in (100, 257, 258):
-            assert (sums.totals().image == 255 * number).all()
-    assert (sums.totals().image == 255 * 799).all()
-    assert (sums.totals().numbers[2:5] == 255 * 799 * 64).all()
+            assert (sums.image == 255 * number).all()
+    assert (sums.image == 255 * 799).all()
+    assert (sums.numbers[2:5] == 255 * 799 * 64).all()
 
 
 def test_dali_index_lists_every_member_at_its_place(shards):

@@ -73,7 +73,7 @@ class Stages:
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
         # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
         shape = loader.config.prefetch_batches + 2, n, 3, side, side
-        crops = np.ones(shape, np.float32 if self.engine._in_kernel else np.uint8)
+        crops = np.ones(shape, self.engine._cropper.dtype)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
         self.works, each = [], []
         for at in itertools.islice(loader.plan.coordinates(0, 0), 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):

@@ -1,53 +1,53 @@
 """Folders of images, one for each class."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from PIL import Image
 
 from ...errors import DataError
 from ...files import Json
-from .base import Files, Item, Items, PassedOver, UniqueKeys, check_fraction, check_name
+from .base import Files, Item, Items, PassedOver, Source, UniqueKeys, check_fraction, check_name
 
 LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
 TEXTS = (".txt", ".json", ".xml", ".csv", ".md")
 
 
 @dataclass
-class TrainAndVal(Files):
-    """Files that people name for each split.
+class TrainAndVal(Source):
+    """Images that people name for each split: by a folder, a file or a pattern.
 
     val_fraction: the fraction of each class that is held out as validation, if `val` is None; chosen by names alone.
     """
 
-    train: Path
-    val: Path | None = None
+    train: Path | str
+    val: Path | str | None = None
     name: str = ""
     val_fraction: float = 0.0
 
-    metavar = "DIR"  # of `train` and `val`
+    place: ClassVar[Callable[[str], Path | str]] = Path  # that `train` and `val` are
+    metavar = "DIR"
+    hint: ClassVar[str | None] = None  # how to write them
 
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
-        self.passed_over, self.folders = PassedOver(), {}
+        self.passed_over, self.folders = PassedOver(), dict[str, Path]()
         given = {"train": self.train} | ({"val": self.val} if self.val else {})
         self.splits = {split: Items(self.items(split, path)) for split, path in given.items()}
         if self.val_fraction:
             self.splits = held_out(self.splits["train"], self.val_fraction)
 
-    def items(self, split: str, path: Path) -> Iterator[Item]:
-        """The images of a split, whose folder it adds to `folders`. Those of `train` come first, with the classes."""
+    def items(self, split: str, place: Any) -> Iterator[Item]:
+        """The images of a split. Those of `train` come first, with the classes."""
         raise NotImplementedError
 
     def describe(self) -> Json:
@@ -55,9 +55,9 @@ class TrainAndVal(Files):
 
     @classmethod
     def add_options(cls, p: argparse.ArgumentParser) -> None:
-        p.add_argument("--train", type=Path, required=True, metavar=cls.metavar)
+        p.add_argument("--train", type=cls.place, required=True, metavar=cls.metavar, help=cls.hint)
         validation = p.add_mutually_exclusive_group()
-        validation.add_argument("--val", type=Path, metavar=cls.metavar)
+        validation.add_argument("--val", type=cls.place, metavar=cls.metavar, help="for validation")
         validation.add_argument(
             "--val-fraction",
             type=float,
@@ -69,7 +69,7 @@ class TrainAndVal(Files):
 
 
 @dataclass
-class ImageFolder(TrainAndVal):
+class ImageFolder(TrainAndVal, Files):
     """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
 
     Every file counts as an image, but for what files_of_images passes over: its content shows if it is none.
@@ -80,9 +80,9 @@ class ImageFolder(TrainAndVal):
 
     help = "DIR/<class>/<image>, any depth below the class"
 
-    def items(self, split: str, path: Path) -> Iterator[Item]:
-        found, unique = _class_folders(path, self.passed_over), UniqueKeys()
-        self.folders[split] = path
+    def items(self, split: str, place: Path) -> Iterator[Item]:
+        found, unique = _class_folders(place, self.passed_over), UniqueKeys()
+        self.folders[split] = place
         if split == "train":
             self.classes = [folder.name for folder in found.values()]
             self._label_of = {name: label for label, name in enumerate(found)}
@@ -96,7 +96,7 @@ class ImageFolder(TrainAndVal):
             if not files:
                 raise DataError(f"{folder}: no image in this class folder; fill or remove it")
             for file in files:
-                below = require_utf8(os.path.relpath(file, path))
+                below = require_utf8(os.path.relpath(file, place))
                 yield Item(unique(readable_key(below)), self._label_of[name], f"{split}/{below}")
 
 

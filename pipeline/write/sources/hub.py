@@ -1,7 +1,5 @@
 """Image datasets of the Hugging Face Hub: Parquet files that hold the images."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from ...shards import Sample, write_shard
 from ...storage import Folder
 from .base import UniqueKeys
 from .tables import Table, parquet
-from .tars import WebDataset, add_patterns, expand
+from .tars import WebDataset, expand
 
 
 @dataclass
@@ -34,7 +32,7 @@ class HubParquet(WebDataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        metadata = parquet(expand(self.train)[0]).schema_arrow.metadata or {}
+        metadata = parquet(expand(str(self.train))[0]).schema_arrow.metadata or {}
         info: Json = json.loads(metadata.get(b"huggingface", "{}")).get("info", {})
         names = info.get("features", {}).get(self.label_column, {}).get("names", [])
         if names and int(self.classes[-1]) < len(names):
@@ -65,9 +63,9 @@ class HubParquet(WebDataset):
             progress.update(1)
             yield Sample(unique(f"{path.stem}_{number:07}"), data, label, 0, 0)
 
-    @staticmethod
-    def add_options(p: argparse.ArgumentParser) -> None:
-        add_patterns(p, "hf-parquet")
+    @classmethod
+    def add_options(cls, p: argparse.ArgumentParser) -> None:
+        super().add_options(p)
         p.add_argument("--unpack", type=Path, required=True, metavar="DIR", help="the images are unpacked there first")
         p.add_argument("--image-column", default="image", metavar="NAME", help="of the images (%(default)s)")
         p.add_argument("--label-column", default="label", metavar="NAME", help="of the class numbers (%(default)s)")

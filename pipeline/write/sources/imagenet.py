@@ -105,16 +105,14 @@ class ImageNet2012(Archives):
 
     def _training(self, path: Path, kit: _Kit) -> Iterator[Item]:
         unique = UniqueKeys()
-        left = set(self.classes)
+        left = dict(kit.train_counts)
         for inner in members(path):
             wnid, extension = os.path.splitext(os.path.basename(inner.name))
             if extension != ".tar" or wnid not in kit.label_of:
                 raise DataError(f"{path}: holds {inner.name}, which is no class of {kit.path.name}")
             if wnid not in left:
                 raise DataError(f"{path}: holds {wnid} twice; download it again")
-            left.remove(wnid)
-            images = self._images(path, inner.offset, inner.size)
-            expected = kit.train_counts[wnid]
+            images, expected = self._images(path, inner.offset, inner.size), left.pop(wnid)
             if self.counts and expected not in (None, len(images)):
                 raise DataError(
                     f"{path}: {wnid} has {len(images):,} images, but the kit counts {expected:,};"
@@ -190,7 +188,6 @@ class _Kit:
         self.wnids, self.names, self.ids, counts = map(list, zip(*leaves))
         self.label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
         self.train_counts = dict(zip(self.wnids, counts))
-        self._label_of_id = {id: label for label, id in enumerate(self.ids)}
 
     def file(self, name: str) -> bytes:
         """The content of a file of the kit."""
@@ -227,7 +224,8 @@ class _Kit:
     def labels(self, path: Path, data: bytes) -> list[int]:
         """0-based labels from a file of 1-based ids, a line each."""
         words = data.decode("ascii", "replace").split()
+        label_of = {str(id): label for label, id in enumerate(self.ids)}
         for number, word in enumerate(words, 1):
-            if not word.isdigit() or int(word) not in self._label_of_id:
+            if word not in label_of:
                 raise DataError(f"{path}: line {number} is {word!r}, no class of {self.path.name}; download it again")
-        return [self._label_of_id[int(word)] for word in words]
+        return [label_of[word] for word in words]

@@ -1,7 +1,5 @@
 """Images in files of their own, labelled by a table: CSV, Parquet, ImageNet as Kaggle packs it, Tiny ImageNet."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import os
@@ -98,7 +96,7 @@ def labelled(table: Table, split: str, folder: Path, label_of: dict[str, int]) -
 
 
 @dataclass
-class CSV(TrainAndVal):
+class CSV(TrainAndVal, Files):
     """A table for each split. Labels are names, and classes the sorted names; whole numbers are sorted as numbers.
 
     root: the folder of the images' paths. Default: each table's own.
@@ -110,11 +108,11 @@ class CSV(TrainAndVal):
     metavar = "FILE"
     help = "a CSV or Parquet file with the columns path and label"
 
-    def items(self, split: str, path: Path) -> Iterator[Item]:
+    def items(self, split: str, place: Path) -> Iterator[Item]:
         if split == "train":
-            self._label_of = self.name_classes(label for _, _, label in Table(path))
-        self.folders[split] = self.root or path.parent
-        return labelled(Table(path), split, self.folders[split], self._label_of)
+            self._label_of = self.name_classes(label for _, _, label in Table(place))
+        self.folders[split] = self.root or place.parent
+        return labelled(Table(place), split, self.folders[split], self._label_of)
 
     @classmethod
     def add_options(cls, p: argparse.ArgumentParser) -> None:

@@ -3,14 +3,12 @@
 As in webdataset, a sample is the adjacent members of one key, a name up to its first dot: an image and a label.
 """
 
-from __future__ import annotations
-
-import argparse
 import io
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from glob import escape, glob
 from itertools import groupby
 from operator import itemgetter
@@ -23,8 +21,8 @@ from ...decode import BadImage
 from ...errors import ConfigError, DataError
 from ...shards import IMAGES, LABELS, label_name, label_text, split_name
 from ...tar import Member, members
-from .base import Archives, Item, Items, PassedOver, UniqueKeys, check_name
-from .folders import is_image, litter, require_utf8
+from .base import Archives, Item, UniqueKeys
+from .folders import TrainAndVal, is_image, litter, require_utf8
 
 KEY = "a name up to its first dot"
 NAMED = 10  # extensions of one key
@@ -67,12 +65,12 @@ def samples(
     path: Path,
     bad: dict[Member, BadImage],
     unused: list[Member],
-    label: Callable[[Path, str, str, Member], T],
+    label: Callable[[dict[str, bytes]], T],
     kinds: tuple[str, ...] = LABELS,
 ) -> Iterator[tuple[Member, T]]:
     """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`.
 
-    label: makes a label of the tar, the key, the extension and the member. kinds: extensions of labels, by preference.
+    label: makes a label of a member's content, by its extension. kinds: extensions of labels, by preference.
     """
     last: dict[str, str] = {}  # member of each key
     for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
@@ -90,7 +88,11 @@ def samples(
         used: set[Member] = set()
         if name and len(images) == 1:
             used = {*images, found[name]}
-            yield images[0], label(path, key, name, found[name])
+            try:
+                labelled = images[0], label({name: read_member(path, found[name])})
+            except DataError as err:
+                raise DataError(f"{path}: sample {key!r} {err}") from err
+            yield labelled
         elif name and (images or name.endswith("cls") or b'"label"' in read_member(path, found[name])):
             bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
         elif images and not name and not any(map(litter, images[0].name.split("/"))):
@@ -126,21 +128,26 @@ def read_member(path: Path, member: Member) -> bytes:
 
 
 @dataclass
-class WebDataset(Archives):
+class WebDataset(TrainAndVal, Archives):
     """The samples of tars that exist already. Labels are numbers, or names, whose classes are then in sorted order."""
 
-    train: str
-    val: str | None = None
     name: str = "webdataset"
 
+    place = str
+    metavar = "PATTERN"
+    hint = "files, with {0000..1023} or *; quote it"
     help = "WebDataset tars, sharded once more: in a new order, size or encoding"
 
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        self.passed_over, patterns = PassedOver(), {"train": self.train} | ({"val": self.val} if self.val else {})
-        found = {split: list(self._samples(self._tars(pattern))) for split, pattern in patterns.items()}
-        label_of = self.name_classes(label for *_, label in found["train"])
-        self.splits = {split: Items(self._items(split, each, label_of)) for split, each in found.items()}
+    def items(self, split: str, place: str) -> Iterator[Item]:
+        found, unique = list(self._samples(self._tars(place))), UniqueKeys()
+        if split == "train":
+            self._label_of = self.name_classes(label for *_, label in found)
+        for archive, member, label in found:
+            where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
+            if label not in self._label_of:
+                raise DataError(f"{where}: {label!r} is none of the {len(self._label_of):,} training classes")
+            extent = (archive, member.offset, member.size)
+            yield Item(unique(split_name(member.name)[0]), self._label_of[label], where, extent)
 
     def _tars(self, pattern: str) -> list[Path]:
         return expand(pattern)
@@ -151,35 +158,7 @@ class WebDataset(Archives):
             self.archives.append(path)
             bad: dict[Member, BadImage] = {}
             unused: list[Member] = []
-            for member, label in samples(path, bad, unused, _text, NAMES):
+            for member, label in samples(path, bad, unused, partial(label_text, kinds=NAMES), NAMES):
                 yield len(self.archives) - 1, member, label
             for member in (*bad, *unused):
                 self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
-
-    def _items(self, split: str, found: list[tuple[int, Member, str]], label_of: dict[str, int]) -> Iterator[Item]:
-        unique = UniqueKeys()
-        for archive, member, label in found:
-            where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
-            if label not in label_of:
-                raise DataError(f"{where}: {label!r} is none of the {len(label_of):,} training classes")
-            extent = (archive, member.offset, member.size)
-            yield Item(unique(split_name(member.name)[0]), label_of[label], where, extent)
-
-    @staticmethod
-    def add_options(p: argparse.ArgumentParser) -> None:
-        add_patterns(p, "webdataset")
-
-
-def add_patterns(p: argparse.ArgumentParser, name: str) -> None:
-    p.add_argument("--train", required=True, metavar="PATTERN", help="files, with {0000..1023} or *; quote it")
-    p.add_argument("--val", metavar="PATTERN", help="those of validation")
-    p.add_argument("--name", default=name, help="the shards' first name (%(default)s)")
-
-
-def _text(path: Path, key: str, name: str, member: Member) -> str:
-    try:
-        if text := label_text({name: read_member(path, member)}, NAMES):
-            return text
-        raise DataError(f"has an empty .{name}")
-    except DataError as err:
-        raise DataError(f"{path}: sample {key!r} {err}") from err
