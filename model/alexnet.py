@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import Dropout
@@ -145,10 +144,9 @@ class _Builder:
         towers = self._towers(name, self.channels, out, across=row.across)
         padding = row.kernel // 2 if row.padding is None else row.padding
         beyond = -(self.side - row.kernel) % row.stride if row.ceil and self.side >= row.kernel else 0
-        kind = PaddedConv2d if beyond else nn.Conv2d
-        conv = kind(self.channels, out, row.kernel, row.stride, padding, groups=towers)
-        if isinstance(conv, PaddedConv2d):
-            conv.beyond = beyond
+        if beyond:
+            self._append("pad", nn.ZeroPad2d((0, beyond, 0, beyond)))
+        conv = nn.Conv2d(self.channels, out, row.kernel, row.stride, padding, groups=towers)
         self.side = (self.side + beyond + 2 * padding - row.kernel) // row.stride + 1
         self.channels = out
         self.modules[name] = conv
@@ -194,15 +192,6 @@ class PoolToFit(nn.AdaptiveAvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[-2] == x.shape[-1] == self.output_size else super().forward(x)
-
-
-class PaddedConv2d(nn.Conv2d):
-    """A convolution whose input gets `beyond` rows and columns of zeros below and to the right."""
-
-    beyond = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, self.beyond, 0, self.beyond)))
 
 
 def chosen(value: str, of_variant: str) -> str:

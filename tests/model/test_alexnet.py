@@ -154,7 +154,7 @@ def test_conv1_of_the_paper_is_that_of_224_pixels_with_55_places():
     """Each of the 55 windows starts 4 pixels after the one before; the last one extends 3 pixels beyond the image."""
     net = AlexNet(ModelConfig("paper", weight_init="torch"), classes=1000, crop=224)
     image = torch.randn(1, 3, 224, 224)
-    out = net.features.conv1(image)
+    out = net.features.conv1(net.features.pad1(image))
     assert out.shape == (1, 96, 55, 55)
     windows = F.conv2d(image, net.features.conv1.weight, net.features.conv1.bias, stride=4)
     torch.testing.assert_close(out[:, :, :54, :54], windows, atol=1e-5, rtol=1e-5)
