@@ -32,7 +32,7 @@ from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
 from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
-from .optim import Plateau, learning_rate, scaled_to_batch
+from .optim import Plateau, scaled_to_batch
 from .profiling import Profile
 from .run_folder import RunFolder
 from .showcase import Showcase
@@ -84,15 +84,14 @@ def build_trainer(
     flat = flatten(config)
     fixed = resume.invariants(flat, dataset, precision=precision)
     saved = resume.choose(
-        config.resume,
+        config,
         fixed,
+        optim=optim,
+        steps_per_epoch=len(loader),
         folder=folder,
         checkpoints=checkpoints,
         agreement=agreement,
         first=main,
-        epochs=train.epochs,
-        steps_per_epoch=len(loader),
-        rate=partial(learning_rate, optim, steps_per_epoch=len(loader)),
     )
     if config.model.init and not saved:
         known = recorded(Path(config.model.init))[1]

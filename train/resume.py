@@ -3,7 +3,6 @@
 import contextlib
 import json
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import ConfigError, ExpressError, StorageError
@@ -13,28 +12,28 @@ from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marke
 
 from . import preflight
 from .checkpoint import RESUME_ANOTHER, STATE, Checkpoints, Saved, load
-from .config import RESUME_NEWEST, Config
+from .config import RESUME_NEWEST, Config, OptimConfig
 from .distributed import Agreement
+from .optim import learning_rate
 from .run_folder import LOCK, RunFolder, another
 
 FREE = {*marked(Config, MAY_CHANGE), *REMOVED}  # fields whose values a checkpoint need not share
 
 
 def choose(
-    asked: str,
+    config: Config,
     fixed: Json,
     *,
+    optim: OptimConfig,
+    steps_per_epoch: int,
     folder: RunFolder,
     checkpoints: Checkpoints,
     agreement: Agreement,
     first: bool,
-    epochs: int,
-    steps_per_epoch: int,
-    rate: Callable[..., float],
 ) -> Saved | None:
     """The checkpoint to resume from, which rank 0, the `first`, chooses for all; None: from the start.
 
-    asked: config.resume. fixed: the run's `invariants`. rate: `learning_rate`, but for `step` and `total_steps`.
+    fixed: the run's `invariants`. optim: config.optim, its rates scaled to the batch.
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
@@ -43,10 +42,10 @@ def choose(
         try:
             folder.claim()
             claim = folder.claimed_by()
-            saved = _choose(asked, checkpoints)
+            saved = _choose(config.resume, checkpoints)
             if saved:
                 check_same_run(fixed, saved)
-                _check_same_rates(rate, fixed["optim.schedule"], saved, epochs, steps_per_epoch)
+                _check_same_rates(optim, saved, config.train.epochs, steps_per_epoch)
             here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
         except (ExpressError, OSError) as err:
@@ -132,9 +131,7 @@ def check_same_run(now: Json, saved: Saved) -> None:
         )
 
 
-def _check_same_rates(
-    rate: Callable[..., float], schedule: str, saved: Saved, epochs: int, steps_per_epoch: int
-) -> None:
+def _check_same_rates(optim: OptimConfig, saved: Saved, epochs: int, steps_per_epoch: int) -> None:
     """Raises ConfigError if another number of epochs would have changed a rate up to now."""
     before, done = saved.state.get("epochs", epochs), saved.state["step"]
     if before == epochs:
@@ -145,10 +142,13 @@ def _check_same_rates(
             f" {done % steps_per_epoch} steps behind it"
         )
     for step in range(done):
-        then, now = (rate(step=step, total_steps=steps_per_epoch * e) for e in (before, epochs))
+        then, now = (
+            learning_rate(optim, step=step, steps_per_epoch=steps_per_epoch, total_steps=steps_per_epoch * e)
+            for e in (before, epochs)
+        )
         if then != now:
             raise ConfigError(
-                f"train.epochs={epochs} but it was {before}: with optim.schedule={schedule}"
+                f"train.epochs={epochs} but it was {before}: with optim.schedule={optim.schedule}"
                 f" the rate of step {step + 1} of {saved.path} would have been another; keep it,"
                 f" or train on from its weights with --model.init {saved.path} {another(saved.path.parent.parent)}"
             )
