@@ -1,7 +1,7 @@
 """A loss or gradient that is NaN or infinite: how it is found without waiting for the device, and what follows."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +16,7 @@ class Finite:
 
     late: report a step exactly one step later, on every rank, after its update. A check at once would wait for the
     step's backward pass, and the device would then wait for the host: a fifth to a third of a step on a fast GPU
-    (estimated, not measured). gradients: False if a loss scaler checks them and handles infinite ones. copy: how the
-    numbers of a late report reach the host.
+    (estimated, not measured). gradients: False if a loss scaler checks them and handles infinite ones.
     """
 
     def __init__(
@@ -26,17 +25,16 @@ class Finite:
         *,
         late: bool,
         gradients: bool = True,
-        copy: Callable[[Tensor], HostCopy] = HostCopy,
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad] if gradients else []
-        self.late, self._copy = late, copy
+        self.late = late
         self.loss = 0.0  # of the step that was reported last
         self._before: tuple[int, HostCopy] | None = None
 
     def bad_step(self, step: int, loss: Tensor) -> int:
         """The number of `step`, counted from 1, if it was bad, otherwise 0; if late, of the step before."""
         now = torch.stack([self._is_bad(loss).float(), loss.detach().float()])
-        before, self._before = self._before, (step, self._copy(now))
+        before, self._before = self._before, (step, HostCopy(now))
         return self._report(before) if self.late else self.rest()
 
     def rest(self) -> int:

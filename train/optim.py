@@ -53,13 +53,13 @@ class Lars(_InGroups):
     """SGD with a rate for each layer: v ← m·v + r·(g + λ·w), w ← w − v, with t = η·|w| / (|g| + λ·|w|).
 
     r = lr·t (LARS: You, Gitman and Ginsburg 2017, arXiv 1708.03888), or with `clip` min(t, lr) ("LARC"): then lr is
-    a bound, which layers reach when it has fallen far. Groups of "adapt": False have r = lr, as biases and
-    normalisation's parameters should. Weights that are all zero have no scale of their own: t = η.
+    a bound, which layers reach when it has fallen far. Biases and normalisation's parameters have r = lr. Weights that
+    are all zero have no scale of their own: t = η.
     """
 
     def move(self, group: Group, w: Tensors, g: Tensors, v: Tensors) -> None:
         update = torch._foreach_add(g, w, alpha=group["weight_decay"])
-        torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["adapt"] else group["lr"])
+        torch._foreach_mul_(update, list(_adapted(w, g, group)) if group["kind"] == "weight" else group["lr"])
         torch._foreach_mul_(v, group["momentum"])
         torch._foreach_add_(v, update)
         torch._foreach_sub_(w, v)
@@ -110,7 +110,6 @@ def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = Fal
             "lr": config.lr * lr,
             "lr_scale": lr,
             "weight_decay": config.weight_decay * decay,
-            "adapt": kind == "weight",
         }
         for kind, (lr, decay) in scales.items()
         for first in (True, False)

@@ -53,6 +53,7 @@ def stream(monkeypatch):
     def waits(*_):
         raise AssertionError("this waits for everything that the device has to do")
 
+    monkeypatch.setattr("train.nonfinite.HostCopy", FakeCopy)
     for name in ("__bool__", "__float__", "__int__", "item"):
         monkeypatch.setattr(Tensor, name, waits)
     return FakeCopy.stream
@@ -64,7 +65,7 @@ def losses(*values: float) -> list[Tensor]:
 
 def test_a_late_check_never_waits_for_the_step_that_was_just_queued(stream):
     weight = torch.nn.Parameter(torch.ones(3))
-    check = Finite([weight], late=True, copy=FakeCopy)
+    check = Finite([weight], late=True)
     for step, loss in enumerate(losses(1.0, 2.0, 3.0, 4.0), 1):
         weight.grad = torch.ones(3)
         backward = stream.put(lambda: None)  # this step's work is queued and has not run
@@ -75,7 +76,7 @@ def test_a_late_check_never_waits_for_the_step_that_was_just_queued(stream):
 @pytest.mark.parametrize("bad_in", ["loss", "gradient"])
 def test_each_step_is_reported_exactly_one_step_late_with_its_own_loss(stream, bad_in):
     weight = torch.nn.Parameter(torch.ones(3))
-    check = Finite([weight], late=True, copy=FakeCopy)
+    check = Finite([weight], late=True)
     reported = []
     for step, value in enumerate((1.0, 2.0, float("nan") if bad_in == "loss" else 3.0, 4.0, 5.0), 1):
         weight.grad = torch.full((3,), float("inf") if bad_in == "gradient" and step == 3 else 1.0)
@@ -87,7 +88,7 @@ def test_each_step_is_reported_exactly_one_step_late_with_its_own_loss(stream, b
 
 
 def test_the_last_step_is_reported_by_rest(stream):
-    check = Finite([], late=True, copy=FakeCopy)
+    check = Finite([], late=True)
     assert check.bad_step(1, torch.tensor(float("inf"))) == 0
     assert (check.rest(), check.loss) == (1, float("inf"))
 

@@ -116,7 +116,7 @@ def velocity_of_one(w, g, v, lr, decay, group):
 
 def lars_of_one(w, g, v, lr, decay, group):
     rate = lr
-    if group["adapt"]:
+    if group["kind"] == "weight":
         weight, gradient = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
         others = gradient + decay * weight
         trust = torch.where((weight > 0) & (others > 0), 0.02 * weight / others, torch.full_like(weight, 0.02))
