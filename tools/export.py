@@ -18,7 +18,7 @@ import json
 import os
 from typing import Any
 
-from pipeline.errors import ConfigError, DataError, ExpressError
+from pipeline.errors import ConfigError, DataError, ExpressError, reading
 from pipeline.files import PARTIAL, Json, fsync_path
 from tools import cli, predict
 
@@ -115,13 +115,11 @@ def evaluated(path: Path) -> Json:
     """A row of the card from evaluate.py's --json."""
     from train.evaluation import NAMES
 
-    try:
+    with reading(f"{path}:", "name what evaluate.py --json has written", OSError):
         values = json.loads(path.read_bytes())
         if len(values["models"]) != 1:
             raise DataError(f"{path}: is of {len(values['models'])} nets; name an evaluation of this one")
         return {name: values[name] for name in ("split", "views", "command", *NAMES)}
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise DataError(f"{path}: not what evaluate.py --json writes ({err!r})") from err
 
 
 def real_images(model: Any, args: argparse.Namespace) -> Any:

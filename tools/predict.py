@@ -91,8 +91,7 @@ def image_files(names: list[str]) -> list[str]:
             raise DataError(f"{name}: holds no image; name a folder of images, or the files themselves")
         files += inside
     if passed_over:
-        counts = ", ".join(f"{count:,} {kind}" for kind, (count, _) in passed_over.items())
-        print(f"passed over: {counts}", file=sys.stderr)
+        print(cli.printable(f"passed over: {passed_over}"), file=sys.stderr)
     return files
 
 

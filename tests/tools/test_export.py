@@ -198,7 +198,7 @@ def test_what_stands_is_not_written_over_unasked(trained, exported, tmp_path):
     [
         ("net.bin", [], "choose a name that ends with .safetensors, .onnx, .pth"),
         ("none/net.onnx", [], "there is no folder"),
-        ("net.onnx", ["--evaluation", "{root}/card.json"], "not what evaluate.py --json writes"),
+        ("net.onnx", ["--evaluation", "{root}/card.json"], "name what evaluate.py --json has written"),
         ("net.onnx", ["--images", "{root}/none"], "none: No such file"),
     ],
 )

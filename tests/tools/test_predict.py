@@ -139,8 +139,6 @@ def test_a_folder_is_searched_as_make_shards_does(tmp_path, capsys):
     found = predict.image_files([str(tmp_path / "p")])
     names = ["0.jpg", "link/5", "noext", "sub/1.JPEG", "x.jfif"]
     assert found == [f"{tmp_path}/p/{name}" for name in names]
-    assert set(capsys.readouterr().err.strip().removeprefix("passed over: ").split(", ")) == {
-        "2 hidden",
-        "1 .txt",
-        "1 pipes and devices",
-    }
+    shown = capsys.readouterr().err.strip().removeprefix("passed over: ").split(", ")
+    assert {kind.partition(" (")[0] for kind in shown} == {"2 hidden", "1 .txt", "1 pipes and devices"}
+    assert f"1 .txt ({tmp_path}/p/readme.txt)" in shown
