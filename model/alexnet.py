@@ -57,9 +57,9 @@ class AlexNet(nn.Module):
         if self.variant.names == "seed":
             parts = {"AlexNet_model": layers}
         for part, named in parts.items():
-            if self.variant.names != "layer":
-                named = [(str(position), module) for position, (_, module) in enumerate(named)]
-            self.add_module(part, nn.Sequential(OrderedDict(named)))
+            modules = OrderedDict(named)
+            by_name = self.variant.names == "layer"  # otherwise by position
+            self.add_module(part, nn.Sequential(modules) if by_name else nn.Sequential(*modules.values()))
         _initialise(builder.weighted, chosen(config.weight_init, self.variant.weight_init))
 
     def forward(self, images: Tensor, rows: Tensor | None = None) -> Tensor:

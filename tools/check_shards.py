@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -125,7 +124,8 @@ def picture_of(dataset: manifest.Dataset, split: manifest.Split, sample: int) ->
     """A thumbnail; "" if the image cannot be read."""
     row = split.index[sample]
     with contextlib.suppress(OSError, ValueError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
-        data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
+        file.seek(row["offset"])
+        data = file.read(row["size"])
         if dataset.encoding == "raw":
             return thumbnail(np.frombuffer(data, np.uint8).reshape(row["height"], row["width"], 3), SIDE)
         return thumbnail(decode(data), SIDE)

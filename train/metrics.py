@@ -101,11 +101,10 @@ class Record:
         self._ids: Any = None
         step, epoch = resumed_at  # what was written of later steps and evaluations is forgotten
         if self.main:
-            _trim(self.run / METRICS, step, epoch)
-            self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
             # Also of ranks that there are no more: a run may resume on fewer.
-            for path in (self.run / IDS).glob("rank-*.jsonl"):
+            for path in (self.run / METRICS, *(self.run / IDS).glob("rank-*.jsonl")):
                 _trim(path, step, epoch)
+            self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
             if ids:
                 (self.run / IDS).mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()

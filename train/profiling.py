@@ -81,5 +81,4 @@ class Profile:
             self.log(f"no profile: it begins after {BEFORE} steps, and the run had {self.seen}")
 
     def _wait_for_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
