@@ -111,6 +111,47 @@ class Fetched(NamedTuple):
     first: int
 
 
+class Ahead:
+    """Images that are being fetched, by chunk and sample, until they are used.
+
+    get: (shard, first byte, end) → (n,) uint8. An epoch's last chunk and the next one's first may hold the same sample.
+    """
+
+    def __init__(self, get: Callable[[int, int, int], ndarray], *, requests: int) -> None:
+        self._pool = ThreadPoolExecutor(requests, thread_name_prefix="express-fetch")
+        self._get = get
+        self.chunks: list[dict[int, Fetched]] = []  # those of which an image is still to be used
+
+    def fetch(self, ids: ndarray, rows: ndarray) -> None:
+        """Begins a chunk. rows: those of `ids`."""
+        if len(ids):
+            ranges, of_image = requests(rows)
+            futures = [self._pool.submit(self._addressed, *each) for each in ranges.tolist()]
+            images = map(Fetched, [futures[i] for i in of_image], (rows[:, OFFSET] - ranges[of_image, 1]).tolist())
+            self.chunks = [*filter(None, self.chunks), dict(zip(ids.tolist(), images, strict=True))]
+
+    def _addressed(self, *request: int) -> tuple[ndarray, int]:
+        data = self._get(*request)
+        return data, data.ctypes.data
+
+    def __getitem__(self, sample: int) -> Fetched | None:
+        return next((chunk[sample] for chunk in self.chunks if sample in chunk), None)
+
+    def drop(self, ids: ndarray) -> None:
+        """Lets go of images, which were used."""
+        for sample in ids.tolist():
+            next(filter(None, (chunk.pop(sample, None) for chunk in self.chunks)), None)
+
+    def cancel(self) -> None:
+        for chunk in self.chunks:
+            for image in chunk.values():
+                image.request.cancel()
+        self.chunks = []
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
 class RemoteReader(Reader):
     """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
 
@@ -119,15 +160,14 @@ class RemoteReader(Reader):
         assert split.remote is not None
         self._folder: remote.RemoteFolder = split.remote
         self._shards = split.shards
-        self._fetchers = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
-        self._fetched: list[dict[int, Fetched]] = []  # by chunk and sample, until it is used
+        self._ahead = Ahead(self._get, requests=4 * threads)
         self._tasks: list[Future[None]] = []  # those that wait for copies, of the latest chunk
 
     def _at_once(self, batch: ReadBatch) -> bool:
         if self.cache:
             with suppress(StorageError):  # as long as one is not copied
                 batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
-                self._use(batch.ids)
+                self._ahead.drop(batch.ids)
         return super()._at_once(batch) or (self.cache is not None and not batch.files)
 
     def ahead(self, batch: ReadBatch) -> None:
@@ -145,7 +185,9 @@ class RemoteReader(Reader):
         waiting: deque[deque[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
-                while len(waiting) > 1 or (waiting and len(self._unused()) > 1):  # no third chunk in memory
+                while len(waiting) > 1 or (
+                    waiting and len([*filter(None, self._ahead.chunks)]) > 1
+                ):  # no third chunk in memory
                     yield waiting[0].popleft()
                     if not waiting[0]:
                         waiting.popleft()
@@ -157,23 +199,11 @@ class RemoteReader(Reader):
                     shards = self.rows[ids, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
                     ids = ids[~np.isin(shards, list(copies))]
-                self._fetched = [*self._unused(), self._fetch(ids)]
+                self._ahead.fetch(ids, self.rows[ids])
             for rest in waiting:
                 yield from rest
         finally:
-            for fetched in self._fetched:
-                for image in fetched.values():
-                    image.request.cancel()
-            self._fetched = []
-
-    def _unused(self) -> list[dict[int, Fetched]]:
-        """The chunks of which an image is still to be used."""
-        return [*filter(None, self._fetched)]
-
-    def _use(self, ids: ndarray) -> None:
-        """Lets go of images. The next epoch's first chunk may hold the same sample: the older one goes first."""
-        for sample in ids.tolist():
-            next(filter(None, (fetched.pop(sample, None) for fetched in self._fetched)), None)
+            self._ahead.cancel()
 
     def cost(self, plan: Plan) -> str:
         limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
@@ -191,19 +221,6 @@ class RemoteReader(Reader):
         """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
         return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
 
-    def _fetch(self, ids: ndarray) -> dict[int, Fetched]:
-        if not len(ids):
-            return {}
-        rows = self.rows[ids]
-        ranges, of_image = requests(rows)
-        futures = [self._fetchers.submit(self._get_in_place, *each) for each in ranges.tolist()]
-        first = (rows[:, OFFSET] - ranges[of_image, 1]).tolist()
-        return {i: Fetched(futures[number], at) for i, number, at in zip(ids.tolist(), of_image.tolist(), first)}
-
-    def _get_in_place(self, *of: int) -> tuple[ndarray, int]:
-        data = self._get(*of)
-        return data, data.ctypes.data
-
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
@@ -215,12 +232,9 @@ class RemoteReader(Reader):
             with super()._opened(batch, a, b) as fds:
                 yield fds
             return
-        images = [self._ahead(sample) for sample in batch.ids[a:b].tolist()]
+        images = [self._ahead[sample] for sample in batch.ids[a:b].tolist()]
         addresses = [image.request.result()[1] + image.first if image else -NOT_IN_MEMORY for image in images]
         yield -np.array(addresses)
-
-    def _ahead(self, sample: int) -> Fetched | None:
-        return next(filter(None, (fetched.get(sample) for fetched in self._fetched)), None)
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         if batch.files or not self.cache:
@@ -229,12 +243,12 @@ class RemoteReader(Reader):
             for i in range(a, b):
                 at = int(batch.at[i])
                 batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
-        self._use(batch.ids[a:b])
+        self._ahead.drop(batch.ids[a:b])
 
     def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:
         block = super().fetch(batch, a, b, function, **settings)
         if not batch.tasks:
-            self._use(batch.ids[a:b])
+            self._ahead.drop(batch.ids[a:b])
         return block
 
     def stored(self, sample: int) -> ndarray:
@@ -243,7 +257,7 @@ class RemoteReader(Reader):
         Bytes with a wrong checksum are fetched again before they count as damaged.
         """
         row = self.rows[sample].tolist()
-        ahead = self._ahead(sample)
+        ahead = self._ahead[sample]
         for attempt in range(FETCHES):
             if attempt == 0 and ahead:
                 image = ahead.request.result()[0][ahead.first : ahead.first + row[SIZE]]
@@ -271,5 +285,5 @@ class RemoteReader(Reader):
 
     def close(self) -> None:
         self.closing.set()
-        self._fetchers.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
         super().close()

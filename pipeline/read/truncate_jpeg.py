@@ -37,7 +37,7 @@ def _headers(data: ndarray, start: int, size: int) -> tuple[int, int]:
 
 @compiled
 def is_jpeg_of_size(data: ndarray, start: int, size: int, width: int, height: int) -> bool:
-    """Whether data[start : start + size] begins as a tidy, Huffman-coded, grey or RGB JPEG of width × height, 8 bits."""
+    """Whether data[start : start + size] begins as a tidy, Huffman-coded 8-bit JPEG of width × height, grey or RGB."""
     frame = _headers(data, start, size)[0]
     known = frame > 0 and data[frame + 1] <= 0xC2 and data[frame + 4] == 8 and data[frame + 9] <= 3
     return bool(known and number(data, frame + 5) == height and number(data, frame + 7) == width)

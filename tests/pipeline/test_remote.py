@@ -310,20 +310,22 @@ def test_the_formula_of_requests_counts_those_of_an_epoch(partitions, world, win
 
 @pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
 def test_what_is_fetched_ahead_stays_within_the_memory(web, monkeypatch, backend):
-    fetch, use, most = remote_reader.RemoteReader._fetch, remote_reader.RemoteReader._use, [0]
+    fetch, drop, most = remote_reader.Ahead.fetch, remote_reader.Ahead.drop, [0]
 
     def slow(*task):
         time.sleep(0.02)
-        use(*task)
+        drop(*task)
 
-    def watched(self, ids):
-        ahead = [sample for fetched in self._fetched for sample in fetched] + ids.tolist()
-        most[0] = max(most[0], int(self.rows[ahead][:, SIZE].sum()))
-        return fetch(self, ids)
+    def watched(self, ids, rows):
+        ahead = [sample for chunk in self.chunks for sample in chunk] + ids.tolist()
+        most[0] = max(most[0], int(sizes[ahead].sum()))
+        fetch(self, ids, rows)
 
-    monkeypatch.setattr(remote_reader.RemoteReader, "_use", slow)
-    monkeypatch.setattr(remote_reader.RemoteReader, "_fetch", watched)
-    two_epochs(opened(web, fetch_memory=0.4), batch=1, backend=backend)
+    monkeypatch.setattr(remote_reader.Ahead, "drop", slow)
+    monkeypatch.setattr(remote_reader.Ahead, "fetch", watched)
+    dataset = opened(web, fetch_memory=0.4)
+    sizes = np.array(dataset.split("train").index["size"])
+    two_epochs(dataset, batch=1, backend=backend)
     assert 100_000 < most[0] <= 400_000
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -637,7 +636,7 @@ def test_two_spellings_of_a_class_are_one_and_kept_as_found(tmp_path):
         ImageFolder(tmp_path / "t")
 
 
-def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path):
+def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path, monkeypatch):
     folder = tmp_path / "in" / "a"
     folder.mkdir(parents=True)
     (folder / "1.jpg").write_bytes(GOOD)
@@ -645,7 +644,8 @@ def test_pipes_and_dangling_links_are_listed_and_not_waited_for(tmp_path):
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
     for loop in (folder / "loop.jpg", tmp_path / "in" / "loop"):
         loop.symlink_to(loop.name)
-    with contextlib.chdir(folder), socket.socket(socket.AF_UNIX) as server:  # a path of a socket is short
+    with monkeypatch.context() as within, socket.socket(socket.AF_UNIX) as server:
+        within.chdir(folder)  # a path of a socket is short
         server.bind("socket.jpg")
     source = ImageFolder(tmp_path / "in")
     assert source.passed_over == {"outside the class folders": (1, f"{tmp_path}/in/loop")}
