@@ -1,5 +1,5 @@
 # make demo    shards the embedded digits, trains on them, draws the curves
-# make test    format, lint, types and the tests that prove each promise once, in seven minutes on two cores
+# make test    format, lint, types and the tests that prove each promise once, in four to seven minutes on two cores
 # make test-all   and those that prove a promise a second time (tests/README.md)
 # make docs-test   the commands and scripts of README.md and docs/, as they stand there; make test-all includes it
 # make faults  sharder and training killed 50 times each, and all else that can go wrong

@@ -81,7 +81,7 @@ def one_epoch(root: Path, backend: str, verify: str, *, real: bool) -> dict:
     with fork_server.real_processes() if real else contextlib.nullcontext():
         for _ in range(2 if real else 1):
             done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=env)
-            assert done.returncode == 0, done.stderr[-2000:]
+            assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
     return json.loads(done.stdout)
 
 
