@@ -128,7 +128,7 @@ def test_an_exception_while_decoding_reaches_the_caller_with_its_cause(thousand,
             next(iter(loader))
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         monkeypatch.undo()
-        monkeypatch.setattr(loader._engine, "_cropper", fail)
+        monkeypatch.setattr(loader._engine, "_crop", fail)
         with pytest.raises(ZeroDivisionError):
             next(iter(loader))
         monkeypatch.undo()

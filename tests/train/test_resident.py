@@ -37,7 +37,8 @@ def test_a_killed_run_ends_in_the_bits_of_an_undisturbed_portable_one(ranks, few
     portable = run(tmp_path / "portable", *args, "--loader.backend", "portable", ranks=ranks)
     resident = [*args, "--loader.backend", "resident"]
     job = Job(tmp_path / "resident", *resident, ranks=ranks)
-    assert job.wait_for(lambda: job.step > 6), job.said
+    saved = job.folder / "checkpoints"
+    assert job.wait_for(lambda: job.step > 6 and any(re.fullmatch(r"step-\d+", p.name) for p in saved.glob("*")))
     job.end()
     job.wait()
     done = run(job.folder, *resident, ranks=ranks)
