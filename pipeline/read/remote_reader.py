@@ -120,7 +120,7 @@ class Ahead:
     def __init__(self, get: Callable[[int, int, int], ndarray], *, requests: int) -> None:
         self._pool = ThreadPoolExecutor(requests, thread_name_prefix="express-fetch")
         self._get = get
-        self.chunks: list[dict[int, Fetched]] = []  # those of which an image is still to be used
+        self.chunks: list[dict[int, Fetched]] = []
 
     def fetch(self, ids: ndarray, rows: ndarray) -> None:
         """Begins a chunk. rows: those of `ids`."""
@@ -134,8 +134,12 @@ class Ahead:
         data = self._get(*request)
         return data, data.ctypes.data
 
+    def __len__(self) -> int:
+        """Chunks of which an image is still to be used."""
+        return sum(map(bool, self.chunks))
+
     def __getitem__(self, sample: int) -> Fetched | None:
-        return next((chunk[sample] for chunk in self.chunks if sample in chunk), None)
+        return next(filter(None, (chunk.get(sample) for chunk in self.chunks)), None)
 
     def drop(self, ids: ndarray) -> None:
         """Lets go of images, which were used."""
@@ -185,9 +189,7 @@ class RemoteReader(Reader):
         waiting: deque[deque[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
-                while len(waiting) > 1 or (
-                    waiting and len([*filter(None, self._ahead.chunks)]) > 1
-                ):  # no third chunk in memory
+                while len(waiting) > 1 or (waiting and len(self._ahead) > 1):  # no third chunk in memory
                     yield waiting[0].popleft()
                     if not waiting[0]:
                         waiting.popleft()
