@@ -235,8 +235,8 @@ class RemoteReader(Reader):
                 yield fds
             return
         images = [self._ahead[sample] for sample in batch.ids[a:b].tolist()]
-        addresses = [image.request.result()[1] + image.first if image else -NOT_IN_MEMORY for image in images]
-        yield -np.array(addresses)
+        # `images` holds the requests' bytes until the compiled code has read them.
+        yield np.array([-image.request.result()[1] - image.first if image else NOT_IN_MEMORY for image in images])
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         if batch.files or not self.cache:
