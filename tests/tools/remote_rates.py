@@ -1,8 +1,9 @@
 """Rates of shards at a URL and of their copies, beside those of a local folder: IMAGES.tar FILE.json.
 
 The loader has one thread on core 0. The web server runs on core 1, waits before each response and lets some requests
-fail. Then a consumer takes 70 % of the local rate, and the time is measured in which it waits for data after the first
-window.
+fail. Then a consumer takes 70 % of the local rate, and the time is measured in which it waits for data. Each loader
+reads two epochs in turn, of which the second counts: the images of its first steps were fetched in the one before it,
+as those of the next epoch are fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -72,20 +73,15 @@ def serve(folder: Path, port, sent) -> None:
 
 
 def epoch(loader: Loader, rate: float = 0) -> tuple[float, float, float]:
-    """(images a second, of processor time too, fraction of the time spent waiting) of an epoch, at most at `rate`.
-
-    The first window's images are not counted in the last figure: no byte of them was fetched when the epoch began.
-    """
-    began, cpu, images, later = time.perf_counter(), time.process_time(), 0, None
+    """(images a second, of processor time too, fraction of the time spent waiting) of an epoch, at most at `rate`."""
+    began, cpu, images = time.perf_counter(), time.process_time(), 0
+    loader.stats()
     for batch in loader:
         images += len(batch.ids)
         if rate:
             time.sleep(max(0.0, images / rate - (time.perf_counter() - began)))
-        if later is None and images >= WINDOW * SHARD:
-            later = time.perf_counter()
-            loader.stats()
-    ended, cpu = time.perf_counter(), time.process_time() - cpu
-    return images / (ended - began), images / cpu, loader.stats()["wait_seconds"] / (ended - later)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return images / seconds, images / cpu, loader.stats()["wait_seconds"] / seconds
 
 
 def main() -> None:
@@ -121,12 +117,14 @@ def main() -> None:
         before = sent.value
         for _ in range(ROUNDS):
             for name, loader in loaders.items():
+                epoch(loader)
                 found[name].append(epoch(loader))
         size = sum(shard.bytes for shard in loaders["url"].split.shards)
-        of_set = (sent.value - before) / size / ROUNDS
+        of_set = (sent.value - before) / size / (2 * ROUNDS)
         local = statistics.median(rate for rate, *_ in found["local"])
         for _ in range(ROUNDS // 3):
             for name, loader in loaders.items():
+                epoch(loader, PACE * local)
                 paced[name].append(epoch(loader, PACE * local)[2])
         for loader in loaders.values():
             loader.close()
