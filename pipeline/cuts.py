@@ -59,21 +59,26 @@ def read(path: Path, shard: Shard, rows: np.ndarray) -> list[bytes]:
 def open_cuts(dataset: Dataset, split: Split) -> dict[Path, str]:
     """The split's files in the order of its shards, and their sha256; none is read. Empty if there are none.
 
-    Raises DataError if they are of another data set or have another size.
+    For a dataset at a URL: where their copies are, or will be. Raises DataError if they are of another data set or have
+    another size; StorageError.
     """
-    path = dataset.root / NAME
-    if not path.is_file():
+    remote = dataset.remote
+    try:
+        text = bytes(remote.get(NAME)) if remote else (dataset.root / NAME).read_bytes()
+    except (DataError, FileNotFoundError):
         return {}
-    paths = [dataset.root / file_name(split.name, number) for number in range(len(split.shards))]
-    with reading(f"{path}", CURE, OSError):
-        record = json.loads(path.read_bytes())
+    names = [file_name(split.name, number) for number in range(len(split.shards))]
+    with reading(f"{dataset.place / NAME}", CURE, OSError):
+        record = json.loads(text)
         if record["fingerprint"] != dataset.fingerprint:
             raise ValueError("of another data set")
-        files = record["splits"][split.name]
-        for made, file in zip(paths, files, strict=True):
-            if made.stat().st_size != file["bytes"]:
-                raise ValueError(f"{made.name} has not {file['bytes']} bytes")
-        return {made: file["sha256"] for made, file in zip(paths, files)}
+        made = {}
+        for name, file in zip(names, record["splits"][split.name], strict=True):
+            path = remote.copy(name, sha256=file["sha256"]) if remote else dataset.root / name
+            if not remote and path.stat().st_size != file["bytes"]:
+                raise ValueError(f"{name} has not {file['bytes']} bytes")
+            made[path] = file["sha256"]
+        return made
 
 
 def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:

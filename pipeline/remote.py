@@ -158,10 +158,15 @@ class RemoteFolder:
             raise StorageError(f"{self.url}: cannot be listed: {_why(err)[0]}") from None
         return {meta["path"]: meta["size"] for meta in listed}
 
-    def cached(self, name: str, *, sha256: str) -> Path:
-        """A copy of a file on this machine, kept under its sha256."""
+    @staticmethod
+    def copy(name: str, *, sha256: str) -> Path:
+        """Where this machine keeps a copy of a file."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        path = home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
+        return home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
+
+    def cached(self, name: str, *, sha256: str) -> Path:
+        """A copy of a file on this machine; it is fetched if there is none with this sha256."""
+        path = self.copy(name, sha256=sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(locked(path.with_suffix(".lock"), wait_seconds=PATIENCE), "rb"):
             if not path.is_file() or file_sha256(path) != sha256:

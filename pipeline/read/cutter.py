@@ -1,7 +1,7 @@
 """JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
 
 import logging
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,20 +10,20 @@ from numpy import ndarray
 
 from .. import jpeg
 from ..cut_jpeg import EXTRA, cut_jpeg
-from ..cuts import HEADER_BYTES, TABLE_DTYPE, open_cuts, table
+from ..cuts import HEADER_BYTES, TABLE_DTYPE, file_name, open_cuts, table
 from ..decode import Scratch
 from ..errors import DataError, StorageError
 from ..files import OpenFile
 from ..huffman import SLACK
 from ..jit import compiled
 from ..manifest import Dataset, Split
-from ..shards import Shard
 from .byte_source import LocalShards
 from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
 
 WORTH = 0.8  # fraction of an image's pixels: above it, cutting costs as much as it saves
 MCU = 16  # pixels, of most JPEGs; whole MCUs are decoded
+FETCHED_AT_ONCE = 4  # files, from a URL
 
 
 class Cut(NamedTuple):
@@ -54,11 +54,13 @@ def pixels_under(box: ndarray, crop: int) -> ndarray:
 class Cutter:
     """Cuts the images of a split. `missed`: images that are decoded whole since their places are lost or damaged."""
 
-    def __init__(self, paths: list[Path], shards: Sequence[Shard]) -> None:
-        self._source, self._out = LocalShards(paths), Scratch()
-        ends = np.cumsum([shard.samples for shard in shards])
+    def __init__(self, paths: list[Path], split: Split) -> None:
+        """paths: of the shards' files. Those of a split at a URL are fetched when they are first needed."""
+        self._source, self._out, self._split = LocalShards(paths), Scratch(), split
+        self._pool = ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="express-cuts")
+        ends = np.cumsum([shard.samples for shard in split.shards])
         self._table = np.zeros(ends[-1], TABLE_DTYPE)  # takes memory as it is filled, when a shard is first needed
-        self._files = list(zip(paths, shards, np.split(self._table, ends[:-1])))
+        self._files = list(zip(paths, split.shards, np.split(self._table, ends[:-1])))
         self._unread = set(range(len(ends)))
         self.missed = 0
 
@@ -68,7 +70,11 @@ class Cutter:
         rows: see fetch.py. pixels: by pixels_under.
         """
         for shard in self._unread.intersection(rows[:, SHARD].tolist()):
-            self._read(shard)
+            if self._split.remote:  # images do not wait for it
+                self._count_as_missed(shard)
+                self._pool.submit(self._read, shard)
+            else:
+                self._read(shard)
         found, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
         first, last = np.maximum(pixels[:, :2] // MCU, 0), -(-np.minimum(pixels[:, 2:], sides) // MCU)
         area = np.minimum(MCU * (last - first), sides).prod(1)
@@ -79,10 +85,17 @@ class Cutter:
     def _read(self, shard: int) -> None:
         path, of, rows = self._files[shard]
         try:
+            if remote := self._split.remote:
+                remote.cached(file_name(self._split.name, shard), sha256=path.stem)
             rows[:] = table(path, of)
-        except DataError as err:
+            self._unread.discard(shard)
+        except (DataError, StorageError, OSError) as err:
             logging.getLogger("imagenet_express").warning("%s", err)
-            rows["size"] = 1  # byte, without its checksum: each image counts as missed
+            self._count_as_missed(shard)
+
+    def _count_as_missed(self, shard: int) -> None:
+        """Each image of it, as long as its table is not read."""
+        self._files[shard][2]["size"] = 1  # byte, without its checksum
         self._unread.discard(shard)
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
@@ -104,6 +117,7 @@ class Cutter:
             return None
 
     def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._source.close()
 
 
@@ -111,8 +125,8 @@ def open_cutter(dataset: Dataset, split: Split) -> Cutter | None:
     """None if there are no cuts, or, with a warning, if they cannot be used: images are decoded whole then."""
     try:
         paths = list(open_cuts(dataset, split))
-        return Cutter(paths, split.shards) if paths else None
-    except DataError as err:
+        return Cutter(paths, split) if paths else None
+    except (DataError, StorageError) as err:
         logging.getLogger("imagenet_express").warning("%s", err)
         return None
 

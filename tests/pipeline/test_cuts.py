@@ -28,7 +28,7 @@ from pipeline.cut_jpeg import EXTRA, cut_jpeg
 from pipeline.errors import ConfigError, DataError
 from pipeline.huffman import SLACK
 from pipeline.jpeg import HEADER, find_places, pack, read_header, unpack
-from pipeline.manifest import open_dataset
+from pipeline.manifest import Split, open_dataset
 from pipeline.read import cutter
 from pipeline.read.cutter import Cutter
 from pipeline.read.fetch import ALL_ROWS, COLUMNS, HEIGHT, WIDTH, fetch_images
@@ -449,7 +449,7 @@ def test_a_changed_byte_of_a_file_of_cuts_changes_no_cut(with_cuts):
     pixels = np.tile([10, 10, 58, 58], (len(ids), 1))
 
     def all_cuts() -> list[bytes]:
-        cutter = Cutter(list(cuts.open_cuts(dataset, split)), split.shards)
+        cutter = Cutter(list(cuts.open_cuts(dataset, split)), split)
         places = cutter.places(ids, block.rows, pixels)
         made = [cut.data.tobytes() for cut in cutter(block, places, pixels)]
         assert cutter.missed == sum(size > 0 and not cut for cut, size in zip(made, places[:, 1]))
@@ -547,7 +547,7 @@ def test_an_image_is_cut_if_the_crop_needs_less_than_four_fifths_of_its_mcus(siz
     """A crop of 224 pixels needs 15 rows and columns of 16-pixel MCUs, or 14 if it begins with one."""
     shard, table = Shard("x.tar", 1, 0, "00" * 32), np.array([(0, 99, 7)], cuts.TABLE_DTYPE)
     (tmp_path / "x.cuts").write_bytes(cuts.header(shard) + bytes(99) + table.tobytes())
-    cutter = Cutter([tmp_path / "x.cuts"], [shard])
+    cutter = Cutter([tmp_path / "x.cuts"], Split(tmp_path, "train", (shard,), "", "", 1))
     rows = np.zeros((1, len(COLUMNS)), np.int64)
     rows[0, [WIDTH, HEIGHT]] = size
     pixels = np.array([[at, at, at + 224, at + 224]])

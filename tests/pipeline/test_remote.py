@@ -26,6 +26,7 @@ from pipeline.manifest import Split
 from pipeline.read.fetch import COLUMNS, OFFSET, SHARD, SIZE
 from pipeline.read.plan import Plan
 from pipeline.shards import Shard
+from pipeline.write.cuts import make_cuts
 from tests.conftest import ROOT, run_here, run_tool
 from tests.pipeline.test_bad_samples import damage
 from tests.pipeline.web_server import WebServer, serving
@@ -195,6 +196,24 @@ def test_the_hub_gives_the_ids_and_pixels_of_a_folder_pinned_to_a_commit_and_its
 
 
 # What is requested
+
+
+@pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
+def test_cuts_at_a_url_are_fetched_beside_the_images(shards, web, backend, tmp_path):
+    """Images whose places have not come yet, and all if they cannot be fetched, are decoded whole."""
+    settings = {"backend": backend, "augment": AugmentConfig(resize=256, crop=64), "window": 2}
+    wanted = two_epochs(shards["jpeg"], **settings)
+    make_cuts(open_dataset(web.folder), workers=1)
+    for fault, name in itertools.product(("403", "503", "delay", ""), ("cuts.json", ".cuts")):
+        web.fault = lambda number, file, fault=fault, name=name: fault if file.endswith(name) else ""
+        assert_same(two_epochs(opened(web), **settings), wanted)
+    for fault in ("503", ""):
+        web.fault = lambda number, file, fault=fault: fault if file.endswith(".cuts") else ""
+        shutil.rmtree(tmp_path / "cache")
+        config = LoaderConfig(backend)
+        with Loader(opened(web), batch=4, augment=settings["augment"], config=config) as loader:
+            missed = [(len(list(loader)), loader.stats()["cuts_missed"])[1] for _ in range(20)]
+        assert all(missed) if fault else missed[0] and not missed[-1]
 
 
 def test_opening_makes_no_request_for_a_shard_and_takes_an_index_once(web):

@@ -57,6 +57,8 @@ def serving(folder: Path) -> Iterator[WebServer]:
                 number, state.requested = state.requested, state.requested + 1
             state.headers |= {header.lower() for header in self.headers}
             fault = state.fault(number, name)
+            if fault == "delay":
+                time.sleep(0.3)
             path = state.folder / name
             if "list-type=2" in self.path:
                 self._answer(200, listing(state.folder), {})
@@ -80,8 +82,6 @@ def serving(folder: Path) -> Iterator[WebServer]:
             part = data[start:end]
             if fault == "wrong":  # a bit of each byte, as a broken memory would
                 part = bytes(byte ^ 1 for byte in part)
-            if fault == "delay":
-                time.sleep(0.3)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             self._answer(206, part, headers, sent=len(part) // 2 if fault == "cut" else len(part))
 
