@@ -10,6 +10,7 @@ import numpy as np
 from model.summary import count_parameters
 from pipeline.errors import ExpressError
 from pipeline.progress import Progress, clock
+from pipeline.read import stages
 from pipeline.read.loader import Batch
 
 from . import environment, signals
@@ -21,6 +22,8 @@ from .presets import advice
 from .signals import Preempted
 from .trainer import Trainer
 from .watchdog import DATA, EVALUATING, SAVING
+
+SLOW = 0.05  # of the time spent waiting for data: above it, the line says what the loader's threads do
 
 
 def train(t: Trainer) -> Evaluation:
@@ -156,10 +159,11 @@ def log(t: Trainer) -> None:
     if t.accelerator.scaler is not None:
         means["overflows"] = state.overflows
     t.record.write("train", state.step, {"epoch": state.epoch + 1, **means})
+    busy = f" ({stages.shares(means)})" if means["data_wait"] > SLOW else ""
     left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
     if t.progress:
         t.progress.note = (
-            f"loss {means['loss']:.4f}, lr {state.rate:.3g}, wait {means['data_wait']:.0%},"
+            f"loss {means['loss']:.4f}, lr {state.rate:.3g}, wait {means['data_wait']:.0%}{busy},"
             f" {means['memory_gb']:.1f} GB, run ends in {clock(left)}"
         )
 

@@ -224,12 +224,13 @@ class Loader(AbstractContextManager["Loader"]):
 
     def stats(self) -> dict[str, float]:
         """Since the last call: seconds that the consumer has waited for batches; images that were decoded whole because
-        their places in the cuts are lost or damaged; if pixels are checked, crops that were checked, and that differed.
+        their places in the cuts are lost or damaged; seconds of all threads and bytes of each stage (stages.py); if
+        pixels are checked, crops that were checked, and that differed.
         """
         stats, self._wait_seconds = {"wait_seconds": self._wait_seconds, "cuts_missed": 0}, 0.0
         if self._cutter:
             stats["cuts_missed"], self._cutter.missed = self._cutter.missed, 0
-        return stats | (self._check.counts() if self._check else {})
+        return stats | self._reader.stages.take() | (self._check.counts() if self._check else {})
 
     def decoder(self) -> str:
         """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""

@@ -119,6 +119,7 @@ class Portable(Engine):
     def _decode_block(self, work: Work, crops: ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
         rows, cuts = work.rows[a:b], [NOT_CUT] * (b - a)
+        size = int(rows[:, SIZE].sum())
         pixels = pixels_under(work.box[a:b], self.output.crop)
         left = pixels[:, 3] + ROWS_BELOW
         if self._cutter:
@@ -126,21 +127,23 @@ class Portable(Engine):
             left = np.where(places[:, 1] > 0, rows[:, HEIGHT], left)
         block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, left))
         if self._cutter:
-            cuts = self._cutter(block, places, pixels)
+            with self._reader.stages("cut", size):
+                cuts = self._cutter(block, places, pixels)
         # decode() looks closer at the others.
         plain = (left < rows[:, HEIGHT]) | ~not_plain_jpegs(block.buffer, block.at, rows)
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = zip(*(column.tolist() for column in columns), strict=True)
-        for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
-            cut, image = cuts[i], block.buffer[start:end]
-            try:
-                decoded = self._cut(cut, 3 * width * height)
-                if decoded is None:
-                    cut, decoded = NOT_CUT, self._decoded(image, width, height, left_rows, is_plain)
-            except Exception as err:  # whatever it is, it needs the sample's name
-                raise undecodable(work, a + i, err, self._reader) from err
-            crop = decoded_block(decoded, rows[i : i + 1], -3 * (cut.top * cut.width + cut.left))
-            self._crop(work, crops, crop, a + i, a + i + 1, cut.width)
+        with self._reader.stages("decode", size):
+            for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
+                cut, image = cuts[i], block.buffer[start:end]
+                try:
+                    decoded = self._cut(cut, 3 * width * height)
+                    if decoded is None:
+                        cut, decoded = NOT_CUT, self._decoded(image, width, height, left_rows, is_plain)
+                except Exception as err:  # whatever it is, it needs the sample's name
+                    raise undecodable(work, a + i, err, self._reader) from err
+                crop = decoded_block(decoded, rows[i : i + 1], -3 * (cut.top * cut.width + cut.left))
+                self._crop(work, crops, crop, a + i, a + i + 1, cut.width)
 
     def _cut(self, cut: Cut, size: int) -> ndarray | None:
         """Flat pixels of the cut, in the memory of the whole image's `size`, as taps of weight zero may read beyond

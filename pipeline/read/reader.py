@@ -40,6 +40,7 @@ from .fetch import (
 )
 from .plan import Plan
 from .shard_cache import ShardCache
+from .stages import Stages
 
 # If the system does not count a thread's waits, storage is taken to be slow.
 USAGE = getattr(resource, "RUSAGE_THREAD", None)
@@ -109,7 +110,7 @@ class Reader:
     ) -> None:
         self.verify = verify
         self.always_ahead = always_ahead or USAGE is None
-        self.rows, self.closing = Rows(split.index), threading.Event()
+        self.rows, self.closing, self.stages = Rows(split.index), threading.Event(), Stages()
         shards = [split.root / shard.name for shard in split.shards]
         self.cache, sources = None, [LocalShards(shards)]
         if copies:
@@ -226,11 +227,11 @@ class Reader:
         rows = batch.rows[a:b]
         files = [batch.files.get(shard) or self.source.open(shard) for shard in rows[:, SHARD].tolist()]
         fds = np.array([file.fd for file in files], np.int64)
-        if USAGE is None:
+        before = resource.getrusage(USAGE) if USAGE is not None else None
+        with self.stages("read", int(rows[:, SIZE].sum())):
             yield fds
+        if USAGE is None or before is None:
             return
-        before = resource.getrusage(USAGE)
-        yield fds
         after = resource.getrusage(USAGE)
         if after.ru_minflt - before.ru_minflt > len(rows):
             return  # fresh memory: threads that ask the system for pages wait for each other, not for storage

@@ -225,7 +225,8 @@ class RemoteReader(Reader):
 
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
-        data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
+        with self.stages("fetch", end - start):
+            data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
         return np.frombuffer(data, np.uint8)
 
     @contextmanager

@@ -117,10 +117,7 @@ def test_every_kind_of_crop_is_compared_in_grey_levels(shards, view, dtype, back
             next(iter(loader))
             loader._check.close()
             found.append(loader.stats())
-    assert found == [
-        {"wait_seconds": pytest.approx(0, abs=60), "cuts_missed": 0, "pixels_checked": 4, "pixels_different": n}
-        for n in (0, 4)
-    ]
+    assert [(stats["pixels_checked"], stats["pixels_different"]) for stats in found] == [(4, 0), (4, 4)]
 
 
 def corrupt_all(loader: Loader) -> None:
@@ -155,7 +152,7 @@ def test_stop_ends_the_iteration_with_the_sample_named(shards):
 def test_cpus_check_nothing_unless_asked(shards):
     with Loader(shards["jpeg"], batch=4, augment=AugmentConfig(), config=LoaderConfig("dali-cpu")) as loader:
         next(iter(loader))
-        assert loader.stats().keys() == {"wait_seconds", "cuts_missed"}
+        assert not [name for name in loader.stats() if "pixels" in name]
 
 
 def test_the_chosen_crops_are_a_function_of_the_coordinates(digits_jpeg):

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from pipeline import AugmentConfig, ConfigError, DataError, Loader, LoaderConfig, StorageError, open_dataset
 from pipeline.manifest import Split
+from pipeline.read import stages
 from pipeline.read.fetch import COLUMNS, OFFSET, SHARD, SIZE
 from pipeline.read.plan import Plan
 from pipeline.shards import Shard
@@ -212,8 +213,10 @@ def test_cuts_at_a_url_are_fetched_beside_the_images(shards, web, backend, tmp_p
         shutil.rmtree(tmp_path / "cache")
         config = LoaderConfig(backend)
         with Loader(opened(web), batch=4, augment=settings["augment"], config=config) as loader:
-            missed = [(len(list(loader)), loader.stats()["cuts_missed"])[1] for _ in range(20)]
+            stats = [(len(list(loader)), loader.stats())[1] for _ in range(20)]
+        missed = [each["cuts_missed"] for each in stats]
         assert all(missed) if fault else missed[0] and not missed[-1]
+        assert all(each["cut_seconds"] and each["cut_bytes"] for each in stats)
 
 
 def test_opening_makes_no_request_for_a_shard_and_takes_an_index_once(web):
@@ -221,6 +224,23 @@ def test_opening_makes_no_request_for_a_shard_and_takes_an_index_once(web):
     assert [name for name, _, _ in web.log] == ["manifest.json", *indices]
     opened(web)
     assert [name for name, _, _ in web.log[len(indices) + 1 :]] == ["manifest.json"]
+
+
+def test_the_bytes_of_each_stage_are_counted(shards, web):
+    for dataset in (opened(web), open_dataset(shards["jpeg"])):
+        with Loader(dataset, batch=4, augment=VIEW, config=LoaderConfig("portable", prefetch_batches=1)) as loader:
+            size, requested = int(loader.split.column("size").sum()), sum(end - start for _, start, end in web.ranges())
+            for _ in loader:
+                pass
+            time.sleep(0.5)  # the next epoch's first batch
+            stats = loader.stats()
+            assert size <= stats["decode_bytes"] <= 2 * size
+            assert stats["decode_bytes"] == stats["read_bytes"] or loader.split.remote
+            requested = sum(end - start for _, start, end in web.ranges()) - requested
+            assert stats["fetch_bytes"] == requested
+            assert bool(requested) == bool(loader.split.remote)
+            assert all((stats[f"{name}_seconds"] > 0) == (stats[f"{name}_bytes"] > 0) for name in stages.NAMES)
+            assert not any(value for name, value in loader._reader.stages.take().items())
 
 
 def test_a_damaged_copy_of_an_index_is_replaced(web, tmp_path):

@@ -1,0 +1,39 @@
+"""Seconds and bytes of the loader's stages, added up over its threads."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NAMES = ("read", "fetch", "cut", "decode")
+
+
+class Stages:
+    """read: from files, checksums included, for raw images also the crop. fetch: from a URL. decode: the crop too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.take()
+
+    @contextmanager
+    def __call__(self, name: str, size: int = 0) -> Iterator[None]:
+        """Counts what the calling thread does meanwhile. size: in bytes."""
+        started = time.perf_counter()
+        yield
+        with self._lock:
+            self._sums[f"{name}_seconds"] += time.perf_counter() - started
+            self._sums[f"{name}_bytes"] += size
+
+    def take(self) -> dict[str, float]:
+        """The sums since the last call."""
+        with self._lock:
+            taken = getattr(self, "_sums", {})
+            self._sums = dict.fromkeys([f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes")], 0.0)
+            return taken
+
+
+def shares(sums: dict[str, float]) -> str:
+    """What fraction of their time the threads spend in each stage, for the log."""
+    seconds = {name: sums[f"{name}_seconds"] for name in NAMES}
+    total = sum(seconds.values())
+    return ", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items() if part > total / 200)
