@@ -4,15 +4,18 @@ A file for each shard lies beside the manifest, which does not name it: order, r
 `cuts.json` names all of them, and is written last. The tars themselves may lie elsewhere.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from .errors import DataError, reading
 from .manifest import Dataset, Split
 from .shards import Shard, crc32, file_sha256
+from .storage import Folder
 
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
@@ -33,23 +36,29 @@ def file_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.cuts"
 
 
-def table(path: Path, shard: Shard) -> np.ndarray:
-    """(samples,) TABLE_DTYPE. Raises DataError if the file is not this shard's, or cut short."""
-    with reading(f"{path}", CURE, OSError), open(path, "rb") as file:
+def table(path: Any, shard: Shard, content: BinaryIO | None = None) -> np.ndarray:
+    """(samples,) TABLE_DTYPE. Raises DataError if the file is not this shard's, or cut short.
+
+    content: the file's, if it was read already.
+    """
+    with reading(f"{path}", CURE, OSError), content or open(path, "rb") as file:
         if file.read(HEADER_BYTES) != header(shard):
             raise ValueError("of another shard")
         start = file.seek(0, 2) - shard.samples * TABLE_DTYPE.itemsize
         file.seek(max(start, 0))
-        rows = np.fromfile(file, TABLE_DTYPE)
+        rows = np.frombuffer(file.read(), TABLE_DTYPE) if start >= HEADER_BYTES else np.zeros(0, TABLE_DTYPE)
         end = HEADER_BYTES + (rows["offset"].astype(np.int64) + rows["size"]).max(initial=0)
         if len(rows) != shard.samples or end > start:
             raise ValueError("cut short")
     return rows
 
 
-def read(path: Path, shard: Shard, rows: np.ndarray) -> list[bytes]:
+def read(folder: Folder, name: str, shard: Shard, rows: np.ndarray) -> list[bytes]:
     """The packed places of each sample. rows: of the index. Raises DataError if any byte of them changed."""
-    found, data = table(path, shard), path.read_bytes()[HEADER_BYTES:]
+    path = folder.path / name
+    with reading(f"{path}", CURE, OSError):
+        content = folder.read(name)
+    found, data = table(path, shard, io.BytesIO(content)), content[HEADER_BYTES:]
     places = [data[offset : offset + size] for offset, size, _ in found.tolist()]
     if list(map(crc32, places, rows["crc32"].tolist())) != found["crc32"].tolist():
         raise DataError(f"{path}: damaged; {CURE}")

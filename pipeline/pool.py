@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .cores import usable_cores
@@ -23,7 +22,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def run(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: Path
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: object
 ) -> Iterator[Iterator[Result]]:
     """Opens an iterator over function(task) of each task, in order; in this process if one worker is enough.
 
@@ -52,6 +51,13 @@ def run(
                     os.kill(worker.pid, STOP)
             pool.shutdown(cancel_futures=True)  # waits until they have removed what is half written
             raise
+
+
+def apart(function: Callable[[], Result]) -> Result:
+    """function() in a forked process: what has threads there does not keep this one from forking."""
+    fork = get_context("fork")
+    with ProcessPoolExecutor(1, mp_context=fork, initializer=_follow_parent, initargs=(lambda _: function(),)) as pool:
+        return pool.submit(_call, None).result()
 
 
 def worker_count(chosen: int) -> int:

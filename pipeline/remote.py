@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +49,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: float) -> None:
         check_url(url, allow_http=allow_http)
-        self.url, self.fetch_memory = url.rstrip("/"), fetch_memory
+        self.url, self.allow_http, self.fetch_memory = url.rstrip("/"), allow_http, fetch_memory
         options: dict[str, Any] = TIMEOUTS | ({"allow_http": True} if allow_http else {})
         more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
         # Its retries keep the signature of the first attempt, and end with a body that was cut: `get` has its own.
@@ -108,27 +109,50 @@ class RemoteFolder:
         size: bytes that the object must have. stop: gives up as soon as it is set.
         Raises StorageError if it cannot be read; DataError if it is missing, was replaced, or has another size.
         """
-        what, pause, stop = self / name, FIRST_PAUSE, stop or threading.Event()
+        what = self / name
+
+        def get(store: Any) -> Any:
+            found = obstore.get(store, name, options={"range": (start, end)} if end else {})
+            self._check(name, found.meta, size)
+            data = found.bytes()
+            if end and len(data) != end - start:
+                raise DataError(f"{what}: ends before byte {end}; copy the shard again")
+            return data
+
+        try:
+            return self.request(what, get, patience=patience, stop=stop)
+        except FileNotFoundError:
+            raise DataError(f"{what}: there is no such object; check the URL, or copy the shards again") from None
+
+    def request(
+        self,
+        what: str,
+        function: Callable[[Any], Any],
+        *,
+        patience: float = 0,
+        stop: threading.Event | None = None,
+        doing: str = "read",
+    ) -> Any:
+        """function(store), retried as `get` is. what: the object, for messages.
+
+        Raises StorageError; FileNotFoundError if there is no such object, FileExistsError if there must not be one.
+        """
+        pause, stop = FIRST_PAUSE, stop or threading.Event()
         started = time.monotonic()
         while True:
             try:
-                found = obstore.get(self._store, name, options={"range": (start, end)} if end else {})
-                self._check(name, found.meta, size)
-                data = found.bytes()
-                if end and len(data) != end - start:
-                    raise DataError(f"{what}: ends before byte {end}; copy the shard again")
-                return data
-            except FileNotFoundError:
-                raise DataError(f"{what}: there is no such object; check the URL, or copy the shards again") from None
-            except DataError:
+                return function(self._store)
+            except (DataError, FileNotFoundError):
                 raise
+            except obstore.exceptions.AlreadyExistsError:
+                raise FileExistsError(what) from None
             except Exception as err:  # obstore has a class for each way
                 reason, seconds = _why(err)
             if BEYOND_END in reason:
-                raise DataError(f"{what}: ends before byte {start}; copy the shard again")
+                raise DataError(f"{what}: ends before the first byte that is needed; copy the shard again")
             waited = time.monotonic() - started
             if waited + pause > min(seconds, patience or AT_OPENING) or stop.wait(pause):
-                raise StorageError(f"{what}: cannot be read, tried for {waited:.0f} s: {reason}")
+                raise StorageError(f"{what}: cannot be {doing}, tried for {waited:.0f} s: {reason}")
             if waited > 2 and time.monotonic() > self._warned + WARN_EVERY:
                 self._warned = time.monotonic()
                 logging.getLogger("imagenet_express").warning("%s: %s; retrying", what, reason)
@@ -152,11 +176,8 @@ class RemoteFolder:
     @cached_property
     def _sizes(self) -> dict[str, int]:
         """Of all objects directly under the URL, by one LIST."""
-        try:
-            listed = obstore.list_with_delimiter(self._store)["objects"]
-        except Exception as err:
-            raise StorageError(f"{self.url}: cannot be listed: {_why(err)[0]}") from None
-        return {meta["path"]: meta["size"] for meta in listed}
+        listed = self.request(self.url, obstore.list_with_delimiter, doing="listed")
+        return {meta["path"]: meta["size"] for meta in listed["objects"]}
 
     @staticmethod
     def copy(name: str, *, sha256: str) -> Path:

@@ -1,15 +1,20 @@
-"""The folder that a sharding writes, and URLs. Storage without files would implement the same methods."""
+"""The folder that a sharding writes, and URLs. bucket.py has the same methods for an object store."""
 
 import math
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from .errors import ConfigError
 from .files import LOCK_SECONDS, atomic_write, locked
+
+Result = TypeVar("Result")
+CREATE_SECONDS = 10.0  # all tasks of a job array may start in one moment
 
 
 def is_url(place: object) -> bool:
@@ -49,6 +54,17 @@ class Folder:
     """A local folder. A name may have one folder before it: `parts/lock`."""
 
     path: Path
+    allow_http = False
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def apart(self, function: Callable[[], Result]) -> Result:
+        """function(), before workers are forked."""
+        return function()
+
+    def is_visible(self) -> bool:
+        return self.path.is_dir()
 
     def names(self) -> list[str]:
         """All files and folders in it, sorted. Makes the folder."""
@@ -69,6 +85,12 @@ class Folder:
     def write(self, name: str, data: bytes | memoryview) -> None:
         with self.publish(name) as file:
             file.write(data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Writes a file that no other process has written."""
+        with self.lock(f"{name}.lock", wait_seconds=CREATE_SECONDS):
+            if self.size(name) is None:
+                self.write(name, data)
 
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all that is in it."""
@@ -93,3 +115,14 @@ class Folder:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def folder_at(place: str, *, allow_http: bool = False) -> Folder:
+    """The folder at a path or a URL."""
+    if not is_url(place):
+        return Folder(Path(place))
+    if not place.startswith(("s3:", "gs:", "az:")):
+        raise ConfigError(f"{place}: shards are written to a folder, or to s3://, gs:// or az://")
+    from .bucket import Bucket, Url
+
+    return Bucket(Url(place.rstrip("/")), allow_http)

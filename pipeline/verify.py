@@ -22,6 +22,7 @@ from .decode import BadImage, decode
 from .errors import DataError
 from .manifest import Split
 from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
+from .storage import Folder
 from .tar import Member, members
 from .write.cuts import find
 from .write.manifest_content import timm_info
@@ -145,10 +146,10 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
         inside |= ((member.offset, member) for member in members(path))
     except DataError as err:
         faults.append(("tar", str(err).removeprefix(f"{path}: ")))
-    made, places = split.root / cuts.file_name(split.name, number), [b""] * len(rows)
+    places = [b""] * len(rows)
     if deep:
         with suppress(DataError):  # there are none, or cuts.faults names what is wrong
-            places = cuts.read(made, shard, rows)
+            places = cuts.read(Folder(split.root), cuts.file_name(split.name, number), shard, rows)
     with open(path, "rb") as file:
         faults += _compare_samples(file.fileno(), rows, inside, places, deep=deep, ours=ours, raw=raw)
     if ours:

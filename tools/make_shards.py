@@ -18,7 +18,7 @@ import pipeline  # noqa: F401 (first: it names a package that is missing)
 
 # isort: split
 import argparse
-import re
+import math
 import shutil
 import unicodedata
 from functools import partial
@@ -30,12 +30,13 @@ from pipeline import pool
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import open_dataset
 from pipeline.progress import Progress, clock
+from pipeline.storage import Folder, folder_at, is_url
 from pipeline.write import index_existing, ray_pool
 from pipeline.write.build import build, forecast
 from pipeline.write.cuts import CHECKS, make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.manifest_content import BadImages
-from pipeline.write.plan import Options, Plan
+from pipeline.write.plan import Options, Plan, numbers
 from pipeline.write.sources import SOURCES
 from pipeline.write.sources.base import PassedOver, check_fraction, check_name, few_images
 from pipeline.write.sources.tars import expand
@@ -68,9 +69,14 @@ def add_index(p: cli.Parser) -> None:
 
 
 def add_cuts(p: cli.Parser) -> None:
-    p.path("out", "DIR", "the shard folder")
+    p.add_argument("out", metavar="DIR", help="the shard folder, or its URL")
+    add_allow_http(p)
     p.workers()
     add_check_cuts(p)
+
+
+def add_allow_http(p: cli.Parser) -> None:
+    p.flag("allow-http", "use a URL also without encryption")
 
 
 def add_check_cuts(p: cli.Parser) -> None:
@@ -79,7 +85,8 @@ def add_check_cuts(p: cli.Parser) -> None:
 
 
 def add_common(p: cli.Parser, *, out: str, size: str) -> None:
-    p.path("--out", "DIR", out, required=True)
+    p.add_argument("--out", metavar="DIR", required=True, help=out)
+    add_allow_http(p)
     p.option("size", 256, f"short side in pixels, for {size} (%(default)s)")
     p.workers()
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
@@ -88,7 +95,7 @@ def add_common(p: cli.Parser, *, out: str, size: str) -> None:
 
 
 def add_options(p: cli.Parser) -> None:
-    add_common(p, out="folder to write, empty or new", size="jpeg, raw and statistics")
+    add_common(p, out="folder or URL to write, empty or new", size="jpeg, raw and statistics")
     encode = "keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)"
     p.option("encode", "keep", encode, choices=("keep", "jpeg", "raw"))
     p.flag("square", "jpeg, raw: store only the centre square")
@@ -116,6 +123,7 @@ def add_options(p: cli.Parser) -> None:
 def main() -> None:
     args = parser().parse_args()
     args.workers = pool.worker_count(args.workers)
+    args.out = folder_at(args.out, allow_http=args.allow_http)
     started = time.monotonic()
     if args.source == "cuts":
         return cut(args)
@@ -132,6 +140,8 @@ def main() -> None:
 
 
 def index(args: argparse.Namespace) -> dict:
+    if is_url(args.out):
+        raise ConfigError(f"{args.out}: index writes into a folder; name one, and upload what it holds then")
     fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
@@ -140,7 +150,7 @@ def index(args: argparse.Namespace) -> dict:
         written, passed_over = index_existing.index(
             check_name(args.name),
             splits,
-            args.out,
+            args.out.path,
             classes=class_names(args.classes),
             statistics_images=args.statistics,
             size=Encoding(size=args.size).size,
@@ -158,7 +168,7 @@ def print_passed_over(passed_over: PassedOver) -> None:
 
 
 def cut(args: argparse.Namespace) -> None:
-    dataset = open_dataset(args.out)
+    dataset = open_dataset(str(args.out), allow_http=args.allow_http)
     if dataset.encoding == "raw":
         raise ConfigError(f"{args.out}: its images are raw pixels; cuts are for JPEGs")
     images = sum(split.samples for split in dataset.splits.values())
@@ -229,24 +239,6 @@ def make(args: argparse.Namespace) -> dict | None:
     return written
 
 
-def numbers(text: str, shards: int) -> range:
-    """ "0:64" → range(0, 64); "3/16" → the fourth of 16 slices, which differ by one shard at most and may be empty."""
-    if match := re.fullmatch(r"(\d+)/(\d+)", text):
-        number, slices = map(int, match.groups())
-        if number < slices:
-            return range(number * shards // slices, (number + 1) * shards // slices)
-    if "/" in text:
-        raise ConfigError(f"--shards {text}: write I/N, with I from 0 to N - 1")
-    match = re.fullmatch(r"(\d*):(\d*)", text)
-    if not match:
-        raise ConfigError(f"--shards {text}: write A:B, the first and the one after the last, or I/N, slice I of N")
-    first, last = match.groups()
-    chosen = range(int(first or 0), min(int(last or shards), shards))
-    if not chosen:
-        raise ConfigError(f"--shards {text}: there are {shards} shards, 0 to {shards - 1}")
-    return chosen
-
-
 def print_decoders(*, trusted: bool) -> None:
     """Rejects old decoders: Pillow-SIMD lags behind Pillow, and then has faults that whoever made an image may know."""
     simd = ".post" in PIL.__version__
@@ -259,7 +251,7 @@ def print_decoders(*, trusted: bool) -> None:
     print(f"decoding with libjpeg-turbo (simplejpeg {simplejpeg.__version__}), odd images with {name}", flush=True)
 
 
-def print_forecast(plan: Plan, only: range, out: Path, workers: int) -> None:
+def print_forecast(plan: Plan, only: range, out: Folder, workers: int) -> None:
     """--dry-run: what would be written, its size, and the time it takes."""
     record, seconds = forecast(plan, only)
     tried = record.shard.samples + len(record.bad)
@@ -268,11 +260,15 @@ def print_forecast(plan: Plan, only: range, out: Path, workers: int) -> None:
     for split, items in plan.source.splits.items():
         shards = sum(task.split == split for task in plan.tasks)
         print(f"{split}: {len(items):,} images in {shards} shards")
-    existing_folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing_folder).free
+    free, room = math.inf, ""
+    if not is_url(out):
+        path = out.path.absolute()
+        existing_folder = next(folder for folder in (path, *path.parents) if folder.is_dir())
+        free = shutil.disk_usage(existing_folder).free
+        room = f", {free / 1e9:,.1f} GB are free in {existing_folder}"
     chosen = "all shards" if len(only) == len(plan.tasks) else f"shards {only.start}:{only.stop}"
     print(
-        f"{chosen}: about {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {existing_folder};"
+        f"{chosen}: about {size / 1e9:,.1f} GB{room};"
         f" about {clock(seconds * factor / workers)} with {workers} workers,"
         f" by {tried} images that were tried, {len(record.bad)} of them bad"
     )
@@ -280,7 +276,7 @@ def print_forecast(plan: Plan, only: range, out: Path, workers: int) -> None:
         print(f"warning: {out} has too little room", file=sys.stderr)
 
 
-def report(written: dict, out: Path, seconds: float) -> None:
+def report(written: dict, out: Folder, seconds: float) -> None:
     for name, split in written["splits"].items():
         size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
         print(f"{name}: {split['samples']:,} images in {len(split['shards'])} shards, {size:,.1f} MB")

@@ -225,8 +225,8 @@ class RemoteReader(Reader):
 
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
-        with self.stages("fetch", end - start):
-            data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
+        data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
+        self.stages.add("fetch", end - start)
         return np.frombuffer(data, np.uint8)
 
     @contextmanager
@@ -236,16 +236,18 @@ class RemoteReader(Reader):
                 yield fds
             return
         images = [self._ahead[sample] for sample in batch.ids[a:b].tolist()]
-        # `images` holds the requests' bytes until the compiled code has read them.
-        yield np.array([-image.request.result()[1] - image.first if image else NOT_IN_MEMORY for image in images])
+        with self.stages("fetch"):
+            fds = np.array([-image.request.result()[1] - image.first if image else NOT_IN_MEMORY for image in images])
+        yield fds  # `images` holds the requests' bytes until the compiled code has read them
 
     def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
         if batch.files or not self.cache:
             super()._fill(batch, a, b)
         else:  # each may wait for another copy
-            for i in range(a, b):
-                at = int(batch.at[i])
-                batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
+            with self.stages("fetch"):
+                for i in range(a, b):
+                    at = int(batch.at[i])
+                    batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
         self._ahead.drop(batch.ids[a:b])
 
     def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:

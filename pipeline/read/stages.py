@@ -9,7 +9,8 @@ NAMES = ("read", "fetch", "cut", "decode")
 
 
 class Stages:
-    """read: from files, checksums included, for raw images also the crop. fetch: from a URL. decode: the crop too."""
+    """read: from files, checksums included, for raw images also the crop. fetch: what comes from a URL, and seconds in
+    which threads that need it wait for it. decode: the crop too."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -20,8 +21,11 @@ class Stages:
         """Counts what the calling thread does meanwhile. size: in bytes."""
         started = time.perf_counter()
         yield
+        self.add(name, size, time.perf_counter() - started)
+
+    def add(self, name: str, size: int, seconds: float = 0.0) -> None:
         with self._lock:
-            self._sums[f"{name}_seconds"] += time.perf_counter() - started
+            self._sums[f"{name}_seconds"] += seconds
             self._sums[f"{name}_bytes"] += size
 
     def take(self) -> dict[str, float]:

@@ -93,7 +93,7 @@ def forecast(plan: Plan, only: range) -> tuple[ShardRecord, float]:
 
 def build(
     plan: Plan,
-    out: Path,
+    out: Path | Folder,
     *,
     workers: int,
     report: Callable[[int, str], None] = lambda images, note: None,
@@ -111,18 +111,15 @@ def build(
     missing; ConfigError if the folder holds something else; StorageError if it cannot be written.
     Without a manifest the folder is no dataset, whatever else is in it.
     """
-    folder = Folder(out)
+    folder = out if isinstance(out, Folder) else Folder(out)
     chosen = range(len(plan.tasks)) if only is None else only
     try:
-        finished = _check_folder(plan, folder)
+        finished, _ = folder.apart(lambda: _begin(plan, folder, range(0)))
         if not finished:
             with folder.lock(journal.LOCK, shared=not merge):
-                finished = _check_folder(plan, folder)  # the process that held the lock may have finished it
+                # The process that held the lock may have finished it.
+                finished, todo = folder.apart(lambda: _begin(plan, folder, chosen))
                 if not finished:
-                    journal.claim(folder, plan.identity)
-                    todo = [n for n in _missing(plan, folder) if n in chosen]
-                    if todo and 0 in chosen:  # in a job array, one task verifies the input for all
-                        plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
                     report(plan.images(chosen) - plan.images(todo), "")
                     _make(plan, folder, todo, partial(run, workers=workers), report)
                     return _publish(plan, folder) if merge else None
@@ -131,6 +128,18 @@ def build(
         return finished
     except OSError as err:
         raise StorageError(f"{StorageError.of(err, out)}; solve that, and run it again to resume") from err
+
+
+def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list[int]]:
+    """The manifest, if the folder holds this dataset already; those of the chosen shards that are missing."""
+    finished = _check_folder(plan, folder)
+    if finished or not chosen:
+        return finished, []
+    journal.claim(folder, plan.identity)
+    todo = [n for n in _missing(plan, folder) if n in chosen]
+    if todo and 0 in chosen:  # in a job array, one task verifies the input for all
+        plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
+    return None, todo
 
 
 def _missing(plan: Plan, folder: Folder) -> list[int]:
@@ -166,7 +175,7 @@ def _make(
         return record._replace(totals=None)
 
     written, bad, started = 0, 0, time.monotonic()
-    with run(make, todo, place=folder.path) as records:
+    with run(make, todo, place=folder) as records:
         for number, record in zip(todo, records):
             written, bad = written + record.shard.bytes, bad + len(record.bad)
             rate = written / 1e6 / (time.monotonic() - started)
@@ -180,7 +189,7 @@ def _check_folder(plan: Plan, folder: Folder) -> Json | None:
     """
     names = folder.names()
     if manifest.NAME in names:
-        dataset = manifest.open_dataset(folder.path)
+        dataset = manifest.open_dataset(folder.path, allow_http=folder.allow_http)
         finished = dataset.manifest
         if "plan" not in finished:
             raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
@@ -242,7 +251,7 @@ def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
 
 def _publish(plan: Plan, folder: Folder) -> Json:
     """Index, statistics and, last, the manifest, from the records, which are then removed."""
-    source, options = plan.source, plan.options
+    source, options, names = plan.source, plan.options, folder.names()
     size, fraction = options.encoding.size, options.max_bad_fraction
     collected = Collected(_records(plan, folder), size=size, max_bad_fraction=fraction)
     present = {label for record in collected.of_split.get("train", []) for label in record.rows["label"].tolist()}
@@ -272,7 +281,7 @@ def _publish(plan: Plan, folder: Folder) -> Json:
     shards = {task.name for task in plan.tasks}
     wanted = shards | {dali_index_name(name) for name in shards}
     wanted |= {_cuts_name(plan, name) for name in shards if plan.cuts}
-    for name in folder.names():
+    for name in names:
         if name.endswith((PARTIAL, ".tar", ".idx", ".cuts", cuts.NAME)) and name not in wanted:
             folder.remove(name)
     written = manifest.write_manifest(folder, content)

@@ -1,10 +1,10 @@
 """Makes the files of pipeline/cuts.py, while a shard is written or for a data set that is finished."""
 
 import contextlib
-import os
+import hashlib
+import io
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from simplejpeg import decode_jpeg
@@ -17,8 +17,8 @@ from ..files import Json, json_bytes
 from ..huffman import SLACK
 from ..jpeg import HEADER, find_places, pack
 from ..manifest import Dataset, Split
-from ..shards import Shard, crc32, file_sha256
-from ..storage import Folder
+from ..shards import Shard, crc32
+from ..storage import Folder, folder_at
 
 CHECKS = {
     "some": 32,
@@ -73,7 +73,9 @@ def make_cuts(
     progress: called with numbers of images. Returns each file's name, size, sha256, and images that can be cut.
     Raises DataError for a shard that is not what the manifest says.
     """
-    folder = Folder(dataset.root)
+    remote = dataset.remote
+    folder = folder_at(str(dataset.place), allow_http=bool(remote and remote.allow_http))
+    workers = 1 if remote else workers  # forks could not use the connection
     splits: dict[str, list[Json]] = {}
     for split in dataset.splits.values():
         make = partial(_make_file, folder, split, check_one_in=check_one_in)
@@ -91,20 +93,22 @@ def make_cuts(
 def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) -> Json:
     shard, rows = split.shards[number], split.index[split.index["shard"] == number]
     name = cuts.file_name(split.name, number)
-    path = folder.path / name
     try:
-        places = cuts.read(path, shard, rows)
+        places = cuts.read(folder, name, shard, rows)
     except DataError:
-        places = [find(image, check_one_in=check_one_in) for image in _images(split.root / shard.name, rows)]
+        places = [find(image, check_one_in=check_one_in) for image in _images(split, shard, rows)]
         write_file(folder, name, shard, rows, places)
-    can_be_cut = sum(map(bool, places))
-    return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "cut": can_be_cut}
+    content = folder.read(name)
+    can_be_cut, sha256 = sum(map(bool, places)), hashlib.sha256(content).hexdigest()
+    return {"name": name, "bytes": len(content), "sha256": sha256, "cut": can_be_cut}
 
 
-def _images(tar: Path, rows: np.ndarray) -> Iterator[bytes]:
-    with open(tar, "rb") as file:
+def _images(split: Split, shard: Shard, rows: np.ndarray) -> Iterator[bytes]:
+    tar, remote = split.root / shard.name, split.remote
+    with io.BytesIO(remote.get(shard.name)) if remote else open(tar, "rb") as file:
         for offset, size, crc in rows[["offset", "size", "crc32"]].tolist():
-            image = os.pread(file.fileno(), size, offset)
+            file.seek(offset)
+            image = file.read(size)
             if crc32(image) != crc:
                 raise DataError(f"{tar}: changed at byte {offset}; copy the shard again")
             yield image

@@ -21,8 +21,6 @@ from .resize import Totals
 
 PLAN = f"{PARTS}/plan.json"
 LOCK = f"{PARTS}/lock"
-PLAN_LOCK_SECONDS = 10.0  # all tasks of a job array may start in one moment
-
 
 Listed = list[dict[str, str]]  # images by name, each with its reason or its kind before
 
@@ -69,9 +67,7 @@ def load(folder: Folder, shard: str, digest: str) -> ShardRecord | None:
 
 def claim(folder: Folder, plan: Json) -> None:
     """Records which plan the folder belongs to. Raises ConfigError if another plan has begun there."""
-    with folder.lock(f"{PLAN}.lock", wait_seconds=PLAN_LOCK_SECONDS):
-        if folder.size(PLAN) is None:
-            folder.write(PLAN, json_bytes(plan))
+    folder.create(PLAN, json_bytes(plan))
     check_plan(folder, plan)
 
 

@@ -1,6 +1,7 @@
 """The plan of a sharding: which image goes into which shard. A function of the source and the options alone."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -99,3 +100,21 @@ def _shuffled(seed: int, split: str, items: Items) -> np.ndarray:
     """(n,) int64. By a hash of the key, not by a generator: the same on every version of Python and NumPy."""
     hashes = (hashlib.sha256(f"{seed}/{split}/{key}".encode()).digest()[:16] for key in items.keys)
     return np.lexsort(np.fromiter(hashes, "S16", len(items)).view(">u8").astype(np.uint64).reshape(-1, 2).T[::-1])
+
+
+def numbers(text: str, shards: int) -> range:
+    """ "0:64" → range(0, 64); "3/16" → the fourth of 16 slices, which differ by one shard at most and may be empty."""
+    if match := re.fullmatch(r"(\d+)/(\d+)", text):
+        number, slices = map(int, match.groups())
+        if number < slices:
+            return range(number * shards // slices, (number + 1) * shards // slices)
+    if "/" in text:
+        raise ConfigError(f"--shards {text}: write I/N, with I from 0 to N - 1")
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match:
+        raise ConfigError(f"--shards {text}: write A:B, the first and the one after the last, or I/N, slice I of N")
+    first, last = match.groups()
+    chosen = range(int(first or 0), min(int(last or shards), shards))
+    if not chosen:
+        raise ConfigError(f"--shards {text}: there are {shards} shards, 0 to {shards - 1}")
+    return chosen

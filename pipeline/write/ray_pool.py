@@ -5,12 +5,12 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ..decode import BadImage
-from ..errors import ConfigError, StorageError
+from ..errors import ConfigError, ExpressError, StorageError
 from ..pool import Result, Task
+from ..storage import Folder
 from .sources import Item, Source
 
 CONNECT_SECONDS = 10.0
@@ -23,7 +23,7 @@ def run(
     tasks: Sequence[Task],
     *,
     workers: int,
-    place: Path,
+    place: Folder,
     source: Source,
     address: str,
 ) -> Iterator[Iterator[Result]]:
@@ -66,7 +66,7 @@ def _connected(address: str, workers: int) -> Any:
     return ray
 
 
-def _check_nodes(ray: Any, source: Source, place: Path) -> None:
+def _check_nodes(ray: Any, source: Source, place: Folder) -> None:
     pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     nodes, shared = [node for node in ray.nodes() if node["Alive"]], ray.put(source)
     item = _readable(source)
@@ -92,7 +92,10 @@ def _read(source: Source, item: Item) -> bool:
         return False
 
 
-def _missing_there(source: Source, item: Item | None, place: Path) -> str:
-    if not place.is_dir():
-        return f"{place} is not visible"
+def _missing_there(source: Source, item: Item | None, place: Folder) -> str:
+    try:
+        if not place.is_visible():
+            return f"{place} is not visible"
+    except ExpressError as err:
+        return str(err)
     return "" if item is None or _read(source, item) else f"the source's {item.where} cannot be read"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
+from pipeline.storage import Folder
 from pipeline.write import ray_pool
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import Digits, Item
@@ -93,8 +94,9 @@ def test_a_node_that_does_not_see_the_images_is_named_before_any_shard_is_made(c
 
 
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path):
-    assert ray_pool._missing_there(Digits(), None, tmp_path / "x") == f"{tmp_path / 'x'} is not visible"
-    assert ray_pool._missing_there(Digits(), Item("k", 0, "0"), tmp_path) == ""
+    place = Folder(tmp_path / "x")
+    assert ray_pool._missing_there(Digits(), None, place) == f"{place} is not visible"
+    assert ray_pool._missing_there(Digits(), Item("k", 0, "0"), Folder(tmp_path)) == ""
 
 
 def test_what_fails_on_each_retry_is_the_error_of_a_local_run(cluster, tmp_path):

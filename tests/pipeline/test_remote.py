@@ -29,6 +29,7 @@ from pipeline.read.plan import Plan
 from pipeline.shards import Shard
 from pipeline.write.cuts import make_cuts
 from tests.conftest import ROOT, run_here, run_tool
+from tests.pipeline.conftest import CANARY
 from tests.pipeline.test_bad_samples import damage
 from tests.pipeline.web_server import WebServer, serving
 from tools import evaluate
@@ -40,7 +41,6 @@ from pipeline.read import remote_reader
 from pipeline.read.remote_reader import chunks, expected_requests, requests, shards_of_a_chunk
 
 VIEW = AugmentConfig(resize=256, crop=224)
-CANARY = "canary-8f1d6c"
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +239,7 @@ def test_the_bytes_of_each_stage_are_counted(shards, web):
             requested = sum(end - start for _, start, end in web.ranges()) - requested
             assert stats["fetch_bytes"] == requested
             assert bool(requested) == bool(loader.split.remote)
-            assert all((stats[f"{name}_seconds"] > 0) == (stats[f"{name}_bytes"] > 0) for name in stages.NAMES)
+            assert all(stats[f"{name}_seconds"] > 0 for name in stages.NAMES if stats[f"{name}_bytes"])
             assert not any(value for name, value in loader._reader.stages.take().items())
 
 
@@ -491,43 +491,6 @@ def test_no_url_no_obstore():
 
 
 # S3 and training
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """A function that puts a folder into a bucket of a local S3 server; sets the environment that finds it."""
-    moto = pytest.importorskip("moto.server", reason="pip install -e '.[test]'")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3, monkeypatch):
-    import boto3
-
-    settings = {
-        "AWS_ENDPOINT_URL": s3,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": CANARY,
-        "AWS_SESSION_TOKEN": f"{CANARY}-token",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", endpoint_url=s3)
-
-    def put(folder: Path, name: str) -> str:
-        client.create_bucket(Bucket=name)
-        for path in folder.iterdir():
-            client.upload_file(str(path), name, f"some/where/{path.name}")
-        return f"s3://{name}/some/where"
-
-    put.client = client
-    return put
 
 
 def test_s3_gives_the_ids_and_pixels_of_a_folder(shards, bucket):

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
+from pipeline.write.plan import numbers
 from tests.conftest import ROOT, run_tool
 from tests.faults.test_damage import tmpfs
-from tools.make_shards import numbers
 
 SCRIPTS = ROOT / "docker" / "slurm"
 

@@ -1,0 +1,86 @@
+"""A folder of an object store that a sharding writes: s3:// or gs://, by the methods of a local folder.
+
+An object appears whole or not at all, since each is one PUT: an upload in parts would leave parts behind if it were
+killed. Object stores have no locks, and need none here: two runs of one plan write the same bytes, and the first of two
+plans keeps the other out by a conditional write.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, BinaryIO
+
+import obstore
+
+from . import pool, remote
+from .storage import Folder, Result
+
+
+class Url(str):
+    """Is joined with names as a Path is."""
+
+    def __truediv__(self, name: str) -> str:
+        return f"{self}/{name}"
+
+
+@dataclass
+class Bucket(Folder):
+    """See Folder. allow_http: also without encryption. A process connects when it first reads or writes."""
+
+    path: Url  # type: ignore[assignment]
+    allow_http: bool = False
+
+    @cached_property
+    def _remote(self) -> remote.RemoteFolder:
+        return remote.RemoteFolder(self.path, allow_http=self.allow_http, fetch_memory=0)
+
+    def _request(self, name: str, function: Callable[[Any], Any], *, doing: str = "read") -> Any:
+        return self._remote.request(self.path / name, function, doing=doing, patience=remote.PATIENCE)
+
+    def apart(self, function: Callable[[], Result]) -> Result:
+        return pool.apart(function)  # obstore's threads do not survive a fork
+
+    def is_visible(self) -> bool:
+        self.names()
+        return True
+
+    def names(self) -> list[str]:
+        listed = self._request("", obstore.list_with_delimiter, doing="listed")
+        self._sizes = {meta["path"]: meta["size"] for meta in listed["objects"]}
+        return sorted([*self._sizes, *(prefix.rstrip("/") for prefix in listed["common_prefixes"])])
+
+    def size(self, name: str) -> int | None:
+        if size := getattr(self, "_sizes", {}).get(name):
+            return int(size)
+        with suppress(FileNotFoundError):
+            return int(self._request(name, lambda store: obstore.head(store, name)["size"]))
+        return None
+
+    def read(self, name: str) -> bytes:
+        return bytes(self._request(name, lambda store: obstore.get(store, name).bytes()))
+
+    @contextmanager
+    def publish(self, name: str) -> Iterator[BinaryIO]:
+        file = io.BytesIO()
+        yield file
+        self._put(name, file.getvalue())
+
+    def create(self, name: str, data: bytes) -> None:
+        with suppress(FileExistsError):
+            self._put(name, data, mode="create")
+
+    def _put(self, name: str, data: bytes, **options: Any) -> None:
+        put = lambda store: obstore.put(store, name, data, use_multipart=False, **options)  # noqa: E731
+        self._request(name, put, doing="written")
+
+    def remove(self, name: str) -> None:
+        def delete(store: Any) -> None:
+            below = [meta["path"] for part in obstore.list(store, f"{name}/") for meta in part]
+            obstore.delete(store, below or [name])
+
+        self._request(name, delete, doing="removed")
+
+    def lock(self, name: str, *, shared: bool = False, wait_seconds: float = 0) -> BinaryIO:
+        return io.BytesIO()

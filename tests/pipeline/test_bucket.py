@@ -1,0 +1,209 @@
+"""Sharding to an object store: the bytes of a local run, whole or not there. Loopback only."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+
+from pipeline import AugmentConfig, DataError, Loader, LoaderConfig, open_dataset
+from pipeline.storage import folder_at
+from tests.conftest import ROOT
+from tests.pipeline.conftest import CANARY
+
+pytest.importorskip("obstore", reason="pip install -e '.[test]'")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def box(bucket):
+    """An empty bucket of a name of its own: (client, name)."""
+    name = f"box-{random.randrange(1 << 60)}"
+    bucket.client.create_bucket(Bucket=name)
+    return bucket.client, name
+
+
+def objects(box) -> dict[str, bytes]:
+    client, name = box
+    listed = client.list_objects_v2(Bucket=name).get("Contents", ())
+    return {each["Key"]: client.get_object(Bucket=name, Key=each["Key"])["Body"].read() for each in listed}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def command(out: object, *more: object) -> list[str]:
+    return ["digits", "--out", str(out), "--samples-per-shard", "100", "--workers", "2", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("local") / "out"
+    subprocess.run([sys.executable, "tools/make_shards.py", *command(out)], cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def in_process(*options: object) -> tuple[int, str]:
+    """Exit code and output of make_shards.py."""
+    run = subprocess.run(
+        [sys.executable, "tools/make_shards.py", *map(str, options)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert CANARY not in run.stdout + run.stderr
+    return run.returncode, run.stdout + run.stderr
+
+
+@contextmanager
+def failing(server: str) -> Iterator[str]:
+    """The URL of a proxy before a server that answers every seventh request by 503, and breaks every ninth off."""
+    numbers = itertools.count()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            return
+
+        def forward(self) -> None:
+            number, size = next(numbers), int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(size // 2 if number % 9 == 8 else size)
+            if number % 9 == 8:
+                self.close_connection = True
+                return
+            if number % 7 == 6:
+                self.send_error(503)
+                return
+            connection = http.client.HTTPConnection(urlsplit(server).netloc)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+            self.send_header("Content-Length", length or "0")
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_a_bucket_gets_the_bytes_of_a_local_run_and_is_trained_from(box, wanted):
+    url = f"s3://{box[1]}"
+    assert in_process(*command(url, "--allow-http"))[0] == 0
+    assert objects(box) == files(wanted)
+    batches = []
+    for dataset in (open_dataset(url, allow_http=True), open_dataset(wanted)):
+        options = {"batch": 64, "window": 3, "dtype": "uint8", "augment": AugmentConfig(resize=64, crop=32)}
+        with Loader(dataset, config=LoaderConfig("portable"), **options) as loader:
+            batches.append([(batch.ids.tolist(), batch.images.clone()) for batch in loader])
+    assert all(ours[0] == theirs[0] and torch.equal(ours[1], theirs[1]) for ours, theirs in zip(*batches, strict=True))
+
+
+def test_what_is_whole_is_not_made_again_and_another_plan_is_rejected(box, wanted):
+    client, name = box
+    url, whole = f"s3://{name}/a/b", {f"a/b/{file}": data for file, data in files(wanted).items()}
+    for part in (0, 1):
+        code, text = in_process(*command(url, "--allow-http", "--shards", f"{part}/2"))
+        assert (code, "with all of them there, run --merge" in text) == (0, True)
+        assert not [key for key in objects(box) if key.endswith("manifest.json")]
+        with pytest.raises(DataError, match=r"manifest.json: there is no such object"):
+            open_dataset(url, allow_http=True)
+    made = {key: client.head_object(Bucket=name, Key=key)["LastModified"] for key in objects(box)}
+    code, text = in_process(*command(url, "--allow-http", "--seed", 1))
+    assert code == 2
+    assert f"error: {url}: holds an unfinished sharding with options.seed=0, but this one has 1" in text
+    assert in_process(*command(url, "--allow-http", "--merge"))[0] == 0
+    assert objects(box) == whole
+    assert all(client.head_object(Bucket=name, Key=key)["LastModified"] == made[key] for key in whole if key in made)
+    assert in_process(*command(url, "--allow-http"))[0] == 0
+    assert objects(box) == whole
+    code, text = in_process(*command(url, "--allow-http", "--seed", 1))
+    assert (code, f"error: {url}: holds a finished dataset with options.seed=0" in text) == (2, True)
+
+
+def test_cuts_that_are_lost_are_made_again_from_the_bucket(box, wanted):
+    client, name = box
+    assert in_process(*command(f"s3://{name}", "--allow-http"))[0] == 0
+    client.delete_object(Bucket=name, Key="train-000002.cuts")
+    client.delete_object(Bucket=name, Key="cuts.json")
+    code, text = in_process("cuts", f"s3://{name}", "--allow-http", "--workers", 2)
+    assert (code, "images can be cut" in text) == (0, True)
+    assert objects(box) == files(wanted)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_only_whole_objects_and_is_continued(box, wanted):
+    client, name = box
+    url, whole, rng, unfinished = f"s3://{name}", files(wanted), random.Random(0), 0
+    full = [sys.executable, "tools/make_shards.py", *command(url, "--allow-http")]
+    for _ in range(5):
+        run = subprocess.Popen(full, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        enough = len(objects(box)) + rng.randrange(1, 20)
+        while run.poll() is None and client.list_objects_v2(Bucket=name)["KeyCount"] < enough:
+            time.sleep(0.002)
+        run.kill()
+        run.wait()
+        time.sleep(0.7)  # its workers see that it is gone
+        found = objects(box)
+        unfinished += "manifest.json" not in found
+        assert all(key.startswith("parts/") or data == whole[key] for key, data in found.items())
+    assert unfinished > 2
+    assert in_process(*command(url, "--allow-http"))[0] == 0
+    assert objects(box) == whole
+
+
+@pytest.mark.slow
+def test_requests_that_fail_are_made_again(box, wanted, s3, monkeypatch):
+    with failing(s3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        assert in_process(*command(f"s3://{box[1]}", "--allow-http"))[0] == 0
+    assert objects(box) == files(wanted)
+
+
+def test_of_two_plans_the_first_keeps_the_other_out(box):
+    places = [folder_at(f"s3://{box[1]}", allow_http=True) for _ in range(2)]
+    for number, place in enumerate(places):
+        place.create("parts/plan.json", b"%d" % number)
+    assert [place.read("parts/plan.json") for place in places] == [b"0", b"0"]
+    assert (places[0].names(), places[0].size("parts/plan.json"), places[0].size("x")) == (["parts"], 1, None)
+    places[1].remove("parts")
+    places[1].remove("x")
+    assert objects(box) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["digits", "--out", "https://host/x"], 2, "https://host/x: shards are written to a folder, or to s3://"),
+        (["index", "x.tar", "--out", "s3://box"], 2, "s3://box: index writes into a folder; name one"),
+        (["digits", "--out", "s3://a-bucket-that-is-not-there"], 74, "s3://a-bucket-that-is-not-there/: cannot be"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(bucket, options, code, message):
+    found, text = in_process(*options, "--allow-http")
+    assert found == code
+    assert text.splitlines()[-1].startswith(f"error: {message}")
