@@ -36,8 +36,8 @@ class Bucket(Folder):
     def _remote(self) -> remote.RemoteFolder:
         return remote.RemoteFolder(self.path, allow_http=self.allow_http, fetch_memory=0)
 
-    def _request(self, name: str, function: Callable[[Any], Any], *, doing: str = "read") -> Any:
-        return self._remote.request(self.path / name, function, doing=doing, patience=remote.PATIENCE)
+    def _request(self, name: str, function: Callable[[Any], Any], **options: Any) -> Any:
+        return self._remote.request(self.path / name, function, **{"patience": remote.PATIENCE} | options)
 
     def apart(self, function: Callable[[], Result]) -> Result:
         return pool.apart(function)  # obstore's threads do not survive a fork
@@ -47,7 +47,7 @@ class Bucket(Folder):
         return True
 
     def names(self) -> list[str]:
-        listed = self._request("", obstore.list_with_delimiter, doing="listed")
+        listed = self._request("", obstore.list_with_delimiter, doing="listed", patience=remote.AT_OPENING)
         self._sizes = {meta["path"]: meta["size"] for meta in listed["objects"]}
         return sorted([*self._sizes, *(prefix.rstrip("/") for prefix in listed["common_prefixes"])])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import filecmp
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,7 @@ from pipeline.storage import Folder
 from pipeline.write import ray_pool
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.sources import Digits, Item
+from tests.cluster.two import Hosts, a_port
 from tests.conftest import ROOT, run_here
 from tools import make_shards
 
@@ -132,3 +135,87 @@ def test_without_a_cluster_it_is_one_line(monkeypatch, capsys, tmp_path):
     code, line = run_here(make_shards.main, monkeypatch, capsys, *command)
     assert code == 2
     assert line.startswith("error: --ray-address 127.0.0.1:1: no cluster (")
+
+
+# Two machines: network namespaces, each with mounts of its own, and a bucket as --out.
+
+HEAD = """
+mount -t tmpfs tmpfs /tmp
+{env} {bin}/python -m moto.server --host {head} --port {s3} >/dev/null 2>&1 &
+{env} {bin}/ray start --head --node-ip-address {head} --port {port} --num-cpus 1 --include-dashboard false --block \
+    >/dev/null 2>&1 &
+{env} {bin}/python {script} {head}:{port} http://{head}:{s3} {out} {options}
+"""
+SECOND = """
+mount -t tmpfs tmpfs /tmp
+until {bin}/python -c 'import socket; socket.create_connection(("{head}", {port}), 1)' 2>/dev/null; do sleep 0.2; done
+{env} exec {bin}/ray start --address {head}:{port} --node-ip-address {second} --num-cpus 1 --block
+"""
+DRIVER = """
+import subprocess, sys, time
+from pathlib import Path
+import boto3, ray
+address, server, out, *options = sys.argv[1:]
+ray.init(address, logging_level="ERROR", log_to_driver=False)
+deadline = time.monotonic() + 60
+while sum(node["Alive"] for node in ray.nodes()) < 2 and time.monotonic() < deadline:
+    time.sleep(0.1)
+ray.shutdown()
+client = boto3.client("s3", endpoint_url=server)
+client.create_bucket(Bucket="box")
+command = ["tools/make_shards.py", "digits", "--side", "40", "--out", "s3://box/set", "--allow-http", *options]
+run = subprocess.run([sys.executable, *command, "--executor", "ray", "--ray-address", address])
+for entry in client.list_objects_v2(Bucket="box").get("Contents", []):
+    client.download_file("box", entry["Key"], str(Path(out) / entry["Key"].removeprefix("set/").replace("/", "_")))
+sys.exit(run.returncode)
+"""
+
+
+def on_two_machines(tmp_path: Path, *, second_sees: bool) -> tuple[int, str, Path]:
+    """Exit code and output of a sharding whose bucket the second node may see, and the folder of what it wrote."""
+    pytest.importorskip("ray", reason="make ray-test installs it")
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    work = Path(tempfile.mkdtemp(dir="/var/tmp"))  # unlike /tmp, both see it
+    try:
+        (out := work / "out").mkdir()
+        (work / "driver.py").write_text(DRIVER)
+        with Hosts(work) as hosts:
+            head, second = hosts.address(0), hosts.address(1)
+            s3, port = a_port(), a_port()
+            env = (
+                f"AWS_ENDPOINT_URL=http://{head}:{s3} AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x AWS_REGION=us-east-1"
+            )
+            values = {"bin": Path(sys.executable).parent, "head": head, "second": second, "port": port, "s3": s3}
+            values |= {"script": work / "driver.py", "out": out, "options": "--samples-per-shard 100 --stats off"}
+            elsewhere = env if second_sees else env.replace(f":{s3}", f":{a_port()}")
+            scripts = [HEAD.format(env=env, **values), SECOND.format(env=elsewhere, **values)]
+            # With the first process of such a namespace, all others of it end.
+            alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"]
+            commands = [[*hosts.prefix(i), *alone, script] for i, script in enumerate(scripts)]
+            with open(work / "log", "w+") as log:
+                node = subprocess.Popen(commands[1], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    code = subprocess.run(commands[0], cwd=ROOT, stdout=log, stderr=log, timeout=180).returncode
+                finally:
+                    node.kill()
+                    node.wait()
+                log.seek(0)
+                kept = shutil.copytree(out, tmp_path / "found")
+                return code, log.read(), kept
+    finally:
+        shutil.rmtree(work)
+
+
+def test_two_machines_shard_into_a_bucket(wanted, tmp_path):
+    code, text, found = on_two_machines(tmp_path, second_sees=True)
+    assert code == 0, text
+    assert_same(found, wanted)
+
+
+def test_a_machine_that_does_not_see_the_bucket_is_named(tmp_path):
+    code, text, found = on_two_machines(tmp_path, second_sees=False)
+    assert code == 74, text
+    assert "error: node ie-b: s3://box/set/: cannot be listed, tried for " in text
+    assert "; mount it there, or leave the node out" in text
+    assert [path.name for path in found.iterdir()] == ["parts_plan.json"]
