@@ -68,7 +68,9 @@ NOT_RUN = {
     "torchrun --nnodes=1:4": "needs four hosts; tests/faults/test_stops.py",
     "torchrun --standalone --nproc_per_node 2 script.py": "tests/test_packaging.py",
     "python train/run.py seed --data.shards s3://bucket/imagenet": "needs S3; tests/pipeline/test_remote.py",
-    "python tools/make_shards.py imagenet2012 --src /data/archives --out s3://bucket/imagenet": "needs S3; tests/pipeline/test_bucket.py",
+    "python tools/make_shards.py imagenet2012 --src /data/archives --out s3://bucket/imagenet": (
+        "needs S3; tests/pipeline/test_bucket.py"
+    ),
     "python train/run.py seed --data.shards /nfs/imagenet": "needs network storage; tests/pipeline/test_copies.py",
     "make image": "needs Docker; tests/docker/build_image.sh",
     "tests/docker/build_image.sh": "needs root and a network",
