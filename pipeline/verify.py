@@ -281,7 +281,7 @@ def _extra_faults(dataset: manifest.Dataset, ours: bool) -> Iterator[tuple[str, 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     """Samples with the same bytes: those of one checksum and size are compared by sha256."""
-    keys = [split.index["crc32"].astype(np.uint64) << np.uint64(32) | split.index["size"] for split in splits]
+    keys = [split.index["crc32"].astype(np.uint64) << 32 | split.index["size"] for split in splits]
     values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *keys]), return_counts=True)
     groups: dict[str, list[Copy]] = defaultdict(list)
     for split, of_split in zip(splits, keys):

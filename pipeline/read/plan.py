@@ -150,6 +150,6 @@ class Plan:
             mean -= colour_shift(self.augment, ids, self.covariance, **at)
         checked = np.zeros(n, np.bool_)
         if self.check_every:
-            checked = rng.bits(ids, stream=rng.CHECK, **at) % np.uint64(self.check_every) == 0
+            checked = rng.bits(ids, stream=rng.CHECK, **at) % self.check_every == 0
         box, flip = placement.box.reshape(n, views, 4), placement.flip.reshape(n, views)
         return Planned(ids, rows, box, flip, mean.reshape(n, views, 3), checked, kept)
