@@ -105,7 +105,7 @@ def check(
     report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
     ours = "plan" in dataset.manifest
     for split in dataset.splits.values():
-        if _check_index(split, len(dataset.classes), report):
+        if _check_index(split, report):
             check_shard = partial(_check_shard, split, deep=deep, ours=ours, raw=dataset.encoding == "raw")
             with pool.run(check_shard, range(len(split.shards)), workers=workers, place=root) as found:
                 for shard, findings in zip(split.shards, found):
@@ -116,7 +116,7 @@ def check(
     return report
 
 
-def _check_index(split: Split, classes: int, report: Report) -> bool:
+def _check_index(split: Split, report: Report) -> bool:
     """Whether the index can be read; enters the split in the report."""
     try:
         index = split.index
@@ -124,7 +124,7 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
         report.findings.append(Finding("index", split.index_name, str(err)))
         return False
     known = index["label"][index["label"] >= 0]
-    histogram = np.bincount(known, minlength=classes).tolist()
+    histogram = np.bincount(known, minlength=split.classes).tolist()
     total = sum(shard.bytes for shard in split.shards)
     report.splits[split.name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
     for name, fault in split.faults():
