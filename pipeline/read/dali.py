@@ -7,14 +7,13 @@ import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..decode import BadImage, decode, open_image
-from .backend import Engine, Held, Output, Setup, Work, check_raw_sizes, undecodable
+from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH
@@ -22,21 +21,20 @@ from .fetch import HEIGHT, WIDTH
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
 
-@dataclass(frozen=True)
 class Graph:
-    """All that the graph's shape depends on."""
+    """All that the graph's shape depends on, and how it is built."""
 
-    output: Output
-    raw: bool  # images are stored as pixels
-    resized: bool  # otherwise every crop is a plain copy of pixels
-    whole: bool  # decode whole images and crop them then, instead of decoding the crop's region alone
-    cut: bool  # some images are cuts, whose memory is not pinned
-    hw_decoder_load: float  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
-
-    @property
-    def decoder(self) -> Decoder:
-        device = self.output.device
-        return Decoder(device.index if device.type == "cuda" else None, self.hw_decoder_load)
+    def __init__(self, setup: Setup) -> None:
+        plan, config, device = setup.plan, setup.config, setup.output.device
+        self.output, self.raw = setup.output, setup.raw
+        self.cut = bool(setup.cutter)  # some images are cuts, whose memory is not pinned
+        self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load)
+        short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
+        jittered = plan.train and plan.augment.scale_jitter is not None
+        # Otherwise every crop is a plain copy of pixels.
+        self.resized = jittered or bool((short_sides != plan.augment.resize).any())
+        # Decode whole images and crop them then, instead of decoding the crop's region alone.
+        self.whole = device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
 
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
         """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
@@ -136,20 +134,11 @@ class Graph:
         )
 
 
-def graph_of(setup: Setup) -> Graph:
-    plan, output, config = setup.plan, setup.output, setup.config
-    short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
-    jittered = plan.train and plan.augment.scale_jitter is not None
-    resized = jittered or bool((short_sides != plan.augment.resize).any())
-    whole = output.device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
-    return Graph(output, setup.raw, resized, whole, bool(setup.cutter), config.hw_decoder_load)
-
-
 class Dali(Engine):
     """See backend.Engine."""
 
     def __init__(self, setup: Setup) -> None:
-        self.graph, self.threads, self._reader, self._setup = graph_of(setup), setup.threads, setup.reader, setup
+        self.graph, self.threads, self._reader, self._setup = Graph(setup), setup.threads, setup.reader, setup
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
         self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-cut")

@@ -35,7 +35,7 @@ def test_a_gpu_decodes_whole_images_unless_asked_for_regions(shards, backend, de
     config = LoaderConfig(backend, decode=decode, hw_decoder_load=0.9)
     with Loader(shards["jpeg"], batch=4, device=device, config=config) as loader:
         assert loader._engine.graph.whole is whole
-        assert loader._engine.graph.hw_decoder_load == 0.9
+        assert loader._engine.graph.decoder.hw_decoder_load == 0.9
 
 
 def test_on_a_gpu_bytes_are_read_into_pinned_memory_and_one_crop_in_250_is_checked(shards, monkeypatch):
