@@ -28,7 +28,7 @@ class Graph:
         plan, config, device = setup.plan, setup.config, setup.output.device
         self.output, self.raw = setup.output, setup.raw
         self.cut = bool(setup.cutter)  # some images are cuts, whose memory is not pinned
-        self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load)
+        self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load, setup.threads)
         short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
         jittered = plan.train and plan.augment.scale_jitter is not None
         # Otherwise every crop is a plain copy of pixels.
@@ -70,13 +70,13 @@ class Graph:
             tensors = [each for each in tensors for _ in range(self.output.views)]
         return TensorListCPU(tensors, layout, False)
 
-    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, rows: int, threads: int, depth: int) -> Any:
+    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, rows: int, depth: int) -> Any:
         """A built DALI pipeline. `source` returns `inputs(…)` of the next batch, of at most `rows` crops."""
         fn, types, pipeline_def = load_dali()
         crops_ndim = 1 if self.resized else 0
 
         @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=rows, num_threads=threads, device_id=self.decoder.device, prefetch_queue_depth=depth
+            batch_size=rows, num_threads=self.decoder.threads, device_id=self.decoder.device, prefetch_queue_depth=depth
         )
         def define() -> Any:
             inputs = 4 if self.output.dtype == "uint8" else 5
@@ -138,10 +138,10 @@ class Dali(Engine):
     """See backend.Engine."""
 
     def __init__(self, setup: Setup) -> None:
-        self.graph, self.threads, self._reader, self._setup = Graph(setup), setup.threads, setup.reader, setup
+        self.graph, self._reader, self._setup = Graph(setup), setup.reader, setup
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
         self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-cut")
+        self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="express-cut")
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
@@ -156,7 +156,7 @@ class Dali(Engine):
             return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
         most, depth = self._setup.most_crops, self._setup.config.prefetch_batches
-        self._pipeline = self.graph.pipeline(feed, rows=most, threads=self.threads, depth=depth)
+        self._pipeline = self.graph.pipeline(feed, rows=most, depth=depth)
 
     def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
         def cut(a: int, b: int) -> list[Cut]:
@@ -238,7 +238,7 @@ class Dali(Engine):
         number = int(name[1]) // self.graph.output.views if name else len(images)
         if number < len(images) and (reason := decoder.why_not_decoded([images[number]])):
             return undecodable(work, number, reason, self._reader)
-        found = decoder.first_rejected(images, threads=self.threads)
+        found = decoder.first_rejected(images)
         return undecodable(work, *found, self._reader) if found else err
 
 

@@ -192,12 +192,12 @@ def test_an_image_that_dali_does_not_name_is_found_by_halving_the_batch(monkeypa
         return build(self, images, **kwargs)
 
     monkeypatch.setattr(Decoder, "why_not_decoded", counted)
-    decoder = Decoder(None)
-    found, _ = decoder.first_rejected(images, threads=2)
+    decoder = Decoder(None, threads=2)
+    found, _ = decoder.first_rejected(images)
     assert found == at
     assert len(built) <= 12
     images[at] = images[at - 1]
-    assert decoder.first_rejected(images, threads=2) is None
+    assert decoder.first_rejected(images) is None
 
 
 def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):
