@@ -77,18 +77,17 @@ class Preparer:
         pixels, converted = decode(data, memory=self._decoded), None if header else _foreign(data)
         if encoding.kind == "keep":
             stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
-            measured = self._squares(pixels) if self.measure else None
         else:
             _reject_slivers(pixels, encoding.size)
             pixels = resize(pixels, encoding.size, self._resized, square=encoding.square)
             stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
-            measured = Measured(*[centre(pixels, encoding.size)] * 2) if self.measure else None
+        measured = self._squares(pixels) if self.measure else None
         return Prepared(stored, pixels.shape[1], pixels.shape[0], measured, converted)
 
     def _squares(self, pixels: ndarray) -> Measured:
         """The centre square of short side encoding.size; a smaller image's pixels are counted at their own size."""
         short, wanted = min(pixels.shape[:2]), self.encoding.size
-        square = resize(pixels, wanted, self._resized, square=True)
+        square = centre(pixels, wanted) if short == wanted else resize(pixels, wanted, self._resized, square=True)
         return Measured(square, square if short >= wanted else centre(pixels, short))
 
 
