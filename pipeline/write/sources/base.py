@@ -161,7 +161,7 @@ class Files(Source):
 
     def _open(self, item: Item) -> int:
         split, _, path = item.where.partition("/")
-        return os.open(os.path.join(self.folders[split], path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(os.path.join(self.folders[split], path), os.O_RDONLY | os.O_NONBLOCK)
 
     def ahead(self, item: Item) -> None:
         with contextlib.suppress(OSError):  # read() will name it
@@ -191,7 +191,7 @@ class Archives(Source):
     @cached_property
     def _opened(self) -> Callable[[Path], OpenFile]:
         """Each process that reads keeps archives open; pread has no position, so forked workers may share them."""
-        return lru_cache(MAX_OPEN)(lambda path: OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+        return lru_cache(MAX_OPEN)(lambda path: OpenFile(os.open(path, os.O_RDONLY)))
 
     def ahead(self, item: Item) -> None:
         archive, offset, size = item.extent
