@@ -30,7 +30,10 @@ SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet h
 
 
 def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tuple[ShardRecord, PassedOver]:
-    """Reads a tar from end to end. name: of its shard. Raises DataError if it is damaged or holds no samples, but other members."""
+    """Reads a tar from end to end. name: of its shard.
+
+    Raises DataError if it is damaged or holds no samples, but other members.
+    """
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
     unused: list[Member] = []
