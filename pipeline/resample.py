@@ -153,7 +153,7 @@ def resample(
     pitch: pixels from one row to the next. The rest: see `store`.
     """
     # Arrays are taken out of the tuples once: Numba counts references by atomic operations.
-    x_first, x_weights, x_taps, y_first, y_weights, y_taps = x.first, x.weights, x.taps, y.first, y.weights, y.taps
+    (x_first, x_weights, x_taps), (y_first, y_weights, y_taps) = x, y
     columns, rows = len(x_first), len(y_first)
     leftmost, rightmost = min(x_first[0], x_first[-1]), max(x_first[0], x_first[-1])
     size = 3 * (min(rightmost + x_taps, width) - leftmost)
