@@ -10,9 +10,7 @@ Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba.extending import overload
 from numpy import ndarray
 
 from .jit import compiled, exactly_compiled
@@ -105,16 +103,10 @@ def _blend_columns(line: ndarray, a: int, first: ndarray, weights: ndarray, taps
         q += u(3)
 
 
-def finished(*arguments: Any) -> Any:
-    """A value as it goes into `out`: as it is, or normalised for float32. Compiled from one of the two below."""
-    raise NotImplementedError
-
-
-@overload(finished, jit_options={"fastmath": True}, inline="always", strict=False)
-def finished_for(value: Any, mean: Any, scale: Any, out: Any) -> Any:
-    if out.dtype == numba.uint8:
-        return lambda value, mean, scale, out: value
-    return lambda value, mean, scale, out: (np.float32(value) - mean) * scale
+@compiled
+def _finished(value: int, mean: float, scale: float, plain: bool) -> Any:
+    """A value as it goes into `out`. plain: known when this is compiled, and so without a cost."""
+    return value if plain else (np.float32(value) - mean) * scale
 
 
 @compiled
@@ -123,24 +115,24 @@ def store(
     mean: ndarray, m: int, scale: ndarray,
 ) -> None:  # fmt: skip
     """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32."""
-    v = u(at)
+    v, plain = u(at), out.dtype == values.dtype
     m0, m1, m2 = mean[m], mean[m + 1], mean[m + 2]
     s0, s1, s2 = scale[0], scale[1], scale[2]
     if packed:
         target = u(start + 3 * columns * y)
         for _ in range(columns):
-            out[target] = finished(values[v], m0, s0, out)
-            out[target + u(1)] = finished(values[v + u(1)], m1, s1, out)
-            out[target + u(2)] = finished(values[v + u(2)], m2, s2, out)
+            out[target] = _finished(values[v], m0, s0, plain)
+            out[target + u(1)] = _finished(values[v + u(1)], m1, s1, plain)
+            out[target + u(2)] = _finished(values[v + u(2)], m2, s2, plain)
             target += u(3)
             v += u(3)
         return
     red, plane = u(start + y * columns), u(columns * rows)
     for x in range(u(columns)):  # one loop for all three, which LLVM turns into shuffles
         p = v + x * u(3)
-        out[red + x] = finished(values[p], m0, s0, out)
-        out[red + plane + x] = finished(values[p + u(1)], m1, s1, out)
-        out[red + plane + plane + x] = finished(values[p + u(2)], m2, s2, out)
+        out[red + x] = _finished(values[p], m0, s0, plain)
+        out[red + plane + x] = _finished(values[p + u(1)], m1, s1, plain)
+        out[red + plane + plane + x] = _finished(values[p + u(2)], m2, s2, plain)
 
 
 @compiled
