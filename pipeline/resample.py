@@ -64,18 +64,12 @@ def _blend_rows(
     """line[:n] = the weighted sum of `taps` rows from `top` on, of the n bytes of each from pixels[start] on."""
     last = rows - 1
     for k in range(0, taps, LANES):
-        w0, w1, w2, w3 = weights[w + k], weights[w + k + 1], weights[w + k + 2], weights[w + k + 3]
-        r0 = u(min(top + k, last) * pitch + start)
-        r1 = u(min(top + k + 1, last) * pitch + start)
-        r2 = u(min(top + k + 2, last) * pitch + start)
-        r3 = u(min(top + k + 3, last) * pitch + start)
+        # Read once: what is written might be what they are in, as far as LLVM knows.
+        four = weights[w + k], weights[w + k + 1], weights[w + k + 2], weights[w + k + 3]
         for j in range(u(n)):
-            blended = (
-                w0 * np.float32(pixels[r0 + j])
-                + w1 * np.float32(pixels[r1 + j])
-                + w2 * np.float32(pixels[r2 + j])
-                + w3 * np.float32(pixels[r3 + j])
-            )
+            blended = np.float32(0)
+            for i in range(LANES):
+                blended += four[i] * np.float32(pixels[u(min(top + k + i, last) * pitch + start) + j])
             if k > 0:
                 blended += line[j]
             line[j] = np.float32(np.int32(blended + HALF)) if k + LANES == taps else blended
@@ -92,13 +86,14 @@ def _blend_columns(line: ndarray, a: int, first: ndarray, weights: ndarray, taps
         p = u(first[i] * 3 - a)
         c0 = c1 = c2 = c3 = np.float32(0)
         for _ in range(0, taps, LANES):
-            w0, w1, w2, w3 = weights[w], weights[w + u(1)], weights[w + u(2)], weights[w + u(3)]
-            c0 += w0 * line[p] + w1 * line[p + u(3)] + w2 * line[p + u(6)] + w3 * line[p + u(9)]
-            c1 += w0 * line[p + u(1)] + w1 * line[p + u(4)] + w2 * line[p + u(7)] + w3 * line[p + u(10)]
-            c2 += w0 * line[p + u(2)] + w1 * line[p + u(5)] + w2 * line[p + u(8)] + w3 * line[p + u(11)]
-            c3 += w0 * line[p + u(3)] + w1 * line[p + u(6)] + w2 * line[p + u(9)] + w3 * line[p + u(12)]
-            p += u(3 * LANES)
-            w += u(LANES)
+            for _ in range(LANES):
+                weight = weights[w]
+                c0 += weight * line[p]
+                c1 += weight * line[p + u(1)]
+                c2 += weight * line[p + u(2)]
+                c3 += weight * line[p + u(3)]
+                p += u(3)
+                w += u(1)
         sums[q], sums[q + u(1)], sums[q + u(2)], sums[q + u(3)] = c0, c1, c2, c3
         q += u(3)
 
