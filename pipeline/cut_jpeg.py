@@ -88,7 +88,7 @@ def _write_table(tables: ndarray, base: int, out: ndarray, q: int, codes: ndarra
             out[q + 20], out[q + 21 + count] = out[q + 20] + 1, category
             code, count = code + 1, count + 1
     length = 19 + count
-    out[q], out[q + 1], out[q + 2], out[q + 3], out[q + 4] = 0xFF, 0xC4, length >> 8, length, base // TABLE
+    out[q : q + 5] = np.array((0xFF, 0xC4, length >> 8, length, base // TABLE))
     return q + 2 + length
 
 
@@ -111,7 +111,7 @@ def _write_header(image: ndarray, header: ndarray, placed: ndarray, out: ndarray
     q = scan = header[DATA] - 8 - 2 * header[COMPONENTS]
     out[:scan] = image[:scan]
     at, width, height = header[FRAME] + 5, placed[2], placed[3]
-    out[at], out[at + 1], out[at + 2], out[at + 3] = height >> 8, height, width >> 8, width
+    out[at : at + 4] = np.array((height >> 8, height, width >> 8, width))
     for i in range(header[COMPONENTS]):
         q = _write_table(header, header[CODES + 2 * i], out, q, codes[i])
         if q == 0:

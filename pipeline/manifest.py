@@ -213,37 +213,16 @@ def open_dataset(
     Raises DataError if the folder is missing, unfinished, damaged or of another kind.
     """
     root = absolute(str(root)) if is_url(root) else root
+    remote = None
     if is_url(root):
         from .remote import RemoteFolder
 
         remote = RemoteFolder(str(root), allow_http=allow_http, fetch_memory=fetch_memory)
-        return _dataset(Path(root), remote, bytes(remote.get(NAME)), check_splits, copies)
     root = Path(root)
-    path = root / NAME
-    if not root.is_dir():
-        raise DataError(f"{root}: no such shard folder; make one with tools/make_shards.py")
-    if not path.is_file():
-        if any(entry.is_dir() and entry.name != PARTS for entry in root.iterdir()):
-            train, more = root / "train", f"--val {root / 'val'}"
-            options = f"{train} {more}" if train.is_dir() else f"{root} --val-fraction 0.1"
-            raise DataError(
-                f"{root}: holds folders, not shards; run python tools/make_shards.py imagefolder --train {options}"
-                " --out SHARDS, and name SHARDS instead"
-            )
-        raise DataError(
-            f"{root}: no {NAME}, so its sharding never finished (or this is no shard folder);"
-            " run tools/make_shards.py again"
-        )
-    return _dataset(root, None, path.read_bytes(), check_splits, copies)
-
-
-def _dataset(
-    root: Path, remote: RemoteFolder | None, text: bytes, check_splits: bool, copies: Copies | None
-) -> Dataset:
     place = remote or root
-    path = place / NAME
+    text, path = bytes(remote.get(NAME)) if remote else _local_manifest(root), place / NAME
     try:
-        manifest = json.loads(text.decode("utf-8"))
+        manifest = json.loads(text.decode())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise DataError(
                 f"{path}: format {manifest['format']} version {manifest['version']},"
@@ -265,6 +244,25 @@ def _dataset(
         for name, fault in split.faults():
             raise DataError(f"{place / name}: {fault}")
     return Dataset(root, manifest, splits, remote, copies)
+
+
+def _local_manifest(root: Path) -> bytes:
+    path = root / NAME
+    if not root.is_dir():
+        raise DataError(f"{root}: no such shard folder; make one with tools/make_shards.py")
+    if not path.is_file():
+        if any(entry.is_dir() and entry.name != PARTS for entry in root.iterdir()):
+            train, more = root / "train", f"--val {root / 'val'}"
+            options = f"{train} {more}" if train.is_dir() else f"{root} --val-fraction 0.1"
+            raise DataError(
+                f"{root}: holds folders, not shards; run python tools/make_shards.py imagefolder --train {options}"
+                " --out SHARDS, and name SHARDS instead"
+            )
+        raise DataError(
+            f"{root}: no {NAME}, so its sharding never finished (or this is no shard folder);"
+            " run tools/make_shards.py again"
+        )
+    return path.read_bytes()
 
 
 def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Json:

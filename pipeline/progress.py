@@ -1,9 +1,8 @@
 """Progress for people: a bar on a terminal, a plain line now and then elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ BAR = "{desc}: |{bar}| {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left{postfix}
 
 
 @dataclass
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Counts towards `total`, from the first update on; `note` is shown beside it. Writes to stderr."""
 
     label: str
@@ -26,9 +25,6 @@ class Progress:
     started: float = 0.0
     printed: float = 0.0
     bar: Any = None
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

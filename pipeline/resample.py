@@ -10,9 +10,7 @@ Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba.extending import overload
 from numpy import ndarray
 
 from .jit import compiled, exactly_compiled
@@ -66,18 +64,12 @@ def _blend_rows(
     """line[:n] = the weighted sum of `taps` rows from `top` on, of the n bytes of each from pixels[start] on."""
     last = rows - 1
     for k in range(0, taps, LANES):
-        w0, w1, w2, w3 = weights[w + k], weights[w + k + 1], weights[w + k + 2], weights[w + k + 3]
-        r0 = u(min(top + k, last) * pitch + start)
-        r1 = u(min(top + k + 1, last) * pitch + start)
-        r2 = u(min(top + k + 2, last) * pitch + start)
-        r3 = u(min(top + k + 3, last) * pitch + start)
+        # Read once: what is written might be what they are in, as far as LLVM knows.
+        four = weights[w + k], weights[w + k + 1], weights[w + k + 2], weights[w + k + 3]
         for j in range(u(n)):
-            blended = (
-                w0 * np.float32(pixels[r0 + j])
-                + w1 * np.float32(pixels[r1 + j])
-                + w2 * np.float32(pixels[r2 + j])
-                + w3 * np.float32(pixels[r3 + j])
-            )
+            blended = np.float32(0)
+            for i in range(LANES):
+                blended += four[i] * np.float32(pixels[u(min(top + k + i, last) * pitch + start) + j])
             if k > 0:
                 blended += line[j]
             line[j] = np.float32(np.int32(blended + HALF)) if k + LANES == taps else blended
@@ -94,27 +86,22 @@ def _blend_columns(line: ndarray, a: int, first: ndarray, weights: ndarray, taps
         p = u(first[i] * 3 - a)
         c0 = c1 = c2 = c3 = np.float32(0)
         for _ in range(0, taps, LANES):
-            w0, w1, w2, w3 = weights[w], weights[w + u(1)], weights[w + u(2)], weights[w + u(3)]
-            c0 += w0 * line[p] + w1 * line[p + u(3)] + w2 * line[p + u(6)] + w3 * line[p + u(9)]
-            c1 += w0 * line[p + u(1)] + w1 * line[p + u(4)] + w2 * line[p + u(7)] + w3 * line[p + u(10)]
-            c2 += w0 * line[p + u(2)] + w1 * line[p + u(5)] + w2 * line[p + u(8)] + w3 * line[p + u(11)]
-            c3 += w0 * line[p + u(3)] + w1 * line[p + u(6)] + w2 * line[p + u(9)] + w3 * line[p + u(12)]
-            p += u(3 * LANES)
-            w += u(LANES)
+            for _ in range(LANES):
+                weight = weights[w]
+                c0 += weight * line[p]
+                c1 += weight * line[p + u(1)]
+                c2 += weight * line[p + u(2)]
+                c3 += weight * line[p + u(3)]
+                p += u(3)
+                w += u(1)
         sums[q], sums[q + u(1)], sums[q + u(2)], sums[q + u(3)] = c0, c1, c2, c3
         q += u(3)
 
 
-def finished(*arguments: Any) -> Any:
-    """A value as it goes into `out`: as it is, or normalised for float32. Compiled from one of the two below."""
-    raise NotImplementedError
-
-
-@overload(finished, jit_options={"fastmath": True}, inline="always", strict=False)
-def finished_for(value: Any, mean: Any, scale: Any, out: Any) -> Any:
-    if out.dtype == numba.uint8:
-        return lambda value, mean, scale, out: value
-    return lambda value, mean, scale, out: (np.float32(value) - mean) * scale
+@compiled
+def _finished(value: int, mean: float, scale: float, plain: bool) -> Any:
+    """A value as it goes into `out`. plain: known when this is compiled, and so without a cost."""
+    return value if plain else (np.float32(value) - mean) * scale
 
 
 @compiled
@@ -123,24 +110,24 @@ def store(
     mean: ndarray, m: int, scale: ndarray,
 ) -> None:  # fmt: skip
     """Writes row y of the crop at out[start:]: `columns` pixels of `values` from `at` on, normalised for float32."""
-    v = u(at)
+    v, plain = u(at), out.dtype == values.dtype
     m0, m1, m2 = mean[m], mean[m + 1], mean[m + 2]
     s0, s1, s2 = scale[0], scale[1], scale[2]
     if packed:
         target = u(start + 3 * columns * y)
         for _ in range(columns):
-            out[target] = finished(values[v], m0, s0, out)
-            out[target + u(1)] = finished(values[v + u(1)], m1, s1, out)
-            out[target + u(2)] = finished(values[v + u(2)], m2, s2, out)
+            out[target] = _finished(values[v], m0, s0, plain)
+            out[target + u(1)] = _finished(values[v + u(1)], m1, s1, plain)
+            out[target + u(2)] = _finished(values[v + u(2)], m2, s2, plain)
             target += u(3)
             v += u(3)
         return
     red, plane = u(start + y * columns), u(columns * rows)
     for x in range(u(columns)):  # one loop for all three, which LLVM turns into shuffles
         p = v + x * u(3)
-        out[red + x] = finished(values[p], m0, s0, out)
-        out[red + plane + x] = finished(values[p + u(1)], m1, s1, out)
-        out[red + plane + plane + x] = finished(values[p + u(2)], m2, s2, out)
+        out[red + x] = _finished(values[p], m0, s0, plain)
+        out[red + plane + x] = _finished(values[p + u(1)], m1, s1, plain)
+        out[red + plane + plane + x] = _finished(values[p + u(2)], m2, s2, plain)
 
 
 @compiled
@@ -153,7 +140,7 @@ def resample(
     pitch: pixels from one row to the next. The rest: see `store`.
     """
     # Arrays are taken out of the tuples once: Numba counts references by atomic operations.
-    x_first, x_weights, x_taps, y_first, y_weights, y_taps = x.first, x.weights, x.taps, y.first, y.weights, y.taps
+    (x_first, x_weights, x_taps), (y_first, y_weights, y_taps) = x, y
     columns, rows = len(x_first), len(y_first)
     leftmost, rightmost = min(x_first[0], x_first[-1]), max(x_first[0], x_first[-1])
     size = 3 * (min(rightmost + x_taps, width) - leftmost)

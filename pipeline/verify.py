@@ -20,7 +20,7 @@ import numpy as np
 from . import cuts, manifest, pool
 from .decode import BadImage, decode
 from .errors import DataError
-from .manifest import Split
+from .manifest import Dataset, Split
 from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
 from .storage import Folder
 from .tar import Member, members
@@ -44,7 +44,7 @@ CHECKS = {
 }
 DEEP = ("decode", "webdataset")  # checks that are not made by default
 
-Fault = tuple[str, str]  # the check, and what is wrong
+Fault = tuple[str, str]  # the check or the file, and what is wrong
 
 
 @dataclass
@@ -104,20 +104,24 @@ def check(
         import webdataset  # noqa: F401  # it loads torch: once, before workers are forked
     dataset = manifest.open_dataset(root, check_splits=False)
     report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
-    ours = "plan" in dataset.manifest
     for split in dataset.splits.values():
-        if _check_index(split, len(dataset.classes), report):
-            check_shard = partial(_check_shard, split, deep=deep, ours=ours, raw=dataset.encoding == "raw")
+        if _check_index(split, report):
+            check_shard = partial(_check_shard, dataset, split, deep)
             with pool.run(check_shard, range(len(split.shards)), workers=workers, place=root) as found:
                 for shard, findings in zip(split.shards, found):
                     report.findings += findings
                     progress(shard.samples)
-    report.findings += [Finding("info", *fault) for fault in _extra_faults(dataset, ours)]
+    report.findings += [Finding("info", *fault) for fault in _extra_faults(dataset)]
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
 
 
-def _check_index(split: Split, classes: int, report: Report) -> bool:
+def _is_ours(dataset: Dataset) -> bool:
+    """Whether the sharder made the tars; otherwise other people did, and `make_shards.py index` found them."""
+    return "plan" in dataset.manifest
+
+
+def _check_index(split: Split, report: Report) -> bool:
     """Whether the index can be read; enters the split in the report."""
     try:
         index = split.index
@@ -125,7 +129,7 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
         report.findings.append(Finding("index", split.index_name, str(err)))
         return False
     known = index["label"][index["label"] >= 0]
-    histogram = np.bincount(known, minlength=classes).tolist()
+    histogram = np.bincount(known, minlength=split.classes).tolist()
     total = sum(shard.bytes for shard in split.shards)
     report.splits[split.name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
     for name, fault in split.faults():
@@ -133,7 +137,7 @@ def _check_index(split: Split, classes: int, report: Report) -> bool:
     return True
 
 
-def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool) -> list[Finding]:
+def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> list[Finding]:
     shard, rows = split.shards[number], split.index[split.index["shard"] == number]
     path = split.root / shard.name
     faults: list[Fault] = []
@@ -151,8 +155,8 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
         with suppress(DataError):  # there are none, or cuts.faults names what is wrong
             places = cuts.read(Folder(split.root), cuts.file_name(split.name, number), shard, rows)
     with open(path, "rb") as file:
-        faults += _compare_samples(file.fileno(), rows, inside, places, deep=deep, ours=ours, raw=raw)
-    if ours:
+        faults += _compare_samples(file.fileno(), rows, inside, places, dataset, deep)
+    if _is_ours(dataset):
         faults += _compare_dali_index(path.with_name(dali_index_name(path.name)), inside)
     if deep and not faults:
         faults += _compare_with_webdataset(path, rows, inside)
@@ -166,11 +170,10 @@ def _check_shard(split: Split, number: int, *, deep: bool, ours: bool, raw: bool
 
 
 def _compare_samples(
-    fd: int, rows: np.ndarray, inside: dict[int, Member], places: list[bytes],
-    *, deep: bool, ours: bool, raw: bool,
-) -> Iterator[Fault]:  # fmt: skip
+    fd: int, rows: np.ndarray, inside: dict[int, Member], places: list[bytes], dataset: Dataset, deep: bool
+) -> Iterator[Fault]:
     images = sum(split_name(member.name)[1] in STORED for member in inside.values())
-    if ours and images > len(rows):  # tars of other people may hold images that were left out
+    if _is_ours(dataset) and images > len(rows):  # tars of other people may hold images that were left out
         yield "index", f"{images} images in the tar, {len(rows)} in the index"
     by_name, last = {member.name: member for member in inside.values()}, max(inside, default=-1)
     for (offset, size, _, label, crc, width, height), stored in zip(rows.tolist(), places):
@@ -186,7 +189,7 @@ def _compare_samples(
             return
         if crc32(data) != crc:
             yield "crc32", f"{where}: its bytes changed since they were written"
-        elif deep and (fault := _undecodable(data, width, height, raw)):
+        elif deep and (fault := _undecodable(data, width, height, dataset.encoding == "raw")):
             yield "decode", f"{where}: {fault}"
         elif stored and stored != find(data):
             yield "info", f"{where}: its cuts have wrong places; remove the shard's .cuts, and {cuts.CURE}"
@@ -264,7 +267,7 @@ def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Mem
             return
 
 
-def _extra_faults(dataset: manifest.Dataset, ours: bool) -> Iterator[tuple[str, str]]:
+def _extra_faults(dataset: Dataset) -> Iterator[Fault]:
     """(file, what is wrong with it) of the files beside shards and indices."""
     if image := dataset.manifest["statistics"].get("mean_image"):
         try:
@@ -272,7 +275,7 @@ def _extra_faults(dataset: manifest.Dataset, ours: bool) -> Iterator[tuple[str, 
         except DataError as err:
             yield image["file"], str(err)
     yield from cuts.faults(dataset)
-    if ours:
+    if _is_ours(dataset):
         try:
             if json.loads((dataset.root / manifest.INFO).read_bytes()) != timm_info(dataset.manifest["splits"]):
                 yield manifest.INFO, "differs from the manifest; shard the data again"
@@ -282,7 +285,7 @@ def _extra_faults(dataset: manifest.Dataset, ours: bool) -> Iterator[tuple[str, 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     """Samples with the same bytes: those of one checksum and size are compared by sha256."""
-    keys = [split.index["crc32"].astype(np.uint64) << np.uint64(32) | split.index["size"] for split in splits]
+    keys = [split.index["crc32"].astype(np.uint64) << 32 | split.index["size"] for split in splits]
     values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *keys]), return_counts=True)
     groups: dict[str, list[Copy]] = defaultdict(list)
     for split, of_split in zip(splits, keys):

@@ -83,21 +83,18 @@ def place(config: AugmentConfig, ids: ndarray, width: ndarray, height: ndarray, 
     In evaluation `config.views` consecutive crops for each image, otherwise one.
     """
     size = np.stack([width, height], axis=1).astype(np.int64)  # from here on, x and y are the columns of one array
+    scaled = np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1)
+    scale = size / scaled
     if not train:
-        return _views(config, size)
+        return _views(config, scaled, scale)
     draw = partial(rng.uniform, ids, **at)
     flip = config.flip & (draw(stream=rng.FLIP, count=1)[:, 0] < 0.5)
     u = draw(stream=rng.CROP, count=2)
     if config.scale_jitter is not None:
         tries = draw(stream=rng.JITTER, count=2 * TRIES)
         return Placement(_jittered(*config.scale_jitter, *config.aspect_jitter, size, tries, u), flip)
-    scaled = _scaled(size, config.resize)
     first, room = _room(config, scaled)
-    return Placement(_box(first + (u * (room + 1)).astype(np.int64), size / scaled, config.crop), flip)
-
-
-def _scaled(size: ndarray, short: int) -> ndarray:
-    return np.stack(resized(size[:, 0], size[:, 1], short), axis=1)
+    return Placement(_box(first + (u * (room + 1)).astype(np.int64), scale, config.crop), flip)
 
 
 def _room(config: AugmentConfig, scaled: ndarray) -> tuple[ndarray, ndarray]:
@@ -114,15 +111,14 @@ def _box(place: ndarray, scale: ndarray, crop: int) -> ndarray:
     return np.concatenate([place * scale, crop * scale], axis=1)
 
 
-def _views(config: AugmentConfig, size: ndarray) -> Placement:
-    scaled = _scaled(size, config.resize)
-    scale, centre = size / scaled, centre_offset(scaled, config.crop)
+def _views(config: AugmentConfig, scaled: ndarray, scale: ndarray) -> Placement:
+    centre = centre_offset(scaled, config.crop)
     if config.views == 1:
-        return Placement(_box(centre, scale, config.crop), np.zeros(len(size), bool))
+        return Placement(_box(centre, scale, config.crop), np.zeros(len(scaled), bool))
     first, room = _room(config, scaled)
     corners = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])]
     boxes = np.stack([_box(place, scale, config.crop) for place in (*corners, centre)], axis=1)
-    return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(size)))
+    return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(scaled)))
 
 
 def _jittered(

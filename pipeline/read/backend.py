@@ -122,7 +122,7 @@ def undecodable(work: Work | ReadBatch, number: int, reason: object, reader: Rea
 
 def check_raw_sizes(work: Work, start: int, end: int, reader: Reader) -> None:
     """Raises BadSample if one of images [start, end) of a batch has not the bytes of its width × height pixels."""
-    size, width, height = (work.rows[start:end, column] for column in (SIZE, WIDTH, HEIGHT))
+    size, width, height = work.rows[start:end, [SIZE, WIDTH, HEIGHT]].T
     for i in np.flatnonzero(size != 3 * width * height)[:1].tolist():
         reason = f"{size[i]} bytes, but {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
         raise undecodable(work, start + i, reason, reader)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import ConfigError
 from ..manifest import FETCH_MEMORY, Dataset, open_dataset
-from ..settings import Bounds, Fraction, InHelp, PerHost, Positive, validate
+from ..settings import Bounds, Fraction, InHelp, NonNegative, NonNegativeFloat, PerHost, Positive, validate
 from ..storage import Copies
 
 if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to import
@@ -41,7 +41,7 @@ class DataConfig:
     cache: PerHost[str] = ""
     """Folder on this machine for copies of whole shards; from a URL, images are read only from there, as far as the
     copies fit (docs/remote.md)."""
-    cache_size: PerHost[Annotated[float, Bounds(ge=0)]] = 0
+    cache_size: PerHost[NonNegativeFloat] = 0
     """GB that the copies in data.cache may take; 0: all shards."""
     stage: PerHost[str] = ""
     """Folder on this machine to which all shards are copied while training already reads them from data.shards."""
@@ -84,7 +84,7 @@ class LoaderConfig:
     a GPU, none on CPUs."""
     verify_action: Literal["log", "stop"] = "log"
     """If a crop differs, log writes a line and counts it in the metrics; stop also ends the run."""
-    max_bad_samples: Annotated[int, Bounds(ge=0)] = 0
+    max_bad_samples: NonNegative = 0
     """Damaged samples of a split, over all ranks, that may be replaced in training and left out in evaluation; one
     more ends the run."""
     resident_memory: PerHost[Fraction] = 0.8

@@ -7,14 +7,13 @@ import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..decode import BadImage, decode, open_image
-from .backend import Engine, Held, Output, Setup, Work, check_raw_sizes, undecodable
+from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, SIZE, WIDTH
@@ -22,21 +21,20 @@ from .fetch import HEIGHT, SIZE, WIDTH
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
 
-@dataclass(frozen=True)
 class Graph:
-    """All that the graph's shape depends on."""
+    """All that the graph's shape depends on, and how it is built."""
 
-    output: Output
-    raw: bool  # images are stored as pixels
-    resized: bool  # otherwise every crop is a plain copy of pixels
-    whole: bool  # decode whole images and crop them then, instead of decoding the crop's region alone
-    cut: bool  # some images are cuts, whose memory is not pinned
-    hw_decoder_load: float  # fraction of a batch's JPEGs for the hardware decoder of a GPU that has one
-
-    @property
-    def decoder(self) -> Decoder:
-        device = self.output.device
-        return Decoder(device.index if device.type == "cuda" else None, self.hw_decoder_load)
+    def __init__(self, setup: Setup) -> None:
+        plan, config, device = setup.plan, setup.config, setup.output.device
+        self.output, self.raw = setup.output, setup.raw
+        self.cut = bool(setup.cutter)  # some images are cuts, whose memory is not pinned
+        self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load, setup.threads)
+        short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
+        jittered = plan.train and plan.augment.scale_jitter is not None
+        # Otherwise every crop is a plain copy of pixels.
+        self.resized = jittered or bool((short_sides != plan.augment.resize).any())
+        # Decode whole images and crop them then, instead of decoding the crop's region alone.
+        self.whole = device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
 
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
         """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
@@ -72,13 +70,13 @@ class Graph:
             tensors = [each for each in tensors for _ in range(self.output.views)]
         return TensorListCPU(tensors, layout, False)
 
-    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, rows: int, threads: int, depth: int) -> Any:
+    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, rows: int, depth: int) -> Any:
         """A built DALI pipeline. `source` returns `inputs(…)` of the next batch, of at most `rows` crops."""
         fn, types, pipeline_def = load_dali()
         crops_ndim = 1 if self.resized else 0
 
         @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=rows, num_threads=threads, device_id=self.decoder.device, prefetch_queue_depth=depth
+            batch_size=rows, num_threads=self.decoder.threads, device_id=self.decoder.device, prefetch_queue_depth=depth
         )
         def define() -> Any:
             inputs = 4 if self.output.dtype == "uint8" else 5
@@ -136,23 +134,14 @@ class Graph:
         )
 
 
-def graph_of(setup: Setup) -> Graph:
-    plan, output, config = setup.plan, setup.output, setup.config
-    short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
-    jittered = plan.train and plan.augment.scale_jitter is not None
-    resized = jittered or bool((short_sides != plan.augment.resize).any())
-    whole = output.device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
-    return Graph(output, setup.raw, resized, whole, bool(setup.cutter), config.hw_decoder_load)
-
-
 class Dali(Engine):
     """See backend.Engine."""
 
     def __init__(self, setup: Setup) -> None:
-        self.graph, self.threads, self._reader, self._setup = graph_of(setup), setup.threads, setup.reader, setup
+        self.graph, self._reader, self._setup = Graph(setup), setup.reader, setup
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
         self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-cut")
+        self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="express-cut")
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
@@ -167,7 +156,7 @@ class Dali(Engine):
             return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
         most, depth = self._setup.most_crops, self._setup.config.prefetch_batches
-        self._pipeline = self.graph.pipeline(feed, rows=most, threads=self.threads, depth=depth)
+        self._pipeline = self.graph.pipeline(feed, rows=most, depth=depth)
 
     def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
         def cut(a: int, b: int) -> list[Cut]:
@@ -251,7 +240,7 @@ class Dali(Engine):
         number = int(name[1]) // self.graph.output.views if name else len(images)
         if number < len(images) and (reason := decoder.why_not_decoded([images[number]])):
             return undecodable(work, number, reason, self._reader)
-        found = decoder.first_rejected(images, threads=self.threads)
+        found = decoder.first_rejected(images)
         return undecodable(work, *found, self._reader) if found else err
 
 

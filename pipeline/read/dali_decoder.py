@@ -17,10 +17,12 @@ ANY_JPEG = encode_jpeg(np.zeros((16, 16, 3), np.uint8), colorsubsampling="420")
 
 @dataclass(frozen=True)
 class Decoder:
-    """device: CUDA ordinal, or None: on the CPU. hw_decoder_load: of a GPU that has a hardware decoder."""
+    """device: CUDA ordinal, or None: on the CPU. hw_decoder_load: fraction of a batch's JPEGs for the hardware decoder
+    of a GPU that has one. threads: of the CPU."""
 
     device: int | None
     hw_decoder_load: float = 0.65
+    threads: int = 1
 
     def options(self) -> dict[str, Any]:
         """Arguments of all decoding operators."""
@@ -33,22 +35,22 @@ class Decoder:
             "jpeg_fancy_upsampling": True,  # as libjpeg and Pillow: equal pixels on the CPU, at no measurable cost
         }
 
-    def why_not_decoded(self, images: list[memoryview], *, threads: int = 1) -> str | None:
+    def why_not_decoded(self, images: list[memoryview]) -> str | None:
         """Why it rejects one of the encoded images; None if it takes all. Builds a pipeline."""
         try:
-            self.decoded(images, threads=threads)
+            self.decoded(images)
         except RuntimeError as err:
             lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
             return lines[-1] if lines else "DALI rejects it"
         return None
 
-    def decoded(self, images: list[memoryview], *, threads: int = 1) -> Any:
+    def decoded(self, images: list[memoryview]) -> Any:
         """The pipeline that has decoded the images. Raises RuntimeError."""
         fn, _, pipeline_def = load_dali()
         arrays = [np.frombuffer(image, np.uint8) for image in images]
 
         @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=len(arrays), num_threads=threads, device_id=self.device, prefetch_queue_depth=1
+            batch_size=len(arrays), num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1
         )
         def define() -> Any:
             return fn.decoders.image(fn.external_source(source=lambda: arrays, batch=True), **self.options())
@@ -57,17 +59,17 @@ class Decoder:
         pipeline.run()
         return pipeline
 
-    def first_rejected(self, images: list[memoryview], *, threads: int) -> tuple[int, str] | None:
+    def first_rejected(self, images: list[memoryview]) -> tuple[int, str] | None:
         """The number of an image that it rejects, and why; None if it takes all.
 
         A pipeline is of no use after an error, and building one is slow: halving the batch finds one image in 1,024
         with 11 of them, which decode each image twice or so.
         """
         first, count = 0, len(images)
-        reason = self.why_not_decoded(images, threads=threads)
+        reason = self.why_not_decoded(images)
         while reason and count > 1:
             half = count // 2
-            upper = self.why_not_decoded(images[first : first + half], threads=threads)
+            upper = self.why_not_decoded(images[first : first + half])
             first, count = (first, half) if upper else (first + half, count - half)
             reason = upper or (self.why_not_decoded([images[first]]) if count == 1 else reason)
         return (first, reason) if reason else None

@@ -57,17 +57,14 @@ class Rows:
             self._path, self._start = index.filename, index.offset
             self._file = OpenFile(os.open(index.filename, os.O_RDONLY))
 
-    def _records(self, ids: Any) -> ndarray:
-        if not self._file:
-            return self._words[ids].view(INDEX_DTYPE)[..., 0]
-        records = np.empty(np.shape(ids), INDEX_DTYPE)
-        if not read_records(self._file.fd, self._start, np.ravel(ids), records.reshape(-1).view(np.uint8)):
-            raise StorageError(f"{self._path}: its end is missing, or cannot be read; copy it again")
-        return records
-
     def __getitem__(self, at: Any) -> ndarray:
         ids, columns = at if isinstance(at, tuple) else (at, slice(None))
-        records = self._records(ids)
+        if self._file:
+            records = np.empty(np.shape(ids), INDEX_DTYPE)
+            if not read_records(self._file.fd, self._start, np.ravel(ids), records.reshape(-1).view(np.uint8)):
+                raise StorageError(f"{self._path}: its end is missing, or cannot be read; copy it again")
+        else:
+            records = self._words[ids].view(INDEX_DTYPE)[..., 0]
         rows = np.empty((*records.shape, len(COLUMNS)), np.int64)
         for i, name in enumerate(COLUMNS):
             rows[..., i] = records[name]

@@ -23,7 +23,8 @@ def _reverse(pixels: ndarray, at: int, side: int, row: ndarray) -> None:
     p, q = u(at), u(3 * side)
     for _ in range(side):
         q -= u(3)
-        row[q], row[q + u(1)], row[q + u(2)] = pixels[p], pixels[p + u(1)], pixels[p + u(2)]
+        for c in range(u(3)):
+            row[q + c] = pixels[p + c]
         p += u(3)
 
 

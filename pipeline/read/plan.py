@@ -71,7 +71,7 @@ class Plan:
         # The ids that this rank reads, in all epochs.
         parts = self.partitions if self.train else self.world
         self.held = order.range_of_rank(self.samples, rank=self.rank, world=self.world, partitions=parts)
-        self._chunk: tuple[tuple[int, int], int, Planned] | None = None
+        self._chunk: dict[tuple[int, int, int], Planned] = {}  # the latest, by epoch, first step and bad samples
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -131,18 +131,18 @@ class Plan:
     def step(self, epoch: int, step: int, rows: Rows) -> Planned:
         """One step's images. rows: all samples'."""
         n, many = self.batch_per_rank, max(1, PLAN_IMAGES // self.batch_per_rank)
-        of = (epoch, len(self.bad))
-        if self._chunk is None or self._chunk[0] != of or not 0 <= step - self._chunk[1] < many:
-            self._chunk = (of, step, self.steps(epoch, range(step, min(step + many, len(self))), rows))
-        _, first, chunk = self._chunk
+        first = step - step % many
+        key = epoch, first, len(self.bad)
+        if key not in self._chunk:
+            self._chunk = {key: self.steps(epoch, range(first, min(first + many, len(self))), rows)}
         start = (step - first) * n
-        return Planned(*[column[start : start + n] for column in chunk])
+        return Planned(*[column[start : start + n] for column in self._chunk[key]])
 
     def steps(self, epoch: int, steps: range, index: Rows) -> Planned:
         """Plans many steps at once: for a single batch, the overhead of NumPy's calls would exceed their work."""
         planned = np.concatenate([self._planned_ids(epoch, s) for s in steps])
         ids = self._replaced(planned)
-        rows, kept = index[ids], ids == planned if not self.train else np.ones(len(ids), np.bool_)
+        rows, kept = index[ids], (ids == planned) | self.train
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}
         placement = place(self.augment, ids, rows[:, WIDTH], rows[:, HEIGHT], train=self.train, **at)
         mean = np.tile(self.mean, (n * views, 1))
@@ -150,6 +150,6 @@ class Plan:
             mean -= colour_shift(self.augment, ids, self.covariance, **at)
         checked = np.zeros(n, np.bool_)
         if self.check_every:
-            checked = rng.bits(ids, stream=rng.CHECK, **at) % np.uint64(self.check_every) == 0
+            checked = rng.bits(ids, stream=rng.CHECK, **at) % self.check_every == 0
         box, flip = placement.box.reshape(n, views, 4), placement.flip.reshape(n, views)
         return Planned(ids, rows, box, flip, mean.reshape(n, views, 3), checked, kept)

@@ -18,19 +18,19 @@ _MASK = (1 << 64) - 1
 
 def _mix(x: ndarray) -> ndarray:
     """A bijection of 64 bits: each input bit changes half of the output bits (Stafford's variant 13). In place."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(_M1)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(_M2)
-    x ^= x >> np.uint64(31)
+    x ^= x >> 30
+    x *= _M1
+    x ^= x >> 27
+    x *= _M2
+    x ^= x >> 31
     return x
 
 
 def _unmix(x: ndarray) -> ndarray:
     """The inverse of _mix. In place."""
     for shift, factor in ((31, _M2), (27, _M1), (30, 1)):
-        x ^= x >> np.uint64(shift) ^ x >> np.uint64(2 * shift)
-        x *= np.uint64(pow(factor, -1, 1 << 64))
+        x ^= x >> shift ^ x >> 2 * shift
+        x *= pow(factor, -1, 1 << 64)
     return x
 
 
@@ -51,27 +51,27 @@ def bits(ids: ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> 
     """(n,) uint64 for (n,) ids. For fixed keywords a bijection of the id: distinct ids never collide."""
     x = np.asarray(ids).astype(np.uint64)  # a copy, mixed in place from here on
     # Two keyed rounds: after one, two epochs would be shifted windows of one and the same sequence.
-    x *= np.uint64(_GOLDEN)
-    x += np.uint64(key(seed, epoch, stream, draw))
+    x *= _GOLDEN
+    x += key(seed, epoch, stream, draw)
     _mix(x)
-    x ^= np.uint64(key(draw, stream, epoch, seed))
+    x ^= key(draw, stream, epoch, seed)
     return _mix(x)
 
 
 def ids(bits: ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> ndarray:
     """The inverse of `bits`, in place."""
     x = _unmix(bits)
-    x ^= np.uint64(key(draw, stream, epoch, seed))
+    x ^= key(draw, stream, epoch, seed)
     _unmix(x)
-    x -= np.uint64(key(seed, epoch, stream, draw))
-    x *= np.uint64(pow(_GOLDEN, -1, 1 << 64))
+    x -= key(seed, epoch, stream, draw)
+    x *= pow(_GOLDEN, -1, 1 << 64)
     return x
 
 
 def uniform(ids: ndarray, *, count: int, **at: int) -> ndarray:
     """(n, count) float64 in [0, 1), multiples of 2^-53. at: seed, epoch and stream."""
     draws = [bits(ids, draw=d, **at) for d in range(count)]
-    return np.stack([(x >> np.uint64(11)) * 2.0**-53 for x in draws], axis=1)
+    return np.stack([(x >> 11) * 2.0**-53 for x in draws], axis=1)
 
 
 def normal(ids: ndarray, *, count: int, **at: int) -> ndarray:

@@ -11,7 +11,7 @@ from ..decode import MAX_SIDE, BadImage, Scratch, decode, open_image, plain_jpeg
 from ..errors import ConfigError
 from ..geometry import resized
 from ..settings import Bounds, validate
-from .resize import Square, resize
+from .resize import centre, resize
 
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 
@@ -34,8 +34,8 @@ class Encoding:
 class Measured(NamedTuple):
     """What statistics are made of; valid until the next image is prepared."""
 
-    square: Square  # of `size`, as training sees it
-    pixels: Square  # the same, but of smaller images only the pixels that are there
+    square: ndarray  # (size, size, 3), as training sees it
+    pixels: ndarray  # the same, but of smaller images only the pixels that are there
 
 
 class Prepared(NamedTuple):
@@ -77,19 +77,18 @@ class Preparer:
         pixels, converted = decode(data, memory=self._decoded), None if header else _foreign(data)
         if encoding.kind == "keep":
             stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
-            measured = self._squares(pixels) if self.measure else None
         else:
             _reject_slivers(pixels, encoding.size)
             pixels = resize(pixels, encoding.size, self._resized, square=encoding.square)
             stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
-            measured = Measured(*[Square.centre(pixels, encoding.size)] * 2) if self.measure else None
+        measured = self._squares(pixels) if self.measure else None
         return Prepared(stored, pixels.shape[1], pixels.shape[0], measured, converted)
 
     def _squares(self, pixels: ndarray) -> Measured:
         """The centre square of short side encoding.size; a smaller image's pixels are counted at their own size."""
         short, wanted = min(pixels.shape[:2]), self.encoding.size
-        square = Square.centre(resize(pixels, wanted, self._resized, square=True), wanted)
-        return Measured(square, square if short >= wanted else Square.centre(pixels, short))
+        square = centre(pixels, wanted) if short == wanted else resize(pixels, wanted, self._resized, square=True)
+        return Measured(square, square if short >= wanted else centre(pixels, short))
 
 
 def _reject_slivers(pixels: ndarray, short: int) -> None:

@@ -5,7 +5,6 @@ Each member of a tar is in a sample, listed as a bad image, or counted as passed
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,11 @@ MAX_CLASSES = 1_000_000
 SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet has a thousandth
 
 
-def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRecord, PassedOver]:
-    """Reads a tar from end to end. Raises DataError if it is damaged or holds no samples, but other members."""
+def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tuple[ShardRecord, PassedOver]:
+    """Reads a tar from end to end. name: of its shard.
+
+    Raises DataError if it is damaged or holds no samples, but other members.
+    """
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
     unused: list[Member] = []
@@ -43,8 +45,8 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
             bad[image] = err
     passed_over = PassedOver()
     for member in unused:
-        name = os.path.basename(member.name)
-        kind = litter(name) or os.path.splitext(name)[1].lower() or "without extension"
+        file = os.path.basename(member.name)
+        kind = litter(file) or os.path.splitext(file)[1].lower() or "without extension"
         passed_over.add(kind, _printable(path, member))
     if not rows and not bad:
         if unused:
@@ -61,7 +63,7 @@ def index_tar(path: Path, *, statistics_images: int, size: int) -> tuple[ShardRe
             bad[image] = err
             del rows[image]
     listed = [{"image": _printable(path, member), "reason": str(err)} for member, err in bad.items()]
-    shard = Shard(path.name, len(rows), path.stat().st_size, file_sha256(path))
+    shard = Shard(name, len(rows), path.stat().st_size, file_sha256(path))
     index = np.array(list(rows.values()), dtype=INDEX_DTYPE)
     return ShardRecord(shard, index, totals, [], listed), passed_over
 
@@ -107,8 +109,7 @@ def index(
     def read(tar: tuple[str, Path]) -> tuple[ShardRecord, PassedOver]:
         split, path = tar
         name = require_utf8(os.path.relpath(path.resolve(), out.resolve()))
-        record, unused = index_tar(path, statistics_images=measured * (split == "train"), size=size)
-        return record._replace(shard=replace(record.shard, name=name)), unused
+        return index_tar(path, name, statistics_images=measured * (split == "train"), size=size)
 
     def counted(results: Iterator[tuple[ShardRecord, PassedOver]]) -> Iterator[tuple[str, ShardRecord]]:
         for (split, _), (record, unused) in zip(tars, results, strict=True):

@@ -26,42 +26,23 @@ def _resize(
 
 
 @compiled
-def _add(pixels: ndarray, start: int, stride: int, side: int, sums: ndarray) -> None:
-    """Adds up side² pixels: each channel, and each pair's products (rr, rg, rb, gg, gb, bb), into nine int64."""
-    for y in range(side):  # so many products of bytes fit 32 bits: a line has at most 8,192 pixels
-        s0 = s1 = s2 = rr = rg = rb = gg = gb = bb = np.uint32(0)
-        p = u(start + y * stride)
-        for _ in range(u(side)):
-            r, g, b = np.uint32(pixels[p]), np.uint32(pixels[p + u(1)]), np.uint32(pixels[p + u(2)])
-            s0 += r
-            s1 += g
-            s2 += b
-            rr += r * r
-            rg += r * g
-            rb += r * b
-            gg += g * g
-            gb += g * b
-            bb += b * b
-            p += u(3)
-        sums[0] += s0
-        sums[1] += s1
-        sums[2] += s2
-        sums[3] += rr
-        sums[4] += rg
-        sums[5] += rb
-        sums[6] += gg
-        sums[7] += gb
-        sums[8] += bb
-
-
-@compiled
-def _add_image(pixels: ndarray, start: int, stride: int, side: int, image: ndarray) -> None:
-    q = u(0)
-    for y in range(side):
-        p = u(start + y * stride)
-        for j in range(u(3 * side)):
-            image[q + j] += np.uint32(pixels[p + j])
-        q += u(3 * side)
+def _add(square: ndarray, pixels: ndarray, image: ndarray, sums: ndarray) -> None:
+    """Adds `square` to `image`, and of `pixels` each channel and each pair's products (rr, rg, rb, gg, gb, bb) to nine
+    int64. All are flat."""
+    image += square
+    s0 = s1 = s2 = rr = rg = rb = gg = gb = bb = np.int64(0)
+    for p in range(u(0), u(len(pixels)), u(3)):
+        r, g, b = np.int64(pixels[p]), np.int64(pixels[p + u(1)]), np.int64(pixels[p + u(2)])
+        s0 += r
+        s1 += g
+        s2 += b
+        rr += r * r
+        rg += r * g
+        rb += r * b
+        gg += g * g
+        gb += g * b
+        bb += b * b
+    sums += np.array((s0, s1, s2, rr, rg, rb, gg, gb, bb))
 
 
 def resize(pixels: ndarray, short: int, memory: Scratch, *, square: bool) -> ndarray:
@@ -78,20 +59,10 @@ def resize(pixels: ndarray, short: int, memory: Scratch, *, square: bool) -> nda
     return out
 
 
-class Square(NamedTuple):
-    """The centre pixels of an image, in place: no copy."""
-
-    pixels: ndarray  # (n,) uint8: the image, RGB
-    start: int  # of the first, in bytes
-    stride: int  # from one line to the next, in bytes
-    side: int  # pixels
-
-    @staticmethod
-    def centre(pixels: ndarray, side: int) -> Square:
-        """pixels: (h, w, 3), contiguous. An odd margin is split as by torchvision's CenterCrop."""
-        height, width, _ = pixels.shape
-        top, left = (int(centre_offset(length, side)) for length in (height, width))
-        return Square(pixels.reshape(-1), 3 * (top * width + left), 3 * width, side)
+def centre(pixels: ndarray, side: int) -> ndarray:
+    """(side, side, 3), contiguous: the centre of (h, w, 3). An odd margin is split as by torchvision's CenterCrop."""
+    top, left = centre_offset(np.array(pixels.shape[:2]), side)
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
 
 
 class Totals(NamedTuple):
@@ -105,17 +76,15 @@ class Totals(NamedTuple):
         """dtype: of the image. 32 bits are enough for 16 million images."""
         return Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, dtype))
 
-    def add(self, square: Square, pixels: Square) -> None:
-        """square: size² pixels of the mean image. pixels: those that mean and covariance are made of."""
-        assert 3 * square.side**2 == len(self.image)
-        _add_image(*square, self.image)
-        _add(*pixels, self.numbers[2:])
-        self.numbers[:2] += 1, pixels.side**2
+    def add(self, square: ndarray, pixels: ndarray) -> None:
+        """square: (size, size, 3) of the mean image. pixels: the square that mean and covariance are made of."""
+        assert square.size == len(self.image)
+        _add(square.reshape(-1), pixels.reshape(-1), self.image, self.numbers[2:])
+        self.numbers[:2] += 1, pixels.size // 3
 
 
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
     with straight_lines_vectorised():
-        pixels = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
-        centre = Square.centre(pixels, 8)
-        Totals.zeros(8).add(centre, centre)
+        square = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
+        Totals.zeros(8).add(square, square)

@@ -35,7 +35,7 @@ def test_a_gpu_decodes_whole_images_unless_asked_for_regions(shards, backend, de
     config = LoaderConfig(backend, decode=decode, hw_decoder_load=0.9)
     with Loader(shards["jpeg"], batch=4, device=device, config=config) as loader:
         assert loader._engine.graph.whole is whole
-        assert loader._engine.graph.hw_decoder_load == 0.9
+        assert loader._engine.graph.decoder.hw_decoder_load == 0.9
 
 
 def test_on_a_gpu_bytes_are_read_into_pinned_memory_and_one_crop_in_250_is_checked(shards, monkeypatch):
@@ -192,12 +192,12 @@ def test_an_image_that_dali_does_not_name_is_found_by_halving_the_batch(monkeypa
         return build(self, images, **kwargs)
 
     monkeypatch.setattr(Decoder, "why_not_decoded", counted)
-    decoder = Decoder(None)
-    found, _ = decoder.first_rejected(images, threads=2)
+    decoder = Decoder(None, threads=2)
+    found, _ = decoder.first_rejected(images)
     assert found == at
     assert len(built) <= 12
     images[at] = images[at - 1]
-    assert decoder.first_rejected(images, threads=2) is None
+    assert decoder.first_rejected(images) is None
 
 
 def test_a_failure_that_no_image_causes_is_not_blamed_on_one(shards, monkeypatch):

@@ -143,7 +143,7 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
     image = np.random.default_rng(seed).integers(0, 256, (side + more_lines, side + more_columns, 3), dtype=np.uint8)
     top, left = (int(centre_offset(length, side)) for length in image.shape[:2])
     wide = image[top : top + side, left : left + side].astype(np.int64)
-    square = resize.Square.centre(image, side)
+    square = resize.centre(image, side)
     sums = resize.Totals.zeros(side)
     for _ in range(2):
         sums.add(square, square)
@@ -156,7 +156,7 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
 
 
 def test_sums_of_many_white_images_overflow_nothing():
-    white = resize.Square.centre(np.full((8, 8, 3), 255, np.uint8), 8)
+    white = resize.centre(np.full((8, 8, 3), 255, np.uint8), 8)
     sums = resize.Totals.zeros(8)
     for number in range(1, 800):
         sums.add(white, white)

@@ -13,7 +13,7 @@ import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import chain, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,12 +46,10 @@ class Names(Sequence[str]):
     def __init__(self) -> None:
         self.lines, self._ends = bytearray(), array("q", [0])
 
-    def extend(self, names: Sequence[str]) -> None:
-        text = "\n".join(names) + "\n"
-        encoded = _encoded(text)
-        sizes = [*map(len, names if len(encoded) == len(text) else map(_encoded, names))]
-        self._ends.frombytes((np.cumsum(sizes) + np.arange(1, len(names) + 1) + len(self.lines)).tobytes())
-        self.lines += encoded
+    def extend(self, names: Iterable[str]) -> None:
+        lines = [name.encode("utf-8", "surrogateescape") + b"\n" for name in names]
+        self._ends.extend(accumulate(map(len, lines), initial=self._ends.pop()))
+        self.lines += b"".join(lines)
 
     def __iter__(self) -> Iterator[str]:
         return (self.lines[a : b - 1].decode("utf-8", "surrogateescape") for a, b in pairwise(self._ends))
@@ -61,10 +59,6 @@ class Names(Sequence[str]):
 
     def __getitem__(self, i: Any) -> Any:
         return self.lines[self._ends[i] : self._ends[i + 1] - 1].decode("utf-8", "surrogateescape")
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 class Items(Sequence[Item]):
@@ -167,7 +161,7 @@ class Files(Source):
 
     def _open(self, item: Item) -> int:
         split, _, path = item.where.partition("/")
-        return os.open(os.path.join(self.folders[split], path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(os.path.join(self.folders[split], path), os.O_RDONLY | os.O_NONBLOCK)
 
     def ahead(self, item: Item) -> None:
         with contextlib.suppress(OSError):  # read() will name it
@@ -197,7 +191,7 @@ class Archives(Source):
     @cached_property
     def _opened(self) -> Callable[[Path], OpenFile]:
         """Each process that reads keeps archives open; pread has no position, so forked workers may share them."""
-        return lru_cache(MAX_OPEN)(lambda path: OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)))
+        return lru_cache(MAX_OPEN)(lambda path: OpenFile(os.open(path, os.O_RDONLY)))
 
     def ahead(self, item: Item) -> None:
         archive, offset, size = item.extent

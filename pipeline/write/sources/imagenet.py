@@ -184,8 +184,7 @@ class _Kit:
 
     def __init__(self, path: Path, id_field: str) -> None:
         self.path = path
-        leaves = self._leaves(id_field)
-        self.wnids, self.names, self.ids, counts = map(list, zip(*leaves))
+        self.wnids, self.names, self.ids, counts = map(list, zip(*self._leaves(id_field)))
         self.label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
         self.train_counts = dict(zip(self.wnids, counts))
 
