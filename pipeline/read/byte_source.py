@@ -5,7 +5,7 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,16 +64,12 @@ class LocalShards:
         """How many files each of so many threads may use at a time."""
         return max(1, self._room // threads)
 
-    def read(self, shard: int, ranges: Iterable[tuple[int, int]]) -> list[np.ndarray]:
-        """The bytes at each (offset, size), uint8. Raises StorageError; EOFError if the shard ends before a range."""
-        file = self.open(shard)
-        return [self._range(shard, file.fd, offset, size) for offset, size in ranges]
-
-    def _range(self, shard: int, fd: int, offset: int, size: int) -> np.ndarray:
-        buffer, done = np.empty(size, np.uint8), 0
-        while done < size:
+    def read(self, shard: int, start: int, end: int) -> np.ndarray:
+        """The bytes [start, end), uint8. Raises StorageError; EOFError if the shard ends before them."""
+        file, buffer, done = self.open(shard), np.empty(end - start, np.uint8), 0
+        while done < len(buffer):
             try:
-                got = os.preadv(fd, [buffer.data[done:]], offset + done)
+                got = os.preadv(file.fd, [buffer.data[done:]], start + done)
             except OSError as err:
                 raise StorageError(f"{self.paths[shard]}: cannot be read: {err.strerror}") from err
             if not got:

@@ -119,8 +119,7 @@ class Reader:
                 for source in sources:
                     source.close()
 
-            read = original or (lambda shard, start, end: sources[-1].read(shard, [(start, end - start)])[0])
-            self.cache = ShardCache(copies, split, read, closed, self.closing)
+            self.cache = ShardCache(copies, split, original or sources[0].read, closed, self.closing)
             sources.insert(0, LocalShards(shards, self.cache.path))
         self.source, self._sources = sources[0], sources
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
@@ -204,20 +203,19 @@ class Reader:
         if batch.tasks:
             for task in batch.tasks[a // batch.images_a_task : (b - 1) // batch.images_a_task + 1]:
                 task.result()
-            block = Block(batch.buffer, batch.at[a:b], np.full(b - a, IN_MEMORY), rows, False)
-            function(block)
-            return block
-        size = rows[:, SIZE]
-        at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
-        buffer = self._scratch(int((at + size).max()))
-        with self._opened(batch, a, b) as fds:
-            block = Block(buffer, at, fds, rows, self.verify)
-            if function(block) == b - a:
-                return block
-        # Once more, slowly: for the reason, or because a copy is damaged. A read that was only interrupted succeeds.
-        images = [self.stored(sample) for sample in batch.ids[a:b].tolist()]
-        at = np.cumsum(size) - size
-        block = Block(np.concatenate(images), at, np.full(b - a, IN_MEMORY), rows, False)
+            buffer, at = batch.buffer, batch.at[a:b]
+        else:
+            size = rows[:, SIZE]
+            at = np.zeros(b - a, np.int64) if in_turn else np.cumsum(size) - size
+            buffer = self._scratch(int((at + size).max()))
+            with self._opened(batch, a, b) as fds:
+                block = Block(buffer, at, fds, rows, self.verify)
+                if function(block) == b - a:
+                    return block
+            # Slowly: for the reason, or because a copy is damaged. A read that was only interrupted succeeds.
+            buffer = np.concatenate([self.stored(sample) for sample in batch.ids[a:b].tolist()])
+            at = np.cumsum(size) - size
+        block = Block(buffer, at, np.full(b - a, IN_MEMORY), rows, False)
         function(block)
         return block
 
@@ -247,7 +245,7 @@ class Reader:
         reason = "the shard ends before it"
         for source in self._sources:  # with a cache, the first may hold a damaged copy
             try:
-                (image,) = source.read(shard, [(start, size)])
+                image = source.read(shard, start, start + size)
                 if not self.verify or crc32(image) == crc:
                     return image
                 reason = "its bytes changed since they were written (checksum)"

@@ -277,7 +277,7 @@ class RemoteReader(Reader):
         """One image's bytes; none if its shard is not copied, or if the copy is damaged."""
         if self.cache and self.cache.wait(row[SHARD]):
             with suppress(StorageError, EOFError):  # it made room for another
-                image = self.source.read(row[SHARD], [(row[OFFSET], row[SIZE])])[0]
+                image = self.source.read(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
                 if not self.verify or crc32(image) == row[CRC32]:
                     return image
             self.cache.drop(row[SHARD])
