@@ -70,11 +70,12 @@ class Cutter:
         rows: see fetch.py. pixels: by pixels_under.
         """
         for shard in self._unread.intersection(rows[:, SHARD].tolist()):
-            if self._split.remote:  # images do not wait for it
-                self._count_as_missed(shard)
+            if self._split.remote:  # images do not wait for it: until it is read, they count as missed
+                self._files[shard][2]["size"] = 1
                 self._pool.submit(self._read, shard)
             else:
                 self._read(shard)
+            self._unread.discard(shard)
         found, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
         first, last = np.maximum(pixels[:, :2] // MCU, 0), -(-np.minimum(pixels[:, 2:], sides) // MCU)
         area = np.minimum(MCU * (last - first), sides).prod(1)
@@ -88,15 +89,9 @@ class Cutter:
             if remote := self._split.remote:
                 remote.cached(file_name(self._split.name, shard), sha256=path.stem)
             rows[:] = table(path, of)
-            self._unread.discard(shard)
         except (DataError, StorageError, OSError) as err:
             logging.getLogger("imagenet_express").warning("%s", err)
-            self._count_as_missed(shard)
-
-    def _count_as_missed(self, shard: int) -> None:
-        """Each image of it, as long as its table is not read."""
-        self._files[shard][2]["size"] = 1  # byte, without its checksum
-        self._unread.discard(shard)
+            rows["size"] = 1  # byte, without its checksum: all images count as missed
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
         """Cuts the images of a block that has been fetched; unless kept, valid until this thread's next call."""

@@ -19,7 +19,7 @@ from .. import remote
 from ..errors import StorageError
 from ..manifest import Split
 from ..shards import crc32
-from .fetch import CRC32, NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Block, Rows
+from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Block, Rows
 from .plan import Plan
 from .reader import ReadBatch, Reader
 
@@ -257,31 +257,27 @@ class RemoteReader(Reader):
         return block
 
     def stored(self, sample: int) -> ndarray:
-        """One image's bytes, as stored: those fetched ahead, or by a request of its own.
+        """One image's bytes, as stored: those fetched ahead, of its shard's copy, or by a request of its own.
 
         Bytes with a wrong checksum are fetched again before they count as damaged.
         """
-        row = self.rows[sample].tolist()
+        start, size, shard, _, crc, *_ = self.rows[sample].tolist()
         ahead = self._ahead[sample]
+        if self.cache and not ahead and self.cache.wait(shard):
+            with suppress(StorageError, EOFError):  # it made room for another
+                image = self.source.read(shard, start, start + size)
+                if not self.verify or crc32(image) == crc:
+                    return image
+            self.cache.drop(shard)
         for attempt in range(FETCHES):
-            if attempt == 0 and ahead:
-                image = ahead.request.result()[0][ahead.first : ahead.first + row[SIZE]]
-            elif attempt > 0 or not len(image := self._of_copy(row)):
-                image = self._get(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
-            if not self.verify or crc32(image) == row[CRC32]:
+            if ahead and attempt == 0:
+                image = ahead.request.result()[0][ahead.first : ahead.first + size]
+            else:
+                image = self._get(shard, start, start + size)
+            if not self.verify or crc32(image) == crc:
                 return image
             logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
         raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
-
-    def _of_copy(self, row: list[int]) -> ndarray:
-        """One image's bytes; none if its shard is not copied, or if the copy is damaged."""
-        if self.cache and self.cache.wait(row[SHARD]):
-            with suppress(StorageError, EOFError):  # it made room for another
-                image = self.source.read(row[SHARD], row[OFFSET], row[OFFSET] + row[SIZE])
-                if not self.verify or crc32(image) == row[CRC32]:
-                    return image
-            self.cache.drop(row[SHARD])
-        return np.empty(0, np.uint8)
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message, without a request: shard, offset."""
