@@ -37,7 +37,7 @@ class Bucket(Folder):
         return remote.RemoteFolder(self.path, allow_http=self.allow_http, fetch_memory=0)
 
     def _request(self, name: str, function: Callable[[Any], Any], **options: Any) -> Any:
-        return self._remote.request(self.path / name, function, **{"patience": remote.PATIENCE} | options)
+        return self._remote.request(self.path / name, function, patience=remote.PATIENCE, **options)
 
     def apart(self, function: Callable[[], Result]) -> Result:
         return pool.apart(function)  # obstore's threads do not survive a fork
@@ -47,9 +47,8 @@ class Bucket(Folder):
         return True
 
     def names(self) -> list[str]:
-        listed = self._request("", obstore.list_with_delimiter, doing="listed", patience=remote.AT_OPENING)
-        self._sizes = {meta["path"]: meta["size"] for meta in listed["objects"]}
-        return sorted([*self._sizes, *(prefix.rstrip("/") for prefix in listed["common_prefixes"])])
+        self._sizes, folders = self._remote.listed()
+        return sorted([*self._sizes, *folders])
 
     def size(self, name: str) -> int | None:
         if size := getattr(self, "_sizes", {}).get(name):

@@ -93,20 +93,10 @@ class RemoteFolder:
     def __truediv__(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def get(
-        self,
-        name: str,
-        start: int = 0,
-        end: int = 0,
-        *,
-        size: int = 0,
-        patience: float = 0,
-        stop: threading.Event | None = None,
-    ) -> Any:
+    def get(self, name: str, start: int = 0, end: int = 0, *, size: int = 0, **options: Any) -> Any:
         """The bytes [start, end) of an object, all if `end` is 0, as a buffer.
 
-        It is retried for `patience` seconds, by default AT_OPENING.
-        size: bytes that the object must have. stop: gives up as soon as it is set.
+        size: bytes that the object must have. options: see `request`.
         Raises StorageError if it cannot be read; DataError if it is missing, was replaced, or has another size.
         """
         what = self / name
@@ -120,7 +110,7 @@ class RemoteFolder:
             return data
 
         try:
-            return self.request(what, get, patience=patience, stop=stop)
+            return self.request(what, get, **options)
         except FileNotFoundError:
             raise DataError(f"{what}: there is no such object; check the URL, or copy the shards again") from None
 
@@ -133,8 +123,9 @@ class RemoteFolder:
         stop: threading.Event | None = None,
         doing: str = "read",
     ) -> Any:
-        """function(store), retried as `get` is. what: the object, for messages.
+        """function(store), retried for `patience` seconds, by default AT_OPENING.
 
+        what: the object, for messages. stop: gives up as soon as it is set.
         Raises StorageError; FileNotFoundError if there is no such object, FileExistsError if there must not be one.
         """
         pause, stop = FIRST_PAUSE, stop or threading.Event()
@@ -175,9 +166,13 @@ class RemoteFolder:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        """Of all objects directly under the URL, by one LIST."""
-        listed = self.request(self.url, obstore.list_with_delimiter, doing="listed")
-        return {meta["path"]: meta["size"] for meta in listed["objects"]}
+        return self.listed()[0]
+
+    def listed(self) -> tuple[dict[str, int], list[str]]:
+        """The bytes of each object directly under the URL, and the folders there, by one LIST."""
+        found = self.request(self / "", obstore.list_with_delimiter, doing="listed")
+        sizes = {meta["path"]: meta["size"] for meta in found["objects"]}
+        return sizes, [prefix.rstrip("/") for prefix in found["common_prefixes"]]
 
     @staticmethod
     def copy(name: str, *, sha256: str) -> Path:
