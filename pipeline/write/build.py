@@ -114,7 +114,7 @@ def build(
     folder = out if isinstance(out, Folder) else Folder(out)
     chosen = range(len(plan.tasks)) if only is None else only
     try:
-        finished, _ = folder.apart(lambda: _begin(plan, folder, range(0)))
+        finished = folder.apart(lambda: _check_folder(plan, folder))
         if not finished:
             with folder.lock(journal.LOCK, shared=not merge):
                 # The process that held the lock may have finished it.
@@ -167,17 +167,18 @@ def _make(
         return
     resize.prepare()  # before workers are forked: once for all
 
-    def make(number: int) -> ShardRecord:
+    def make(number: int) -> tuple[int, int]:
+        """Makes a shard; returns its bytes, and how many images are bad."""
         task = plan.tasks[number]
         measure = plan.options.stats and task.split == "train"
         record = make_shard(plan, task.items, folder, task.name, measure=measure)
         journal.save(folder, record._replace(digest=task.digest))
-        return record._replace(totals=None)
+        return record.shard.bytes, len(record.bad)
 
     written, bad, started = 0, 0, time.monotonic()
-    with run(make, todo, place=folder) as records:
-        for number, record in zip(todo, records):
-            written, bad = written + record.shard.bytes, bad + len(record.bad)
+    with run(make, todo, place=folder) as made:
+        for number, (size, left_out) in zip(todo, made):
+            written, bad = written + size, bad + left_out
             rate = written / 1e6 / (time.monotonic() - started)
             report(plan.images([number]), f"{rate:,.0f} MB/s" + (f", {bad} bad" if bad else ""))
 
@@ -252,8 +253,8 @@ def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
 def _publish(plan: Plan, folder: Folder) -> Json:
     """Index, statistics and, last, the manifest, from the records, which are then removed."""
     source, options, names = plan.source, plan.options, folder.names()
-    size, fraction = options.encoding.size, options.max_bad_fraction
-    collected = Collected(_records(plan, folder), size=size, max_bad_fraction=fraction)
+    records = _records(plan, folder)
+    collected = Collected(records, size=options.encoding.size, max_bad_fraction=options.max_bad_fraction)
     present = {label for record in collected.of_split.get("train", []) for label in record.rows["label"].tolist()}
     if collected.bad and (emptied := set(range(len(source.classes))) - present):
         raise DataError(
