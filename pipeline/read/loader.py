@@ -89,24 +89,24 @@ class Loader(AbstractContextManager["Loader"]):
             raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(get_args(PixelType))}")
         train = split == "train" if train is None else train
         self.augment, self.config = augment, config
-        if self.augment.colour and train and dtype == "uint8":
+        if augment.colour and train and dtype == "uint8":
             raise ConfigError(
                 "augment.colour needs dtype float32, float16 or bfloat16: uint8 batches hold plain pixels"
             )
         self.device, self.dtype = torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.backend, self.backend_reason = choose_backend(self.config.backend, self.device)
+        self.backend, self.backend_reason = choose_backend(config.backend, self.device)
         # The mean image is subtracted at the end, on the device, with every backend.
-        decoded: PixelType = "uint8" if self.augment.normalize == "mean-image" else dtype
+        decoded: PixelType = "uint8" if augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
         importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, augment.crop, decoded, self.device)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
-        normal = normalisation(self.augment, statistics or self.dataset)
+        normal = normalisation(augment, statistics or self.dataset)
         self.plan = Plan(
             split=self.split,
-            augment=self.augment,
+            augment=augment,
             batch=batch,
             train=train,
             seed=seed,
@@ -116,21 +116,22 @@ class Loader(AbstractContextManager["Loader"]):
             rank=rank,
             world=world,
             mean=normal.mean,
-            covariance=self.dataset.covariance if train and self.augment.colour else None,
-            check_every=self.config.check_every(self.backend, self.device),
+            covariance=self.dataset.covariance if train and augment.colour else None,
+            check_every=config.check_every(self.backend, self.device),
         )
-        self.bad = BadSamples(self.config.max_bad_samples, self.plan.partition)
+        self.bad = BadSamples(config.max_bad_samples, self.plan.partition)
         self.plan.bad = self.bad.found
         self.samples, self._open_window = self.plan.samples, window < 0
-        self.threads = self.config.threads or threads_per_rank(local_world or world)
-        ahead = self.plan.batch_per_rank * self.config.prefetch_batches
+        ranks = local_world or world  # of this machine
+        self.threads = config.threads or threads_per_rank(ranks)
+        ahead = self.plan.batch_per_rank * config.prefetch_batches
         self._reader = make_backend.reader(
             self.dataset,
             self.split,
-            threads=self.config.read_threads,
+            threads=config.read_threads,
             # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
-            images_a_task=max(1, min(32, ahead // self.config.read_threads)),
-            verify=self.config.verify,
+            images_a_task=max(1, min(32, ahead // config.read_threads)),
+            verify=config.verify,
             always_ahead=self.backend.startswith("dali"),
             pinned=self.backend == "dali-gpu",
         )
@@ -145,12 +146,11 @@ class Loader(AbstractContextManager["Loader"]):
             self.ids(0, 0)
         importing.result()
         decode_on = torch.device("cpu") if self.backend == "dali-cpu" else self.device
-        output = Output(self.augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
+        output = Output(augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split) if encoded else None
-        ranks = local_world or world
-        self._setup = Setup(output, self._reader, self.plan, self.config, raw, self.threads, ranks, self._cutter)
+        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None

@@ -28,7 +28,7 @@ def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device)
     if backend in ("portable", "resident"):
         from . import portable
 
-        portable.prepare(crop, dtype, on_cpu=device.type == "cpu")
+        portable.prepare(crop, dtype, device)
 
 
 def make(backend: Backend, setup: Setup) -> Engine:

@@ -35,15 +35,15 @@ class _Job(NamedTuple):
     tasks: list[Future[None]]
 
 
-def kernel_type(dtype: str, *, on_cpu: bool) -> str:
-    """A CPU normalises in the kernel's one pass; elsewhere a quarter of the bytes goes to the device."""
-    return "float32" if on_cpu and dtype != "uint8" else "uint8"
+def kernel_type(dtype: str, device: torch.device) -> str:
+    """A CPU normalises in the kernel's one pass; to another device a quarter of the bytes goes."""
+    return "float32" if device.type == "cpu" and dtype != "uint8" else "uint8"
 
 
-def prepare(crop: int, dtype: str, *, on_cpu: bool) -> None:
+def prepare(crop: int, dtype: str, device: torch.device) -> None:
     """Compiles what a Portable needs for encoded images, or loads what an earlier process compiled."""
     cut_short(np.zeros(1, np.uint8), 0, 1, 1, 1, 1)
-    Cropper(crop, dtype=kernel_type(dtype, on_cpu=on_cpu), packed=True)
+    Cropper(crop, dtype=kernel_type(dtype, device), packed=True)
 
 
 class Portable(Engine):
@@ -53,7 +53,7 @@ class Portable(Engine):
         output, threads = self.output, self.threads = setup.output, setup.threads
         self.raw, self.depth, self._reader = setup.raw, setup.config.prefetch_batches, setup.reader
         self.images_a_task = min(IMAGES_A_TASK, self._reader.source.at_once(threads))
-        made = kernel_type(output.dtype, on_cpu=output.device.type == "cpu")
+        made = kernel_type(output.dtype, output.device)
         self._cropper = Cropper(output.crop, dtype=made, packed=output.channels_last)
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)

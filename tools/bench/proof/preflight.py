@@ -71,10 +71,11 @@ def nvidia_smi(*arguments: str) -> list[str] | None:
 
 def compile_kernels() -> str:
     """Numba under this NumPy."""
-    from pipeline.read import fetch, portable
+    import torch
 
-    fetch.prepare()
-    portable.prepare(224, "float32", on_cpu=True)
+    from pipeline.read import make_backend
+
+    make_backend.prepare("portable", 224, "float32", torch.device("cpu"))
     return "compiles the loader's kernels"
 
 
