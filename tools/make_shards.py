@@ -54,7 +54,9 @@ def parser() -> cli.Parser:
         source.add_options(kind)
         add_options(kind)
     add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
-    add_cuts(kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)"))
+    cuts = kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)")
+    cuts.add_argument("out", metavar="DIR", help="the shard folder, or its URL")
+    add_common(cuts)
     return p
 
 
@@ -65,37 +67,26 @@ def add_index(p: cli.Parser) -> None:
     p.path("--classes", "FILE", "class names, a line each (default: their numbers)")
     p.option("statistics", 10_000, "images to measure mean and deviation of (%(default)s)", metavar="N")
     p.flag("cuts", "also make what `make_shards.py cuts` makes: takes several times as long")
-    add_common(p, out="folder to write: the tars' own or another", size="statistics")
+    add_out(p, "folder to write: the tars' own or another", size="statistics")
 
 
-def add_cuts(p: cli.Parser) -> None:
-    p.add_argument("out", metavar="DIR", help="the shard folder, or its URL")
-    add_allow_http(p)
-    p.workers()
-    add_check_cuts(p)
-
-
-def add_allow_http(p: cli.Parser) -> None:
+def add_common(p: cli.Parser) -> None:
     p.flag("allow-http", "use a URL also without encryption")
-
-
-def add_check_cuts(p: cli.Parser) -> None:
+    p.workers()
     checks = "images whose cut is compared with the whole: one in 32, or all (%(default)s)"
     p.option("check-cuts", "some", checks, choices=tuple(CHECKS))
 
 
-def add_common(p: cli.Parser, *, out: str, size: str) -> None:
-    p.add_argument("--out", metavar="DIR", required=True, help=out)
-    add_allow_http(p)
+def add_out(p: cli.Parser, help: str, *, size: str) -> None:
+    p.add_argument("--out", metavar="DIR", required=True, help=help)
+    add_common(p)
     p.option("size", 256, f"short side in pixels, for {size} (%(default)s)")
-    p.workers()
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
     p.option("max-bad-fraction", 0.0, allowed, metavar="F")
-    add_check_cuts(p)
 
 
 def add_options(p: cli.Parser) -> None:
-    add_common(p, out="folder or URL to write, empty or new", size="jpeg, raw and statistics")
+    add_out(p, "folder or URL to write, empty or new", size="jpeg, raw and statistics")
     encode = "keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)"
     p.option("encode", "keep", encode, choices=("keep", "jpeg", "raw"))
     p.flag("square", "jpeg, raw: store only the centre square")
@@ -142,7 +133,6 @@ def main() -> None:
 def index(args: argparse.Namespace) -> dict:
     if is_url(args.out):
         raise ConfigError(f"{args.out}: index writes into a folder; name one, and upload what it holds then")
-    fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
     splits = {"train": expand(args.tars)} | ({"val": expand(args.val)} if args.val else {})
@@ -154,7 +144,7 @@ def index(args: argparse.Namespace) -> dict:
             classes=class_names(args.classes),
             statistics_images=args.statistics,
             size=Encoding(size=args.size).size,
-            max_bad_fraction=fraction,
+            max_bad_fraction=check_fraction("--max-bad-fraction", args.max_bad_fraction),
             workers=args.workers,
             progress=progress.update,
         )
@@ -218,24 +208,29 @@ def make(args: argparse.Namespace) -> dict | None:
     print_decoders(trusted=args.trust_images)
     source = SOURCES[args.source].from_options(args)
     plan = Plan(source, options, CHECKS[args.check_cuts] if args.cuts else 0)
-    print_passed_over(plan.source.passed_over)
-    for note in few_images(plan.source):
+    print_passed_over(source.passed_over)
+    for note in few_images(source):
         print(cli.printable(f"note: {note}"))
-    every = range(len(plan.tasks))
-    only = numbers(args.shards, len(every)) if args.shards else every
+    shards = len(plan.tasks)
+    only = numbers(args.shards, shards) if args.shards else range(shards)
     if not only:
-        print(f"{args.out}: slice {args.shards} of {len(every)} shards has none; nothing to do")
+        print(f"{args.out}: slice {args.shards} of {shards} shards has none; nothing to do")
         return None
     if args.dry_run:
         print_forecast(plan, only, args.out, min(args.workers, len(only)))
         return None
     with Progress("sharding", plan.images(only)) as progress:
-        chosen = range(0) if args.merge else only
-        run = partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run
-        settings = {"workers": args.workers, "report": progress.update, "run": run}
-        written = build(plan, args.out, only=chosen, merge=not args.shards, **settings)
+        written = build(
+            plan,
+            args.out,
+            workers=args.workers,
+            report=progress.update,
+            only=range(0) if args.merge else only,
+            merge=not args.shards,
+            run=partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run,
+        )
     if written is None:
-        print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")
+        print(f"{args.out}: shards {args.shards} of {shards} are whole; with all of them there, run --merge")
     return written
 
 
