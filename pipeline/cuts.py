@@ -45,10 +45,11 @@ def table(path: Any, shard: Shard, content: BinaryIO | None = None) -> np.ndarra
         if file.read(HEADER_BYTES) != header(shard):
             raise ValueError("of another shard")
         start = file.seek(0, 2) - shard.samples * TABLE_DTYPE.itemsize
-        file.seek(max(start, 0))
-        rows = np.frombuffer(file.read(), TABLE_DTYPE) if start >= HEADER_BYTES else np.zeros(0, TABLE_DTYPE)
-        end = HEADER_BYTES + (rows["offset"].astype(np.int64) + rows["size"]).max(initial=0)
-        if len(rows) != shard.samples or end > start:
+        if start < HEADER_BYTES:
+            raise ValueError("cut short")
+        file.seek(start)
+        rows = np.frombuffer(file.read(), TABLE_DTYPE)
+        if HEADER_BYTES + (rows["offset"].astype(np.int64) + rows["size"]).max(initial=0) > start:
             raise ValueError("cut short")
     return rows
 

@@ -56,9 +56,7 @@ def load(folder: Folder, shard: str, digest: str) -> ShardRecord | None:
         with np.load(io.BytesIO(folder.read(_name(shard))), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             totals = Totals(file["numbers"], file["image"]) if "image" in file else None
-            record = ShardRecord(
-                Shard(**meta["shard"]), file["rows"], totals, meta["converted"], meta["bad"], meta["digest"]
-            )
+            record = ShardRecord(Shard(**meta.pop("shard")), file["rows"], totals, **meta)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     whole = folder.size(shard) == record.shard.bytes and folder.size(dali_index_name(shard)) is not None
