@@ -42,8 +42,7 @@ from .plan import Plan
 from .shard_cache import ShardCache
 from .stages import Stages
 
-# If the system does not count a thread's waits, storage is taken to be slow.
-USAGE = getattr(resource, "RUSAGE_THREAD", None)
+USAGE = getattr(resource, "RUSAGE_THREAD", 0)  # 0: the system does not count a thread's waits; we read ahead then
 WAITS_A_READ = 0.3  # of a thread, on average: reads from the page cache do not wait
 SLOW_SHARE = 0.5  # of the latest blocks
 RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
@@ -109,7 +108,7 @@ class Reader:
         original: Callable[[int, int, int], Any] | None = None,
     ) -> None:
         self.verify = verify
-        self.always_ahead = always_ahead or USAGE is None
+        self.always_ahead = always_ahead or not USAGE
         self.rows, self.closing, self.stages = Rows(split.index), threading.Event(), Stages()
         shards = [split.root / shard.name for shard in split.shards]
         self.cache, sources = None, [LocalShards(shards)]
@@ -186,8 +185,8 @@ class Reader:
             with self._opened(batch, a, b) as fds:
                 a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)
             if a < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
-                at = int(batch.at[a])
-                batch.buffer[at : at + int(batch.rows[a, SIZE])] = self.stored(int(batch.ids[a]))
+                at, size = batch.at[a], batch.rows[a, SIZE]
+                batch.buffer[at : at + size] = self.stored(int(batch.ids[a]))
                 a += 1
 
     def fetch(
@@ -225,14 +224,13 @@ class Reader:
         rows = batch.rows[a:b]
         files = [batch.files.get(shard) or self.source.open(shard) for shard in rows[:, SHARD].tolist()]
         fds = np.array([file.fd for file in files], np.int64)
-        before = resource.getrusage(USAGE) if USAGE is not None else None
+        before = resource.getrusage(USAGE)
         with self.stages("read", int(rows[:, SIZE].sum())):
             yield fds
-        if USAGE is None or before is None:
-            return
         after = resource.getrusage(USAGE)
-        if after.ru_minflt - before.ru_minflt > len(rows):
-            return  # fresh memory: threads that ask the system for pages wait for each other, not for storage
+        # Fresh memory: threads that ask the system for pages wait for each other, not for storage.
+        if not USAGE or after.ru_minflt - before.ru_minflt > len(rows):
+            return
         slow = after.ru_nvcsw - before.ru_nvcsw > WAITS_A_READ * len(rows)
         # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
         self._slow_share += (slow - self._slow_share) / 3

@@ -46,9 +46,8 @@ def requests(rows: ndarray, *, gap: int = GAP, most: int = MOST) -> tuple[ndarra
     first = np.flatnonzero(apart)
     found = np.stack([shard[first], start[first], np.maximum.reduceat(end, first)], axis=1)
     by_need = np.argsort(np.minimum.reduceat(by_place, first))
-    number, of_image = np.empty_like(by_need), np.empty_like(by_place)
-    number[by_need] = np.arange(len(by_need))
-    of_image[by_place] = number[np.cumsum(apart) - 1]
+    of_image = np.empty_like(by_place)
+    of_image[by_place] = np.argsort(by_need)[np.cumsum(apart) - 1]  # the inverse of a permutation
     return found[by_need], of_image
 
 
@@ -90,7 +89,7 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, sha
         size, shard = rows[ids][:, [SIZE, SHARD]].T
         another = bool(chunk.steps) and chunk.steps[0][0] != step[0]
         beyond = len(seen.union(shard.tolist())) > shards
-        if chunk.steps and (another or beyond or held + int(size.sum()) > room):
+        if chunk.steps and (another or beyond or held + size.sum() > room):
             if beyond and not another:
                 these = np.isin(shard, list(seen))
                 chunk.ids.append(ids[these])
@@ -99,7 +98,7 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, sha
             chunk, held, room, seen = Chunk([], []), 0, min(2 * room, limit), set()
         chunk.steps.append(step)
         chunk.ids.append(ids)
-        held += int(size.sum())
+        held += size.sum()
         seen.update(shard.tolist())
     yield chunk
 
@@ -161,9 +160,8 @@ class RemoteReader(Reader):
 
     def __init__(self, split: Split, *, threads: int = 32, **settings: Any) -> None:
         super().__init__(split, threads=threads, **settings, original=self._get)
-        assert split.remote is not None
-        self._folder: remote.RemoteFolder = split.remote
-        self._shards = split.shards
+        assert split.remote
+        self._folder, self._shards = split.remote, split.shards
         self._ahead = Ahead(self._get, requests=4 * threads)
         self._tasks: list[Future[None]] = []  # those that wait for copies, of the latest chunk
 
@@ -246,8 +244,8 @@ class RemoteReader(Reader):
         else:  # each may wait for another copy
             with self.stages("fetch"):
                 for i in range(a, b):
-                    at = int(batch.at[i])
-                    batch.buffer[at : at + int(batch.rows[i, SIZE])] = self.stored(int(batch.ids[i]))
+                    at, size = batch.at[i], batch.rows[i, SIZE]
+                    batch.buffer[at : at + size] = self.stored(int(batch.ids[i]))
         self._ahead.drop(batch.ids[a:b])
 
     def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:
