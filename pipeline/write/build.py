@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,9 +48,9 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
     def samples() -> Iterator[Sample]:
         for item in items[:AHEAD]:
             source.ahead(item)
-        for i, item in enumerate(items, 1):
-            if i + AHEAD <= len(items):
-                source.ahead(items[i + AHEAD - 1])
+        for item, later in zip_longest(items, items[AHEAD:]):
+            if later:
+                source.ahead(later)
             try:
                 image = prepare(source.read(item))
             except BadImage as err:
@@ -147,17 +148,10 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
 
     The images may have been repaired since.
     """
-    bad, missing, suspects = 0, [], []
-    for number, task in enumerate(plan.tasks):
-        record = journal.load(folder, task.name, task.digest)
-        if record is None:
-            missing.append(number)
-        elif record.bad:
-            bad += len(record.bad)
-            suspects.append(number)
-    if bad > plan.bad_allowed:
-        missing = sorted(missing + suspects)
-    return missing
+    records = (journal.load(folder, task.name, task.digest) for task in plan.tasks)
+    bad = [len(record.bad) if record else None for record in records]
+    too_many = sum(filter(None, bad)) > plan.bad_allowed
+    return [number for number, count in enumerate(bad) if count is None or (too_many and count)]
 
 
 def _make(
