@@ -64,21 +64,15 @@ class Portable(Engine):
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
-        self._fill(1)
+        while len(self._jobs) <= self.depth:  # the threads continue while the consumer works on this batch
+            self._jobs.append(self._begin(self.source()))
+        for task in self._jobs[0].tasks:  # if one fails, the job stays, for stop() to wait for
+            task.result()
         job = self._jobs.popleft()
-        try:
-            self._fill(self.depth)  # the threads continue while the consumer works on this batch
-            for task in job.tasks:
-                task.result()
-        except BaseException:
-            self._jobs.appendleft(job)  # for stop() to wait for
-            raise
         return job.work, self._delivered(job)
 
     def stop(self) -> None:
-        tasks = [task for job in self._jobs for task in job.tasks]
-        running = [task for task in tasks if not task.cancel()]
-        wait(running)
+        wait([task for job in self._jobs for task in job.tasks if not task.cancel()])
         self._jobs.clear()
 
     def close(self) -> None:
@@ -86,10 +80,6 @@ class Portable(Engine):
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"
-
-    def _fill(self, depth: int) -> None:
-        while len(self._jobs) < depth:
-            self._jobs.append(self._begin(self.source()))
 
     def _begin(self, work: Work) -> _Job:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
