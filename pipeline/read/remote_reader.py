@@ -143,7 +143,7 @@ class Ahead:
     def drop(self, ids: ndarray) -> None:
         """Lets go of images, which were used."""
         for sample in ids.tolist():
-            next(filter(None, (chunk.pop(sample, None) for chunk in self.chunks)), None)
+            any(chunk.pop(sample, None) for chunk in self.chunks)  # from the first that has it
 
     def cancel(self) -> None:
         for chunk in self.chunks:
