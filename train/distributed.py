@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
-from torch import nn
 
 from pipeline import cores
 from pipeline.errors import ConfigError, first_line
@@ -143,13 +142,6 @@ class Agreement:
         values: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-
-def broadcast_buffers(net: nn.Module) -> None:
-    """Gives every rank rank 0's buffers."""
-    if dist.is_initialized():
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def patience(hang_seconds: float) -> datetime.timedelta:

@@ -70,8 +70,8 @@ def evaluate(
     loader: Loader,
     accelerator: Accelerator,
     *,
-    between: Callable[[], None] = lambda: None,
-    see: Callable[[Batch, Tensor, Loader], None] = lambda batch, logits, loader: None,
+    between: Callable[[], None],
+    see: Callable[[Batch, Tensor, Loader], None],
 ) -> Result:
     """Runs `net` over this rank's images and sums over the ranks.
 

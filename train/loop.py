@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 import numpy as np
+from accelerate.utils import broadcast
 
 from model.summary import count_parameters
 from pipeline.errors import ExpressError
@@ -13,7 +14,6 @@ from pipeline.progress import Progress, clock
 from pipeline.read.loader import Batch
 
 from . import environment, signals
-from .distributed import broadcast_buffers
 from .evaluation import BEST, Evaluation, evaluate
 from .metrics import Meter
 from .nonfinite import LossNotFinite
@@ -202,7 +202,7 @@ def count(t: Trainer) -> Evaluation:
 
     results, bad = [], t.val_loader.bad
     for net in t.stepper.nets:
-        broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
+        broadcast([*net.buffers()])  # batch statistics differ between ranks; rank 0's are evaluated and saved
         t.showcase.begin()
         results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch, see=t.showcase.see))
         bad.share(t.agreement.from_all)  # those of the last batch, which some ranks do not have
