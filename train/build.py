@@ -21,7 +21,7 @@ from pipeline.read.loader import Loader
 from pipeline.settings import flatten
 from pipeline.storage import absolute
 
-from . import resume, signals, watchdog
+from . import resume, watchdog
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
@@ -32,7 +32,7 @@ from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
 from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
-from .optim import Plateau, scaled_to_batch
+from .optim import Plateau
 from .profiling import Profile
 from .run_folder import RunFolder
 from .showcase import Showcase
@@ -71,33 +71,29 @@ def build_trainer(
     """
     main, world = accelerator.is_main_process, accelerator.num_processes
     train, run, say = config.train, config.run, accelerator.on_main_process(print)
-    optim = scaled_to_batch(config.optim, train.batch)
-    agreement = Agreement(world, patience(config.guard.hang_seconds))
+    agreement = Agreement(accelerator, patience(config.guard.hang_seconds))
     precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
     samples = config.overfit or dataset.split(config.data.train_split).samples
     check_batch(train.batch, train.accumulate, samples=samples, world=world, partitions=config.data.partitions)
     checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
-    config = resume.with_window(config, dataset, checkpoints, agreement, first=main)
+    config = resume.with_window(config, dataset, checkpoints, agreement)
     make_loader, val_loader = make_loaders(config, dataset, accelerator)
     loader = make_loader(augment=config.augment_at(0))
     net = make_net(config, classes=len(dataset.classes), say=say)
-    flat = flatten(config)
-    fixed = resume.invariants(flat, dataset, precision=precision)
+    fixed = resume.invariants(flatten(config), dataset, precision=precision)
     saved = resume.choose(
         config,
         fixed,
-        optim=optim,
         steps_per_epoch=len(loader),
         folder=folder,
         checkpoints=checkpoints,
         agreement=agreement,
-        first=main,
     )
     if config.model.init and not saved:
         known = recorded(Path(config.model.init))[1]
         other_classes = known is not None and known.classes != tuple(dataset.classes)
         say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
-    stepper = Stepper(net, config, accelerator, optim)
+    stepper = Stepper(net, config, accelerator)
     if world > 1:
         stepper.settle_buckets(loader, loader.augment.crop)
     if reason := reason_for_memory(config, stepper, agreement, loader, val_loader):
@@ -128,7 +124,7 @@ def build_trainer(
         )
         write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
-    record = Record(folder.path, accelerator, run.trackers, flat, ids=run.record_ids, resumed_at=resumed_at)
+    record = Record(config, accelerator, resumed_at=resumed_at)
     record.write("start", state.step, {"ranks": world})
     return Trainer(
         config=config,
@@ -138,7 +134,6 @@ def build_trainer(
         make_loader=make_loader,
         val_loader=val_loader,
         stepper=stepper,
-        optim=optim,
         state=state,
         finite=Finite(
             stepper.bare.parameters(),
@@ -156,7 +151,7 @@ def build_trainer(
             accelerator.process_index,
             world,
             config.guard.hang_seconds,
-            on_orphan=lambda: stop.request(signals.ORPHAN),
+            stop,
             parent=parent if watchdog.is_launched() else 0,
         ),
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),

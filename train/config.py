@@ -254,6 +254,13 @@ class Config:
         if ":" not in model and not VARIANTS[model].any_crop:
             raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
 
+    def scaled_optim(self) -> OptimConfig:
+        """`optim` with the rates that its rule of scaling gives for the global batch."""
+        optim = self.optim
+        factor = self.train.batch / optim.base_batch if optim.scale_lr == "linear" else 1.0
+        lr, warmup_from = optim.lr * factor, optim.warmup_from * factor
+        return dataclasses.replace(optim, lr=lr, warmup_from=warmup_from, scale_lr="none")
+
     def behind_the_end(self) -> list[str]:
         """A line for each field that names an epoch which the run does not reach."""
         optim, end = self.optim, self.train.epochs

@@ -121,11 +121,13 @@ def take_cores(device: torch.device) -> Json:
 class Agreement:
     """Exchanges small values between the ranks' hosts, without waiting for the devices' queued work.
 
-    A call costs 0.2 ms between processes of one machine. timeout: how long a rank waits for another.
+    A call costs 0.2 ms between processes of one machine. timeout: how long a rank waits for another. first: whether
+    this is rank 0.
     """
 
-    def __init__(self, world: int, timeout: datetime.timedelta) -> None:
-        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+    def __init__(self, accelerator: Accelerator, timeout: datetime.timedelta) -> None:
+        several, self.first = accelerator.num_processes > 1, accelerator.is_main_process
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over all ranks; for flags: whether any rank has raised it."""

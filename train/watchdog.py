@@ -23,6 +23,8 @@ from pathlib import Path
 from pipeline import errors
 from pipeline.files import Json
 
+from .signals import ORPHAN, Stop
+
 HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
@@ -40,7 +42,7 @@ UNKNOWN: Json = {"step": 0, "phase": DATA, "host": "an unknown host", "pid": "un
 class Watchdog:
     """Watches this process and, through the run folder, the others.
 
-    on_orphan: called once when the launcher is gone. on_hang: called with the reason before the process ends.
+    stop: requested once when the launcher has ended. on_hang: called with the reason before the process ends.
     parent: the launcher's process id; 0: none.
     """
 
@@ -48,7 +50,7 @@ class Watchdog:
     rank: int
     world: int
     hang_seconds: float
-    on_orphan: Callable[[], None]
+    stop: Stop
     parent: int = 0
     on_hang: Callable[[str], None] = lambda reason: None
     step: int = 0
@@ -110,7 +112,7 @@ class Watchdog:
         if self.parent and os.getppid() != self.parent:
             if not self._orphan_at:
                 self._orphan_at = now
-                self.on_orphan()
+                self.stop.request(ORPHAN)
             elif now - self._orphan_at > ORPHAN_SECONDS and stalled > ORPHAN_SECONDS:
                 self._end(f"rank {self.rank} has lost its launcher and makes no step")
 
