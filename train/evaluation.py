@@ -201,9 +201,6 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
         np.bincount(labels[of], minlength=len(classes)).tolist() for of in (labels >= 0, *hits.values())
     )
     values = {**hits, "loss": losses}
-    wrong = ~hits["top1"] & (best[:, 0] != labels)  # ties alone make no confusion
-    pairs, counts = np.unique(labels[wrong] * len(classes) + best[wrong, 0], return_counts=True)
-    worst = [(*divmod(int(pairs[i]), len(classes)), int(counts[i])) for i in np.argsort(-counts, kind="stable")]
     return {
         "images": len(labels),
         "correct": {name: int(hit.sum()) for name, hit in hits.items()},
@@ -213,11 +210,20 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
             {"class": name, "images": n, "top1": a, "top5": b}
             for name, n, a, b in zip(classes, images, *correct, strict=True)
         ],
-        "confusions": [
-            {"class": classes[own], "taken_for": classes[taken], "count": count, "images": images[own]}
-            for own, taken, count in worst[:CONFUSIONS]
-        ],
+        "confusions": confusions(labels, np.where(hits["top1"], labels, best[:, 0]), classes),
     }
+
+
+def confusions(labels: ndarray, taken_for: ndarray, classes: Sequence[str]) -> list[Json]:
+    """The pairs confused most. taken_for: (n,) the class that each image is taken for; its own: none."""
+    images = np.bincount(labels, minlength=len(classes)).tolist()
+    wrong = taken_for != labels
+    pairs, counts = np.unique([labels[wrong], taken_for[wrong]], axis=1, return_counts=True)
+    worst = np.argsort(-counts, kind="stable")[:CONFUSIONS]
+    return [
+        {"class": classes[own], "taken_for": classes[other], "count": count, "images": images[own]}
+        for own, other, count in zip(*pairs[:, worst].tolist(), counts[worst].tolist())
+    ]
 
 
 def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:

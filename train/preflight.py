@@ -48,7 +48,7 @@ def open_alike(config: Config) -> Dataset:
         dataset = config.data.open()
         found["facts"] = facts(config, dataset)
     except (ExpressError, OSError) as err:
-        known = StorageError.of(err, config.data.shards) if isinstance(err, OSError) else err
+        known = StorageError.of(err, config.data.shards)
         found |= {"error": str(known), "code": known.code}
     _meet(found)
     assert dataset is not None  # otherwise _meet has raised

@@ -47,7 +47,7 @@ def choose(
             here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
         except (ExpressError, OSError) as err:
-            error = StorageError.of(err, folder.path) if isinstance(err, OSError) else err
+            error = StorageError.of(err, folder.path)
     path, claim, error = agreement.from_all((saved and saved.path, claim, error))[0]
     if error:
         raise error
