@@ -21,20 +21,19 @@ from pipeline.read.loader import Loader
 from pipeline.settings import flatten
 from pipeline.storage import absolute
 
-from . import resume, watchdog
+from . import environment, resume, watchdog
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
 from .config import Config
 from .distributed import Agreement, patience, resolved_precision, take_cores
-from .environment import launched
 from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
 from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
 from .optim import Plateau
 from .profiling import Profile
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder
 from .showcase import Showcase
 from .signals import Stop
 from .step import Stepper
@@ -111,17 +110,20 @@ def build_trainer(
         more = f" and {steps} of {len(loader)} steps" if steps else ""
         say(f"resuming from {saved.path}: {state.epoch} of {train.epochs} epochs{more} done")
     if main:
-        folder.describe(
-            config=dataclasses.asdict(config),
-            shards=absolute(config.data.shards),
-            fingerprint=dataset.fingerprint,
-            backend=loader.backend,
-            backend_reason=loader.backend_reason,
-            precision=precision,
-            compiled=stepper.compiled,
-            ranks=world,
-            threads=cores,
-        )
+        described = {
+            "config": dataclasses.asdict(config),
+            "shards": absolute(config.data.shards),
+            "fingerprint": dataset.fingerprint,
+            "backend": loader.backend,
+            "backend_reason": loader.backend_reason,
+            "precision": precision,
+            "compiled": stepper.compiled,
+            "ranks": world,
+            "threads": cores,
+            "command": environment.command(),
+            "environment": environment.describe(),
+        }
+        write_json(folder.path / CONFIG, described)
         write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
     record = Record(config, accelerator, resumed_at=resumed_at)
@@ -209,7 +211,7 @@ def of_this_rank(accelerator: Accelerator) -> Json:
     return {
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
-        "local_world": launched("LOCAL_WORLD_SIZE", 1),
+        "local_world": environment.launched("LOCAL_WORLD_SIZE", 1),
         "device": accelerator.device,
         "dtype": pixel_type(accelerator.mixed_precision, accelerator.device),
         "channels_last": True,

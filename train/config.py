@@ -235,11 +235,9 @@ class Config:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.train.crop_sizes:
-            self._check_crop_sizes()
-
-    def _check_crop_sizes(self) -> None:
         train, crop, model = self.train, self.augment.crop, self.model.name
+        if not train.crop_sizes:
+            return
         sizes = f"train.crop_sizes={_plain(train.crop_sizes)}"
         if not _rise((0, *train.crop_sizes, crop)):
             alone = f"--augment.resize {crop * 9 // 8} --train.crop-sizes --train.crop-until"

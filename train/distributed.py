@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.files import Json
 
 from .config import Config
-from .environment import check_launch, launched, world_size
+from .environment import launched, world_size
 
 # Our names of precisions and hooks that have others in Accelerate
 NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
@@ -22,7 +22,6 @@ NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
 
 def make_accelerator(config: Config) -> Accelerator:
     """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
-    check_launch()
     train, run = config.train, config.run
     precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
@@ -70,7 +69,6 @@ def _accelerator(chosen: str, **options: Any) -> Accelerator:
 
 def make_plain_accelerator(precision: str) -> Accelerator:
     """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
-    check_launch()
     accelerator = _accelerator(f"--precision {precision}", mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import Json, locked, write_json
 
-from . import environment, watchdog
+from . import watchdog
 
 CONFIG, EXIT, LOCK, SHOWCASE = "config.json", "exit.json", "run.lock", "showcase.json"
 WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
@@ -80,11 +80,6 @@ class RunFolder:
             return f"process {holder['pid']} of {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
-
-    def describe(self, **facts: Any) -> None:
-        """Writes config.json: the configuration and what it resolved to, and what the result depends on beside it."""
-        facts |= {"command": environment.command(), "environment": environment.describe()}
-        write_json(self.path / CONFIG, facts)
 
     def write_exit(self, *, code: int, reason: str, step: int, **more: Any) -> None:
         """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""
