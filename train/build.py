@@ -18,7 +18,7 @@ from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
-from pipeline.settings import flatten
+from pipeline.settings import flatten, updated
 from pipeline.storage import absolute
 
 from . import environment, resume, watchdog
@@ -44,13 +44,15 @@ LEAST_EPOCHS = 3  # in which decoding all images once saves more than it costs
 INIT = 1_000_000  # a stream of draws, away from the loader's
 
 
-def check_batch(batch: int, accumulate: int, *, samples: int, world: int, partitions: int) -> None:
+def check_batch(config: Config, dataset: Dataset, *, world: int) -> None:
     """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
-    order.check_batch(batch, samples=samples, world=world, partitions=partitions, field="train.batch")
-    images = batch // world
-    if accumulate > max(images // 2, 1):
+    data, train = config.data, config.train
+    samples = config.overfit or dataset.split(data.train_split).samples
+    order.check_batch(train.batch, samples=samples, world=world, partitions=data.partitions, field="train.batch")
+    images = train.batch // world
+    if train.accumulate > max(images // 2, 1):
         raise ConfigError(
-            f"train.accumulate={accumulate}: a rank has {images} images a step, and at least two go together"
+            f"train.accumulate={train.accumulate}: a rank has {images} images a step, and at least two go together"
         )
 
 
@@ -72,12 +74,10 @@ def build_trainer(
     train, run, say = config.train, config.run, accelerator.on_main_process(print)
     agreement = Agreement(accelerator, patience(config.guard.hang_seconds))
     precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
-    samples = config.overfit or dataset.split(config.data.train_split).samples
-    check_batch(train.batch, train.accumulate, samples=samples, world=world, partitions=config.data.partitions)
+    check_batch(config, dataset, world=world)
     checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
     config = resume.with_window(config, dataset, checkpoints, agreement)
-    make_loader, val_loader = make_loaders(config, dataset, accelerator)
-    loader = make_loader(augment=config.augment_at(0))
+    make_loader, loader, val_loader = make_loaders(config, dataset, accelerator)
     net = make_net(config, classes=len(dataset.classes), say=say)
     fixed = resume.invariants(flatten(config), dataset, precision=precision)
     saved = resume.choose(
@@ -98,9 +98,8 @@ def build_trainer(
     if reason := reason_for_memory(config, stepper, agreement, loader, val_loader):
         loader.close()
         val_loader.close()
-        there = dataclasses.replace(config.loader, backend="resident")
-        make_loader, val_loader = make_loaders(dataclasses.replace(config, loader=there), dataset, accelerator)
-        loader = make_loader(augment=config.augment_at(0))
+        in_memory = updated(config, {"loader.backend": "resident"})
+        make_loader, loader, val_loader = make_loaders(in_memory, dataset, accelerator)
         loader.backend_reason = reason
     state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:
@@ -218,8 +217,10 @@ def of_this_rank(accelerator: Accelerator) -> Json:
     }
 
 
-def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> tuple[Callable[..., Loader], Loader]:
-    """This rank's: a function that makes a training loader with the given `augment`, and the validation loader."""
+def make_loaders(
+    config: Config, dataset: Dataset, accelerator: Accelerator
+) -> tuple[Callable[..., Loader], Loader, Loader]:
+    """This rank's: a function that makes a training loader with the given `augment`, its first, and that of validation."""
     data, train = config.data, config.train
     make = partial(
         Loader,
@@ -232,7 +233,8 @@ def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
         config=config.loader,
     )
     training = partial(make, split=data.train_split, batch=train.batch, train=True)
-    return training, make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
+    validation = make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
+    return training, training(augment=config.augment_at(0)), validation
 
 
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:

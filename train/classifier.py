@@ -183,7 +183,7 @@ def _card(path: Path, text: str | None = None) -> Card | None:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             text = header.get("__metadata__", {}).get(METADATA)
     with reading(f"{path}: its model card", "export the weights again"):
-        return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
+        return Card.from_json(json.loads(text)) if text else read_beside(path)
 
 
 def _new_net(card: Card) -> nn.Module:

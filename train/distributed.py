@@ -21,7 +21,7 @@ NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
+    """Makes Accelerate's object, after `check_launch`. Raises ConfigError if ranks do not know of each other."""
     train, run = config.train, config.run
     precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
@@ -68,7 +68,7 @@ def _accelerator(chosen: str, **options: Any) -> Accelerator:
 
 
 def make_plain_accelerator(precision: str) -> Accelerator:
-    """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
+    """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for; after `check_launch`."""
     accelerator = _accelerator(f"--precision {precision}", mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator

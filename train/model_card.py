@@ -105,20 +105,19 @@ class Card:
     accuracy: list[Json] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, values: Any, *, source: Path) -> Card:
-        """Raises DataError if `values` are no card."""
-        with reading(f"{source}: its model card", "export the weights again"):
-            if (values["format"], values["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"format {values['format']!r} version {values['version']!r}")
-            config = updated(Config(), {name: values[name] for name in ("model", "augment")})
-            return cls(
-                model=config.model,
-                augment=config.augment,
-                inputs=Inputs.from_json(values["inputs"]) if values["inputs"] else None,
-                weights={**values["weights"], "classes": int(values["weights"]["classes"])},
-                recipe=dict(values["recipe"]),
-                accuracy=list(values["accuracy"]),
-            )
+    def from_json(cls, values: Any) -> Card:
+        """Raises ValueError, KeyError, TypeError or AttributeError if `values` are no card."""
+        if (values["format"], values["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {values['format']!r} version {values['version']!r}")
+        config = updated(Config(), {name: values[name] for name in ("model", "augment")})
+        return cls(
+            config.model,
+            config.augment,
+            Inputs.from_json(values["inputs"]) if values["inputs"] else None,
+            {**values["weights"], "classes": int(values["weights"]["classes"])},
+            dict(values["recipe"]),
+            list(values["accuracy"]),
+        )
 
     def as_json(self) -> Json:
         inputs = self.inputs.as_json() if self.inputs else None
@@ -131,4 +130,5 @@ def read_beside(path: Path) -> Card | None:
     values = read_json(beside, cure="remove it, or export the weights again")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return None  # missing, or some other JSON
-    return Card.from_json(values, source=beside)
+    with reading(f"{beside}: its model card", "export the weights again"):
+        return Card.from_json(values)

@@ -38,8 +38,7 @@ def choose(
     saved, error, claim = None, None, ""
     if agreement.first:
         try:
-            folder.claim()
-            claim = folder.claimed_by()
+            claim = folder.claim()
             saved = _choose(config.resume, checkpoints)
             if saved:
                 check_same_run(fixed, saved)

@@ -44,10 +44,11 @@ class RunFolder:
     def is_ours(self) -> bool:
         return self._lock >= 0
 
-    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
-        """Makes the folder and locks it. Raises ConfigError if another run holds it, OSError if it cannot be made."""
-        if self.is_ours:
-            return
+    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> str:
+        """Makes the folder and locks it; returns the lock's text, by which other hosts recognise the folder.
+
+        Raises ConfigError if another run holds it, OSError if it cannot be made.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -62,21 +63,18 @@ class RunFolder:
                         f"{self.path}: {self._holder()} trains there; wait for its end, or use {another(self.path)}"
                     ) from None
                 print(f"{self.path}: waiting for {self._holder()} to end")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()})
         os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, json.dumps(holder).encode(), 0)
+        os.pwrite(self._lock, holder.encode(), 0)
         os.fsync(self._lock)  # other hosts look for it, and NFS may delay what a file that is open holds
         watchdog.clean(self.path)
         with contextlib.suppress(OSError):  # an earlier attempt's end must not pass for ours
             (self.path / EXIT).unlink()
-
-    def claimed_by(self) -> str:
-        """The claim's text, by which other hosts recognise the folder."""
-        return (self.path / LOCK).read_text()
+        return holder
 
     def _holder(self) -> str:
         try:
-            holder = json.loads(self.claimed_by())
+            holder = json.loads((self.path / LOCK).read_text())
             return f"process {holder['pid']} of {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
