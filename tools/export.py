@@ -228,13 +228,13 @@ def reloaded(path: Path, model: Any) -> Any:
     if model.net.variant.names == "torchvision":
         from torchvision.models import alexnet
 
-        net = alexnet(num_classes=model.classes).eval()
+        net = alexnet(num_classes=model.classes)
     else:
         from model import AlexNet, ModelConfig
 
-        net = AlexNet(ModelConfig("seed"), classes=model.classes, crop=model.card.augment.crop).eval()
+        net = AlexNet(ModelConfig("seed"), classes=model.classes, crop=model.card.augment.crop)
     net.load_state_dict(saved)
-    return net
+    return net.eval()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipeline.read.loader import Loader
 from pipeline.settings import flatten, updated
 from pipeline.storage import absolute
 
-from . import environment, resume, watchdog
+from . import environment, resume
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
@@ -63,12 +63,11 @@ def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
 
 
 def build_trainer(
-    config: Config, accelerator: Accelerator, dataset: Dataset, *, folder: RunFolder, stop: Stop, parent: int = 0
+    config: Config, accelerator: Accelerator, dataset: Dataset, *, folder: RunFolder, stop: Stop
 ) -> Trainer:
     """Builds the run, resumed from a checkpoint if there is one, and opens its run folder.
 
-    parent: process id of the launcher, 0 if there is none. Raises ExpressError, the same at all ranks, before anything
-    of the run folder has changed.
+    Raises ExpressError, the same at all ranks, before anything of the run folder has changed.
     """
     main, world = accelerator.is_main_process, accelerator.num_processes
     train, run, say = config.train, config.run, accelerator.on_main_process(print)
@@ -153,7 +152,6 @@ def build_trainer(
             world,
             config.guard.hang_seconds,
             stop,
-            parent=parent if watchdog.is_launched() else 0,
         ),
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
         showcase=Showcase(folder.path, accelerator, on=config.run.report, step=resumed_at[0]),
@@ -220,7 +218,7 @@ def of_this_rank(accelerator: Accelerator) -> Json:
 def make_loaders(
     config: Config, dataset: Dataset, accelerator: Accelerator
 ) -> tuple[Callable[..., Loader], Loader, Loader]:
-    """This rank's: a function that makes a training loader with the given `augment`, its first, and that of validation."""
+    """A function that makes training loaders with a given `augment`, its first, and the validation loader."""
     data, train = config.data, config.train
     make = partial(
         Loader,

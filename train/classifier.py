@@ -46,8 +46,9 @@ class Classifier(NamedTuple):
         if self.card.augment.statistics == "imagenet":
             return IMAGENET_STATISTICS
         if dataset is None:
-            unknown = f"{self.source}: how its images were normalised is not known"
-            raise ConfigError(f"{unknown}; name the shards by --data.shards")
+            raise ConfigError(
+                f"{self.source}: how its images were normalised is not known; name the shards by --data.shards"
+            )
         return Inputs.of(dataset, self.card.augment).statistics
 
     def __str__(self) -> str:

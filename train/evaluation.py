@@ -110,7 +110,7 @@ class Predictions(NamedTuple):
     losses: ndarray  # (n,) float64, cross-entropy; 0 if the label is unknown
     best: ndarray  # (n, k) int64: the classes of the greatest probabilities, the greatest first
     probabilities: ndarray  # (n, k) float64: theirs
-    ids: ndarray = np.empty(0, np.int64)  # (n,) int64: positions in the split's index
+    ids: ndarray  # (n,) int64: positions in the split's index
 
 
 class Group(NamedTuple):
@@ -189,7 +189,7 @@ def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices[:, :BEST], found.values[:, :BEST]
 
 
-def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> Json:
+def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int) -> Json:
     """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
 
     All labels must be known.

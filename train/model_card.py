@@ -100,7 +100,7 @@ class Card:
     model: ModelConfig
     augment: AugmentConfig
     inputs: Inputs | None
-    weights: Json = field(default_factory=dict)
+    weights: Json
     recipe: Json = field(default_factory=dict)
     accuracy: list[Json] = field(default_factory=list)
 

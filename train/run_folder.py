@@ -1,7 +1,5 @@
 """The run folder: one run at a time, its config.json, and how it ended."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ Rank 0 writes it at each evaluation, all of it, in at most 20 MB. It changes not
 that is full is left to checkpoints and metrics to report. Pictures are PNGs, in base64.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

@@ -56,7 +56,6 @@ class Watchdog:
     step: int = 0
     phase: str = DATA
     _at: float = field(default_factory=time.monotonic)
-    _beat_at: float = 0.0
     _orphan_at: float = 0.0
     _seen: dict[int, tuple[float, float]] = field(default_factory=dict)  # rank → its last beat, and when it was new
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -86,7 +85,7 @@ class Watchdog:
         return min(max(self.hang_seconds / 10, LOOK_SECONDS), 10.0) if self.hang_seconds else 10.0
 
     def _watch(self) -> None:
-        before = time.monotonic()
+        before, beat_at = time.monotonic(), 0.0
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
             if (paused := now - before - LOOK_SECONDS) > PAUSE_SECONDS:
@@ -95,8 +94,8 @@ class Watchdog:
                 self._seen.clear()
             before = now
             stalled = now - self._at
-            if now - self._beat_at >= self.beat_seconds:
-                self._beat_at = now
+            if now - beat_at >= self.beat_seconds:
+                beat_at = now
                 self._beat()
             self._look_after_launcher(now, stalled)
             if not self.hang_seconds:
@@ -217,11 +216,6 @@ def clean(folder: Path) -> None:
     for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
         with suppress(OSError):
             path.unlink()
-
-
-def is_launched() -> bool:
-    """Whether a launcher started this process and should outlive it; a shell that goes away need not."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _stack_path(folder: Path, rank: int) -> Path:
