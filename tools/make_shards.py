@@ -132,7 +132,6 @@ def main() -> None:
 
 
 def index(args: argparse.Namespace) -> dict:
-    fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
     splits = {"train": expand(args.tars)} | ({"val": expand(args.val)} if args.val else {})
@@ -144,7 +143,7 @@ def index(args: argparse.Namespace) -> dict:
             classes=class_names(args.classes),
             statistics_images=args.statistics,
             size=Encoding(size=args.size).size,
-            max_bad_fraction=fraction,
+            max_bad_fraction=check_fraction("--max-bad-fraction", args.max_bad_fraction),
             workers=args.workers,
             progress=progress.update,
         )
@@ -222,8 +221,9 @@ def make(args: argparse.Namespace) -> dict | None:
     with Progress("sharding", plan.images(only)) as progress:
         chosen = range(0) if args.merge else only
         run = partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run
-        settings = {"workers": args.workers, "report": progress.update, "run": run}
-        written = build(plan, args.out, only=chosen, merge=not args.shards, **settings)
+        written = build(
+            plan, args.out, only=chosen, merge=not args.shards, workers=args.workers, report=progress.update, run=run
+        )
     if written is None:
         print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")
     return written

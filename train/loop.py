@@ -103,8 +103,8 @@ def begin(t: Trainer) -> None:
 def is_over(t: Trainer) -> bool:
     """Whether nothing is left to train or to evaluate."""
     train, state = t.config.train, t.state
-    reached = train.stop_at and state.best_step is not None and state.best_top1 >= train.stop_at
-    return bool(state.epoch >= train.epochs or reached or (t.at_limit and not t.evaluation_is_missing))
+    reached = 0 < train.stop_at <= state.best_top1
+    return state.epoch >= train.epochs or reached or (t.at_limit and not t.evaluation_is_missing)
 
 
 def rest_of_epoch(t: Trainer) -> Iterator[Batch]:

@@ -77,9 +77,12 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
 
-    def write_exit(self, *, code: int, reason: str, step: int, **more: Any) -> None:
-        """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""
-        write_json(self.path / EXIT, {"code": code, "reason": reason, "step": step, **more})
+    def write_exit(self, **facts: Any) -> None:
+        """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it.
+
+        facts: code, reason, step, and what an error adds.
+        """
+        write_json(self.path / EXIT, facts)
 
 
 # What a run has recorded, read without claiming its folder

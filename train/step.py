@@ -44,8 +44,12 @@ class Stepper:
         self.nets = [net, *([self.average.net] if self.average else [])]
         for one in self.nets:  # before it is wrapped, in place: names of weights stay
             self.compiled = compile_net(one, config.train.compile, device, world=accelerator.num_processes)
-        first_apart, scaled = bool(config.train.conv1_epochs), accelerator.scaler is not None
-        optimizer = make_optimizer(net, config.scaled_optim(), first_apart=first_apart, scaled=scaled)
+        optimizer = make_optimizer(
+            net,
+            config.scaled_optim(),
+            first_apart=config.train.conv1_epochs > 0,
+            scaled=accelerator.scaler is not None,
+        )
         try:
             self.net, self.optimizer = accelerator.prepare(net, optimizer)
         except TypeError as err:  # torch's word for links that cannot carry such numbers
