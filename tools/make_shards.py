@@ -53,7 +53,10 @@ def parser() -> cli.Parser:
         source.add_options(kind)
         add_options(kind)
     add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
-    add_cuts(kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)"))
+    cuts = kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)")
+    cuts.path("out", "DIR", "the shard folder")
+    cuts.workers()
+    add_check_cuts(cuts)
     return p
 
 
@@ -65,12 +68,6 @@ def add_index(p: cli.Parser) -> None:
     p.option("statistics", 10_000, "images to measure mean and deviation of (%(default)s)", metavar="N")
     p.flag("cuts", "also make what `make_shards.py cuts` makes: takes several times as long")
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
-
-
-def add_cuts(p: cli.Parser) -> None:
-    p.path("out", "DIR", "the shard folder")
-    p.workers()
-    add_check_cuts(p)
 
 
 def add_check_cuts(p: cli.Parser) -> None:

@@ -70,11 +70,11 @@ def build_trainer(
     Raises ExpressError, the same at all ranks, before anything of the run folder has changed.
     """
     main, world = accelerator.is_main_process, accelerator.num_processes
-    train, run, say = config.train, config.run, accelerator.on_main_process(print)
+    train, say = config.train, accelerator.on_main_process(print)
     agreement = Agreement(accelerator, patience(config.guard.hang_seconds))
     precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
     check_batch(config, dataset, world=world)
-    checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
+    checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
     config = resume.with_window(config, dataset, checkpoints, agreement)
     make_loader, loader, val_loader = make_loaders(config, dataset, accelerator)
     net = make_net(config, classes=len(dataset.classes), say=say)
@@ -136,9 +136,8 @@ def build_trainer(
         stepper=stepper,
         state=state,
         finite=Finite(
-            stepper.bare.parameters(),
+            stepper.bare.parameters() if accelerator.scaler is None else (),
             late=accelerator.device.type == "cuda" and config.guard.on_bad_numbers == "stop",
-            gradients=accelerator.scaler is None,
         ),
         meter=meter,
         agreement=agreement,

@@ -113,29 +113,24 @@ class Predictions(NamedTuple):
     ids: ndarray  # (n,) int64: positions in the split's index
 
 
-class Group(NamedTuple):
-    """Nets that see the same pixels, and the loader that makes them."""
-
-    nets: list[nn.Module]
-    loader: Loader
-
-
 @torch.no_grad()
-def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Callable[[int], None]) -> Predictions:
-    """Runs all nets over this rank's images and gathers the predictions of all ranks.
+def predict(
+    nets: dict[Loader, list[nn.Module]], accelerator: Accelerator, *, progress: Callable[[int], None]
+) -> Predictions:
+    """Runs all nets, each on the images of its loader, over this rank's images and gathers all ranks' predictions.
 
     Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: receives counts of images.
     Raises DataError if more samples are bad, over all ranks, than a loader's limit.
     """
     rows: list[Predictions] = []
-    for group in groups:
-        group.loader.bad.together = accelerator.num_processes > 1
-    for batches in map(in_common, zip(*(group.loader for group in groups), strict=True)):
+    for loader in nets:
+        loader.bad.together = accelerator.num_processes > 1
+    for batches in map(in_common, zip(*nets, strict=True)):
         scores = mean_scores(
             [
                 logits
-                for group, batch in zip(groups, batches, strict=True)
-                for net in group.nets
+                for group, batch in zip(nets.values(), batches, strict=True)
+                for net in group
                 for logits in logits_by_view(net, batch.images, accelerator.autocast)
             ]
         )
@@ -146,11 +141,11 @@ def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Call
         found = labels, ranks, losses, best, probabilities.double(), batches[0].ids
         rows.append(Predictions(*(t.cpu().numpy() for t in found)))
         progress(len(labels))
-    for group in groups:
-        group.loader.bad.share(lambda found: gather_object([found]))
+    for loader in nets:
+        loader.bad.share(lambda found: gather_object([found]))
     # Consecutive ranks have consecutive images, so their rows are in stored order one after another.
     predictions = Predictions(*(np.concatenate(column) for column in zip(*gather_object(rows), strict=True)))
-    assert groups[0].loader.bad.limit or len(predictions.labels) == groups[0].loader.samples
+    assert loader.bad.limit or len(predictions.labels) == loader.samples
     return predictions
 
 

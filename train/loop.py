@@ -93,8 +93,8 @@ def begin(t: Trainer) -> None:
         t.record.log(line)
     if c.optim.scale_lr != "none":
         t.record.log(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
-    for part in (t.loader, t.val_loader):
-        part.load()
+    t.loader.load()
+    t.val_loader.load()
     t.tick(DATA)
     t.watchdog.start()
     t.stop.running = True
@@ -166,8 +166,8 @@ def log(t: Trainer) -> None:
 
 def evaluate_epoch(t: Trainer) -> Evaluation | None:
     """Evaluates the epoch that was trained, if train.eval_every says so; then the epoch is done."""
-    state, every, number = t.state, t.config.train.eval_every, t.state.epoch + 1
-    on_schedule = number % every == 0
+    state, number = t.state, t.state.epoch + 1
+    on_schedule = number % t.config.train.eval_every == 0
     is_due = on_schedule or number >= t.config.train.epochs
     if not is_due and not t.at_limit:
         state.epoch = number

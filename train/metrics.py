@@ -86,7 +86,7 @@ class Record:
     def __init__(self, config: Config, accelerator: Accelerator, *, resumed_at: tuple[int, int]) -> None:
         """resumed_at: step and epoch; what was written of later ones is forgotten."""
         self.run, ids = Path(config.run.dir), config.run.record_ids
-        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.accelerator = accelerator
         # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
         alone = config.run.trackers == ("tensorboard",)
         values = None if alone else {name: str(value) for name, value in flatten(config).items()}
@@ -94,7 +94,7 @@ class Record:
         self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
-        if self.main:
+        if accelerator.is_main_process:
             # Also of ranks that there are no more: a run may resume on fewer.
             for path in (self.run / METRICS, *(self.run / IDS).glob("rank-*.jsonl")):
                 _trim(path, *resumed_at)
@@ -134,7 +134,7 @@ class Record:
         file.flush()
 
     def log(self, line: str) -> None:
-        if self.main:
+        if self.accelerator.is_main_process:
             print(line)
 
     def close(self) -> None:

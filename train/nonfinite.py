@@ -13,21 +13,15 @@ from pipeline.read.backend import HostCopy
 
 
 class Finite:
-    """Checks each step's loss and gradients.
+    """Checks each step's loss, and the gradients of `parameters`: none if a loss scaler handles infinite ones.
 
     late: report a step exactly one step later, on every rank, after its update. A check at once would wait for the
     step's backward pass, and the device would then wait for the host: a fifth to a third of a step on a fast GPU
-    (estimated, not measured). gradients: False if a loss scaler checks them and handles infinite ones.
+    (estimated, not measured).
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        *,
-        late: bool,
-        gradients: bool = True,
-    ) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad] if gradients else []
+    def __init__(self, parameters: Iterable[Tensor], *, late: bool) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.late = late
         self.loss = 0.0  # of the step that was reported last
         self._unread: deque[tuple[int, HostCopy]] = deque()  # steps that are not reported yet

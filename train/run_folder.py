@@ -31,16 +31,12 @@ def another(run: Path) -> str:
 class RunFolder:
     """A run's claim on its folder, held by rank 0 until the process ends.
 
-    private: each rank has a folder of its own, as tools do that only replay a run.
+    private: each rank has a folder of its own, as tools do that only replay a run. is_ours: whether it is claimed.
     """
 
     path: Path
     private: bool = False
-    _lock: int = -1
-
-    @property
-    def is_ours(self) -> bool:
-        return self._lock >= 0
+    is_ours: bool = False
 
     def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> str:
         """Makes the folder and locks it; returns the lock's text, by which other hosts recognise the folder.
@@ -53,7 +49,7 @@ class RunFolder:
             raise ConfigError(f"{self.path}: exists, but is no folder; use {another(self.path)}") from None
         for waited, seconds in ((False, min(1.0, wait_seconds)), (True, wait_seconds)):
             try:
-                self._lock = locked(self.path / LOCK, wait_seconds=seconds)
+                lock = locked(self.path / LOCK, wait_seconds=seconds)
                 break
             except StorageError:
                 if waited or not wait_seconds:
@@ -61,10 +57,11 @@ class RunFolder:
                         f"{self.path}: {self._holder()} trains there; wait for its end, or use {another(self.path)}"
                     ) from None
                 print(f"{self.path}: waiting for {self._holder()} to end")
+        self.is_ours = True  # until the process ends, which closes the descriptor
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()})
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, holder.encode(), 0)
-        os.fsync(self._lock)  # other hosts look for it, and NFS may delay what a file that is open holds
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, holder.encode(), 0)
+        os.fsync(lock)  # other hosts look for it, and NFS may delay what a file that is open holds
         watchdog.clean(self.path)
         with contextlib.suppress(OSError):  # an earlier attempt's end must not pass for ours
             (self.path / EXIT).unlink()

@@ -144,8 +144,7 @@ class Trainer:
             total_steps=self.total_steps,
             drops=state.plateau.drops,
         )
-        frozen_from = self.config.train.conv1_epochs
-        freeze_first = 0 < frozen_from * self.steps_per_epoch <= state.step
+        freeze_first = 0 < self.config.train.conv1_epochs * self.steps_per_epoch <= state.step
         set_learning_rate(self.stepper.optimizer, state.rate, freeze_first=freeze_first)
 
     def _update(self) -> None:
