@@ -80,12 +80,7 @@ def build_trainer(
     net = make_net(config, classes=len(dataset.classes), say=say)
     fixed = resume.invariants(flatten(config), dataset, precision=precision)
     saved = resume.choose(
-        config,
-        fixed,
-        steps_per_epoch=len(loader),
-        folder=folder,
-        checkpoints=checkpoints,
-        agreement=agreement,
+        config, fixed, steps_per_epoch=len(loader), folder=folder, checkpoints=checkpoints, agreement=agreement
     )
     if config.model.init and not saved:
         known = recorded(Path(config.model.init))[1]
@@ -145,13 +140,7 @@ def build_trainer(
         record=record,
         folder=folder,
         stop=stop,
-        watchdog=Watchdog(
-            folder.path,
-            accelerator.process_index,
-            world,
-            config.guard.hang_seconds,
-            stop,
-        ),
+        watchdog=Watchdog(folder.path, accelerator.process_index, world, config.guard.hang_seconds, stop),
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
         showcase=Showcase(folder.path, accelerator, on=config.run.report, step=resumed_at[0]),
     )
