@@ -54,7 +54,9 @@ def parser() -> cli.Parser:
         source.add_options(kind)
         add_options(kind)
     add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
-    add_cuts(kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)"))
+    cuts = kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)")
+    cuts.add_argument("out", metavar="DIR", help="the shard folder, or its URL")
+    add_shared(cuts)
     return p
 
 
@@ -68,30 +70,19 @@ def add_index(p: cli.Parser) -> None:
     add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
-def add_cuts(p: cli.Parser) -> None:
-    p.add_argument("out", metavar="DIR", help="the shard folder, or its URL")
-    add_allow_http(p)
+def add_shared(p: cli.Parser) -> None:
     p.workers()
-    add_check_cuts(p)
-
-
-def add_allow_http(p: cli.Parser) -> None:
-    p.flag("allow-http", "use a URL also without encryption")
-
-
-def add_check_cuts(p: cli.Parser) -> None:
     checks = "images whose cut is compared with the whole: one in 32, or all (%(default)s)"
     p.option("check-cuts", "some", checks, choices=tuple(CHECKS))
+    p.flag("allow-http", "use a URL also without encryption")
 
 
 def add_common(p: cli.Parser, *, out: str, size: str) -> None:
     p.add_argument("--out", metavar="DIR", required=True, help=out)
-    add_allow_http(p)
     p.option("size", 256, f"short side in pixels, for {size} (%(default)s)")
-    p.workers()
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
     p.option("max-bad-fraction", 0.0, allowed, metavar="F")
-    add_check_cuts(p)
+    add_shared(p)
 
 
 def add_options(p: cli.Parser) -> None:
@@ -142,7 +133,6 @@ def main() -> None:
 def index(args: argparse.Namespace) -> dict:
     if is_url(args.out):
         raise ConfigError(f"{args.out}: index writes into a folder; name one, and upload what it holds then")
-    fraction = check_fraction("--max-bad-fraction", args.max_bad_fraction)
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
     splits = {"train": expand(args.tars)} | ({"val": expand(args.val)} if args.val else {})
@@ -154,7 +144,7 @@ def index(args: argparse.Namespace) -> dict:
             classes=class_names(args.classes),
             statistics_images=args.statistics,
             size=Encoding(size=args.size).size,
-            max_bad_fraction=fraction,
+            max_bad_fraction=check_fraction("--max-bad-fraction", args.max_bad_fraction),
             workers=args.workers,
             progress=progress.update,
         )
@@ -232,8 +222,9 @@ def make(args: argparse.Namespace) -> dict | None:
     with Progress("sharding", plan.images(only)) as progress:
         chosen = range(0) if args.merge else only
         run = partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run
-        settings = {"workers": args.workers, "report": progress.update, "run": run}
-        written = build(plan, args.out, only=chosen, merge=not args.shards, **settings)
+        written = build(
+            plan, args.out, only=chosen, merge=not args.shards, workers=args.workers, report=progress.update, run=run
+        )
     if written is None:
         print(f"{args.out}: shards {args.shards} of {len(every)} are whole; with all of them there, run --merge")
     return written
