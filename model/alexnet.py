@@ -163,11 +163,12 @@ class _Builder:
 
     def _response_norm(self, row: Norm | SpatialNorm) -> None:
         module: nn.Module = nn.Identity()
+        options = row._asdict()
         if self.norm == "lrn" and isinstance(row, Norm):
-            towers = self._towers("a norm", self.channels, across=not row.in_tower)
-            module = LocalResponseNorm(size=row.size, alpha=row.alpha, beta=row.beta, k=row.k, towers=towers)
+            towers = self._towers("a norm", self.channels, across=not options.pop("in_tower"))
+            module = LocalResponseNorm(**options, towers=towers)
         elif self.norm == "lrn":
-            module = SpatialResponseNorm(**row._asdict())
+            module = SpatialResponseNorm(**options)
         self._append("norm" if isinstance(row, Norm) else "spatialnorm", module)
 
     def _linear(self, row: Linear, units: int) -> None:

@@ -62,8 +62,10 @@ class StorageError(ExpressError):
     code = IO_FAILED
 
     @classmethod
-    def of(cls, err: OSError, path: object) -> StorageError:
-        """`path`: what was read or written, if the error does not name it."""
+    def of(cls, err: OSError | ExpressError, path: object) -> ExpressError:
+        """`path`: what was read or written, if the error does not name it. An error of ours is returned as it is."""
+        if isinstance(err, ExpressError):
+            return err
         return cls(f"{os.fsdecode(err.filename or str(path))}: {err.strerror or err}")
 
 

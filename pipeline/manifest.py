@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,15 @@ class Split:
         index.base.madvise(mmap.MADV_DONTNEED)
         return index
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(shard.samples for shard in self.shards))
+
+    def rows(self, number: int) -> ndarray:
+        """Those of the index that belong to a shard: they lie side by side."""
+        end = self._ends[number]
+        return self.index[end - self.shards[number].samples : end]
+
     def column(self, name: str) -> ndarray:
         """(n,) of the index, a copy: the whole file does not stay in this process's memory."""
         index: Any = self.index
@@ -82,8 +92,7 @@ class Split:
             raise ConfigError(f"{self.remote}: the keys of samples are in the shards; copy them to this machine")
         keys: list[str] = []
         for number, shard in enumerate(self.shards):
-            offsets = self.index["offset"][self.index["shard"] == number].tolist()
-            keys += sample_keys(self.root / shard.name, offsets)
+            keys += sample_keys(self.root / shard.name, self.rows(number)["offset"].tolist())
         return keys
 
     def faults(self) -> Iterator[tuple[str, str]]:

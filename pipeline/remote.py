@@ -149,6 +149,15 @@ class RemoteFolder:
                 logging.getLogger("imagenet_express").warning("%s: %s; retrying", what, reason)
             pause = min(2 * pause, LONGEST_PAUSE)
 
+    def length(self, name: str) -> int:
+        """Of an object, in bytes. Raises as `get` does."""
+        try:
+            # Not HEAD: the storage that the Hub redirects to may answer GET alone.
+            first = {"range": (0, 1)}
+            return int(self.request(self / name, lambda store: obstore.get(store, name, options=first).meta["size"]))
+        except FileNotFoundError:
+            raise DataError(f"{self / name}: there is no such object; check the URL") from None
+
     def _check(self, name: str, meta: Any, size: int) -> None:
         if size and meta["size"] != size:
             raise DataError(f"{self / name}: {meta['size']} bytes, {size} in the manifest; copy the shard again")

@@ -138,7 +138,7 @@ def _check_index(split: Split, report: Report) -> bool:
 
 
 def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> list[Finding]:
-    shard, rows = split.shards[number], split.index[split.index["shard"] == number]
+    shard, rows = split.shards[number], split.rows(number)
     path = split.root / shard.name
     faults: list[Fault] = []
     if not path.is_file():

@@ -98,7 +98,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ExpressError, OSError) as err:
-        known = StorageError.of(err, "storage") if isinstance(err, OSError) else err
+        known = StorageError.of(err, "storage")
         if ranks and environment.launched("LOCAL_RANK") and not isinstance(known, BadSample | StorageError):
             time.sleep(1)  # launchers end all ranks after the first: perhaps before local rank 0 has printed it
         else:

@@ -111,16 +111,16 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
     from pipeline.read.config import LoaderConfig
     from pipeline.read.loader import Loader
     from train.build import of_this_rank
-    from train.evaluation import Group, predict
+    from train.evaluation import predict
 
-    groups = {}  # nets that see the same pixels share a loader
-    with contextlib.ExitStack() as loaders:
+    loaders, nets = {}, {}  # nets that see the same pixels share a loader
+    with contextlib.ExitStack() as stack:
         for model in models:
             augment = dataclasses.replace(model.card.augment, views=args.views)
             statistics = model.statistics(dataset)
             image = statistics.mean_image
             pixels = (augment, statistics.mean, statistics.std, None if image is None else image.tobytes())
-            if pixels not in groups:
+            if pixels not in loaders:
                 loader = Loader(
                     dataset,
                     split=args.split,
@@ -132,12 +132,12 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
                     # A submission has a line for each image.
                     config=LoaderConfig(max_bad_samples=0 if args.submission else args.max_bad),
                 )
-                groups[pixels] = Group([], loaders.enter_context(loader))
-            groups[pixels].nets.append(model.net.to(accelerator.device))
+                loaders[pixels] = stack.enter_context(loader)
+            nets.setdefault(loaders[pixels], []).append(model.net.to(accelerator.device))
         progress = Progress("evaluating", loader.samples, enabled=accelerator.is_main_process)
-        loaders.callback(progress.close)
+        stack.callback(progress.close)
         step = accelerator.num_processes
-        return predict([*groups.values()], accelerator, progress=lambda n: progress.update(n * step))
+        return predict(nets, accelerator, progress=lambda n: progress.update(n * step))
 
 
 # Reports

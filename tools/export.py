@@ -19,8 +19,9 @@ import os
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError, ExpressError, reading
-from pipeline.files import PARTIAL, Json, fsync_path
+from pipeline.files import PARTIAL, Json, fsync_path, write_json
 from tools import cli, predict
+from tools.page import write_page
 
 KINDS = (".safetensors", ".onnx", ".pth")
 COMPARED = 16  # images
@@ -70,7 +71,7 @@ def main() -> None:
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    for path in (out, *model.card.write_beside(out)):
+    for path in (out, *write_cards(model.card, out)):
         print(f"{path}: {path.stat().st_size:,} bytes")
     print(f"predicts as {model} does on {len(images)} images: logits differ by {differs:.2g} at most")
 
@@ -101,11 +102,25 @@ def no_pth(model: Any) -> str:
     return ""
 
 
+def card_files(out: Path) -> tuple[Path, Path]:
+    """NAME.json and NAME.md beside the weights NAME.suffix."""
+    return out.with_suffix(".json"), out.with_suffix(".md")
+
+
+def write_cards(card: Any, out: Path) -> tuple[Path, Path]:
+    from train.evaluation import BEST
+
+    as_json, as_text = card_files(out)
+    write_json(as_json, card.as_json())
+    write_page(as_text, "card.md", name=out.stem, card=card, best=BEST)
+    return as_json, as_text
+
+
 def check_cards(model: Any, out: Path) -> None:
     """Raises ConfigError if `out` would replace the card of another net; files of one net may share a card."""
     from train.model_card import read_beside
 
-    existing = next((path for path in (out.with_suffix(".json"), out.with_suffix(".md")) if path.exists()), None)
+    existing = next(filter(Path.exists, card_files(out)), None)
     card = read_beside(out)
     if existing and (card is None or card.as_json() != model.card.as_json()):
         raise ConfigError(f"{existing}: exists already, of something else; choose another name, or --force")
@@ -213,13 +228,13 @@ def reloaded(path: Path, model: Any) -> Any:
     if model.net.variant.names == "torchvision":
         from torchvision.models import alexnet
 
-        net = alexnet(num_classes=model.classes).eval()
+        net = alexnet(num_classes=model.classes)
     else:
         from model import AlexNet, ModelConfig
 
-        net = AlexNet(ModelConfig("seed"), classes=model.classes, crop=model.card.augment.crop).eval()
+        net = AlexNet(ModelConfig("seed"), classes=model.classes, crop=model.card.augment.crop)
     net.load_state_dict(saved)
-    return net
+    return net.eval()
 
 
 if __name__ == "__main__":

@@ -105,8 +105,12 @@ def walk(args: argparse.Namespace) -> None:
         where = run_process(ENVIRONMENT, scratch, limit=60.0)
         if args.device.startswith("cuda") and where["answer"].get("gpus") == []:
             raise ConfigError(f"--device {args.device}: no CUDA device here; --device cpu --tiny runs the same steps")
-        common = {"device": args.device, "tiny": args.tiny, "command": command_line("tools/gpu_proof.py")}
-        common["environment"] = where["answer"] or {"error": where["ended"]}
+        common = {
+            "device": args.device,
+            "tiny": args.tiny,
+            "command": command_line("tools/gpu_proof.py"),
+            "environment": where["answer"] or {"error": where["ended"]},
+        }
         data = {"images": args.shards or args.images, "cifar": args.cifar}
         for name in names:
             left = deadline - (time.monotonic() - started)

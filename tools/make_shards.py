@@ -56,7 +56,7 @@ def parser() -> cli.Parser:
     add_index(kinds.add_parser("index", help="WebDataset tars that exist already: indexed, not copied"))
     cuts = kinds.add_parser("cuts", help="for a finished shard folder: faster crops of its JPEGs (docs/cuts.md)")
     cuts.add_argument("out", metavar="DIR", help="the shard folder, or its URL")
-    add_common(cuts)
+    add_shared(cuts)
     return p
 
 
@@ -67,26 +67,26 @@ def add_index(p: cli.Parser) -> None:
     p.path("--classes", "FILE", "class names, a line each (default: their numbers)")
     p.option("statistics", 10_000, "images to measure mean and deviation of (%(default)s)", metavar="N")
     p.flag("cuts", "also make what `make_shards.py cuts` makes: takes several times as long")
-    add_out(p, "folder to write: the tars' own or another", size="statistics")
+    add_common(p, out="folder to write: the tars' own or another", size="statistics")
 
 
-def add_common(p: cli.Parser) -> None:
-    p.flag("allow-http", "use a URL also without encryption")
+def add_shared(p: cli.Parser) -> None:
     p.workers()
     checks = "images whose cut is compared with the whole: one in 32, or all (%(default)s)"
     p.option("check-cuts", "some", checks, choices=tuple(CHECKS))
+    p.flag("allow-http", "use a URL also without encryption")
 
 
-def add_out(p: cli.Parser, help: str, *, size: str) -> None:
-    p.add_argument("--out", metavar="DIR", required=True, help=help)
-    add_common(p)
+def add_common(p: cli.Parser, *, out: str, size: str) -> None:
+    p.add_argument("--out", metavar="DIR", required=True, help=out)
     p.option("size", 256, f"short side in pixels, for {size} (%(default)s)")
     allowed = "leave out up to this fraction of images that cannot be used (%(default)s)"
     p.option("max-bad-fraction", 0.0, allowed, metavar="F")
+    add_shared(p)
 
 
 def add_options(p: cli.Parser) -> None:
-    add_out(p, "folder or URL to write, empty or new", size="jpeg, raw and statistics")
+    add_common(p, out="folder or URL to write, empty or new", size="jpeg, raw and statistics")
     encode = "keep the original bytes, or store JPEGs or raw pixels of a fixed short side (%(default)s)"
     p.option("encode", "keep", encode, choices=("keep", "jpeg", "raw"))
     p.flag("square", "jpeg, raw: store only the centre square")
@@ -220,14 +220,10 @@ def make(args: argparse.Namespace) -> dict | None:
         print_forecast(plan, only, args.out, min(args.workers, len(only)))
         return None
     with Progress("sharding", plan.images(only)) as progress:
+        chosen = range(0) if args.merge else only
+        run = partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run
         written = build(
-            plan,
-            args.out,
-            workers=args.workers,
-            report=progress.update,
-            only=range(0) if args.merge else only,
-            merge=not args.shards,
-            run=partial(ray_pool.run, source=source, address=args.ray_address) if args.executor == "ray" else pool.run,
+            plan, args.out, only=chosen, merge=not args.shards, workers=args.workers, report=progress.update, run=run
         )
     if written is None:
         print(f"{args.out}: shards {args.shards} of {shards} are whole; with all of them there, run --merge")

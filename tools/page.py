@@ -1,4 +1,4 @@
-"""Pages that hold all they need: style, scripts and pictures, so that no request leaves them."""
+"""Pages that hold all they need: style, scripts and pictures, so that no request leaves them. Also model cards."""
 
 import base64
 import io
@@ -11,16 +11,21 @@ from tools import cli
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fills in a template; all values are escaped."""
+    """Fills in a template; in HTML, all values are escaped."""
     import jinja2
+
+    places, escaped = jinja2.PackageLoader(__package__), jinja2.select_autoescape()
+    env = jinja2.Environment(loader=places, autoescape=escaped, trim_blocks=True, lstrip_blocks=True)
+    env.filters["printable"] = cli.printable
+    write_text(path, env.get_template(template).render(values, plotly=plotly))
+
+
+def plotly() -> str:
+    """Plotly's JavaScript."""
     from plotly.offline import get_plotlyjs
 
-    places = jinja2.PackageLoader(__package__)
-    env = jinja2.Environment(loader=places, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters["printable"] = cli.printable
     # Beside lines, plotly registers bars and then 45 kinds of plots that no page has: most of its time to start.
-    plotly = re.sub(r"(register\(\[[\w$]+\(\)),[^]]*", r"\1", get_plotlyjs())
-    write_text(path, env.get_template(template).render(values, plotly=plotly))
+    return re.sub(r"(register\(\[[\w$]+\(\)),[^]]*", r"\1", get_plotlyjs())
 
 
 def thumbnail(pixels: Any, side: int) -> str:

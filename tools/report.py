@@ -144,9 +144,11 @@ def result(run: Path, lines: dict[str, list[Json]], *, timed: bool = True) -> Js
 
 def main() -> None:
     p = cli.Parser(description=__doc__)
-    p.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run folders")
-    p.files(html="the page (default: report.html in RUN; here if there are several)")
-    p.files(json="also write the result of one run with what it depended on")
+    p.path("run", "RUN", "run folders", nargs="+")
+    p.files(
+        html="the page (default: report.html in RUN; here if there are several)",
+        json="also write the result of one run with what it depended on",
+    )
     args = p.parse_args()
     runs = [read(path) for path in args.run]
     page = args.html or (args.run[0] if len(runs) == 1 else Path()) / "report.html"

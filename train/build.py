@@ -18,23 +18,22 @@ from pipeline.manifest import Dataset
 from pipeline.read import order, rng
 from pipeline.read.backend import PixelType
 from pipeline.read.loader import Loader
-from pipeline.settings import flatten
+from pipeline.settings import flatten, updated
 from pipeline.storage import absolute
 
-from . import resume, signals, watchdog
+from . import environment, resume
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
 from .config import Config
 from .distributed import Agreement, patience, resolved_precision, take_cores
-from .environment import launched
 from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
 from .networks import create_net, load_weights, without_dropout
 from .nonfinite import Finite
-from .optim import Plateau, scaled_to_batch
+from .optim import Plateau
 from .profiling import Profile
-from .run_folder import RunFolder
+from .run_folder import CONFIG, RunFolder
 from .showcase import Showcase
 from .signals import Stop
 from .step import Stepper
@@ -45,13 +44,15 @@ LEAST_EPOCHS = 3  # in which decoding all images once saves more than it costs
 INIT = 1_000_000  # a stream of draws, away from the loader's
 
 
-def check_batch(batch: int, accumulate: int, *, samples: int, world: int, partitions: int) -> None:
+def check_batch(config: Config, dataset: Dataset, *, world: int) -> None:
     """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
-    order.check_batch(batch, samples=samples, world=world, partitions=partitions, field="train.batch")
-    images = batch // world
-    if accumulate > max(images // 2, 1):
+    data, train = config.data, config.train
+    samples = config.overfit or dataset.split(data.train_split).samples
+    order.check_batch(train.batch, samples=samples, world=world, partitions=data.partitions, field="train.batch")
+    images = train.batch // world
+    if train.accumulate > max(images // 2, 1):
         raise ConfigError(
-            f"train.accumulate={accumulate}: a rank has {images} images a step, and at least two go together"
+            f"train.accumulate={train.accumulate}: a rank has {images} images a step, and at least two go together"
         )
 
 
@@ -62,50 +63,37 @@ def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
 
 
 def build_trainer(
-    config: Config, accelerator: Accelerator, dataset: Dataset, *, folder: RunFolder, stop: Stop, parent: int = 0
+    config: Config, accelerator: Accelerator, dataset: Dataset, *, folder: RunFolder, stop: Stop
 ) -> Trainer:
     """Builds the run, resumed from a checkpoint if there is one, and opens its run folder.
 
-    parent: process id of the launcher, 0 if there is none. Raises ExpressError, the same at all ranks, before anything
-    of the run folder has changed.
+    Raises ExpressError, the same at all ranks, before anything of the run folder has changed.
     """
     main, world = accelerator.is_main_process, accelerator.num_processes
-    train, run, say = config.train, config.run, accelerator.on_main_process(print)
-    optim = scaled_to_batch(config.optim, train.batch)
-    agreement = Agreement(world, patience(config.guard.hang_seconds))
+    train, say = config.train, accelerator.on_main_process(print)
+    agreement = Agreement(accelerator, patience(config.guard.hang_seconds))
     precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
-    samples = config.overfit or dataset.split(config.data.train_split).samples
-    check_batch(train.batch, train.accumulate, samples=samples, world=world, partitions=config.data.partitions)
-    checkpoints = Checkpoints(folder.path, keep=run.keep_checkpoints)
-    config = resume.with_window(config, dataset, checkpoints, agreement, first=main)
-    make_loader, val_loader = make_loaders(config, dataset, accelerator)
-    loader = make_loader(augment=config.augment_at(0))
+    check_batch(config, dataset, world=world)
+    checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
+    config = resume.with_window(config, dataset, checkpoints, agreement)
+    make_loader, loader, val_loader = make_loaders(config, dataset, accelerator)
     net = make_net(config, classes=len(dataset.classes), say=say)
-    flat = flatten(config)
-    fixed = resume.invariants(flat, dataset, precision=precision)
+    fixed = resume.invariants(flatten(config), dataset, precision=precision)
     saved = resume.choose(
-        config,
-        fixed,
-        optim=optim,
-        steps_per_epoch=len(loader),
-        folder=folder,
-        checkpoints=checkpoints,
-        agreement=agreement,
-        first=main,
+        config, fixed, steps_per_epoch=len(loader), folder=folder, checkpoints=checkpoints, agreement=agreement
     )
     if config.model.init and not saved:
         known = recorded(Path(config.model.init))[1]
         other_classes = known is not None and known.classes != tuple(dataset.classes)
         say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
-    stepper = Stepper(net, config, accelerator, optim)
+    stepper = Stepper(net, config, accelerator)
     if world > 1:
         stepper.settle_buckets(loader, loader.augment.crop)
     if reason := reason_for_memory(config, stepper, agreement, loader, val_loader):
         loader.close()
         val_loader.close()
-        there = dataclasses.replace(config.loader, backend="resident")
-        make_loader, val_loader = make_loaders(dataclasses.replace(config, loader=there), dataset, accelerator)
-        loader = make_loader(augment=config.augment_at(0))
+        in_memory = updated(config, {"loader.backend": "resident"})
+        make_loader, loader, val_loader = make_loaders(in_memory, dataset, accelerator)
         loader.backend_reason = reason
     state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:
@@ -115,20 +103,23 @@ def build_trainer(
         more = f" and {steps} of {len(loader)} steps" if steps else ""
         say(f"resuming from {saved.path}: {state.epoch} of {train.epochs} epochs{more} done")
     if main:
-        folder.describe(
-            config=dataclasses.asdict(config),
-            shards=absolute(config.data.shards),
-            fingerprint=dataset.fingerprint,
-            backend=loader.backend,
-            backend_reason=loader.backend_reason,
-            precision=precision,
-            compiled=stepper.compiled,
-            ranks=world,
-            threads=cores,
-        )
+        described = {
+            "config": dataclasses.asdict(config),
+            "shards": absolute(config.data.shards),
+            "fingerprint": dataset.fingerprint,
+            "backend": loader.backend,
+            "backend_reason": loader.backend_reason,
+            "precision": precision,
+            "compiled": stepper.compiled,
+            "ranks": world,
+            "threads": cores,
+            "command": environment.command(),
+            "environment": environment.describe(),
+        }
+        write_json(folder.path / CONFIG, described)
         write_json(folder.path / INPUTS, Inputs.of(dataset, config.augment).as_json())
     resumed_at = (state.step, state.epoch) if saved else (-1, -1)
-    record = Record(folder.path, accelerator, run.trackers, flat, ids=run.record_ids, resumed_at=resumed_at)
+    record = Record(config, accelerator, resumed_at=resumed_at)
     record.write("start", state.step, {"ranks": world})
     return Trainer(
         config=config,
@@ -138,12 +129,10 @@ def build_trainer(
         make_loader=make_loader,
         val_loader=val_loader,
         stepper=stepper,
-        optim=optim,
         state=state,
         finite=Finite(
-            stepper.bare.parameters(),
+            stepper.bare.parameters() if accelerator.scaler is None else (),
             late=accelerator.device.type == "cuda" and config.guard.on_bad_numbers == "stop",
-            gradients=accelerator.scaler is None,
         ),
         meter=meter,
         agreement=agreement,
@@ -151,14 +140,7 @@ def build_trainer(
         record=record,
         folder=folder,
         stop=stop,
-        watchdog=Watchdog(
-            folder.path,
-            accelerator.process_index,
-            world,
-            config.guard.hang_seconds,
-            on_orphan=lambda: stop.request(signals.ORPHAN),
-            parent=parent if watchdog.is_launched() else 0,
-        ),
+        watchdog=Watchdog(folder.path, accelerator.process_index, world, config.guard.hang_seconds, stop),
         profile=Profile(folder.path, config.profile * main, accelerator.device, record.log),
         showcase=Showcase(folder.path, accelerator, on=config.run.report, step=resumed_at[0]),
     )
@@ -214,15 +196,17 @@ def of_this_rank(accelerator: Accelerator) -> Json:
     return {
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
-        "local_world": launched("LOCAL_WORLD_SIZE", 1),
+        "local_world": environment.launched("LOCAL_WORLD_SIZE", 1),
         "device": accelerator.device,
         "dtype": pixel_type(accelerator.mixed_precision, accelerator.device),
         "channels_last": True,
     }
 
 
-def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> tuple[Callable[..., Loader], Loader]:
-    """This rank's: a function that makes a training loader with the given `augment`, and the validation loader."""
+def make_loaders(
+    config: Config, dataset: Dataset, accelerator: Accelerator
+) -> tuple[Callable[..., Loader], Loader, Loader]:
+    """A function that makes training loaders with a given `augment`, its first, and the validation loader."""
     data, train = config.data, config.train
     make = partial(
         Loader,
@@ -235,7 +219,8 @@ def make_loaders(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
         config=config.loader,
     )
     training = partial(make, split=data.train_split, batch=train.batch, train=True)
-    return training, make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
+    validation = make(split=data.val_split, batch=train.eval_batch, train=False, augment=config.augment)
+    return training, training(augment=config.augment_at(0)), validation
 
 
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:

@@ -129,22 +129,19 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)  # or a full disk would stay full
             raise
         fsync_path(self.folder)
-        self._point(LATEST, path.name)
+        write_text(self.folder / LATEST, f"{path.name}\n")
         self._remove_old(step, state.get("best_step"))
 
     def _remove_old(self, step: int, best: int | None) -> None:
         kept = self.all()[-self.keep :]
         if best is not None and self.path(best).is_dir():
             kept.append(self.path(best))
-            self._point(BEST, kept[-1].name)
+            write_text(self.folder / BEST, f"{kept[-1].name}\n")
         aside = [p for p in self.folder.glob(f"step-*{DAMAGED}") if _step(p) <= step]
         for old in [p for p in self.all() if p not in kept] + aside:
             gone = old.with_name(old.name + PARTIAL)  # half removed, it must not look like a damaged one
             os.rename(old, gone)
             _remove(gone)
-
-    def _point(self, name: str, target: str) -> None:
-        write_text(self.folder / name, f"{target}\n")
 
     # Reading
 

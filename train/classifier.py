@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import ModelConfig
 from pipeline.errors import ConfigError, DataError, first_line, reading
 from pipeline.files import Json
 from pipeline.manifest import Dataset, Statistics, open_dataset
@@ -47,8 +46,9 @@ class Classifier(NamedTuple):
         if self.card.augment.statistics == "imagenet":
             return IMAGENET_STATISTICS
         if dataset is None:
-            unknown = f"{self.source}: how its images were normalised is not known"
-            raise ConfigError(f"{unknown}; name the shards by --data.shards")
+            raise ConfigError(
+                f"{self.source}: how its images were normalised is not known; name the shards by --data.shards"
+            )
         return Inputs.of(dataset, self.card.augment).statistics
 
     def __str__(self) -> str:
@@ -101,16 +101,16 @@ def _from_checkpoint(run: Path, saved: Saved, *, averaged: bool, shards: str) ->
     known = read_inputs(run) or _inputs_from_shards(run, shards or described.get("shards", ""), config, flat)
     if known.fingerprint != flat["the dataset's fingerprint"]:
         raise DataError(f"{run}: its {INPUTS} is of another dataset than {saved.path}; copy the run folder whole")
-    net = _new_net(config.model, config.augment.crop, len(known.classes))
     averaged = bool(averaged and saved.average)
-    try:
-        net.load_state_dict(saved.average if averaged else saved.model)
-    except RuntimeError as err:
-        raise DataError(f"{saved.path}: its weights do not fit the net of its configuration") from err
     weights = {"classes": len(known.classes), "step": saved.state["step"], "averaged": averaged}
     names = ("config", "command", "ranks", "precision", "environment")
     recipe = {name: described[name] for name in names if name in described}
     card = Card(config.model, config.augment, known, weights, recipe, _validated(run, config, weights, recipe))
+    net = _new_net(card)
+    try:
+        net.load_state_dict(saved.average if averaged else saved.model)
+    except RuntimeError as err:
+        raise DataError(f"{saved.path}: its weights do not fit the net of its configuration") from err
     return Classifier(saved.path, net, card, flat["train.precision"])
 
 
@@ -144,7 +144,7 @@ def _from_weights(path: Path, preset: str) -> Classifier:
     if card and preset:
         raise ConfigError(f"--preset {preset}: {path} has a model card that names its net; leave it out")
     card = card or _card_of_preset(path, preset)
-    net = _new_net(card.model, card.augment.crop, card.weights["classes"])
+    net = _new_net(card)
     whose = f"it is not of --preset {preset}" if preset else "its card is of other weights"
     if note := load_weights(net, path, cure=whose):
         raise DataError(f"{note.partition(':')[0]}, and its model card of {card.weights['classes']}; export it again")
@@ -159,7 +159,7 @@ def _card_of_preset(path: Path, preset: str) -> Card:
         raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     model, augment = PRESETS[preset].model, PRESETS[preset].augment
     weights = read_weights(path)
-    named = [f"{name}.weight" for name, _ in heads(_new_net(model, augment.crop, classes=2))]
+    named = [f"{name}.weight" for name, _ in heads(_new_net(Card(model, augment, None, {"classes": 2})))]
     classes = next((len(weights[name]) for name in named if name in weights and weights[name].dim()), 0)
     if classes == 0:
         raise DataError(f"{path}: holds no output layer of --preset {preset}; choose the one it is of")
@@ -184,13 +184,14 @@ def _card(path: Path, text: str | None = None) -> Card | None:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             text = header.get("__metadata__", {}).get(METADATA)
     with reading(f"{path}: its model card", "export the weights again"):
-        return Card.from_json(json.loads(text), source=path) if text else read_beside(path)
+        return Card.from_json(json.loads(text)) if text else read_beside(path)
 
 
-def _new_net(config: ModelConfig, crop: int, classes: int) -> nn.Module:
+def _new_net(card: Card) -> nn.Module:
+    model = dataclasses.replace(card.model, freeze="none")
     # The initialisation is overwritten; it must not draw from the caller's generator.
     with torch.random.fork_rng():
-        net = create_net(dataclasses.replace(config, freeze="none"), classes=classes, crop=crop)
+        net = create_net(model, classes=card.weights["classes"], crop=card.augment.crop)
     return net.eval().requires_grad_(False)
 
 

@@ -154,11 +154,12 @@ def _read_config(file: Path, base: Config) -> Config:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Json:
     """Raises ValueError for a name that is given twice, of which JSON's reader would take the last."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    values: Json = {}
+    for name, value in pairs:
+        if name in values:
             raise ValueError(f"{name!r} is given twice")
-    return dict(pairs)
+        values[name] = value
+    return values
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

@@ -235,11 +235,9 @@ class Config:
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.train.crop_sizes:
-            self._check_crop_sizes()
-
-    def _check_crop_sizes(self) -> None:
         train, crop, model = self.train, self.augment.crop, self.model.name
+        if not train.crop_sizes:
+            return
         sizes = f"train.crop_sizes={_plain(train.crop_sizes)}"
         if not _rise((0, *train.crop_sizes, crop)):
             alone = f"--augment.resize {crop * 9 // 8} --train.crop-sizes --train.crop-until"
@@ -253,6 +251,13 @@ class Config:
             )
         if ":" not in model and not VARIANTS[model].any_crop:
             raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
+
+    def scaled_optim(self) -> OptimConfig:
+        """`optim` with the rates that its rule of scaling gives for the global batch."""
+        optim = self.optim
+        factor = self.train.batch / optim.base_batch if optim.scale_lr == "linear" else 1.0
+        lr, warmup_from = optim.lr * factor, optim.warmup_from * factor
+        return dataclasses.replace(optim, lr=lr, warmup_from=warmup_from, scale_lr="none")
 
     def behind_the_end(self) -> list[str]:
         """A line for each field that names an epoch which the run does not reach."""

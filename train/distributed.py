@@ -8,22 +8,20 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
-from torch import nn
 
 from pipeline import cores
 from pipeline.errors import ConfigError, first_line
 from pipeline.files import Json
 
 from .config import Config
-from .environment import check_launch, launched, world_size
+from .environment import launched, world_size
 
 # Our names of precisions and hooks that have others in Accelerate
 NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Makes Accelerate's object. Raises ConfigError for a launch whose ranks do not know of each other."""
-    check_launch()
+    """Makes Accelerate's object, after `check_launch`. Raises ConfigError if ranks do not know of each other."""
     train, run = config.train, config.run
     precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
@@ -70,8 +68,7 @@ def _accelerator(chosen: str, **options: Any) -> Accelerator:
 
 
 def make_plain_accelerator(precision: str) -> Accelerator:
-    """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for."""
-    check_launch()
+    """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for; after `check_launch`."""
     accelerator = _accelerator(f"--precision {precision}", mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator
@@ -122,11 +119,13 @@ def take_cores(device: torch.device) -> Json:
 class Agreement:
     """Exchanges small values between the ranks' hosts, without waiting for the devices' queued work.
 
-    A call costs 0.2 ms between processes of one machine. timeout: how long a rank waits for another.
+    A call costs 0.2 ms between processes of one machine. timeout: how long a rank waits for another. first: whether
+    this is rank 0.
     """
 
-    def __init__(self, world: int, timeout: datetime.timedelta) -> None:
-        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+    def __init__(self, accelerator: Accelerator, timeout: datetime.timedelta) -> None:
+        several, self.first = accelerator.num_processes > 1, accelerator.is_main_process
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over all ranks; for flags: whether any rank has raised it."""
@@ -143,13 +142,6 @@ class Agreement:
         values: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-
-def broadcast_buffers(net: nn.Module) -> None:
-    """Gives every rank rank 0's buffers."""
-    if dist.is_initialized():
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def patience(hang_seconds: float) -> datetime.timedelta:

@@ -70,8 +70,8 @@ def evaluate(
     loader: Loader,
     accelerator: Accelerator,
     *,
-    between: Callable[[], None] = lambda: None,
-    see: Callable[[Batch, Tensor, Loader], None] = lambda batch, logits, loader: None,
+    between: Callable[[], None],
+    see: Callable[[Batch, Tensor, Loader], None],
 ) -> Result:
     """Runs `net` over this rank's images and sums over the ranks.
 
@@ -110,32 +110,27 @@ class Predictions(NamedTuple):
     losses: ndarray  # (n,) float64, cross-entropy; 0 if the label is unknown
     best: ndarray  # (n, k) int64: the classes of the greatest probabilities, the greatest first
     probabilities: ndarray  # (n, k) float64: theirs
-    ids: ndarray = np.empty(0, np.int64)  # (n,) int64: positions in the split's index
-
-
-class Group(NamedTuple):
-    """Nets that see the same pixels, and the loader that makes them."""
-
-    nets: list[nn.Module]
-    loader: Loader
+    ids: ndarray  # (n,) int64: positions in the split's index
 
 
 @torch.no_grad()
-def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Callable[[int], None]) -> Predictions:
-    """Runs all nets over this rank's images and gathers the predictions of all ranks.
+def predict(
+    nets: dict[Loader, list[nn.Module]], accelerator: Accelerator, *, progress: Callable[[int], None]
+) -> Predictions:
+    """Runs all nets, each on the images of its loader, over this rank's images and gathers all ranks' predictions.
 
     Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: receives counts of images.
     Raises DataError if more samples are bad, over all ranks, than a loader's limit.
     """
     rows: list[Predictions] = []
-    for group in groups:
-        group.loader.bad.together = accelerator.num_processes > 1
-    for batches in map(in_common, zip(*(group.loader for group in groups), strict=True)):
+    for loader in nets:
+        loader.bad.together = accelerator.num_processes > 1
+    for batches in map(in_common, zip(*nets, strict=True)):
         scores = mean_scores(
             [
                 logits
-                for group, batch in zip(groups, batches, strict=True)
-                for net in group.nets
+                for group, batch in zip(nets.values(), batches, strict=True)
+                for net in group
                 for logits in logits_by_view(net, batch.images, accelerator.autocast)
             ]
         )
@@ -146,11 +141,11 @@ def predict(groups: Sequence[Group], accelerator: Accelerator, *, progress: Call
         found = labels, ranks, losses, best, probabilities.double(), batches[0].ids
         rows.append(Predictions(*(t.cpu().numpy() for t in found)))
         progress(len(labels))
-    for group in groups:
-        group.loader.bad.share(lambda found: gather_object([found]))
+    for loader in nets:
+        loader.bad.share(lambda found: gather_object([found]))
     # Consecutive ranks have consecutive images, so their rows are in stored order one after another.
     predictions = Predictions(*(np.concatenate(column) for column in zip(*gather_object(rows), strict=True)))
-    assert groups[0].loader.bad.limit or len(predictions.labels) == groups[0].loader.samples
+    assert loader.bad.limit or len(predictions.labels) == loader.samples
     return predictions
 
 
@@ -189,7 +184,7 @@ def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices[:, :BEST], found.values[:, :BEST]
 
 
-def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> Json:
+def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int) -> Json:
     """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
 
     All labels must be known.
@@ -201,9 +196,6 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
         np.bincount(labels[of], minlength=len(classes)).tolist() for of in (labels >= 0, *hits.values())
     )
     values = {**hits, "loss": losses}
-    wrong = ~hits["top1"] & (best[:, 0] != labels)  # ties alone make no confusion
-    pairs, counts = np.unique(labels[wrong] * len(classes) + best[wrong, 0], return_counts=True)
-    worst = [(*divmod(int(pairs[i]), len(classes)), int(counts[i])) for i in np.argsort(-counts, kind="stable")]
     return {
         "images": len(labels),
         "correct": {name: int(hit.sum()) for name, hit in hits.items()},
@@ -213,11 +205,20 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int 
             {"class": name, "images": n, "top1": a, "top5": b}
             for name, n, a, b in zip(classes, images, *correct, strict=True)
         ],
-        "confusions": [
-            {"class": classes[own], "taken_for": classes[taken], "count": count, "images": images[own]}
-            for own, taken, count in worst[:CONFUSIONS]
-        ],
+        "confusions": confusions(labels, np.where(hits["top1"], labels, best[:, 0]), classes),
     }
+
+
+def confusions(labels: ndarray, taken_for: ndarray, classes: Sequence[str]) -> list[Json]:
+    """The pairs confused most. taken_for: (n,) the class that each image is taken for; its own: none."""
+    images = np.bincount(labels, minlength=len(classes)).tolist()
+    wrong = taken_for != labels
+    pairs, counts = np.unique([labels[wrong], taken_for[wrong]], axis=1, return_counts=True)
+    worst = np.argsort(-counts, kind="stable")[:CONFUSIONS]
+    return [
+        {"class": classes[own], "taken_for": classes[other], "count": count, "images": images[own]}
+        for own, other, count in zip(*pairs[:, worst].tolist(), counts[worst].tolist())
+    ]
 
 
 def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:

@@ -72,11 +72,9 @@ class ExitReport:
 
     def _as_express_error(self, err: BaseException) -> ExpressError | None:
         """The exception in the user's terms; None: a crash."""
-        if isinstance(err, ExpressError):
-            return err
         if isinstance(err, KeyboardInterrupt):  # signals.Stop raises it until training begins
             return Interrupted("stopped before training began; the same command starts again")
-        if isinstance(err, OSError):
+        if isinstance(err, OSError | ExpressError):
             return StorageError.of(err, self.folder.path if self.folder else "")
         text = str(err)
         if isinstance(err, RuntimeError) and is_lost_connection(err):

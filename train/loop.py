@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 import numpy as np
+from accelerate.utils import broadcast
 
 from model.summary import count_parameters
 from pipeline.errors import ExpressError
@@ -14,7 +15,6 @@ from pipeline.read import stages
 from pipeline.read.loader import Batch
 
 from . import environment, signals
-from .distributed import broadcast_buffers
 from .evaluation import BEST, Evaluation, evaluate
 from .metrics import Meter
 from .nonfinite import LossNotFinite
@@ -96,8 +96,8 @@ def begin(t: Trainer) -> None:
         t.record.log(line)
     if c.optim.scale_lr != "none":
         t.record.log(f"optim.lr: {c.optim.lr:g} × {c.train.batch} / {c.optim.base_batch} = {t.optim.lr:g}")
-    for part in (t.loader, t.val_loader):
-        part.load()
+    t.loader.load()
+    t.val_loader.load()
     t.tick(DATA)
     t.watchdog.start()
     t.stop.running = True
@@ -106,8 +106,8 @@ def begin(t: Trainer) -> None:
 def is_over(t: Trainer) -> bool:
     """Whether nothing is left to train or to evaluate."""
     train, state = t.config.train, t.state
-    reached = train.stop_at and state.best_step is not None and state.best_top1 >= train.stop_at
-    return bool(state.epoch >= train.epochs or reached or (t.at_limit and not t.evaluation_is_missing))
+    reached = 0 < train.stop_at <= state.best_top1
+    return state.epoch >= train.epochs or reached or (t.at_limit and not t.evaluation_is_missing)
 
 
 def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
@@ -170,8 +170,8 @@ def log(t: Trainer) -> None:
 
 def evaluate_epoch(t: Trainer) -> Evaluation | None:
     """Evaluates the epoch that was trained, if train.eval_every says so; then the epoch is done."""
-    state, every, number = t.state, t.config.train.eval_every, t.state.epoch + 1
-    on_schedule = number % every == 0
+    state, number = t.state, t.state.epoch + 1
+    on_schedule = number % t.config.train.eval_every == 0
     is_due = on_schedule or number >= t.config.train.epochs
     if not is_due and not t.at_limit:
         state.epoch = number
@@ -206,7 +206,7 @@ def count(t: Trainer) -> Evaluation:
 
     results, bad = [], t.val_loader.bad
     for net in t.stepper.nets:
-        broadcast_buffers(net)  # batch statistics differ between ranks; rank 0's are evaluated and saved
+        broadcast([*net.buffers()])  # batch statistics differ between ranks; rank 0's are evaluated and saved
         t.showcase.begin()
         results.append(evaluate(net, t.val_loader, t.accelerator, between=after_each_batch, see=t.showcase.see))
         bad.share(t.agreement.from_all)  # those of the last batch, which some ranks do not have

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from pipeline.files import Json, atomic_write
 from pipeline.read.loader import Loader
+from pipeline.settings import flatten
+
+from .config import Config
 
 
 class Meter:
@@ -80,30 +83,21 @@ class Record:
     What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        accelerator: Accelerator,
-        trackers: tuple[str, ...],
-        config: Json,
-        *,
-        ids: bool,
-        resumed_at: tuple[int, int],
-    ) -> None:
-        """config: by flat names, for trackers. ids: whether to write each step's sample ids."""
-        self.run, self.accelerator, self.main = run, accelerator, accelerator.is_main_process
+    def __init__(self, config: Config, accelerator: Accelerator, *, resumed_at: tuple[int, int]) -> None:
+        """resumed_at: step and epoch; what was written of later ones is forgotten."""
+        self.run, ids = Path(config.run.dir), config.run.record_ids
+        self.accelerator = accelerator
         # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
-        alone = trackers == ("tensorboard",)
-        values = None if alone else {name: str(value) for name, value in config.items()}
+        alone = config.run.trackers == ("tensorboard",)
+        values = None if alone else {name: str(value) for name, value in flatten(config).items()}
         accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
         self.error: OSError | None = None
         self._metrics: Any = None
         self._ids: Any = None
-        step, epoch = resumed_at  # what was written of later steps and evaluations is forgotten
-        if self.main:
+        if accelerator.is_main_process:
             # Also of ranks that there are no more: a run may resume on fewer.
             for path in (self.run / METRICS, *(self.run / IDS).glob("rank-*.jsonl")):
-                _trim(path, step, epoch)
+                _trim(path, *resumed_at)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
             if ids:
                 (self.run / IDS).mkdir(exist_ok=True)
@@ -140,7 +134,7 @@ class Record:
         file.flush()
 
     def log(self, line: str) -> None:
-        if self.main:
+        if self.accelerator.is_main_process:
             print(line)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The model card of a file of weights: JSON inside the file and beside it, Markdown for people.
+"""The model card of a file of weights: JSON inside the file and beside it; tools/templates/card.md is for people.
 
 It holds the configuration of the net, how it sees images, its inputs, the recipe, and each accuracy with the command
 that measured it. A run folder keeps the inputs alone, in the same form, as inputs.json.
@@ -16,13 +16,12 @@ import numpy as np
 
 from model import ModelConfig
 from pipeline.errors import reading
-from pipeline.files import Json, write_json, write_text
+from pipeline.files import Json
 from pipeline.manifest import Dataset, Statistics
 from pipeline.read.augment import IMAGENET_STATISTICS, AugmentConfig
 from pipeline.settings import updated
 
 from .config import Config
-from .evaluation import BEST
 from .run_folder import read_json
 
 INPUTS = "inputs.json"
@@ -101,68 +100,28 @@ class Card:
     model: ModelConfig
     augment: AugmentConfig
     inputs: Inputs | None
-    weights: Json = field(default_factory=dict)
+    weights: Json
     recipe: Json = field(default_factory=dict)
     accuracy: list[Json] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, values: Any, *, source: Path) -> Card:
-        """Raises DataError if `values` are no card."""
-        with reading(f"{source}: its model card", "export the weights again"):
-            if (values["format"], values["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"format {values['format']!r} version {values['version']!r}")
-            config = updated(Config(), {name: values[name] for name in ("model", "augment")})
-            return cls(
-                model=config.model,
-                augment=config.augment,
-                inputs=Inputs.from_json(values["inputs"]) if values["inputs"] else None,
-                weights={**values["weights"], "classes": int(values["weights"]["classes"])},
-                recipe=dict(values["recipe"]),
-                accuracy=list(values["accuracy"]),
-            )
+    def from_json(cls, values: Any) -> Card:
+        """Raises ValueError, KeyError, TypeError or AttributeError if `values` are no card."""
+        if (values["format"], values["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {values['format']!r} version {values['version']!r}")
+        config = updated(Config(), {name: values[name] for name in ("model", "augment")})
+        return cls(
+            config.model,
+            config.augment,
+            Inputs.from_json(values["inputs"]) if values["inputs"] else None,
+            {**values["weights"], "classes": int(values["weights"]["classes"])},
+            dict(values["recipe"]),
+            list(values["accuracy"]),
+        )
 
     def as_json(self) -> Json:
         inputs = self.inputs.as_json() if self.inputs else None
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "inputs": inputs}
-
-    def write_beside(self, path: Path) -> tuple[Path, Path]:
-        """Writes NAME.json and NAME.md beside the weights NAME.suffix; returns their paths."""
-        as_json, as_text = path.with_suffix(".json"), path.with_suffix(".md")
-        write_json(as_json, self.as_json())
-        write_text(as_text, self.as_markdown(path.stem))
-        return as_json, as_text
-
-    def as_markdown(self, name: str) -> str:
-        a, config = self.augment, self.recipe.get("config", {})
-        kind = "A net of another library" if ":" in self.model.name else "An AlexNet"
-        lines = [f"# {name}", "", f"{kind}, `{self.model.name}`, of imagenet-express.", ""]
-        if i := self.inputs:
-            lines += [f"- Data: {i.dataset}, {len(i.classes):,} classes, fingerprint `{i.fingerprint[:16]}`"]
-        lines += [f"- Sees: short side {a.resize}, {a.crop} × {a.crop} pixels, normalised by `{a.normalize}`"]
-        if self.weights:
-            averaged = ", the average of the weights" if self.weights.get("averaged") else ""
-            lines += [f"- Weights: of step {self.weights.get('step', 0):,}{averaged}"]
-        if self.recipe:
-            train, optim = config.get("train", {}), config.get("optim", {})
-            lines += [
-                f"- Recipe: {train.get('epochs')} epochs of batches of {train.get('batch')},"
-                f" {optim.get('name')} at {optim.get('lr')}, {optim.get('schedule')};"
-                f" in full in {name}.json",
-                f"- Trained by: `{self.recipe.get('command')}`, {self.recipe.get('precision')},"
-                f" {self.recipe.get('ranks')} ranks",
-            ]
-        top5 = self.weights.get("classes", 0) > BEST  # of five classes it is always 1
-        lines += [
-            "",
-            f"| accuracy on | images | views | top-1 |{' top-5 |' * top5} measured by |",
-            f"| --- | --- | --- | --- |{' --- |' * top5} --- |",
-        ]
-        for row in self.accuracy:
-            best = f"{row['top1']:.2%} |" + f" {row['top5']:.2%} |" * top5
-            lines += [f"| {row['split']} | {row['images']:,} | {row['views']} | {best} `{row['command']}` |"]
-        if not self.accuracy:
-            lines += [f"| not measured | | | |{' |' * top5} |"]
-        return "\n".join([*lines, ""])
 
 
 def read_beside(path: Path) -> Card | None:
@@ -171,4 +130,5 @@ def read_beside(path: Path) -> Card | None:
     values = read_json(beside, cure="remove it, or export the weights again")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return None  # missing, or some other JSON
-    return Card.from_json(values, source=beside)
+    with reading(f"{beside}: its model card", "export the weights again"):
+        return Card.from_json(values)

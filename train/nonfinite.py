@@ -1,6 +1,7 @@
 """A loss or gradient that is NaN or infinite: how it is found without waiting for the device, and what follows."""
 
 import math
+from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -12,46 +13,37 @@ from pipeline.read.backend import HostCopy
 
 
 class Finite:
-    """Checks each step's loss and gradients.
+    """Checks each step's loss, and the gradients of `parameters`: none if a loss scaler handles infinite ones.
 
     late: report a step exactly one step later, on every rank, after its update. A check at once would wait for the
     step's backward pass, and the device would then wait for the host: a fifth to a third of a step on a fast GPU
-    (estimated, not measured). gradients: False if a loss scaler checks them and handles infinite ones.
+    (estimated, not measured).
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        *,
-        late: bool,
-        gradients: bool = True,
-    ) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad] if gradients else []
+    def __init__(self, parameters: Iterable[Tensor], *, late: bool) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
         self.late = late
         self.loss = 0.0  # of the step that was reported last
-        self._before: tuple[int, HostCopy] | None = None
+        self._unread: deque[tuple[int, HostCopy]] = deque()  # steps that are not reported yet
 
     def bad_step(self, step: int, loss: Tensor) -> int:
         """The number of `step`, counted from 1, if it was bad, otherwise 0; if late, of the step before."""
         now = torch.stack([self._is_bad(loss).float(), loss.detach().float()])
-        before, self._before = self._before, (step, HostCopy(now))
-        return self._report(before) if self.late else self.rest()
+        self._unread.append((step, HostCopy(now)))
+        return self.rest(unread=self.late)
 
-    def rest(self) -> int:
-        """The last step's number if it was bad and is not reported yet, otherwise 0."""
-        before, self._before = self._before, None
-        return self._report(before)
+    def rest(self, *, unread: int = 0) -> int:
+        """The last step's number if it was bad and is not reported yet, otherwise 0. unread: steps that can wait."""
+        if len(self._unread) <= unread:
+            return 0
+        step, numbers = self._unread.popleft()
+        bad, self.loss = numbers.read().tolist()
+        return step if bad else 0
 
     def mean_loss(self, accelerator: Accelerator) -> float:
         """Over all ranks, of the step that was reported last. Communicates."""
         loss = torch.tensor(self.loss, device=accelerator.device)  # NCCL takes no host tensors
         return float(accelerator.reduce(loss, "mean"))
-
-    def _report(self, step: tuple[int, HostCopy] | None) -> int:
-        if step is None:
-            return 0
-        bad, self.loss = step[1].read().tolist()
-        return step[0] if bad else 0
 
     def _is_bad(self, loss: Tensor) -> Tensor:
         bad = ~torch.isfinite(loss.detach())

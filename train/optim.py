@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,12 +133,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, freeze_f
 
 
 # The rate over time
-
-
-def scaled_to_batch(config: OptimConfig, batch: int) -> OptimConfig:
-    """`config` with the rates that its rule of scaling gives for a global batch."""
-    factor = batch / config.base_batch if config.scale_lr == "linear" else 1.0
-    return replace(config, lr=config.lr * factor, warmup_from=config.warmup_from * factor, scale_lr="none")
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total_steps: int, drops: int = 0) -> float:

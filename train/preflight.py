@@ -48,7 +48,7 @@ def open_alike(config: Config) -> Dataset:
         dataset = config.data.open()
         found["facts"] = facts(config, dataset)
     except (ExpressError, OSError) as err:
-        known = StorageError.of(err, config.data.shards) if isinstance(err, OSError) else err
+        known = StorageError.of(err, config.data.shards)
         found |= {"error": str(known), "code": known.code}
     _meet(found)
     assert dataset is not None  # otherwise _meet has raised
@@ -207,7 +207,7 @@ def name_interface() -> None:
     if not _several_hosts():
         return
     name = os.environ.get("GLOO_SOCKET_IFNAME")
-    name = name or interface_to(os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "1")))
+    name = name or interface_to(os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1))
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         # "=": NCCL takes a plain name for a prefix, and eth1 for eth10 too.

@@ -12,7 +12,7 @@ from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marke
 
 from . import preflight
 from .checkpoint import RESUME_ANOTHER, STATE, Checkpoints, Saved, load
-from .config import RESUME_NEWEST, Config, OptimConfig
+from .config import RESUME_NEWEST, Config
 from .distributed import Agreement
 from .optim import learning_rate
 from .run_folder import LOCK, RunFolder, another
@@ -24,32 +24,29 @@ def choose(
     config: Config,
     fixed: Json,
     *,
-    optim: OptimConfig,
     steps_per_epoch: int,
     folder: RunFolder,
     checkpoints: Checkpoints,
     agreement: Agreement,
-    first: bool,
 ) -> Saved | None:
-    """The checkpoint to resume from, which rank 0, the `first`, chooses for all; None: from the start.
+    """The checkpoint to resume from, which rank 0 chooses for all; None: from the start.
 
-    fixed: the run's `invariants`. optim: config.optim, its rates scaled to the batch.
+    fixed: the run's `invariants`.
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
     saved, error, claim = None, None, ""
-    if first:
+    if agreement.first:
         try:
-            folder.claim()
-            claim = folder.claimed_by()
+            claim = folder.claim()
             saved = _choose(config.resume, checkpoints)
             if saved:
                 check_same_run(fixed, saved)
-                _check_same_rates(optim, saved, config.train.epochs, steps_per_epoch)
+                _check_same_rates(config, saved, steps_per_epoch)
             here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
         except (ExpressError, OSError) as err:
-            error = StorageError.of(err, folder.path) if isinstance(err, OSError) else err
+            error = StorageError.of(err, folder.path)
     path, claim, error = agreement.from_all((saved and saved.path, claim, error))[0]
     if error:
         raise error
@@ -91,14 +88,12 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     return saved
 
 
-def with_window(
-    config: Config, dataset: Dataset, checkpoints: Checkpoints, agreement: Agreement, *, first: bool
-) -> Config:
+def with_window(config: Config, dataset: Dataset, checkpoints: Checkpoints, agreement: Agreement) -> Config:
     """`config` with the window that it leaves open: of the checkpoint to resume from, otherwise of the data."""
     if config.data.window >= 0:
         return config
     window = dataset.window
-    if first:
+    if agreement.first:
         stored = [Path(config.resume)] if config.resume not in ("", RESUME_NEWEST) else []
         with contextlib.suppress(OSError):  # a folder that cannot be listed is named when it is claimed
             stored += checkpoints.all()
@@ -131,9 +126,10 @@ def check_same_run(now: Json, saved: Saved) -> None:
         )
 
 
-def _check_same_rates(optim: OptimConfig, saved: Saved, epochs: int, steps_per_epoch: int) -> None:
+def _check_same_rates(config: Config, saved: Saved, steps_per_epoch: int) -> None:
     """Raises ConfigError if another number of epochs would have changed a rate up to now."""
-    before, done = saved.state.get("epochs", epochs), saved.state["step"]
+    optim, epochs, done = config.scaled_optim(), config.train.epochs, saved.state["step"]
+    before = saved.state.get("epochs", epochs)
     if before == epochs:
         return
     if epochs * steps_per_epoch < done:

@@ -16,9 +16,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parent.parent)
 if not __package__:  # started as a file: the packages lie beside this folder, not inside it
-    sys.path[0] = ROOT
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipeline import streams
 from pipeline.errors import CHECK_FAILED, DONE, HANG, leave
@@ -56,8 +55,10 @@ def main(argv: list[str]) -> int:
 
             dataset = open_alike(config)
             accelerator = make_accelerator(config)
-            run = build_trainer(config, accelerator, dataset, folder=folder, stop=stop, parent=PARENT)
+            run = build_trainer(config, accelerator, dataset, folder=folder, stop=stop)
             report.trainer = run
+            if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+                run.watchdog.parent = PARENT  # a launcher, which outlives the run; a shell need not
             run.watchdog.on_hang = partial(report.write, HANG)
             stop.at_second = partial(report.write, CHECK_FAILED)
             result = train(run)

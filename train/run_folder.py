@@ -1,7 +1,5 @@
 """The run folder: one run at a time, its config.json, and how it ended."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses
@@ -17,7 +15,7 @@ from typing import Any
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import Json, locked, write_json
 
-from . import environment, watchdog
+from . import watchdog
 
 CONFIG, EXIT, LOCK, SHOWCASE = "config.json", "exit.json", "run.lock", "showcase.json"
 WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
@@ -33,28 +31,25 @@ def another(run: Path) -> str:
 class RunFolder:
     """A run's claim on its folder, held by rank 0 until the process ends.
 
-    private: each rank has a folder of its own, as tools do that only replay a run.
+    private: each rank has a folder of its own, as tools do that only replay a run. is_ours: whether it is claimed.
     """
 
     path: Path
     private: bool = False
-    _lock: int = -1
+    is_ours: bool = False
 
-    @property
-    def is_ours(self) -> bool:
-        return self._lock >= 0
+    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> str:
+        """Makes the folder and locks it; returns the lock's text, by which other hosts recognise the folder.
 
-    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> None:
-        """Makes the folder and locks it. Raises ConfigError if another run holds it, OSError if it cannot be made."""
-        if self.is_ours:
-            return
+        Raises ConfigError if another run holds it, OSError if it cannot be made.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise ConfigError(f"{self.path}: exists, but is no folder; use {another(self.path)}") from None
         for waited, seconds in ((False, min(1.0, wait_seconds)), (True, wait_seconds)):
             try:
-                self._lock = locked(self.path / LOCK, wait_seconds=seconds)
+                lock = locked(self.path / LOCK, wait_seconds=seconds)
                 break
             except StorageError:
                 if waited or not wait_seconds:
@@ -62,33 +57,29 @@ class RunFolder:
                         f"{self.path}: {self._holder()} trains there; wait for its end, or use {another(self.path)}"
                     ) from None
                 print(f"{self.path}: waiting for {self._holder()} to end")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, json.dumps(holder).encode(), 0)
-        os.fsync(self._lock)  # other hosts look for it, and NFS may delay what a file that is open holds
+        self.is_ours = True  # until the process ends, which closes the descriptor
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()})
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, holder.encode(), 0)
+        os.fsync(lock)  # other hosts look for it, and NFS may delay what a file that is open holds
         watchdog.clean(self.path)
         with contextlib.suppress(OSError):  # an earlier attempt's end must not pass for ours
             (self.path / EXIT).unlink()
-
-    def claimed_by(self) -> str:
-        """The claim's text, by which other hosts recognise the folder."""
-        return (self.path / LOCK).read_text()
+        return holder
 
     def _holder(self) -> str:
         try:
-            holder = json.loads(self.claimed_by())
+            holder = json.loads((self.path / LOCK).read_text())
             return f"process {holder['pid']} of {holder['host']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another run"
 
-    def describe(self, **facts: Any) -> None:
-        """Writes config.json: the configuration and what it resolved to, and what the result depends on beside it."""
-        facts |= {"command": environment.command(), "environment": environment.describe()}
-        write_json(self.path / CONFIG, facts)
+    def write_exit(self, **facts: Any) -> None:
+        """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it.
 
-    def write_exit(self, *, code: int, reason: str, step: int, **more: Any) -> None:
-        """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it."""
-        write_json(self.path / EXIT, {"code": code, "reason": reason, "step": step, **more})
+        facts: code, reason, step, and what an error adds.
+        """
+        write_json(self.path / EXIT, facts)
 
 
 # What a run has recorded, read without claiming its folder

@@ -4,8 +4,6 @@ Rank 0 writes it at each evaluation, all of it, in at most 20 MB. It changes not
 that is full is left to checkpoints and metrics to report. Pictures are PNGs, in base64.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib
@@ -24,7 +22,7 @@ from pipeline.files import Json, write_json
 from pipeline.read.augment import normalisation
 from pipeline.read.loader import Batch, Loader
 
-from .evaluation import Predictions, best_classes, summary
+from .evaluation import best_classes, confusions
 from .run_folder import SHOWCASE, read_json
 
 EPOCHS = 3  # whose crops of the same images are kept
@@ -90,13 +88,12 @@ class Showcase:
         if not self.writes:
             return
         names, index, sheets = loader.dataset.class_names, loader.split.index, {"kernels": kernels(net)}
-        predictions = Predictions(labels, best != labels, np.zeros(len(labels)), best[:, None], best)
         shown = {
             "epoch": epoch,
             "classes": names,
             "counts": np.bincount(index["label"] + 1, minlength=len(names) + 1)[1:].tolist(),
             "medians": {name: int(np.median(index[name])) for name in ("width", "height", "size")},
-            "confusions": summary(predictions, names, resamples=0)["confusions"],
+            "confusions": confusions(labels, best, names),
             "predictions": self._predictions,
             "kernels": [png(kernel) for kernel in sheets["kernels"]],
             "towers": getattr(net, "towers", 1),

@@ -17,7 +17,7 @@ from pipeline.read import rng
 from pipeline.read.backend import to_device
 from pipeline.read.loader import Batch, Loader
 
-from .config import Config, OptimConfig
+from .config import Config
 from .ema import Average
 from .networks import compile_net
 from .optim import make_optimizer
@@ -37,16 +37,19 @@ class Stepper:
     train.compile resolved to.
     """
 
-    def __init__(self, net: nn.Module, config: Config, accelerator: Accelerator, optim: OptimConfig) -> None:
-        """optim: config.optim, its rates scaled to the batch."""
+    def __init__(self, net: nn.Module, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         decay, device = config.regularize.ema, accelerator.device
         self.average = Average(net.to(device), decay) if decay else None
         self.nets = [net, *([self.average.net] if self.average else [])]
         for one in self.nets:  # before it is wrapped, in place: names of weights stay
             self.compiled = compile_net(one, config.train.compile, device, world=accelerator.num_processes)
-        first_apart, scaled = bool(config.train.conv1_epochs), accelerator.scaler is not None
-        optimizer = make_optimizer(net, optim, first_apart=first_apart, scaled=scaled)
+        optimizer = make_optimizer(
+            net,
+            config.scaled_optim(),
+            first_apart=config.train.conv1_epochs > 0,
+            scaled=accelerator.scaler is not None,
+        )
         try:
             self.net, self.optimizer = accelerator.prepare(net, optimizer)
         except TypeError as err:  # torch's word for links that cannot carry such numbers

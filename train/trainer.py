@@ -13,7 +13,7 @@ from pipeline.read.loader import Batch, Loader
 
 from . import nonfinite
 from .background_saves import Saver
-from .config import Config, OptimConfig
+from .config import Config
 from .distributed import Agreement
 from .metrics import Meter, Record
 from .nonfinite import Finite, LossNotFinite
@@ -47,8 +47,8 @@ class TrainState:
 class Trainer:
     """What a run consists of, made by `build_trainer`.
 
-    fixed: the settings that a run must have in common with its checkpoints. optim: config.optim, its rates scaled to
-    the batch. make_loader: makes a training loader with the given `augment`.
+    fixed: the settings that a run must have in common with its checkpoints. make_loader: makes a training loader with
+    the given `augment`. optim: config.optim, its rates scaled to the batch.
     """
 
     config: Config
@@ -58,7 +58,6 @@ class Trainer:
     make_loader: Callable[..., Loader]
     val_loader: Loader
     stepper: Stepper
-    optim: OptimConfig
     state: TrainState
     finite: Finite
     meter: Meter
@@ -74,6 +73,7 @@ class Trainer:
     _overflows_in_a_row: int = 0
 
     def __post_init__(self) -> None:
+        self.optim = self.config.scaled_optim()
         self.steps_per_epoch = len(self.loader)
         self.total_steps = self.steps_per_epoch * self.config.train.epochs
         self.last_step = min(self.total_steps, self.config.limit_steps or self.total_steps)
@@ -144,8 +144,7 @@ class Trainer:
             total_steps=self.total_steps,
             drops=state.plateau.drops,
         )
-        frozen_from = self.config.train.conv1_epochs
-        freeze_first = 0 < frozen_from * self.steps_per_epoch <= state.step
+        freeze_first = 0 < self.config.train.conv1_epochs * self.steps_per_epoch <= state.step
         set_learning_rate(self.stepper.optimizer, state.rate, freeze_first=freeze_first)
 
     def _update(self) -> None:

@@ -23,6 +23,8 @@ from pathlib import Path
 from pipeline import errors
 from pipeline.files import Json
 
+from .signals import ORPHAN, Stop
+
 HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
@@ -40,7 +42,7 @@ UNKNOWN: Json = {"step": 0, "phase": DATA, "host": "an unknown host", "pid": "un
 class Watchdog:
     """Watches this process and, through the run folder, the others.
 
-    on_orphan: called once when the launcher is gone. on_hang: called with the reason before the process ends.
+    stop: requested once when the launcher has ended. on_hang: called with the reason before the process ends.
     parent: the launcher's process id; 0: none.
     """
 
@@ -48,13 +50,12 @@ class Watchdog:
     rank: int
     world: int
     hang_seconds: float
-    on_orphan: Callable[[], None]
+    stop: Stop
     parent: int = 0
     on_hang: Callable[[str], None] = lambda reason: None
     step: int = 0
     phase: str = DATA
     _at: float = field(default_factory=time.monotonic)
-    _beat_at: float = 0.0
     _orphan_at: float = 0.0
     _seen: dict[int, tuple[float, float]] = field(default_factory=dict)  # rank → its last beat, and when it was new
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -84,7 +85,7 @@ class Watchdog:
         return min(max(self.hang_seconds / 10, LOOK_SECONDS), 10.0) if self.hang_seconds else 10.0
 
     def _watch(self) -> None:
-        before = time.monotonic()
+        before, beat_at = time.monotonic(), 0.0
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
             if (paused := now - before - LOOK_SECONDS) > PAUSE_SECONDS:
@@ -93,8 +94,8 @@ class Watchdog:
                 self._seen.clear()
             before = now
             stalled = now - self._at
-            if now - self._beat_at >= self.beat_seconds:
-                self._beat_at = now
+            if now - beat_at >= self.beat_seconds:
+                beat_at = now
                 self._beat()
             self._look_after_launcher(now, stalled)
             if not self.hang_seconds:
@@ -110,7 +111,7 @@ class Watchdog:
         if self.parent and os.getppid() != self.parent:
             if not self._orphan_at:
                 self._orphan_at = now
-                self.on_orphan()
+                self.stop.request(ORPHAN)
             elif now - self._orphan_at > ORPHAN_SECONDS and stalled > ORPHAN_SECONDS:
                 self._end(f"rank {self.rank} has lost its launcher and makes no step")
 
@@ -215,11 +216,6 @@ def clean(folder: Path) -> None:
     for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
         with suppress(OSError):
             path.unlink()
-
-
-def is_launched() -> bool:
-    """Whether a launcher started this process and should outlive it; a shell that goes away need not."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _stack_path(folder: Path, rank: int) -> Path:

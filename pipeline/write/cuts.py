@@ -91,7 +91,7 @@ def make_cuts(
 
 
 def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) -> Json:
-    shard, rows = split.shards[number], split.index[split.index["shard"] == number]
+    shard, rows = split.shards[number], split.rows(number)
     name = cuts.file_name(split.name, number)
     try:
         places = cuts.read(folder, name, shard, rows)

@@ -62,8 +62,9 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resuming_is_exact(number
 
 
 def test_a_stop_file_stops_the_run_once(clean, few_digits, tmp_path):
+    """It is looked for every second, in which a fast machine trains all steps: one of them takes four."""
     folder = tmp_path / "run"
-    job = Job(folder, *two(few_digits), ranks=2)
+    job = Job(folder, SCRIPT, *two(few_digits), ranks=2, script=PLANTED, PLANT="busy:0:6")
     assert job.wait_for(lambda: job.step >= 3)
     (folder / "stop").touch()
     job.wait()

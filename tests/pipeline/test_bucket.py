@@ -22,6 +22,9 @@ from pipeline import AugmentConfig, DataError, Loader, LoaderConfig, open_datase
 from pipeline.storage import folder_at
 from tests.conftest import ROOT
 from tests.pipeline.conftest import CANARY
+from tests.pipeline.test_tables import hub, hub_rows
+from tests.pipeline.test_tars import image, tar
+from tests.pipeline.web_server import serving
 
 pytest.importorskip("obstore", reason="pip install -e '.[test]'")
 
@@ -207,3 +210,38 @@ def test_a_place_that_cannot_be_written_is_one_line(bucket, options, code, messa
     found, text = in_process(*options, "--allow-http")
     assert found == code
     assert text.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_tars_and_parquet_files_at_a_url_are_sharded_from_copies_that_are_made_once(tmp_path):
+    (tmp_path / "at" / "a").mkdir(parents=True)
+    for folder, number in (("", 0), ("", 1), ("a", 0)):  # two of one name
+        content = {}
+        for i in range(3):
+            content |= {f"{folder}{number}{i}.cls": b"%d" % i, f"{folder}{number}{i}.jpg": image(7 * number + i)}
+        tar(tmp_path / "at" / folder / f"{number}.tar", content)
+    hub(tmp_path / "at" / "train.parquet", hub_rows(6))
+    with serving(tmp_path / "at") as server:
+        server.url += "/"
+        places = {
+            "url": (server.url, ["--allow-http", "--fetch", tmp_path / "copies"]),
+            "local": (f"{tmp_path}/at/", []),
+        }
+        for run, (name, (place, more)) in itertools.product(("first", "again"), places.items()):
+            server.log.clear()
+            for kind, train, val in (("webdataset", "{0..1}.tar", "a/0.tar"), ("hf-parquet", "train.parquet", "")):
+                out = tmp_path / f"{kind}-{name}-{run}"
+                options = [kind, "--train", place + train, "--out", out, "--workers", 2, *more]
+                options += (
+                    ["--val", place + val] if val else ["--val-fraction", 0.5, "--unpack", out.with_suffix(".tars")]
+                )
+                code, text = in_process(*options)
+                assert code == 0, text
+                assert files(out) == files(tmp_path / f"{kind}-url-first")
+            assert sorted(each[0] for each in server.log if each[1:] != (0, 1)) == (
+                ["0.tar", "1.tar", "a/0.tar", "train.parquet"] if (run, name) == ("first", "url") else []
+            )
+        code, text = in_process("webdataset", "--train", f"{server.url}0.tar", "--out", tmp_path / "x", "--allow-http")
+        assert (code, "name a folder for copies of its files, by --fetch DIR" in text) == (2, True)
+        missing = ["webdataset", "--train", f"{server.url}9.tar", "--out", tmp_path / "x", *places["url"][1]]
+        code, text = in_process(*missing)
+        assert (code, f"error: {server.url}9.tar: there is no such object" in text) == (65, True)

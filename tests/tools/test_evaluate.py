@@ -246,7 +246,7 @@ def test_a_summary_counts_each_image_once(ranks, seed):
     best = np.array([generator.permutation(13)[:5] for _ in range(n)])
     best[:, 0] = np.where(ranks < 1, labels, (labels + 1) % 13)
     classes = [f"c{i}" for i in range(13)]
-    found = summary(Predictions(labels, ranks, ranks / 3, best, best / 99), classes, resamples=20)
+    found = summary(Predictions(labels, ranks, ranks / 3, best, best / 99, np.arange(n)), classes, resamples=20)
     assert found["correct"] == {"top1": int((ranks == 0).sum()), "top5": int((ranks < 5).sum())}
     assert sum(row["images"] for row in found["by_class"]) == n
     assert sum(row["top1"] for row in found["by_class"]) == found["correct"]["top1"]

@@ -490,6 +490,7 @@ def test_templates_are_in_the_image():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "!tools" in ignored
     assert {path.name for path in (ROOT / "tools/templates").iterdir()} == {
+        "card.md",
         "page.html",
         "predict.html",
         "report.html",

@@ -74,6 +74,7 @@ def test_empty_variables_of_launchers_are_unset_and_impossible_ones_named(monkey
 def test_what_accelerate_cannot_do_is_an_error_that_names_who_asked(tmp_path, monkeypatch):
     for name, value in (ALONE | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
         monkeypatch.setenv(name, value)
+    check_launch()
     for make in (
         lambda: make_plain_accelerator("fp32"),
         lambda: make_accelerator(Config(run=RunConfig(str(tmp_path)))),

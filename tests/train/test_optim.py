@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import get_args
@@ -17,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import AlexNet, ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.settings import declared
-from train.config import OptimConfig
-from train.optim import Plateau, learning_rate, make_optimizer, scaled_to_batch, set_learning_rate
+from train.config import Config, OptimConfig, TrainConfig
+from train.optim import Plateau, learning_rate, make_optimizer, set_learning_rate
 from train.presets import PRESETS
 
 SCHEDULES = get_args(declared(OptimConfig)["schedule"][0])
@@ -267,11 +268,13 @@ def test_rates_are_never_negative_and_never_above_the_peak(schedule, epochs, ste
 
 
 def test_the_rate_follows_the_batch():
-    config = OptimConfig(lr=0.1, warmup_from=0.01, warmup_epochs=1, scale_lr="linear", base_batch=256)
-    assert scaled_to_batch(config, 1024).lr == pytest.approx(0.4)
-    assert scaled_to_batch(config, 1024).warmup_from == pytest.approx(0.04)
-    assert scaled_to_batch(scaled_to_batch(config, 1024), 1024).lr == pytest.approx(0.4)  # once is enough
-    assert scaled_to_batch(PRESETS["large-batch"].optim, 8192).lr == 10
+    optim = OptimConfig(lr=0.1, warmup_from=0.01, warmup_epochs=1, scale_lr="linear", base_batch=256)
+    config = Config(train=TrainConfig(batch=1024), optim=optim)
+    scaled = config.scaled_optim()
+    assert scaled.lr == pytest.approx(0.4)
+    assert scaled.warmup_from == pytest.approx(0.04)
+    assert dataclasses.replace(config, optim=scaled).scaled_optim() == scaled  # once is enough
+    assert PRESETS["large-batch"].scaled_optim().lr == 10
 
 
 def test_a_plateau_lowers_the_rate_three_times_at_most():

@@ -42,6 +42,7 @@ HELP = {
     "workers": "processes",
     "step-rate": "images/s of a training step, for --explain; 0: unknown",
     "ffcv-python": "interpreter that has FFCV; without it FFCV is left out",
+    "writers-python": "another Python, with litdata, mosaicml-streaming and webdataset",
     "simd-python": "interpreter that has Pillow-SIMD; without it Pillow-SIMD is left out",
 }
 

@@ -1,4 +1,4 @@
-"""Sharding rates: ours, FFCV's writer, and what the work costs at least.
+"""Sharding rates: ours, those of other writers, and what the work costs at least.
 
 Interleaved, each measurement in a process of its own. Starting a process and listing the images are not in the figures;
 writing, fsync and the manifest are.
@@ -18,12 +18,14 @@ WHAT = "images sharded a second; medians over interleaved rounds"
 DECODE, COPY = "decode alone (libjpeg-turbo, reused buffers)", "read, sha256, write"
 FFCV = "FFCV's writer, jpg, at most 341 pixels"
 JPEG, KEEP = "ours, jpeg 256", "ours, keep"
+WRITERS = {"webdataset": "ShardWriter", "mosaicml": "MDSWriter", "litdata": "optimize"}
 SECONDS = 4.0  # of what is no work with an end
 
 
 OPTIONS = {
     "images": Path,
     "ffcv-python": Path,
+    "writers-python": Path,
     "simd-python": Path,
     "rounds": 3,
     "workers": usable_cores(),
@@ -65,7 +67,10 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
     yield ours(f"{JPEG}, no statistics", FFCV, encode="jpeg", stats=False)
     yield ours(KEEP, DECODE)
     yield ours(f"{KEEP}, no statistics", DECODE, stats=False)
-    yield ours(f"{KEEP}, headers only, no statistics", COPY, stats=False, check="header")
+    unchecked = f"{KEEP}, headers only, no statistics"
+    yield ours(unchecked, COPY, stats=False, check="header")
+    for name, writer in WRITERS.items() if args.writers_python else ():
+        yield cell(f"{name}'s {writer}", "writers:measure", unchecked, python=args.writers_python, name=name, **work)
     yield ours(f"{JPEG}, one worker", JPEG, encode="jpeg", workers=1)
     yield ours(f"{KEEP}, a tenth of the images", KEEP, images=images, samples_per_shard=100)
     for name in ("ours", "Pillow", "torchvision.io", "Pillow-SIMD"):

@@ -12,12 +12,12 @@ from ...shards import Sample, write_shard
 from ...storage import Folder
 from .base import UniqueKeys
 from .tables import Table, parquet
-from .tars import WebDataset, expand
+from .tars import WebDataset
 
 
 @dataclass
 class HubParquet(WebDataset):
-    """Local Parquet files with a column of images and one of class numbers, as the Hub has them.
+    """Parquet files with a column of images and one of class numbers, as the Hub has them.
 
     unpack: a folder in which each file becomes a tar first, which later runs use again. Shards take the images in
     random order, and a Parquet file is read by groups of rows: without tars each image would cost a group.
@@ -28,18 +28,18 @@ class HubParquet(WebDataset):
     image_column: str = "image"
     label_column: str = "label"
 
-    help = "image datasets of the Hugging Face Hub: local Parquet files that hold the images"
+    help = "image datasets of the Hugging Face Hub: Parquet files that hold the images"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        metadata = parquet(expand(str(self.train))[0]).schema_arrow.metadata or {}
+        metadata = parquet(self.files(str(self.train))[0]).schema_arrow.metadata or {}
         info: Json = json.loads(metadata.get(b"huggingface", "{}")).get("info", {})
         names = info.get("features", {}).get(self.label_column, {}).get("names", [])
         if names and int(self.classes[-1]) < len(names):
             self.class_names = [names[int(number)] for number in self.classes]
 
     def _tars(self, pattern: str) -> list[Path]:
-        return [self._unpacked(path) for path in expand(pattern)]
+        return [self._unpacked(path) for path in self.files(pattern)]
 
     def _unpacked(self, path: Path) -> Path:
         """The file's tar, which lies in a folder for the file as it is now: a changed one is unpacked again."""

@@ -3,6 +3,7 @@
 As in webdataset, a sample is the adjacent members of one key, a name up to its first dot: an image and a label.
 """
 
+import argparse
 import io
 import os
 import re
@@ -17,9 +18,12 @@ from typing import TypeVar
 
 from braceexpand import braceexpand
 
+from ... import pool
 from ...decode import BadImage
 from ...errors import ConfigError, DataError
+from ...progress import Progress
 from ...shards import IMAGES, LABELS, label_name, label_text, split_name
+from ...storage import Folder, is_url
 from ...tar import Member, members
 from .base import Archives, Item, UniqueKeys
 from .folders import TrainAndVal, is_image, litter, require_utf8
@@ -36,20 +40,25 @@ def expand(pattern: str) -> list[Path]:
 
     Raises ConfigError for what is no pattern, DataError if a file is missing.
     """
-    try:
-        if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
-            raise ValueError("over a million numbers")  # braceexpand would hold them all
-        pattern = os.path.expanduser(pattern)  # a shell leaves what is quoted
-        parts = [pattern] if Path(pattern).is_file() else braceexpand(pattern)
-        paths = [path for part in parts for path in _matches(Path(part))]
-    except (ValueError, RecursionError) as err:
-        raise ConfigError(f"{pattern}: {err}; write {{0000..1023}}, {{a,b}}, *, ? or [0-9]") from err
+    pattern = os.path.expanduser(pattern)  # a shell leaves what is quoted
+    parts = [pattern] if Path(pattern).is_file() else braces(pattern)
+    paths = [path for part in parts for path in _matches(Path(part))]
     if not paths:
         raise DataError(f"{pattern}: no such file; quote the pattern, and mind its folder")
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such file; {pattern} names {len(paths)} files, and no URL or command is read")
     return paths
+
+
+def braces(pattern: str) -> list[str]:
+    """All that a pattern with {0..9} or {a,b} names. Raises ConfigError for what is no pattern."""
+    try:
+        if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
+            raise ValueError("over a million numbers")  # braceexpand would hold them all
+        return list(braceexpand(pattern))
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"{pattern}: {err}; write {{0000..1023}}, {{a,b}}, *, ? or [0-9]") from err
 
 
 def _matches(path: Path) -> list[Path]:
@@ -129,13 +138,18 @@ def read_member(path: Path, member: Member) -> bytes:
 
 @dataclass
 class WebDataset(TrainAndVal, Archives):
-    """The samples of tars that exist already. Labels are numbers, or names, whose classes are then in sorted order."""
+    """The samples of tars that exist already. Labels are numbers, or names, whose classes are then in sorted order.
+
+    fetch: a folder to which files at a URL are copied first, for later runs too. allow_http: also without encryption.
+    """
 
     name: str = "webdataset"
+    fetch: Path | None = None
+    allow_http: bool = False
 
     place = str
     metavar = "PATTERN"
-    hint = "files, with {0000..1023} or *; quote it"
+    hint = "files, with {0000..1023} or *; quote it; also a URL, with {}"
     help = "WebDataset tars, sharded once more: in a new order, size or encoding"
 
     def items(self, split: str, place: str) -> Iterator[Item]:
@@ -150,7 +164,33 @@ class WebDataset(TrainAndVal, Archives):
             yield Item(unique(split_name(member.name)[0]), self._label_of[label], where, extent)
 
     def _tars(self, pattern: str) -> list[Path]:
-        return expand(pattern)
+        return self.files(pattern)
+
+    def files(self, pattern: str) -> list[Path]:
+        """Those that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
+        if not is_url(pattern):
+            return expand(pattern)
+        if self.fetch is None:
+            raise ConfigError(f"{pattern}: name a folder for copies of its files, by --fetch DIR")
+        urls = braces(pattern)
+        with Progress("fetching", len(urls), unit="file") as progress:
+            return pool.apart(lambda: [self._fetched(url, progress) for url in urls])
+
+    def _fetched(self, url: str, progress: Progress) -> Path:
+        from ...remote import PATIENCE, RemoteFolder
+
+        place, _, name = url.rpartition("/")
+        source = RemoteFolder(place, allow_http=self.allow_http, fetch_memory=0)
+        copies = Folder(Path(self.fetch or "", *re.split("/+", str(source))))
+        if copies.size(name) != source.length(name):
+            copies.write(name, source.get(name, patience=PATIENCE))
+        progress.update(1)
+        return copies.path / name
+
+    @classmethod
+    def add_options(cls, p: argparse.ArgumentParser) -> None:
+        super().add_options(p)
+        p.add_argument("--fetch", type=Path, metavar="DIR", help="files at a URL are copied there first")
 
     def _samples(self, tars: list[Path]) -> Iterator[tuple[int, Member, str]]:
         """(number of the tar, image, label) of each sample."""

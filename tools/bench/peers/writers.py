@@ -1,0 +1,77 @@
+"""Writers of other libraries, in an environment of their own: images in class folders, whose bytes they keep.
+
+Each as its documentation shows it, which for webdataset and MosaicML means one writer a process.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+A_SHARD = 1000  # images; MosaicML and LitData count bytes: 64 MB, MosaicML's default and LitData's example
+
+Sample = tuple[str, int]  # path, class
+
+
+def webdataset(part: int, samples: list[Sample], out: str) -> None:
+    from webdataset import ShardWriter
+
+    with ShardWriter(f"{out}/{part}-%06d.tar", maxcount=A_SHARD, verbose=0) as writer:
+        for number, (path, label) in enumerate(samples):
+            writer.write({"__key__": f"{part}{number:08}", "jpg": Path(path).read_bytes(), "cls": label})
+
+
+def mosaicml(part: int, samples: list[Sample], out: str) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=f"{out}/{part}", columns={"image": "bytes", "class": "int"}) as writer:
+        for path, label in samples:
+            writer.write({"image": Path(path).read_bytes(), "class": label})
+
+
+def merged(out: str) -> None:
+    from streaming.base.util import merge_index
+
+    merge_index(out)
+
+
+def in_processes(
+    write: Callable[..., None], finish: Callable[[str], None], samples: list[Sample], out: str, workers: int
+) -> float:
+    with get_context("fork").Pool(workers) as pool:
+        pool.map(abs, range(workers))  # the processes start before the clock does
+        started = time.perf_counter()
+        pool.starmap(write, [(part, samples[part::workers], out) for part in range(workers)])
+        finish(out)
+        return time.perf_counter() - started
+
+
+def read(sample: Sample) -> dict[str, object]:
+    path, label = sample
+    return {"image": Path(path).read_bytes(), "class": label}
+
+
+def litdata(samples: list[Sample], out: str, workers: int) -> float:
+    from litdata import optimize
+
+    started = time.perf_counter()
+    optimize(fn=read, inputs=samples, output_dir=out, chunk_bytes="64MB", num_workers=workers)
+    return time.perf_counter() - started
+
+
+WRITERS: dict[str, Callable[[list[Sample], str, int], float]] = {
+    "webdataset": partial(in_processes, webdataset, lambda out: None),
+    "mosaicml": partial(in_processes, mosaicml, merged),
+    "litdata": litdata,
+}
+
+
+def measure(name: str, images: str, out: str, workers: int) -> dict[str, float]:
+    paths = sorted(Path(images).glob("*/*"))
+    number_of = {name: number for number, name in enumerate(sorted({path.parent.name for path in paths}))}
+    Path(out).mkdir()
+    seconds = WRITERS[name]([(str(path), number_of[path.parent.name]) for path in paths], out, workers)
+    shutil.rmtree(out)
+    return {"images": len(paths), "seconds": seconds}
