@@ -136,28 +136,19 @@ def to_device(array: ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _recorded(device: torch.device | None = None) -> Any:
-    """An event that the device reaches when it has done all that its current stream holds now."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
 class HostCopy:
     """A tensor on its way to the host, from a GPU to pinned memory: making one does not wait for the GPU."""
 
     def __init__(self, values: Tensor) -> None:
-        self._event: Any = None
-        if values.device.type != "cuda":
-            self._values = values.clone()
-            return
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        self._values.copy_(values, non_blocking=True)
-        self._event = _recorded(values.device)
+        on_gpu = values.device.type == "cuda"
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+        self._values.copy_(values, non_blocking=on_gpu)
+        # Reached when the device has done all that its current stream holds now.
+        self._event = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
 
     def read(self) -> Tensor:
         """The values, on the host. Waits for the copy and for nothing that was queued after it."""
-        if self._event is not None:
+        if self._event:
             self._event.synchronize()
         return self._values
 
@@ -169,6 +160,6 @@ class Held:
         self._held: deque[tuple[Any, object]] = deque()
 
     def hold(self, memory: object, device: torch.device) -> None:
-        self._held.append((_recorded(device), memory))
+        self._held.append((torch.cuda.current_stream(device).record_event(), memory))
         while self._held and self._held[0][0].query():
             self._held.popleft()

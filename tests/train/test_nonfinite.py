@@ -97,7 +97,7 @@ def test_numbers_travel_to_pinned_memory_without_blocking_and_are_read_behind_an
     calls = []
 
     class Event:
-        def record(self, stream):
+        def __init__(self, stream):
             calls.append(f"record on the stream of {stream}")
 
         def synchronize(self):
@@ -112,8 +112,8 @@ def test_numbers_travel_to_pinned_memory_without_blocking_and_are_read_behind_an
         return Pinned()
 
     monkeypatch.setattr(backend.torch, "empty", empty)
-    monkeypatch.setattr(backend.torch.cuda, "Event", Event)
-    monkeypatch.setattr(backend.torch.cuda, "current_stream", lambda device: device.type)
+    stream_of = lambda device: SimpleNamespace(record_event=lambda: Event(device.type))  # noqa: E731
+    monkeypatch.setattr(backend.torch.cuda, "current_stream", stream_of)
     device = SimpleNamespace(type="cuda")
     copy = HostCopy(SimpleNamespace(shape=(2,), dtype=torch.float32, device=device))
     assert calls == [("pinned", True), ("copy", True), "record on the stream of cuda"]
