@@ -51,7 +51,10 @@ class ShardCache:
         closing: threading.Event,
     ) -> None:
         self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
-        self._names = [(f"{of.sha256}.tar", f"{of.sha256}.{of.bytes}.partial") for of in split.shards]
+        in_folder = place.folder.joinpath
+        self._paths = [
+            (in_folder(f"{of.sha256}.tar"), in_folder(f"{of.sha256}.{of.bytes}.partial")) for of in split.shards
+        ]
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
@@ -64,10 +67,10 @@ class ShardCache:
             raise StorageError(f"{place.folder}: cannot hold copies of shards: {err.strerror}") from err
 
     def path(self, shard: int) -> Path:
-        return self.place.folder / self._names[shard][0]
+        return self._paths[shard][0]
 
     def _partial(self, shard: int) -> Path:
-        return self.place.folder / self._names[shard][1]
+        return self._paths[shard][1]
 
     def _locked(self) -> int:
         return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
@@ -98,39 +101,39 @@ class ShardCache:
         """away: (shards,) steps until each is read, by any rank: copies that other ranks need soon stay."""
         sizes, busy = self._files()
         used = sum(sizes.values())
-        self._whole = {shard for shard, (whole, _) in enumerate(self._names) if whole in sizes}
-        free, idle = dict[str, int](), sizes.keys() - busy  # shards with the same bytes share a file
-        for shard, names in enumerate(self._names):
-            for name in idle.intersection(names):
-                free[name] = min(away[shard], free.get(name, away[shard]))
+        self._whole = {shard for shard, (whole, _) in enumerate(self._paths) if whole in sizes}
+        free, idle = dict[Path, int](), sizes.keys() - busy  # shards with the same bytes share a file
+        for shard, paths in enumerate(self._paths):
+            for path in idle.intersection(paths):
+                free[path] = min(away[shard], free.get(path, away[shard]))
         last = sorted(free, key=free.__getitem__)
         for shard in sorted(mine, key=away.__getitem__):
-            name = self._names[shard][1]
-            if name in busy or shard in self._whole or shard in self._claims or shard in self._failed:
+            partial = self._partial(shard)
+            if partial in busy or shard in self._whole or shard in self._claims or shard in self._failed:
                 continue
             if len(self._claims) >= CLAIMED and shard not in needed:
                 return
-            room = self._shards[shard].bytes - sizes.get(name, 0)
+            room = self._shards[shard].bytes - sizes.get(partial, 0)
             while used + room > self.place.bytes and last and free[last[-1]] > away[shard]:
-                (self.place.folder / last[-1]).unlink(missing_ok=True)
+                last[-1].unlink(missing_ok=True)
                 used -= sizes[last.pop()]
             if used + room > self.place.bytes:
                 return
-            lock = OpenFile(locked(self._partial(shard), wait_seconds=LOCK_SECONDS))
+            lock = OpenFile(locked(partial, wait_seconds=LOCK_SECONDS))
             self._claims[shard] = self._pool.submit(self._copy, shard, lock)
             used += room
-            busy.add(name)  # another shard may have the same bytes
+            busy.add(partial)  # another shard may have the same bytes
 
-    def _files(self) -> tuple[dict[str, int], set[str]]:
-        """The bytes of our files, those of partial ones that a process is filling as they will be; and their names."""
+    def _files(self) -> tuple[dict[Path, int], set[Path]]:
+        """The bytes of our files, those of partial ones that a process is filling as they will be; and these."""
         sizes, busy = {}, set()
         for path in self.place.folder.iterdir():
             if found := OURS.fullmatch(path.name):
                 size = file_size(path)
                 if found[1] and (size is None or _is_locked(path)):  # None: it just got its name
                     size = int(found[1])
-                    busy.add(path.name)
-                sizes[path.name] = size or 0
+                    busy.add(path)
+                sizes[path] = size or 0
         return sizes, busy
 
     def _copy(self, shard: int, lock: OpenFile) -> None:
