@@ -34,7 +34,7 @@ class Bucket(Folder):
 
     @cached_property
     def _remote(self) -> remote.RemoteFolder:
-        return remote.RemoteFolder(self.path, allow_http=self.allow_http, fetch_memory=0)
+        return remote.RemoteFolder(self.path, allow_http=self.allow_http)
 
     def _request(self, name: str, function: Callable[[Any], Any], **options: Any) -> Any:
         return self._remote.request(self.path / name, function, patience=remote.PATIENCE, **options)

@@ -47,7 +47,7 @@ class RemoteFolder:
     Raises ConfigError for a URL that cannot work.
     """
 
-    def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: float) -> None:
+    def __init__(self, url: str, *, allow_http: bool = False, fetch_memory: float = 0) -> None:
         check_url(url, allow_http=allow_http)
         self.url, self.allow_http, self.fetch_memory = url.rstrip("/"), allow_http, fetch_memory
         options: dict[str, Any] = TIMEOUTS | ({"allow_http": True} if allow_http else {})
@@ -153,8 +153,8 @@ class RemoteFolder:
         """Of an object, in bytes. Raises as `get` does."""
         try:
             # Not HEAD: the storage that the Hub redirects to may answer GET alone.
-            first = {"range": (0, 1)}
-            return int(self.request(self / name, lambda store: obstore.get(store, name, options=first).meta["size"]))
+            first = lambda store: obstore.get(store, name, options={"range": (0, 1)})  # noqa: E731
+            return self.request(self / name, first).meta["size"]
         except FileNotFoundError:
             raise DataError(f"{self / name}: there is no such object; check the URL") from None
 

@@ -104,7 +104,8 @@ def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) 
 
 
 def _images(split: Split, shard: Shard, rows: np.ndarray) -> Iterator[bytes]:
-    tar, remote = split.root / shard.name, split.remote
+    remote = split.remote
+    tar = (remote or split.root) / shard.name
     with io.BytesIO(remote.get(shard.name)) if remote else open(tar, "rb") as file:
         for offset, size, crc in rows[["offset", "size", "crc32"]].tolist():
             file.seek(offset)

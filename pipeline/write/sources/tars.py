@@ -180,7 +180,7 @@ class WebDataset(TrainAndVal, Archives):
         from ...remote import PATIENCE, RemoteFolder
 
         place, _, name = url.rpartition("/")
-        source = RemoteFolder(place, allow_http=self.allow_http, fetch_memory=0)
+        source = RemoteFolder(place, allow_http=self.allow_http)
         copies = Folder(Path(self.fetch or "", *re.split("/+", str(source))))
         if copies.size(name) != source.length(name):
             copies.write(name, source.get(name, patience=PATIENCE))
