@@ -241,12 +241,9 @@ class Loader(AbstractContextManager["Loader"]):
         if not self._reader.closing.is_set():
             self._reader.closing.set()
             self._stop()
-            self._engine.close()
-            if self._check:
-                self._check.close()
-            if self._cutter:
-                self._cutter.close()
-            self._reader.close()
+            for part in (self._engine, self._check, self._cutter, self._reader):
+                if part:
+                    part.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
