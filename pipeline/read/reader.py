@@ -69,6 +69,10 @@ class ReadBatch:
         for task in self.tasks:
             task.result()
 
+    def put(self, i: int, image: ndarray) -> None:
+        at = self.at[i]
+        self.buffer[at : at + len(image)] = image
+
     def images(self) -> list[memoryview]:
         """The stored bytes of each image. After wait()."""
         whole, ends = self.buffer.data, self.at + self.rows[:, SIZE]  # half the cost of an array's slices
@@ -185,8 +189,7 @@ class Reader:
             with self._opened(batch, a, b) as fds:
                 a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)
             if a < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
-                at, size = batch.at[a], batch.rows[a, SIZE]
-                batch.buffer[at : at + size] = self.stored(int(batch.ids[a]))
+                batch.put(a, self.stored(int(batch.ids[a])))
                 a += 1
 
     def fetch(

@@ -244,8 +244,7 @@ class RemoteReader(Reader):
         else:  # each may wait for another copy
             with self.stages("fetch"):
                 for i in range(a, b):
-                    at, size = batch.at[i], batch.rows[i, SIZE]
-                    batch.buffer[at : at + size] = self.stored(int(batch.ids[i]))
+                    batch.put(i, self.stored(int(batch.ids[i])))
         self._ahead.drop(batch.ids[a:b])
 
     def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:
