@@ -65,7 +65,7 @@ def serving(folder: Path) -> Iterator[WebServer]:
                 return
             if fault in ("503", "403") or not path.is_file():
                 state.rejected.append(repr(self.headers.items()))  # S3 too repeats what the client has sent
-                self._answer(int(fault or 404), state.rejected[-1].encode(), {})
+                self._answer(int(fault) if fault.isdigit() else 404, state.rejected[-1].encode(), {})
                 return
             data = path.read_bytes()
             start, end = (int(found[1]), min(int(found[2]) + 1, len(data))) if found else (0, len(data))
