@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ExpressError
 from tools.bench.harness import RUN, how_it_ended
@@ -96,9 +97,16 @@ def profile(proof: Proof) -> Json:
 
 
 def fed(proof: Proof, full_batch: int) -> Json:
-    """Fed from shards, against noise on the same machine: measured by step 2 if it has run in this walk, else here."""
-    batch, shards = proof.batch(full_batch), enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
-    result = {"fed": speed(proof, shards, batch=batch, backend="auto")}
+    shards = enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
+    return fed_from(shards, proof, full_batch, backend="auto")
+
+
+def fed_from(shards: Path, proof: Proof, full_batch: int, *, backend: str, **known: Any) -> Json:
+    """Fed from shards, against noise on the same machine: measured by step 2 if it has run in this walk, else here.
+
+    known: what the step has measured before; its result begins with it.
+    """
+    result = known | {"fed": speed(proof, shards, batch=proof.batch(full_batch), backend=backend)}
     proof.keep(result)
     result["synthetic"] = proof.earlier(f"train-{full_batch}") or synthetic(proof, full_batch)
     fraction = result["fed"]["images_per_second"] / result["synthetic"]["images_per_second"]
