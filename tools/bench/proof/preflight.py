@@ -131,16 +131,15 @@ def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -
         Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
     ):
         pairs = itertools.islice(zip(epochs(right), epochs(tested)), BATCHES)
-        return differences(delayed(pairs, memory_pressure(proof.device) if pressure else itertools.repeat(None)))
+        return differences(delayed(under_pressure(pairs, proof.device) if pressure else pairs))
 
 
-def delayed(pairs: Iterator[Any], squeeze: Iterator[None]) -> Iterator[tuple[Any, Any]]:
-    """The images of pairs of batches, two later than they come; `squeeze` moves on at each."""
+def delayed(pairs: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+    """The images of pairs of batches, two later than they come."""
     waiting = []
     for expected, batch in pairs:
         assert expected.ids.tolist() == batch.ids.tolist()
         waiting.append((expected.images, batch.images))
-        next(squeeze)
         if len(waiting) > 2:
             yield waiting.pop(0)
     yield from waiting
@@ -175,15 +174,15 @@ def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
     return result
 
 
-def memory_pressure(device: str) -> Iterator[None]:
-    """Takes, fills and frees memory at each step, so that allocators hand out what was in use a moment ago."""
+def under_pressure(pairs: Iterator[Any], device: str) -> Iterator[Any]:
+    """Takes, fills and frees memory at each pair, so that allocators hand out what was in use a moment ago."""
     import torch
 
     random = torch.Generator().manual_seed(0)
-    while True:
+    for pair in pairs:
         sizes = torch.randint(1 << 16, 1 << 23, (24,), generator=random).tolist()  # 64 KiB to 8 MiB
         held = [torch.full((size,), 0xAA, dtype=torch.uint8, device=device) for size in sizes]
         del held[::2]
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # back to the driver, where DALI's own pools can get it
-        yield
+        yield pair
