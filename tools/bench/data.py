@@ -16,6 +16,7 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.cuts import make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
+from pipeline.write.sources.tars import WebDataset
 
 SAMPLES, VALIDATION = 1_281_167, 32
 ENCODINGS = {
@@ -38,8 +39,12 @@ def unpacked(images: Path, scratch: Path) -> Path:
 
 
 def shard(images: Path, out: Path) -> dict[str, Any]:
-    """Makes shards of class folders, stored as the name of `out` says, and cuts; returns their manifest."""
-    plan = Plan(ImageFolder(images), Options(ENCODINGS[out.name], samples_per_shard=250))
+    """Makes shards, stored as the name of `out` says, and cuts; returns their manifest.
+
+    images: class folders, or a pattern of shards.
+    """
+    source = ImageFolder(images) if images.is_dir() else WebDataset(str(images))
+    plan = Plan(source, Options(ENCODINGS[out.name], samples_per_shard=250))
     made = build(plan, out, workers=usable_cores())
     if out.name != "raw":
         make_cuts(open_dataset(out), workers=usable_cores())

@@ -59,23 +59,11 @@ def shards_of(proof: Proof, data: str) -> Path:
     if proof.images:
         images = images if images.exists() else unpacked(proof.images, images)
     elif data == "raw":
-        extract(shards_of(proof, "jpeg"), images)
+        images = shards_of(proof, "jpeg") / "*-train-*.tar"
     else:
         raise DataError(f"{given}: no shards; make them with tools/make_shards.py imagefolder --encode {data}")
     shard(images, out)
     return out
-
-
-def extract(shards: Path, out: Path) -> None:
-    """Writes the images of the training split as class folders."""
-    from pipeline import open_dataset
-    from tools.bench.data import encoded
-
-    dataset = open_dataset(shards)
-    for number, (row, image) in enumerate(zip(dataset.split("train").index, encoded(shards))):
-        folder = out / dataset.classes[row["label"]]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:06d}.jpg").write_bytes(image)
 
 
 def enlarged(proof: Proof, shards: Path, name: str, **samples: int) -> Path:
