@@ -2,6 +2,7 @@
 
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +73,21 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
     for shard in split.shards:
         (out / shard.name).symlink_to((root / shard.name).resolve())
 
-    def record(samples: np.ndarray, split_name: str, name: str) -> dict[str, Any]:
+    def record(samples: np.ndarray, split_name: str) -> dict[str, Any]:
         index = split.index[samples]
         counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
-        shards = [type(s)(s.name, count, s.bytes, s.sha256) for s, count in zip(split.shards, counts, strict=True)]
+        shards = [replace(shard, samples=count) for shard, count in zip(split.shards, counts, strict=True)]
         for number, path in enumerate(made):
             table = whole[samples[index["shard"] == number]]
             places = path.read_bytes()[: -whole.itemsize * split.shards[number].samples]
             folder.write(cuts.file_name(split_name, number), places + table.tobytes())
+        name = f"{split_name}.npy"
         return manifest.split_record(shards, name, write_array(folder, name, index))
 
-    repeated = np.resize(np.arange(len(split.index)), samples)
-    repeated = repeated[np.argsort(split.index["shard"][repeated], kind="stable")]
-    splits = {"train": record(repeated, "train", "large.npy")}
-    splits["val"] = record(np.arange(min(VALIDATION, len(split.index))), "val", "val.npy")
-    names = ("dataset", "classes", "statistics", "options")
-    same = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
-    manifest.write_manifest(folder, same | {"splits": splits})
+    count = len(split.index)
+    repeated = np.arange(samples) * count // samples  # in the order of the shards, as each index is
+    splits = {"train": record(repeated, "train"), "val": record(np.arange(min(VALIDATION, count)), "val")}
+    manifest.write_manifest(folder, dataset.manifest | {"splits": splits})
     if made:
         make_cuts(open_dataset(out), workers=1)  # cuts.json alone: the others exist
     return out
