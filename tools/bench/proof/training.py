@@ -131,13 +131,11 @@ def cifar(proof: Proof, recipe: str) -> Json:
 
 
 def times_to(levels: tuple[float, ...], run: Path) -> Json:
-    """Seconds from the run's start until an evaluation, of the weights or their average, reached each top-1."""
-    start, evaluations = records(run, "start")[0]["time"], records(run, "val") + records(run, "val of average")
+    """Seconds until an evaluation, of the weights or their average, reached each top-1, if the run was not resumed."""
+    starts, evaluations = records(run, "start"), records(run, "val") + records(run, "val of average")
     evaluations.sort(key=lambda line: line["time"])
-    reached = {
-        f"{level:.0%}": next((round(line["time"] - start, 1) for line in evaluations if line["top1"] >= level), None)
-        for level in levels
-    }
+    timed = [(line["top1"], round(line["time"] - starts[0]["time"], 1)) for line in evaluations if len(starts) == 1]
+    reached = {f"{level:.0%}": next((seconds for top1, seconds in timed if top1 >= level), None) for level in levels}
     rates = [line["images_per_second"] for line in records(run, "train")]
     return {
         "seconds_to": reached,
