@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tools.bench.proof import grid, tables, training
 from tools.bench.proof.base import Proof
 from tools.bench.proof.data import enlarged, pictures, shards_of
 from tools.bench.proof.preflight import differences
-from tools.bench.proof.steps import STEPS
+from tools.bench.proof.steps import GPU_TESTS, STEPS
 
 # The script with other steps in its registry. `left`: a process that a step started and did not end.
 PLANTED = f"""
@@ -205,6 +206,11 @@ def test_a_cell_that_kills_its_process_costs_no_cell_of_another(tmp_path, monkey
 def test_limits_of_each_command_leave_room_for_its_first_steps():
     for command, seconds in (("A", 300), ("B", 240)):
         assert max(step.limit_seconds for step in STEPS.values() if step.command == command) < seconds
+
+
+def test_the_tests_marked_gpu_are_in_the_file_that_the_step_runs():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(r"pytest\.mark\.gpu", path.read_text())]
+    assert marked == [ROOT / GPU_TESTS]
 
 
 # Functions that steps use
