@@ -1,7 +1,6 @@
 """The images that benchmarks read: unpacked, as shards of each kind, and as a set of ImageNet's size."""
 
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,6 @@ def shard(images: Path, out: Path) -> dict[str, Any]:
     if out.name != "raw":
         make_cuts(open_dataset(out), workers=usable_cores())
     return made
-
-
-def encoded(shards: Path) -> Iterator[np.ndarray]:
-    """The bytes of each image of the training split."""
-    split = open_dataset(shards).split("train")
-    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
-    for row in split.index:
-        yield tars[row["shard"]][row["offset"] : row["offset"] + row["size"]]
 
 
 def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:

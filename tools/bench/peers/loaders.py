@@ -47,10 +47,13 @@ def decode(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) ->
     from simplejpeg import decode_jpeg
 
     from pipeline.decode import Scratch
-    from tools.bench import data
+    from pipeline.read.reader import Reader
 
-    files = sorted(Path(images).glob("*/*"))
-    encoded = list(data.encoded(Path(shards))) if shards else [path.read_bytes() for path in files]
+    if shards:
+        split = open_dataset(shards).split("train")
+        encoded = list(map(Reader(split).stored, range(split.samples)))
+    else:
+        encoded = [path.read_bytes() for path in sorted(Path(images).glob("*/*"))]
     memory = Scratch()
 
     def work(number: int) -> int:
