@@ -232,8 +232,11 @@ def report(stages: Stages, step: float, args: harness.Namespace, record: harness
     advice += SMALLER.get((which, stages.loader.dataset.encoding), "")
     if rate < step:
         advice += f"; the step takes {step / rate:.2g} times as many images"
-    size, names = stages.image_bytes / 1e6, ("stage", "img/s", "MB/s", "µs an image")
-    rows = [dict(zip(names, (name, s.rate, s.rate * size, 1e6 * s.cost))) for name, s in found.items()]
+    size = stages.image_bytes / 1e6
+    rows = [
+        {"stage": name, "img/s": s.rate, "MB/s": s.rate * size, "µs an image": 1e6 * s.cost}
+        for name, s in found.items()
+    ]
     print(harness.table(rows))
     print(f"\npredicted: {rate:,.0f} img/s; while nothing is in the page cache {rates[COLD][0]:,.0f}")
     print(f"limit: {because}\nadvice: {advice}\n{NOT_MEASURED}")
