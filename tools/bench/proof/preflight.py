@@ -107,11 +107,12 @@ LOADS = {"GPU cores alone": 0.0, "both, as by default": 0.65, "hardware alone": 
 
 
 def pixel_checks(proof: Proof, shards: Path) -> Iterator[tuple[str, Check]]:
-    for pressure, how in itertools.product((False, True), LOADS if proof.on_gpu else ("dali-cpu",)):
-        if pressure and how == "GPU cores alone":
+    ways = LOADS if proof.on_gpu else {"dali-cpu": 0.65}
+    for pressure, (how, load) in itertools.product((False, True), ways.items()):
+        if pressure and not load:
             continue
         name = f"pixels, {how}{', memory under pressure' if pressure else ''}"
-        yield name, partial(compare_pixels, proof, shards, load=LOADS.get(how, 0.65), pressure=pressure)
+        yield name, partial(compare_pixels, proof, shards, load=load, pressure=pressure)
 
 
 def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -> Json:

@@ -20,13 +20,12 @@ def resident(proof: Proof) -> Json:
     images = pictures(proof, classes=CLASSES, count=CLASSES)
     shards = enlarged(proof, images, "resident", samples=2_000 if proof.tiny else IMAGES)
     device, dtype = torch.device(proof.device), "float16" if proof.on_gpu else "float32"
-    config = LoaderConfig("resident")
     result: Json = {"copy_bytes_per_second": copy_rate(proof, device)}
     started = time.perf_counter()
     for full in (256, 1024):
         batch = proof.batch(full)
-        options = {"batch": batch, "device": device, "dtype": dtype, "channels_last": True, "config": config}
-        with Loader(shards, **options) as loader:
+        options = {"batch": batch, "device": device, "dtype": dtype, "channels_last": True}
+        with Loader(shards, config=LoaderConfig("resident"), **options) as loader:
             loader.load()
             result.setdefault("load_seconds", round(time.perf_counter() - started, 1))
             result[f"batch-{full}"] = rate(proof, loader, result["copy_bytes_per_second"])

@@ -120,14 +120,14 @@ def cifar(proof: Proof, recipe: str) -> Json:
     shards, run = trained.shards(proof.cifar, proof.scratch, proof.scratch, size=36), proof.new_run()
     epochs, width = (1, 0.125) if proof.tiny else (accuracy.EPOCHS // 2, 1.0)
     flags = accuracy.flags(recipe, shards, epochs=epochs, width=width)
-    cut_short = ""
+    more = {}
     try:
         train(proof, *flags, "--run.dir", run, "--train.stop-at", max(LEVELS))
     except ExpressError as err:  # mostly for lack of time: what it reached until then counts
         if not records(run, "val"):
             raise
-        cut_short = str(err).splitlines()[0]
-    return times_to(LEVELS, run) | ({"cut_short": cut_short} if cut_short else {})
+        more["cut_short"] = str(err).splitlines()[0]
+    return times_to(LEVELS, run) | more
 
 
 def times_to(levels: tuple[float, ...], run: Path) -> Json:
