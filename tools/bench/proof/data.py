@@ -19,7 +19,7 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     folder = proof.scratch / f"pictures-{classes}-{count}"
     out = folder / "keep"
     if not (out / MANIFEST).is_file():
-        made = _made(min(count, DIFFERENT))
+        made = _made()
         for i in range(count):
             path = folder / "images" / f"{i % classes:04d}" / f"p{i:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,13 +28,13 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     return out
 
 
-def _made(count: int) -> list[bytes]:
+def _made() -> list[bytes]:
     """Smooth colours with some noise, 4:2:0: they compress and decode like photographs of few details."""
     import numpy as np
     from PIL import Image
 
     random, made = np.random.default_rng(0), []
-    for _ in range(count):
+    for _ in range(DIFFERENT):
         coarse, noise = (
             Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
             for width, height in ((16, 12), (WIDTH, HEIGHT))

@@ -131,7 +131,8 @@ def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -
         Loader(shards, config=LoaderConfig("portable"), **options) as right,
         Loader(shards, config=on_device, device=proof.device, channels_last=True, **options) as tested,
     ):
-        pairs = itertools.islice(zip(epochs(right), epochs(tested)), BATCHES)
+        epochs = (zip(right, tested, strict=True) for _ in itertools.count())
+        pairs = itertools.islice(itertools.chain.from_iterable(epochs), BATCHES)
         return differences(delayed(under_pressure(pairs, proof.device) if pressure else pairs))
 
 
@@ -144,10 +145,6 @@ def delayed(pairs: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         if len(waiting) > 2:
             yield waiting.pop(0)
     yield from waiting
-
-
-def epochs(loader: Any) -> Iterator[Any]:
-    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
