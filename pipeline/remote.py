@@ -162,7 +162,7 @@ class RemoteFolder:
         """Of an object, in bytes. Raises as `get` does."""
         try:
             # Not HEAD: the storage that the Hub redirects to may answer GET alone.
-            first = {"range": (0, 1)}
+            first: Any = {"range": (0, 1)}
             return int(self.request(self / name, lambda store: obstore.get(store, name, options=first).meta["size"]))
         except FileNotFoundError:
             raise DataError(f"{self / name}: there is no such object; check the URL") from None
