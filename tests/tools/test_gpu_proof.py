@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from tools.bench import harness
 from tools.bench.cells import CELLS
 from tools.bench.proof import grid, tables, training
 from tools.bench.proof.base import Proof
-from tools.bench.proof.data import enlarged, extract, pictures
+from tools.bench.proof.data import enlarged, pictures, shards_of
 from tools.bench.proof.preflight import differences
-from tools.bench.proof.steps import STEPS
+from tools.bench.proof.steps import GPU_TESTS, STEPS
 
 # The script with other steps in its registry. `left`: a process that a step started and did not end.
 PLANTED = f"""
@@ -207,6 +208,11 @@ def test_limits_of_each_command_leave_room_for_its_first_steps():
         assert max(step.limit_seconds for step in STEPS.values() if step.command == command) < seconds
 
 
+def test_the_tests_marked_gpu_are_in_the_file_that_the_step_runs():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(r"pytest\.mark\.gpu", path.read_text())]
+    assert marked == [ROOT / GPU_TESTS]
+
+
 # Functions that steps use
 
 
@@ -219,10 +225,12 @@ def test_an_enlarged_index_repeats_the_images_and_evaluates_few(tmp_path):
     assert dataset.encoding == "keep"
 
 
-def test_images_are_taken_out_of_shards_as_they_were_put_in(shards, image_folder, tmp_path):
-    extract(shards["keep"], tmp_path)
-    before = sorted((p.parent.name, p.read_bytes()) for p in (image_folder / "train").rglob("*.jpg"))
-    assert sorted((p.parent.name, p.read_bytes()) for p in tmp_path.rglob("*.jpg")) == before
+def test_raw_shards_are_made_of_the_images_in_the_jpeg_shards(shards, tmp_path):
+    (tmp_path / "jpeg").symlink_to(shards["jpeg"])
+    raw = open_dataset(shards_of(Proof("cpu", False, tmp_path / "scratch", shards=tmp_path), "raw"))
+    assert raw.encoding == "raw"
+    train = open_dataset(shards["jpeg"]).split("train")
+    assert sorted(raw.split("train").index["label"]) == sorted(train.index["label"])
 
 
 def test_a_wrong_block_of_pixels_is_an_error_and_a_grey_level_is_none():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from tools.bench import harness, plots, trained
+from tools.bench.proof.training import times_to
 
 WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net"
 EPOCHS, WIDTH = 35, 0.375
@@ -38,8 +39,9 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     shards = trained.shards(args.images, args.dir, scratch, size=36)
     results = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
-        result = trained.trained(args.dir / name, flags(name, shards, epochs=args.epochs, width=args.width))
-        results[name] = result | {"seconds_to": {f"{level:.0%}": seconds_to(level, result) for level in LEVELS}}
+        folder = args.dir / name
+        result = trained.trained(folder, flags(name, shards, epochs=args.epochs, width=args.width))
+        results[name] = result | {"seconds_to": times_to(LEVELS, folder)["seconds_to"]}
         record.keep(results=results)
     print(trained.table(results))
     if args.json:
@@ -51,10 +53,3 @@ def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     epochs = epochs if name == "modern" else max(1, round(epochs / LRN_COSTS))
     own = f"--train.epochs {epochs} --model.width {width} {COMMON} {RECIPES[name]}"
     return [name, "--data.shards", str(shards), *own.split()]
-
-
-def seconds_to(level: float, result: harness.Json) -> float | None:
-    """Until an evaluation, of the weights or their average, first reached a top-1 of `level`, if that was timed."""
-    tops = result["top1_by_epoch"]
-    best = map(max, tops, result.get("top1_of_average_by_epoch", tops))
-    return next((s for s, top1 in zip(result.get("seconds_by_epoch", []), best) if top1 >= level), None)

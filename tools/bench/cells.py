@@ -4,7 +4,6 @@ The GPU proof measures CELLS, `tools/bench loader` the CPU's of them and VARIANT
 """
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -105,15 +104,11 @@ def batches(
 
 def slow_storage(seconds: float) -> None:
     """Makes each read of encoded images wait, whichever thread makes it."""
-    read, fetch_images = os.preadv, reader.fetch_images
+    fetch_images = reader.fetch_images
 
-    def delayed(*args: object) -> int:
-        time.sleep(seconds)
-        return read(*args)
-
-    def delayed_block(buffer: Any, at: Any, fds: Any, *args: object) -> int:
+    def delayed(buffer: Any, at: Any, fds: Any, *args: object) -> int:
         for _ in range((fds >= 0).sum()):  # each wait counts, as those for a disk do
             time.sleep(seconds)
         return fetch_images(buffer, at, fds, *args)
 
-    os.preadv, portable.fetch_images, reader.fetch_images = delayed, delayed_block, delayed_block
+    portable.fetch_images = reader.fetch_images = delayed

@@ -1,7 +1,7 @@
 """The images that benchmarks read: unpacked, as shards of each kind, and as a set of ImageNet's size."""
 
 import tarfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.cuts import make_cuts
 from pipeline.write.images import Encoding
 from pipeline.write.sources import ImageFolder
+from pipeline.write.sources.tars import WebDataset
 
 SAMPLES, VALIDATION = 1_281_167, 32
 ENCODINGS = {
@@ -38,20 +39,16 @@ def unpacked(images: Path, scratch: Path) -> Path:
 
 
 def shard(images: Path, out: Path) -> dict[str, Any]:
-    """Makes shards of class folders, stored as the name of `out` says, and cuts; returns their manifest."""
-    plan = Plan(ImageFolder(images), Options(ENCODINGS[out.name], samples_per_shard=250))
+    """Makes shards, stored as the name of `out` says, and cuts; returns their manifest.
+
+    images: class folders, or a pattern of shards.
+    """
+    source = ImageFolder(images) if images.is_dir() else WebDataset(str(images))
+    plan = Plan(source, Options(ENCODINGS[out.name], samples_per_shard=250))
     made = build(plan, out, workers=usable_cores())
     if out.name != "raw":
         make_cuts(open_dataset(out), workers=usable_cores())
     return made
-
-
-def encoded(shards: Path) -> Iterator[np.ndarray]:
-    """The bytes of each image of the training split."""
-    split = open_dataset(shards).split("train")
-    tars = [np.fromfile(split.root / shard.name, np.uint8) for shard in split.shards]
-    for row in split.index:
-        yield tars[row["shard"]][row["offset"] : row["offset"] + row["size"]]
 
 
 def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
@@ -67,23 +64,21 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
     for shard in split.shards:
         (out / shard.name).symlink_to((root / shard.name).resolve())
 
-    def record(samples: np.ndarray, split_name: str, name: str) -> dict[str, Any]:
+    def record(samples: np.ndarray, split_name: str) -> dict[str, Any]:
         index = split.index[samples]
         counts = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
-        shards = [type(s)(s.name, count, s.bytes, s.sha256) for s, count in zip(split.shards, counts, strict=True)]
+        shards = [replace(shard, samples=count) for shard, count in zip(split.shards, counts, strict=True)]
         for number, path in enumerate(made):
             table = whole[samples[index["shard"] == number]]
             places = path.read_bytes()[: -whole.itemsize * split.shards[number].samples]
             folder.write(cuts.file_name(split_name, number), places + table.tobytes())
+        name = f"{split_name}.npy"
         return manifest.split_record(shards, name, write_array(folder, name, index))
 
-    repeated = np.resize(np.arange(len(split.index)), samples)
-    repeated = repeated[np.argsort(split.index["shard"][repeated], kind="stable")]
-    splits = {"train": record(repeated, "train", "large.npy")}
-    splits["val"] = record(np.arange(min(VALIDATION, len(split.index))), "val", "val.npy")
-    names = ("dataset", "classes", "statistics", "options")
-    same = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
-    manifest.write_manifest(folder, same | {"splits": splits})
+    count = len(split.index)
+    repeated = np.arange(samples) * count // samples  # in the order of the shards, as each index is
+    splits = {"train": record(repeated, "train"), "val": record(np.arange(min(VALIDATION, count)), "val")}
+    manifest.write_manifest(folder, dataset.manifest | {"splits": splits})
     if made:
         make_cuts(open_dataset(out), workers=1)  # cuts.json alone: the others exist
     return out

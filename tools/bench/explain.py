@@ -27,7 +27,7 @@ from pipeline import Loader, LoaderConfig
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
 from pipeline.read import reader as reads
-from pipeline.read.backend import Work
+from pipeline.read.backend import Work, works
 from pipeline.read.fetch import ALL_ROWS, OFFSET, SHARD, SIZE
 from tools.bench import harness, layers
 from train.build import make_net
@@ -76,9 +76,8 @@ class Stages:
         crops = np.ones(shape, self.engine._cropper.dtype)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
         self.works, each = [], []
-        for at in itertools.islice(loader.plan.coordinates(0, 0), 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
-            planned = loader.plan.step(*at, loader._reader.rows)
-            work = Work(*planned, reads.ReadBatch(planned.ids, planned.rows))
+        first = works(loader.plan, loader._reader, 0, 0, ahead=0)
+        for work in itertools.islice(first, 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
             loader._reader.ahead(work.read)
             work.read.wait()
             work.read.whole = work.read.buffer.copy()
@@ -109,11 +108,11 @@ class Stages:
             batch = reads.ReadBatch(work.ids, work.rows)
             reader.fetch(batch, a, b, lambda block: reads.fetch_images(*block, ALL_ROWS), in_turn=True)
 
-        first = self.works[0]
-        for a in range(0, min(PROBES * PROBE, len(first.ids)), PROBE):
+        for work, crops, a, b in itertools.islice(self.tasks, PROBES):
+            task = work, crops, a, min(a + PROBE, b)
             if not reader.is_slow:
-                evict(first, None, a, a + PROBE)
-                read(first, None, a, min(a + PROBE, len(first.ids)))
+                evict(*task)
+                read(*task)
         seconds = self.seconds / 3
         return self.in_flight(reader, evict, seconds) if reader.is_slow else self.by_threads(read, evict, seconds)
 
@@ -233,8 +232,11 @@ def report(stages: Stages, step: float, args: harness.Namespace, record: harness
     advice += SMALLER.get((which, stages.loader.dataset.encoding), "")
     if rate < step:
         advice += f"; the step takes {step / rate:.2g} times as many images"
-    size, names = stages.image_bytes / 1e6, ("stage", "img/s", "MB/s", "µs an image")
-    rows = [dict(zip(names, (name, s.rate, s.rate * size, 1e6 * s.cost))) for name, s in found.items()]
+    size = stages.image_bytes / 1e6
+    rows = [
+        {"stage": name, "img/s": s.rate, "MB/s": s.rate * size, "µs an image": 1e6 * s.cost}
+        for name, s in found.items()
+    ]
     print(harness.table(rows))
     print(f"\npredicted: {rate:,.0f} img/s; while nothing is in the page cache {rates[COLD][0]:,.0f}")
     print(f"limit: {because}\nadvice: {advice}\n{NOT_MEASURED}")

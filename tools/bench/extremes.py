@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import AugmentConfig, Loader
+from pipeline import Loader
 from pipeline.read.plan import PLAN_IMAGES
 from tools.bench import data, harness
 
@@ -34,7 +34,7 @@ def measure(root: Path, large: Path, *, batch: int) -> harness.Json:
 
 def first_batch(*, root: str, batch: int) -> dict[str, float]:
     started = time.perf_counter()
-    with Loader(root, batch=batch, augment=AugmentConfig()) as loader:
+    with Loader(root, batch=batch) as loader:
         next(iter(loader))
         return {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -42,7 +42,7 @@ def first_batch(*, root: str, batch: int) -> dict[str, float]:
 def memory(*, root: str, batch: int) -> dict[str, list[float]]:
     """Resident megabytes after each epoch."""
     seen = []
-    with Loader(root, batch=batch, dtype="uint8", augment=AugmentConfig()) as loader:
+    with Loader(root, batch=batch, dtype="uint8") as loader:
         for _ in range(EPOCHS):
             for _batch in loader:
                 pass
@@ -52,7 +52,7 @@ def memory(*, root: str, batch: int) -> dict[str, list[float]]:
 
 def planner_microseconds(root: Path, *, batch: int) -> float:
     """Order, crops and flips of a step's images, from coordinates: without the reading of bytes, which is started."""
-    with Loader(root, batch=batch, augment=AugmentConfig()) as loader:
+    with Loader(root, batch=batch) as loader:
         seconds, count = [], PLAN_IMAGES // batch
         for start in range(0, 30 * count, count):
             started = time.perf_counter()

@@ -21,24 +21,21 @@ OPTIONS = trained.OPTIONS | {"dir": Path("runs/fig1")}
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     shards = trained.shards(args.images, args.dir, scratch, size=32)
-    results = {}
+    results, bests = {}, {}
     for activation in ACTIVATIONS:
         results[activation] = found = {}
         for rate in RATES:
             epochs = best["epochs"] if (best := fastest(found)) else MOST_EPOCHS
-            found[str(rate)] = attempt(args.dir / f"{activation}-{rate}", shards, activation, rate, epochs=epochs)
-            bests = {name: fastest(attempts) for name, attempts in results.items()}
+            own = f"--model.activation {activation} --optim.lr {rate} --train.epochs {epochs}".split()
+            folder = args.dir / f"{activation}-{rate}"
+            result = trained.trained(folder, ["fig1", "--data.shards", str(shards), *own])
+            found[str(rate)] = {"rate": rate, "reached": result["last"]["top1"] >= TARGET, **result}
+            bests[activation] = fastest(found)
             record.keep(claim=CLAIM, best=bests, results=results)
     for activation, found in results.items():
         print(f"{activation}\n{trained.table(found)}\nbest: {bests[activation]}\n")
     if args.json:
         plots.accuracies(args.json, args.json.parent)
-
-
-def attempt(run: Path, shards: Path, activation: str, rate: float, *, epochs: int) -> harness.Json:
-    own = f"--model.activation {activation} --optim.lr {rate} --train.epochs {epochs}".split()
-    result = trained.trained(run, ["fig1", "--data.shards", str(shards), *own])
-    return {"rate": rate, "reached": result["last"]["top1"] >= TARGET, **result}
 
 
 def fastest(found: harness.Json) -> harness.Json | None:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
-from pipeline.files import write_json
+from pipeline.files import Json, write_json
 from tools.cli import Parser
 from train import environment
 
-Json = dict[str, Any]  # an object of JSON values
 ALONE = Path(__file__).with_name("alone.py")
 RUN = environment.ROOT / "train" / "run.py"
 HELP = {

@@ -141,8 +141,7 @@ def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Pre
 
 
 def norm(form: str, *, save_scale: bool) -> Callable[..., Tensor]:
-    options = {**LRN, "compiled": form == "compiled", "save_scale": save_scale}
-    function = functools.partial(local_response_norm, **options)
+    function = functools.partial(local_response_norm, **LRN, compiled=form == "compiled", save_scale=save_scale)
     return torch.compile(function, dynamic=False) if form == "in a compiled model" else function
 
 

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 
-from model import AlexNet, ModelConfig
 from tools.bench import harness
 from tools.bench.layers import median_seconds, noise, synchronize, training_step
+from train.build import make_net
 from train.checkpoint import Checkpoints
+from train.presets import PRESETS
 
 WHAT = "what one checkpoint costs; medians of interleaved blocks of training steps"
-NETS = {
-    "demo": (ModelConfig(name="small", width=0.25, weight_init="he"), 10, 32),
-    "full": (ModelConfig(name="paper"), 1000, 224),
-}
+NETS = {"demo": ("demo", 10), "full": ("paper", 1000)}  # the preset, and the number of classes
 
 
 OPTIONS = {"blocks": 5, "seconds": 6.0, "batch": 64, "device": "cpu"}
@@ -35,8 +33,9 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
 
 def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
     """Seconds that a save stalls, and that it adds to a block of steps."""
-    (config, classes, crop), device = NETS[name], torch.device(args.device)
-    net = AlexNet(config, classes=classes, crop=crop).to(device, memory_format=torch.channels_last)
+    (preset, classes), device = NETS[name], torch.device(args.device)
+    config = PRESETS[preset]
+    crop, net = config.augment.crop, make_net(config, classes=classes, say=len).to(device)
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     folder.mkdir()
     checkpoints = Checkpoints(folder, keep=2)

@@ -4,16 +4,14 @@ Their libraries are imported by the one that is measured.
 """
 
 import itertools
-import json
 import random
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pipeline import open_dataset
 
 AT_ONCE = 32  # images that `decode` calls a batch
 LARGEST = 100_000_000  # bytes of a decoded image; memory that no image reaches is never taken
@@ -37,9 +35,8 @@ def threaded(work: Callable[[int], int], threads: int) -> Iterator[int]:
 
 def tars_of(shards: str) -> tuple[list[str], bool]:
     """The training split's tars, and whether their images have been resized."""
-    manifest = json.loads(Path(shards, "manifest.json").read_text())
-    tars = [str(Path(shards, shard["name"])) for shard in manifest["splits"]["train"]["shards"]]
-    return tars, manifest["options"]["encoding"]["kind"] == "jpeg"
+    dataset = open_dataset(shards)
+    return [str(Path(shards, shard.name)) for shard in dataset.split("train").shards], dataset.encoding == "jpeg"
 
 
 def decode(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) -> Iterator[int]:
@@ -49,17 +46,19 @@ def decode(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) ->
     """
     from simplejpeg import decode_jpeg
 
-    from tools.bench import data
+    from pipeline.decode import Scratch
+    from pipeline.read.reader import Reader
 
-    files = sorted(Path(images).glob("*/*"))
-    encoded = list(data.encoded(Path(shards))) if shards else [path.read_bytes() for path in files]
-    local = threading.local()
+    if shards:
+        split = open_dataset(shards).split("train")
+        encoded = list(map(Reader(split).stored, range(split.samples)))
+    else:
+        encoded = [path.read_bytes() for path in sorted(Path(images).glob("*/*"))]
+    memory = Scratch()
 
     def work(number: int) -> int:
-        if not hasattr(local, "buffer"):
-            local.buffer = np.empty(LARGEST, np.uint8)
         for i in range(number * AT_ONCE, (number + 1) * AT_ONCE):
-            decode_jpeg(encoded[i % len(encoded)], buffer=local.buffer)
+            decode_jpeg(encoded[i % len(encoded)], buffer=memory(LARGEST))
         return AT_ONCE
 
     yield from threaded(work, threads)

@@ -19,7 +19,7 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     folder = proof.scratch / f"pictures-{classes}-{count}"
     out = folder / "keep"
     if not (out / MANIFEST).is_file():
-        made = _made(min(count, DIFFERENT))
+        made = _made()
         for i in range(count):
             path = folder / "images" / f"{i % classes:04d}" / f"p{i:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,13 +28,13 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
     return out
 
 
-def _made(count: int) -> list[bytes]:
+def _made() -> list[bytes]:
     """Smooth colours with some noise, 4:2:0: they compress and decode like photographs of few details."""
     import numpy as np
     from PIL import Image
 
     random, made = np.random.default_rng(0), []
-    for _ in range(count):
+    for _ in range(DIFFERENT):
         coarse, noise = (
             Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
             for width, height in ((16, 12), (WIDTH, HEIGHT))
@@ -59,23 +59,11 @@ def shards_of(proof: Proof, data: str) -> Path:
     if proof.images:
         images = images if images.exists() else unpacked(proof.images, images)
     elif data == "raw":
-        extract(shards_of(proof, "jpeg"), images)
+        images = shards_of(proof, "jpeg") / "*-train-*.tar"
     else:
         raise DataError(f"{given}: no shards; make them with tools/make_shards.py imagefolder --encode {data}")
     shard(images, out)
     return out
-
-
-def extract(shards: Path, out: Path) -> None:
-    """Writes the images of the training split as class folders."""
-    from pipeline import open_dataset
-    from tools.bench.data import encoded
-
-    dataset = open_dataset(shards)
-    for number, (row, image) in enumerate(zip(dataset.split("train").index, encoded(shards))):
-        folder = out / dataset.classes[row["label"]]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:06d}.jpg").write_bytes(image)
 
 
 def enlarged(proof: Proof, shards: Path, name: str, **samples: int) -> Path:

@@ -6,11 +6,24 @@ from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
+from pipeline.settings import flatten
 from tools.bench.harness import Json, table
 
 BEGIN, END = "<!-- gpu tables: written by tools/gpu_proof.py --tables -->", "<!-- end of gpu tables -->"
 NOT_MEASURED = "not measured"
-BATCHES = (256, 1024)
+TRAINING = {  # of each column, the field, by the name of its step
+    "synthetic, img/s": "train-{}.images_per_second",
+    "fed from shards, img/s": "fed-{}.fed.images_per_second",
+    "fed of synthetic": "fed-{}.fed_of_synthetic",
+    "waiting for data": "fed-{}.fed.data_wait",
+    "GB": "train-{}.memory_gb",
+}
+CIFAR = {
+    "s to 75%": "cifar-{}.seconds_to.75%",
+    "s to 85%": "cifar-{}.seconds_to.85%",
+    "best top-1": "cifar-{}.best_top1",
+    "img/s": "cifar-{}.images_per_second",
+}
 PIXELS = ("mean", "largest", "worst_tile_mean")
 CHECKS = {
     "preflight": "packages, compiler and decoders; pixels of the GPU against the CPU's",
@@ -61,16 +74,7 @@ def _machine_of(e: Json) -> str:
 
 
 def training(results: Json) -> str:
-    rows = []
-    for batch in BATCHES:
-        alone, both = results[f"train-{batch}"], results[f"fed-{batch}"]
-        fed = both.get("fed", {})
-        row = {"batch": f"{batch:,}", "synthetic, img/s": alone.get("images_per_second")}
-        row |= {
-            "fed from shards, img/s": fed.get("images_per_second"),
-            "fed of synthetic": both.get("fed_of_synthetic"),
-        }
-        rows.append(row | {"waiting for data": fed.get("data_wait"), "GB": alone.get("memory_gb")})
+    rows = [{"batch": f"{batch:,}"} | columns(results, TRAINING, batch) for batch in (256, 1024)]
     return _table("Training", rows, what=", preset `seed`, bf16")
 
 
@@ -92,19 +96,14 @@ def layers(results: Json) -> str:
 
 
 def cifar(results: Json) -> str:
-    rows = []
-    for recipe in ("seed", "modern"):
-        result = results[f"cifar-{recipe}"]
-        seconds = {f"s to {level}": result.get("seconds_to", {}).get(level) for level in ("75%", "85%")}
-        rows.append(
-            {
-                "recipe": f"`{recipe}`",
-                **seconds,
-                "best top-1": result.get("best_top1"),
-                "img/s": result.get("images_per_second"),
-            }
-        )
+    rows = [{"recipe": f"`{recipe}`"} | columns(results, CIFAR, recipe) for recipe in ("seed", "modern")]
     return _table("CIFAR-10 at full width", rows if results["cifar-seed"] or results["cifar-modern"] else [])
+
+
+def columns(results: Json, fields: dict[str, str], of: object) -> Json:
+    """One row: fields of the results of the steps, whose names end with `of`; None for what was not measured."""
+    flat = flatten(results)
+    return {column: flat.get(field.format(of)) for column, field in fields.items()}
 
 
 def checks(records: Json) -> str:

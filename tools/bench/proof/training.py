@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ExpressError
 from tools.bench.harness import RUN, how_it_ended
@@ -96,9 +97,16 @@ def profile(proof: Proof) -> Json:
 
 
 def fed(proof: Proof, full_batch: int) -> Json:
-    """Fed from shards, against noise on the same machine: measured by step 2 if it has run in this walk, else here."""
-    batch, shards = proof.batch(full_batch), enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
-    result = {"fed": speed(proof, shards, batch=batch, backend="auto")}
+    shards = enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
+    return fed_from(shards, proof, full_batch, backend="auto")
+
+
+def fed_from(shards: Path, proof: Proof, full_batch: int, *, backend: str, **known: Any) -> Json:
+    """Fed from shards, against noise on the same machine: measured by step 2 if it has run in this walk, else here.
+
+    known: what the step has measured before; its result begins with it.
+    """
+    result = known | {"fed": speed(proof, shards, batch=proof.batch(full_batch), backend=backend)}
     proof.keep(result)
     result["synthetic"] = proof.earlier(f"train-{full_batch}") or synthetic(proof, full_batch)
     fraction = result["fed"]["images_per_second"] / result["synthetic"]["images_per_second"]
@@ -112,24 +120,22 @@ def cifar(proof: Proof, recipe: str) -> Json:
     shards, run = trained.shards(proof.cifar, proof.scratch, proof.scratch, size=36), proof.new_run()
     epochs, width = (1, 0.125) if proof.tiny else (accuracy.EPOCHS // 2, 1.0)
     flags = accuracy.flags(recipe, shards, epochs=epochs, width=width)
-    cut_short = ""
+    more = {}
     try:
         train(proof, *flags, "--run.dir", run, "--train.stop-at", max(LEVELS))
     except ExpressError as err:  # mostly for lack of time: what it reached until then counts
         if not records(run, "val"):
             raise
-        cut_short = str(err).splitlines()[0]
-    return times_to(LEVELS, run) | ({"cut_short": cut_short} if cut_short else {})
+        more["cut_short"] = str(err).splitlines()[0]
+    return times_to(LEVELS, run) | more
 
 
 def times_to(levels: tuple[float, ...], run: Path) -> Json:
-    """Seconds from the run's start until an evaluation, of the weights or their average, reached each top-1."""
-    start, evaluations = records(run, "start")[0]["time"], records(run, "val") + records(run, "val of average")
+    """Seconds until an evaluation, of the weights or their average, reached each top-1, if the run was not resumed."""
+    starts, evaluations = records(run, "start"), records(run, "val") + records(run, "val of average")
     evaluations.sort(key=lambda line: line["time"])
-    reached = {
-        f"{level:.0%}": next((round(line["time"] - start, 1) for line in evaluations if line["top1"] >= level), None)
-        for level in levels
-    }
+    timed = [(line["top1"], round(line["time"] - starts[0]["time"], 1)) for line in evaluations if len(starts) == 1]
+    reached = {f"{level:.0%}": next((seconds for top1, seconds in timed if top1 >= level), None) for level in levels}
     rates = [line["images_per_second"] for line in records(run, "train")]
     return {
         "seconds_to": reached,
