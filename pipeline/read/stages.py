@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NAMES = ("read", "fetch", "cut", "decode")
+KEYS = [f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes")]
 
 
 class Stages:
@@ -13,8 +14,7 @@ class Stages:
     which threads that need it wait for it. decode: the crop too."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.take()
+        self._lock, self._sums = threading.Lock(), dict.fromkeys(KEYS, 0.0)
 
     @contextmanager
     def __call__(self, name: str, size: int = 0) -> Iterator[None]:
@@ -31,8 +31,7 @@ class Stages:
     def take(self) -> dict[str, float]:
         """The sums since the last call."""
         with self._lock:
-            taken = getattr(self, "_sums", {})
-            self._sums = dict.fromkeys([f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes")], 0.0)
+            taken, self._sums = self._sums, dict.fromkeys(KEYS, 0.0)
             return taken
 
 
