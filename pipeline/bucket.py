@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO
 
-import obstore
-
 from . import pool, remote
+from .remote import obstore  # it says how to install what is missing
 from .storage import Folder, Result
 
 
@@ -40,15 +39,18 @@ class Bucket(Folder):
         return self._remote.request(self.path / name, function, patience=remote.PATIENCE, **options)
 
     def apart(self, function: Callable[[], Result]) -> Result:
-        return pool.apart(function)  # obstore's threads do not survive a fork
+        return pool.apart(function, place=self)  # obstore's threads do not survive a fork
 
     def is_visible(self) -> bool:
         self.names()
         return True
 
-    def names(self) -> list[str]:
-        self._sizes, folders = self._remote.listed()
-        return sorted([*self._sizes, *folders])
+    def names(self, below: str = "") -> list[str]:
+        sizes, folders = self._remote.listed(below)
+        if not below:
+            self._sizes = sizes
+        found = (path.removeprefix(below).strip("/") for path in (*sizes, *folders))
+        return sorted(filter(None, found))  # without the object that a console makes for the folder itself
 
     def size(self, name: str) -> int | None:
         if size := getattr(self, "_sizes", {}).get(name):

@@ -66,7 +66,7 @@ def read(folder: Folder, name: str, shard: Shard, rows: np.ndarray) -> list[byte
     return places
 
 
-def open_cuts(dataset: Dataset, split: Split) -> dict[Path, str]:
+def open_cuts(dataset: Dataset, split: Split) -> list[tuple[Path, str]]:
     """The split's files in the order of its shards, and their sha256; none is read. Empty if there are none.
 
     For a dataset at a URL: where their copies are, or will be. Raises DataError if they are of another data set or have
@@ -76,18 +76,19 @@ def open_cuts(dataset: Dataset, split: Split) -> dict[Path, str]:
     try:
         text = bytes(remote.get(NAME)) if remote else (dataset.root / NAME).read_bytes()
     except (DataError, FileNotFoundError):
-        return {}
+        return []
     names = [file_name(split.name, number) for number in range(len(split.shards))]
     with reading(f"{dataset.place / NAME}", CURE, OSError):
         record = json.loads(text)
         if record["fingerprint"] != dataset.fingerprint:
             raise ValueError("of another data set")
-        made = {}
+        made = []
         for name, file in zip(names, record["splits"][split.name], strict=True):
+            int(file["sha256"], 16)  # the name of a copy
             path = remote.copy(name, sha256=file["sha256"]) if remote else dataset.root / name
             if not remote and path.stat().st_size != file["bytes"]:
                 raise ValueError(f"{name} has not {file['bytes']} bytes")
-            made[path] = file["sha256"]
+            made.append((path, file["sha256"]))
         return made
 
 
@@ -95,7 +96,7 @@ def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it); every byte is read."""
     for split in dataset.splits.values():
         try:
-            for path, sha256 in open_cuts(dataset, split).items():
+            for path, sha256 in open_cuts(dataset, split):
                 if file_sha256(path) != sha256:
                     yield path.name, f"its bytes changed since they were written; {CURE}"
         except DataError as err:

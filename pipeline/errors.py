@@ -77,7 +77,7 @@ def first_line(err: BaseException) -> str:
 @contextlib.contextmanager
 def reading(what: str, cure: str, *also: type[Exception]) -> Iterator[None]:
     """Raises DataError for whatever values of another form than expected raise, and for the exceptions of `also`."""
-    expected: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, *also)
+    expected: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError, *also)
     try:
         yield
     except expected as err:

@@ -33,6 +33,15 @@ def run(
     if workers <= 1:
         yield map(function, tasks)
         return
+    with _forked(function, tasks, workers=workers, place=place) as results:
+        yield results
+
+
+@contextmanager
+def _forked(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: object
+) -> Iterator[Iterator[Result]]:
+    """As `run`, but always in other processes."""
     others = set(active_children())
     fork = get_context("fork")  # the function is inherited: sending ImageNet's plan would cost 100 MB
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow_parent, initargs=(function,)) as pool:
@@ -53,11 +62,10 @@ def run(
             raise
 
 
-def apart(function: Callable[[], Result]) -> Result:
-    """function() in a forked process: what has threads there does not keep this one from forking."""
-    fork = get_context("fork")
-    with ProcessPoolExecutor(1, mp_context=fork, initializer=_follow_parent, initargs=(lambda _: function(),)) as pool:
-        return pool.submit(_call, None).result()
+def apart(function: Callable[[], Result], *, place: object) -> Result:
+    """function() in a forked process: what has threads there does not keep this one from forking. Raises as `run`."""
+    with _forked(lambda _: function(), [None], workers=1, place=place) as results:
+        return next(results)
 
 
 def worker_count(chosen: int) -> int:

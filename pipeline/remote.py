@@ -22,7 +22,7 @@ from .files import atomic_write, locked
 from .shards import Shard, file_sha256
 
 try:
-    import obstore
+    import obstore as obstore
     from obstore.store import from_url
 except ImportError as err:
     raise ConfigError("shards at a URL need obstore: pip install 'imagenet-express[remote]'") from err
@@ -60,8 +60,8 @@ class RemoteFolder:
             try:
                 return make(address, client_options=options, retry_config=retries, **more)
             except Exception as err:
-                about = f"settings in the environment are missing or wrong ({type(err).__name__}); see docs/remote.md"
-                raise ConfigError(f"{self.url}: {about}") from None
+                about = f"settings in the environment are missing or wrong, or the URL is wrong ({type(err).__name__})"
+                raise ConfigError(f"{self.url}: {about}; see docs/remote.md") from None
 
         self._versions: dict[str, str] = {}
         self._warned = 0.0
@@ -177,11 +177,11 @@ class RemoteFolder:
     def _sizes(self) -> dict[str, int]:
         return self.listed()[0]
 
-    def listed(self) -> tuple[dict[str, int], list[str]]:
-        """The bytes of each object directly under the URL, and the folders there, by one LIST."""
-        found = self.request(self / "", obstore.list_with_delimiter, doing="listed")
-        sizes = {meta["path"]: meta["size"] for meta in found["objects"]}
-        return sizes, [prefix.rstrip("/") for prefix in found["common_prefixes"]]
+    def listed(self, below: str = "") -> tuple[dict[str, int], list[str]]:
+        """The bytes of each object directly under the URL, or a folder below, and the folders there, by one LIST."""
+        under = lambda store: obstore.list_with_delimiter(store, below)  # noqa: E731
+        found = self.request(self / below, under, doing="listed")
+        return {meta["path"]: meta["size"] for meta in found["objects"]}, found["common_prefixes"]
 
     @staticmethod
     def copy(name: str, *, sha256: str) -> Path:
@@ -189,25 +189,30 @@ class RemoteFolder:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         return home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
 
-    def cached(self, name: str, *, sha256: str) -> Path:
-        """A copy of a file on this machine; it is fetched if there is none with this sha256."""
+    def cached(self, name: str, *, sha256: str, stop: threading.Event | None = None) -> Path:
+        """A copy of a file on this machine; it is fetched if there is none with this sha256. stop: see get."""
         path = self.copy(name, sha256=sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(locked(path.with_suffix(".lock"), wait_seconds=PATIENCE), "rb"):
             if not path.is_file() or file_sha256(path) != sha256:
                 with atomic_write(path) as file:
-                    file.write(self.get(name))
+                    file.write(self.get(name, stop=stop))
         return path
 
 
 def check_url(url: str, *, allow_http: bool) -> None:
     """Raises ConfigError for a URL that cannot be read or would show credentials, which the message leaves out."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a bracket in the host
+        parts = urlsplit("")
     shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
     if parts.scheme not in SCHEMES:
         raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(f"{shown}: leave user, password and query out; credentials come from the environment")
+        raise ConfigError(f"{shown}: leave user, password, ? and # out; credentials come from the environment")
+    if not parts.hostname:
+        raise ConfigError(f"{shown}: names no bucket or server; write {parts.scheme}://NAME/FOLDER")
     if parts.scheme == "http" and not allow_http:
         raise ConfigError(f"{shown}: is not encrypted; use https://, or add --data.allow-http")
 

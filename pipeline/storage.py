@@ -66,10 +66,11 @@ class Folder:
     def is_visible(self) -> bool:
         return self.path.is_dir()
 
-    def names(self) -> list[str]:
-        """All files and folders in it, sorted. Makes the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return sorted(os.listdir(self.path))
+    def names(self, below: str = "") -> list[str]:
+        """All files and folders in it, or in a folder of it, sorted. Makes the folder."""
+        path = self.path / below
+        path.mkdir(parents=True, exist_ok=True)
+        return sorted(os.listdir(path))
 
     def size(self, name: str) -> int | None:
         """In bytes; None if there is no such file."""
@@ -121,8 +122,10 @@ def folder_at(place: str, *, allow_http: bool = False) -> Folder:
     """The folder at a path or a URL."""
     if not is_url(place):
         return Folder(Path(place))
+    from .bucket import Bucket, Url
+    from .remote import check_url
+
+    check_url(place, allow_http=True)  # first: messages may show it then
     if not place.startswith(("s3:", "gs:", "az:")):
         raise ConfigError(f"{place}: shards are written to a folder, or to s3://, gs:// or az://")
-    from .bucket import Bucket, Url
-
     return Bucket(Url(place.rstrip("/")), allow_http)

@@ -1,7 +1,9 @@
 """JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
 
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +64,7 @@ class Cutter:
         self._table = np.zeros(ends[-1], TABLE_DTYPE)  # takes memory as it is filled, when a shard is first needed
         self._files = list(zip(paths, split.shards, np.split(self._table, ends[:-1])))
         self._unread = set(range(len(ends)))
-        self.missed = 0
+        self.missed, self._closing = 0, threading.Event()
 
     def places(self, ids: ndarray, rows: ndarray, pixels: ndarray) -> ndarray:
         """(n, 3) int64: offset, size and CRC-32 of the images' places; size 0 if they are better decoded whole.
@@ -70,12 +72,14 @@ class Cutter:
         rows: see fetch.py. pixels: by pixels_under.
         """
         for shard in self._unread.intersection(rows[:, SHARD].tolist()):
-            if self._split.remote:  # images do not wait for it: until it is read, they count as missed
-                self._files[shard][2]["size"] = 1
-                self._pool.submit(self._read, shard)
-            else:
+            if not self._split.remote:
                 self._read(shard)
-            self._unread.discard(shard)
+                self._unread.discard(shard)
+                continue
+            with suppress(KeyError):  # another thread came first
+                self._unread.remove(shard)
+                self._files[shard][2]["size"] = 1  # images do not wait for it: until it is read, they count as missed
+                self._pool.submit(self._read, shard)
         found, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
         first, last = np.maximum(pixels[:, :2] // MCU, 0), -(-np.minimum(pixels[:, 2:], sides) // MCU)
         area = np.minimum(MCU * (last - first), sides).prod(1)
@@ -87,10 +91,11 @@ class Cutter:
         path, of, rows = self._files[shard]
         try:
             if remote := self._split.remote:
-                remote.cached(file_name(self._split.name, shard), sha256=path.stem)
+                remote.cached(file_name(self._split.name, shard), sha256=path.stem, stop=self._closing)
             rows[:] = table(path, of)
         except (DataError, StorageError, OSError) as err:
-            logging.getLogger("imagenet_express").warning("%s", err)
+            if not self._closing.is_set():
+                logging.getLogger("imagenet_express").warning("%s", err)
             rows["size"] = 1  # byte, without its checksum: all images count as missed
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
@@ -112,6 +117,7 @@ class Cutter:
             return None
 
     def close(self) -> None:
+        self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._source.close()
 
@@ -119,7 +125,7 @@ class Cutter:
 def open_cutter(dataset: Dataset, split: Split) -> Cutter | None:
     """None if there are no cuts, or, with a warning, if they cannot be used: images are decoded whole then."""
     try:
-        paths = list(open_cuts(dataset, split))
+        paths = [path for path, _ in open_cuts(dataset, split)]
         return Cutter(paths, split) if paths else None
     except (DataError, StorageError) as err:
         logging.getLogger("imagenet_express").warning("%s", err)

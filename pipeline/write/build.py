@@ -123,7 +123,7 @@ def build(
                 if not finished:
                     report(plan.images(chosen) - plan.images(todo), "")
                     _make(plan, folder, todo, partial(run, workers=workers), report)
-                    return _publish(plan, folder) if merge else None
+                    return _publish_or_find(plan, folder) if merge else None
         report(plan.images(chosen), "")
         folder.remove(manifest.PARTS)  # a run that was killed at its very end leaves it
         return finished
@@ -137,6 +137,8 @@ def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list
     if finished or not chosen:
         return finished, []
     journal.claim(folder, plan.identity)
+    if folder.size(manifest.NAME) is not None:  # another run finished it before the claim: a bucket has no locks
+        return _check_folder(plan, folder), []
     todo = [n for n in _missing(plan, folder) if n in chosen]
     if todo and 0 in chosen:  # in a job array, one task verifies the input for all
         plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
@@ -183,28 +185,24 @@ def _check_folder(plan: Plan, folder: Folder) -> Json | None:
     Raises ConfigError for a folder that holds another one, finished or not, or files of others.
     """
     names = folder.names()
+    held, cure = f"{folder.path}: holds a finished dataset", "remove it, or choose another --out"
     if manifest.NAME in names:
         dataset = manifest.open_dataset(folder.path, allow_http=folder.allow_http)
-        finished = dataset.manifest
-        if "plan" not in finished:
-            raise ConfigError(f"{folder.path}: holds a finished dataset already; choose another --out or remove it")
+        if "plan" not in (finished := dataset.manifest):
+            raise ConfigError(f"{held} already; choose another --out or remove it")
         with reading(f"{folder.path / manifest.NAME}: its plan", "choose another --out or remove it"):
             left_out, before, now = len(finished["quarantine"]), finished["plan"], plan.identity
             journal.reject_other(folder, before | {"images": now["images"]}, now, "a finished dataset")
             if before["images"] != now["images"] and (changes := _changed_images(plan, dataset)):
-                raise ConfigError(
-                    f"{folder.path}: holds a finished dataset of other images; this run would have {changes};"
-                    " remove it, or choose another --out"
-                )
+                raise ConfigError(f"{held} of other images; this run would have {changes}; {cure}")
             journal.reject_other(folder, before, now, "a finished dataset")
         if left_out > plan.bad_allowed:
-            raise ConfigError(
-                f"{folder.path}: holds a finished dataset that left out {left_out} images;"
-                " remove it, or choose another --out"
-            )
+            raise ConfigError(f"{held} that left out {left_out} images; {cure}")
         return finished
     splits = "|".join(map(re.escape, plan.source.splits))
-    ours = rf"({manifest.INFO}|{manifest.NAME}|{manifest.PARTS}|{cuts.NAME}|({splits})-\d{{6}}\.cuts"
+    if manifest.PARTS in names:  # which is removed with all that is in it
+        names += [f"{manifest.PARTS}/{name}" for name in folder.names(manifest.PARTS)]
+    ours = rf"({manifest.INFO}|{manifest.NAME}|{journal.NAMES}|{cuts.NAME}|({splits})-\d{{6}}\.cuts"
     ours += rf"|{re.escape(plan.source.name)}-"
     ours += rf"(mean\.npy|({splits})(\.index\.npy|-\d{{6}}\.(tar|idx))))"
     for name in names:
@@ -217,8 +215,10 @@ def _check_folder(plan: Plan, folder: Folder) -> Json | None:
 def _changed_images(plan: Plan, dataset: manifest.Dataset) -> str:
     """The images that only the plan has, and those that only the dataset has, in words: by key if they were stored.
 
-    Reads every tar header.
+    Reads every tar header, but none in a bucket.
     """
+    if dataset.remote:
+        return "others"
     then = {bad["image"] for bad in dataset.manifest["quarantine"]}
     now = {
         item.where if item.where in then else f"{split}/{item.key}"
@@ -242,6 +242,17 @@ def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
             f"{folder.path}: {len(missing)} of {len(plan.tasks)} shards are missing; make them first, with"
             f" --shards {missing[0]}:{missing[0] + 1} and so on"
         )
+
+
+def _publish_or_find(plan: Plan, folder: Folder) -> Json:
+    """Another run of this plan may publish it meanwhile, and remove the records: a bucket has no locks."""
+    try:
+        return _publish(plan, folder)
+    except DataError:
+        if not (finished := _check_folder(plan, folder)):
+            raise
+        folder.remove(manifest.PARTS)
+        return finished
 
 
 def _publish(plan: Plan, folder: Folder) -> Json:

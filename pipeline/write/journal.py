@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import Json, json_bytes
 from ..manifest import PARTS
 from ..settings import flatten
@@ -21,6 +21,7 @@ from .resize import Totals
 
 PLAN = f"{PARTS}/plan.json"
 LOCK = f"{PARTS}/lock"
+NAMES = rf"{PARTS}(/lock|/[^/]+\.(npz|json|lock))?"  # a regular expression
 
 Listed = list[dict[str, str]]  # images by name, each with its reason or its kind before
 
@@ -75,7 +76,9 @@ def check_plan(folder: Folder, plan: Json) -> None:
     Images may be removed, repaired and added: each record has the digest of its images.
     """
     if folder.size(PLAN) is not None:
-        reject_other(folder, json.loads(folder.read(PLAN)) | {"images": plan["images"]}, plan, "an unfinished sharding")
+        with reading(f"{folder.path / PLAN}", "remove it, or choose another --out"):
+            begun = json.loads(folder.read(PLAN)) | {"images": plan["images"]}
+        reject_other(folder, begun, plan, "an unfinished sharding")
 
 
 def reject_other(folder: Folder, begun: Json, plan: Json, what: str) -> None:

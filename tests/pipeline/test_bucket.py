@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +21,11 @@ import pytest
 import torch
 
 from pipeline import AugmentConfig, DataError, Loader, LoaderConfig, open_dataset
-from pipeline.storage import folder_at
+from pipeline.errors import ConfigError
+from pipeline.storage import Folder, folder_at
+from pipeline.write import build
+from pipeline.write.plan import Options, Plan
+from pipeline.write.sources import Digits
 from tests.conftest import ROOT
 from tests.pipeline.conftest import CANARY
 from tests.pipeline.test_tables import hub, hub_rows
@@ -201,6 +207,16 @@ def test_of_two_plans_the_first_keeps_the_other_out(box):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
+        (["digits", "--out", "s3://", "--dry-run"], 2, "s3://: names no bucket or server; write s3://NAME/FOLDER"),
+        (["digits", "--out", "s3://[x"], 2, "://: begin it with s3://"),
+        (["digits", "--out", f"https://me:{CANARY}@host/x"], 2, "https://host/x: leave user, password, ? and # out"),
+        (["index", "x.tar", "--out", f"s3://me:{CANARY}@box"], 2, "s3://box: leave user, password"),
+        (["webdataset", "--train", f"https://me:{CANARY}@h/x.tar", "--out", "x"], 2, "https://h/x.tar: leave user"),
+        (
+            ["webdataset", "--train", f"https://h/x.tar?sig={CANARY}", "--out", "x", "--fetch", "y"],
+            2,
+            "https://h/x.tar: ",
+        ),
         (["digits", "--out", "https://host/x"], 2, "https://host/x: shards are written to a folder, or to s3://"),
         (["index", "x.tar", "--out", "s3://box"], 2, "s3://box: index writes into a folder; name one"),
         (["digits", "--out", "s3://a-bucket-that-is-not-there"], 74, "s3://a-bucket-that-is-not-there/: cannot be"),
@@ -210,6 +226,72 @@ def test_a_place_that_cannot_be_written_is_one_line(bucket, options, code, messa
     found, text = in_process(*options, "--allow-http")
     assert found == code
     assert text.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_two_runs_of_one_plan_at_the_same_time_both_end_well(box, wanted):
+    full = [sys.executable, "tools/make_shards.py", *command(f"s3://{box[1]}", "--allow-http")]
+    runs = [subprocess.Popen(full, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0), ("", 0)]
+    assert objects(box) == files(wanted)
+
+
+def test_a_plan_that_begins_when_another_one_ends_is_rejected(wanted, monkeypatch):
+    listed = iter([[]])  # before the manifest was written
+    names = Folder.names
+    monkeypatch.setattr(Folder, "names", lambda self, *below: next(listed, None) or names(self, *below))
+    plan = Plan(Digits(), Options(samples_per_shard=100, seed=1))
+    copy = shutil.copytree(wanted, wanted.parent / "copy")
+    monkeypatch.setattr(build, "_missing", None)  # it is not asked
+    with pytest.raises(ConfigError, match=r"holds a finished dataset with options.seed=0, but this one has 1"):
+        build._begin(plan, Folder(copy), range(9))
+
+
+def test_objects_of_others_are_kept_and_those_of_consoles_are_no_hindrance(box, tmp_path, wanted):
+    client, name = box
+    client.put_object(Bucket=name, Key="x/parts/mine.jpg", Body=b"mine")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "mine.jpg").touch()
+    for place in (f"s3://{name}/x", tmp_path):
+        code, text = in_process(*command(place, "--allow-http"))
+        assert (code, f"error: {place}: holds parts/mine.jpg, which is none of ours" in text) == (2, True)
+    assert (objects(box), (tmp_path / "parts" / "mine.jpg").exists()) == ({"x/parts/mine.jpg": b"mine"}, True)
+    markers = {"y/": b"", "y/parts/": b""}
+    for key in markers:
+        client.put_object(Bucket=name, Key=key)
+    assert in_process(*command(f"s3://{name}/y", "--allow-http"))[0] == 0
+    found = {key.removeprefix("y/"): data for key, data in objects(box).items() if key[0] == "y" and key not in markers}
+    assert found == files(wanted)
+
+
+def test_a_plan_that_is_no_json_is_one_line(box):
+    box[0].put_object(Bucket=box[1], Key="parts/plan.json", Body=b"<html>")
+    code, text = in_process(*command(f"s3://{box[1]}", "--allow-http"))
+    assert (code, f"error: s3://{box[1]}/parts/plan.json cannot be read" in text) == (65, True)
+
+
+def test_other_images_than_those_of_a_finished_bucket_are_rejected(box, tmp_path):
+    for i in range(4):
+        path = tmp_path / "in" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(i))
+    options = ["imagefolder", "--train", tmp_path / "in", "--out", f"s3://{box[1]}", "--allow-http"]
+    assert in_process(*options)[0] == 0
+    path.unlink()
+    path.with_name("1b.jpg").write_bytes(image(9))
+    code, text = in_process(*options)
+    assert (code, "holds a finished dataset of other images; this run would have others; remove it" in text) == (
+        2,
+        True,
+    )
+
+
+def test_a_bucket_without_obstore_names_the_package(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['obstore'] = None\n")
+    run = subprocess.run(
+        [sys.executable, "tools/make_shards.py", *command("s3://box")],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (run.returncode, "pip install 'imagenet-express[remote]'" in run.stderr) == (2, True)
 
 
 def test_tars_and_parquet_files_at_a_url_are_sharded_from_copies_that_are_made_once(tmp_path):

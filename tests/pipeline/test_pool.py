@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_a_caller_that_stops_early_does_not_wait_for_the_rest(tmp_path):
         pool.run(lambda number: time.sleep(600 * number), range(50), workers=2, place=tmp_path) as results,
     ):
         interrupted_after_one(results)
+    assert time.monotonic() - started < 200
+
+
+def test_a_function_apart_ends_with_its_caller_and_is_named_if_it_is_killed(tmp_path):
+    assert pool.apart(os.getpid, place=tmp_path) != os.getpid()
+    with pytest.raises(StorageError, match=rf"{tmp_path}: a worker was killed"):
+        pool.apart(lambda: os.kill(os.getpid(), signal.SIGKILL), place=tmp_path)
+    started = time.monotonic()
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.apart(lambda: time.sleep(600), place=tmp_path)
     assert time.monotonic() - started < 200
 
 

@@ -58,7 +58,7 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
     """
     dataset, folder = open_dataset(root), Folder(out)
     split = dataset.split("train")
-    made = cuts.open_cuts(dataset, split)
+    made = [path for path, _ in cuts.open_cuts(dataset, split)]
     whole = np.concatenate([*map(cuts.table, made, split.shards)] or [[]])
     out.mkdir(parents=True)
     for shard in split.shards:

@@ -170,11 +170,15 @@ class WebDataset(TrainAndVal, Archives):
         """Those that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
         if not is_url(pattern):
             return expand(pattern)
+        from ...remote import check_url
+
+        urls = braces(pattern)
+        for url in urls:
+            check_url(url, allow_http=self.allow_http)
         if self.fetch is None:
             raise ConfigError(f"{pattern}: name a folder for copies of its files, by --fetch DIR")
-        urls = braces(pattern)
         with Progress("fetching", len(urls), unit="file") as progress:
-            return pool.apart(lambda: [self._fetched(url, progress) for url in urls])
+            return pool.apart(lambda: [self._fetched(url, progress) for url in urls], place=self.fetch)
 
     def _fetched(self, url: str, progress: Progress) -> Path:
         from ...remote import PATIENCE, RemoteFolder
