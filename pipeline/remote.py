@@ -36,6 +36,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0
 WARN_EVERY = 30.0
 RETRIED = (408, 425, 429)  # of the answers that blame the request
 BEYOND_END = "416"
+ALLOW = "add --data.allow-http (make_shards.py: --allow-http)"
 # obstore's own: 30 s for a whole request, too short if many share a slow line, and none for a server that stalls.
 TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "20s", "timeout": "600s"}
 
@@ -209,12 +210,12 @@ def check_url(url: str, *, allow_http: bool) -> None:
     shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
     if parts.scheme not in SCHEMES:
         raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(f"{shown}: leave user, password, ? and # out; credentials come from the environment")
+    if parts.username or parts.password or parts.query or parts.fragment or ".." in parts.path.split("/"):
+        raise ConfigError(f"{shown}: leave user, password, ?, # and .. out; credentials come from the environment")
     if not parts.hostname:
         raise ConfigError(f"{shown}: names no bucket or server; write {parts.scheme}://NAME/FOLDER")
     if parts.scheme == "http" and not allow_http:
-        raise ConfigError(f"{shown}: is not encrypted; use https://, or add --data.allow-http")
+        raise ConfigError(f"{shown}: is not encrypted; use https://, or {ALLOW}")
 
 
 def _profile() -> Any:
@@ -236,7 +237,7 @@ def _why(err: Exception) -> tuple[str, float]:
     if isinstance(err, obstore.exceptions.NotSupportedError):
         return "the server ignores Range; use another server, or copy the shards", 0.0
     if "builder error" in text:
-        return "the server's URL is not encrypted; use https://, or add --data.allow-http", 0.0
+        return f"the server's URL is not encrypted; use https://, or {ALLOW}", 0.0
     if "configured region" in text:
         return "the bucket is in another region; set AWS_REGION", 0.0
     if found := re.search(r"status code: (\d{3})[A-Za-z -]*", text):

@@ -209,8 +209,18 @@ def test_of_two_plans_the_first_keeps_the_other_out(box):
     [
         (["digits", "--out", "s3://", "--dry-run"], 2, "s3://: names no bucket or server; write s3://NAME/FOLDER"),
         (["digits", "--out", "s3://[x"], 2, "://: begin it with s3://"),
-        (["digits", "--out", f"https://me:{CANARY}@host/x"], 2, "https://host/x: leave user, password, ? and # out"),
+        (
+            ["digits", "--out", f"https://me:{CANARY}@host/x"],
+            2,
+            "https://host/x: leave user, password, ?, # and .. out",
+        ),
         (["index", "x.tar", "--out", f"s3://me:{CANARY}@box"], 2, "s3://box: leave user, password"),
+        (["webdataset", "--train", f"https://me:{CANARY}@h/{{x", "--out", "x"], 2, "https://h/{x: leave user"),
+        (
+            ["webdataset", "--train", "https://h/../../x.tar", "--out", "x", "--fetch", "x"],
+            2,
+            "https://h/../../x.tar: leave",
+        ),
         (["webdataset", "--train", f"https://me:{CANARY}@h/x.tar", "--out", "x"], 2, "https://h/x.tar: leave user"),
         (
             ["webdataset", "--train", f"https://h/x.tar?sig={CANARY}", "--out", "x", "--fetch", "y"],

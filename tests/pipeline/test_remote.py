@@ -486,8 +486,8 @@ def test_a_url_that_is_no_data_set_is_one_line(web):
     ("url", "message"),
     [
         ("http://example.org/x", "http://example.org/x: is not encrypted; .* --data.allow-http"),
-        (f"https://me:{CANARY}@example.org/x", "https://example.org/x: leave user, password, \\? and # out"),
-        (f"https://example.org/x?sig={CANARY}", "https://example.org/x: leave user, password, \\? and # out"),
+        (f"https://me:{CANARY}@example.org/x", "https://example.org/x: leave user, password, \\?, # and .. out"),
+        (f"https://example.org/x?sig={CANARY}", "https://example.org/x: leave user, password, \\?, # and .. out"),
         (
             "ftp://example.org/x",
             "ftp://example.org/x: begin it with s3://, gs://, az://, hf://, https://, or name a folder",

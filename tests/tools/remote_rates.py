@@ -48,6 +48,9 @@ def serve(folder: Path, port, sent) -> None:
         def do_GET(self) -> None:
             path, asked = folder / self.path.lstrip("/"), self.headers.get("Range")
             time.sleep(DELAY)
+            if not path.is_file():  # cuts.json
+                self.send_error(404)
+                return
             failed = random.random() < FAILING
             size = 0 if failed else path.stat().st_size
             start, end = map(int, asked.removeprefix("bytes=").split("-")) if asked else (0, size - 1)

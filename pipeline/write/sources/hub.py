@@ -32,14 +32,14 @@ class HubParquet(WebDataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        metadata = parquet(self.files(str(self.train))[0]).schema_arrow.metadata or {}
+        metadata = parquet(super().files(str(self.train))[0]).schema_arrow.metadata or {}
         info: Json = json.loads(metadata.get(b"huggingface", "{}")).get("info", {})
         names = info.get("features", {}).get(self.label_column, {}).get("names", [])
         if names and int(self.classes[-1]) < len(names):
             self.class_names = [names[int(number)] for number in self.classes]
 
-    def _tars(self, pattern: str) -> list[Path]:
-        return [self._unpacked(path) for path in self.files(pattern)]
+    def files(self, pattern: str) -> list[Path]:
+        return [self._unpacked(path) for path in super().files(pattern)]
 
     def _unpacked(self, path: Path) -> Path:
         """The file's tar, which lies in a folder for the file as it is now: a changed one is unpacked again."""

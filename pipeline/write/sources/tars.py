@@ -153,7 +153,7 @@ class WebDataset(TrainAndVal, Archives):
     help = "WebDataset tars, sharded once more: in a new order, size or encoding"
 
     def items(self, split: str, place: str) -> Iterator[Item]:
-        found, unique = list(self._samples(self._tars(place))), UniqueKeys()
+        found, unique = list(self._samples(self.files(place))), UniqueKeys()
         if split == "train":
             self._label_of = self.name_classes(label for *_, label in found)
         for archive, member, label in found:
@@ -163,20 +163,16 @@ class WebDataset(TrainAndVal, Archives):
             extent = (archive, member.offset, member.size)
             yield Item(unique(split_name(member.name)[0]), self._label_of[label], where, extent)
 
-    def _tars(self, pattern: str) -> list[Path]:
-        return self.files(pattern)
-
     def files(self, pattern: str) -> list[Path]:
-        """Those that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
+        """The tars that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
         if not is_url(pattern):
             return expand(pattern)
         from ...remote import check_url
 
-        urls = braces(pattern)
-        for url in urls:
-            check_url(url, allow_http=self.allow_http)
+        check_url(pattern, allow_http=self.allow_http)
         if self.fetch is None:
             raise ConfigError(f"{pattern}: name a folder for copies of its files, by --fetch DIR")
+        urls = braces(pattern)
         with Progress("fetching", len(urls), unit="file") as progress:
             return pool.apart(lambda: [self._fetched(url, progress) for url in urls], place=self.fetch)
 
