@@ -46,8 +46,8 @@ if "mean_image" in dataset.manifest["statistics"]:
     tell(record["file"], record["sha256"])
 tell("_info.json")
 try:
-    for made in filter(None, (cuts.open_cuts(dataset, split) for split in dataset.splits.values())):
-        for path, sha256 in made.items():
+    for made in [cuts.open_cuts(dataset, split) for split in dataset.splits.values()]:
+        for path, sha256 in made:
             tell(path.name, sha256)
     tell(cuts.NAME)
 except ExpressError as err:
