@@ -5,6 +5,7 @@ The processes of a machine share the folder. While one copies a shard, it holds 
 process leaves no lock behind, and the next one continues where the copy ended.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -130,10 +131,14 @@ class ShardCache:
         for path in self.place.folder.iterdir():
             if found := OURS.fullmatch(path.name):
                 size = file_size(path)
-                if found[1] and (size is None or _is_locked(path)):  # None: it just got its name
+                if found[1] and size is None:  # it just got its name, under which it may have been listed too
+                    path = path.with_name(f"{path.name[:64]}.tar")
+                    size = file_size(path)
+                elif found[1] and _is_locked(path):
                     size = int(found[1])
                     busy.add(path)
-                sizes[path] = size or 0
+                if size is not None:
+                    sizes[path] = size
         return sizes, busy
 
     def _copy(self, shard: int, lock: OpenFile) -> None:
@@ -214,9 +219,9 @@ class ShardCache:
 
 def _is_locked(path: Path) -> bool:
     try:
-        if path.exists():
-            os.close(locked(path, wait_seconds=0))
-    except StorageError:
+        with open(path, "rb") as file:  # makes none: it may just be renamed or deleted
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
     except OSError:  # the folder was deleted, or may not be read any more
         pass
