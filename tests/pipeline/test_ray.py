@@ -137,17 +137,17 @@ def test_without_a_cluster_it_is_one_line(monkeypatch, capsys, tmp_path):
     assert line.startswith("error: --ray-address 127.0.0.1:1: no cluster (")
 
 
-# Two machines: network namespaces, each with mounts of its own, and a bucket as --out.
+# Two machines: network namespaces, each with its own mount at Ray's folder, and a bucket as --out.
 
 HEAD = """
-mount -t tmpfs tmpfs /tmp
+mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
 {env} {bin}/python -m moto.server --host {head} --port {s3} >/dev/null 2>&1 &
 {env} {bin}/ray start --head --node-ip-address {head} --port {port} --num-cpus 1 --include-dashboard false --block \
     >/dev/null 2>&1 &
 {env} {bin}/python {script} {head}:{port} http://{head}:{s3} {out} {options}
 """
 SECOND = """
-mount -t tmpfs tmpfs /tmp
+mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
 until {bin}/python -c 'import socket; socket.create_connection(("{head}", {port}), 1)' 2>/dev/null; do sleep 0.2; done
 {env} exec {bin}/ray start --address {head}:{port} --node-ip-address {second} --num-cpus 1 --block
 """
@@ -176,7 +176,7 @@ def on_two_machines(tmp_path: Path, *, second_sees: bool) -> tuple[int, str, Pat
     pytest.importorskip("ray", reason="make ray-test installs it")
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2")
-    work = Path(tempfile.mkdtemp(dir="/var/tmp"))  # unlike /tmp, both see it
+    work = Path(tempfile.mkdtemp())
     try:
         (out := work / "out").mkdir()
         (work / "driver.py").write_text(DRIVER)
