@@ -167,25 +167,26 @@ class WebDataset(TrainAndVal, Archives):
         """The tars that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
         if not is_url(pattern):
             return expand(pattern)
-        from ...remote import check_url
+        from ...remote import PATIENCE, RemoteFolder, check_url
 
         check_url(pattern, allow_http=self.allow_http)
-        if self.fetch is None:
+        if (folder := self.fetch) is None:
             raise ConfigError(f"{pattern}: name a folder for copies of its files, by --fetch DIR")
-        urls = braces(pattern)
-        with Progress("fetching", len(urls), unit="file") as progress:
-            return pool.apart(lambda: [self._fetched(url, progress) for url in urls], place=self.fetch)
+        urls, paths = braces(pattern), list[Path]()
 
-    def _fetched(self, url: str, progress: Progress) -> Path:
-        from ...remote import PATIENCE, RemoteFolder
+        def fetched() -> list[Path]:  # in another process, as its progress is
+            with Progress("fetching", len(urls), unit="file") as progress:
+                for url in urls:
+                    place, _, name = url.rpartition("/")
+                    source = RemoteFolder(place, allow_http=self.allow_http)
+                    copies = Folder(folder.joinpath(*re.split("/+", str(source))))
+                    if copies.size(name) != source.length(name):
+                        copies.write(name, source.get(name, patience=PATIENCE))
+                    paths.append(copies.path / name)
+                    progress.update(1)
+            return paths
 
-        place, _, name = url.rpartition("/")
-        source = RemoteFolder(place, allow_http=self.allow_http)
-        copies = Folder(Path(self.fetch or "", *re.split("/+", str(source))))
-        if copies.size(name) != source.length(name):
-            copies.write(name, source.get(name, patience=PATIENCE))
-        progress.update(1)
-        return copies.path / name
+        return pool.apart(fetched, place=folder)
 
     @classmethod
     def add_options(cls, p: argparse.ArgumentParser) -> None:
