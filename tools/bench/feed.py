@@ -20,13 +20,8 @@ WHAT = (
 class NoDecode(dali.Graph):
     """The real graph's external source, with an operator behind it that does nothing."""
 
-    def _cropped(self, stored: Any, a: Any, b: Any) -> Any:
-        return stored, a, b
-
-    _resampled = _cropped
-
-    def _normalised(self, images: Any, mirror: Any, _: Any) -> Any:
-        return *images, mirror
+    def _crops(self, stored: Any, a: Any, b: Any, mirror: Any, mean: Any) -> Any:
+        return stored, a, b, mirror
 
 
 def timed(function: Callable[..., Any], spent: list[float], sign: int) -> Callable[..., Any]:
