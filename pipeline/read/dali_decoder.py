@@ -36,7 +36,7 @@ class Decoder:
         }
 
     def decoding(self, images: list[memoryview]) -> Any:
-        """A pipeline each run() of which decodes one of the encoded images, and raises RuntimeError if it rejects it."""
+        """A pipeline whose each run() decodes one of the encoded images. It raises RuntimeError for one it rejects."""
         fn, _, pipeline_def = load_dali()
 
         @pipeline_def(  # type: ignore[untyped-decorator]

@@ -19,7 +19,7 @@ from .. import remote
 from ..errors import StorageError
 from ..manifest import Split
 from ..shards import crc32
-from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Block, Rows
+from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Rows
 from .plan import Plan
 from .reader import ReadBatch, Reader
 
@@ -163,19 +163,17 @@ class RemoteReader(Reader):
         assert split.remote
         self._folder, self._shards = split.remote, split.shards
         self._ahead = Ahead(self._get, requests=4 * threads)
-        self._tasks: list[Future[None]] = []  # those that wait for copies, of the latest chunk
+        self._copying: list[ReadBatch] = []  # those that wait for copies, of the latest chunk
 
     def _at_once(self, batch: ReadBatch) -> bool:
         if self.cache:
             with suppress(StorageError):  # as long as one is not copied
                 batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
                 self._ahead.drop(batch.ids)
-        return super()._at_once(batch) or (self.cache is not None and not batch.files)
-
-    def ahead(self, batch: ReadBatch) -> None:
-        super().ahead(batch)
-        if self.cache and not batch.files:
-            self._tasks += batch.tasks
+            if not batch.files:
+                self._copying.append(batch)
+                return True
+        return super()._at_once(batch)
 
     def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
         if self.done:
@@ -194,8 +192,9 @@ class RemoteReader(Reader):
                 waiting.append(deque(chunk.steps))
                 ids = np.concatenate(chunk.ids)
                 if self.cache:
-                    wait(self._tasks)  # of batches that need copies, which might be deleted now
-                    self._tasks.clear()
+                    for batch in self._copying:
+                        wait(batch.tasks)  # for copies, which might be deleted now
+                    self._copying.clear()
                     shards = self.rows[ids, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
                     ids = ids[~np.isin(shards, list(copies))]
@@ -238,20 +237,8 @@ class RemoteReader(Reader):
             fds = np.array([-image.request.result()[1] - image.first if image else NOT_IN_MEMORY for image in images])
         yield fds  # `images` holds the requests' bytes until the compiled code has read them
 
-    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
-        if batch.files or not self.cache:
-            super()._fill(batch, a, b)
-        else:  # each may wait for another copy
-            with self.stages("fetch"):
-                for i in range(a, b):
-                    batch.put(i, self.stored(int(batch.ids[i])))
-        self._ahead.drop(batch.ids[a:b])
-
-    def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:
-        block = super().fetch(batch, a, b, function, **settings)
-        if not batch.tasks:
-            self._ahead.drop(batch.ids[a:b])
-        return block
+    def _taken(self, ids: ndarray) -> None:
+        self._ahead.drop(ids)
 
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored: those fetched ahead, of its shard's copy, or by a request of its own.
@@ -260,12 +247,15 @@ class RemoteReader(Reader):
         """
         start, size, shard, _, crc, *_ = self.rows[sample].tolist()
         ahead = self._ahead[sample]
-        if self.cache and not ahead and self.cache.wait(shard):
-            with suppress(StorageError, EOFError):  # it made room for another
-                image = self.source.read(shard, start, start + size)
-                if not self.verify or crc32(image) == crc:
-                    return image
-            self.cache.drop(shard)
+        if self.cache and not ahead:
+            with self.stages("fetch"):
+                copied = self.cache.wait(shard)
+            if copied:
+                with suppress(StorageError, EOFError):  # it made room for another
+                    image = self.source.read(shard, start, start + size)
+                    if not self.verify or crc32(image) == crc:
+                        return image
+                self.cache.drop(shard)
         for attempt in range(FETCHES):
             if ahead and attempt == 0:
                 image = ahead.request.result()[0][ahead.first : ahead.first + size]

@@ -39,8 +39,8 @@ OURS = re.compile(r"[0-9a-f]{64}\.(?:tar|(\d+)\.partial)")  # a partial file's n
 class ShardCache:
     """The copies of a split's shards.
 
-    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. copied: is called
-    after each copy. closing: nothing is copied or waited for once it is set.
+    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. changed: is called
+    after a copy was made or deleted. closing: nothing is copied or waited for once it is set.
     """
 
     def __init__(
@@ -48,14 +48,11 @@ class ShardCache:
         place: Copies,
         split: Split,
         read: Callable[[int, int, int], Any],
-        copied: Callable[[], None],
+        changed: Callable[[], None],
         closing: threading.Event,
     ) -> None:
-        self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
-        in_folder = place.folder.joinpath
-        self._paths = [
-            (in_folder(f"{of.sha256}.tar"), in_folder(f"{of.sha256}.{of.bytes}.partial")) for of in split.shards
-        ]
+        self.place, self._shards, self._read, self._changed = place, split.shards, read, changed
+        self._paths = [(place.path(of.sha256), place.folder / f"{of.sha256}.{of.bytes}.partial") for of in split.shards]
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
@@ -163,7 +160,7 @@ class ShardCache:
             del lock
             with self._lock:
                 del self._claims[shard]
-                self._copied()
+                self._changed()
                 self.request(*self._at)
 
     def _give_up(self, err: OSError) -> None:
@@ -208,13 +205,12 @@ class ShardCache:
         with suppress(OSError):
             self.path(shard).unlink()
             self._whole.discard(shard)
-            self._copied()
             LOG.warning("%s: a damaged copy of a shard; deleted", self.path(shard))
+        self._changed()  # it may be open though another process has deleted it
 
     def close(self) -> None:
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._copied()
 
 
 def _is_locked(path: Path) -> bool:
