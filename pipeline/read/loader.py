@@ -100,7 +100,7 @@ class Loader(AbstractContextManager["Loader"]):
         # The mean image is subtracted at the end, on the device, with every backend.
         decoded: PixelType = "uint8" if augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
-        importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, augment.crop, decoded, self.device)
+        importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, decoded, self.device)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         normal = normalisation(augment, statistics or self.dataset)

@@ -17,7 +17,7 @@ from ..decode import decode
 from ..errors import BadSample, ExpressError
 from .backend import HostCopy, Output, Work
 from .fetch import HEIGHT, WIDTH
-from .kernels import Cropper, decoded_block
+from .kernels import crop_images, decoded_block
 from .plan import Planned
 from .reader import Reader
 
@@ -73,7 +73,6 @@ class PixelCheck:
             self._thread.join()
 
     def _run(self) -> None:
-        self._cropper = Cropper(self.output.crop, dtype="uint8", packed=False)
         while (entry := self._entries.get()) is not None:
             sample = int(entry[0].ids[0])
             try:
@@ -93,7 +92,8 @@ class PixelCheck:
         pixels = stored if self.raw else decode(stored.data, size=(width, height)).reshape(-1)
         ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
         block = decoded_block(pixels, image.rows)
-        self._cropper(block, ours, 0, image.box[:, here], image.flip[:, here], unused, unused)
+        box, flip = image.box[:, here], image.flip[:, here]
+        crop_images(*block, side, False, 0, ours, 0, box, flip, unused, unused)
         theirs = crop.read().float().numpy()
         if self.output.dtype != "uint8":
             theirs = theirs * self._std + image.mean[0, view][:, None, None]

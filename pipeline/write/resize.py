@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from ..decode import Scratch
 from ..geometry import centre_offset, resized
-from ..jit import compiled, straight_lines_vectorised
+from ..jit import compiled
 from ..resample import resample, triangle
 
 u = np.uintp
@@ -85,6 +85,5 @@ class Totals(NamedTuple):
 
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
-    with straight_lines_vectorised():
-        square = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
-        Totals.zeros(8).add(square, square)
+    square = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
+    Totals.zeros(8).add(square, square)

@@ -75,7 +75,7 @@ def compile_kernels() -> str:
 
     from pipeline.read import make_backend
 
-    make_backend.prepare("portable", 224, "float32", torch.device("cpu"))
+    make_backend.prepare("portable", "float32", torch.device("cpu"))
     return "compiles the loader's kernels"
 
 
