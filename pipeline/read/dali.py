@@ -16,7 +16,7 @@ from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
-from .fetch import HEIGHT, SIZE, WIDTH
+from .fetch import HEIGHT, WIDTH
 
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
@@ -154,8 +154,7 @@ class Dali(Engine):
             rows, pixels = work.rows[a:b], pixels_under(work.box[a:b], self.graph.output.crop)
             places = self._cutter.places(work.ids[a:b], rows, pixels)
             block = self._reader.fetch(work.read, a, b, lambda _: 0)
-            with self._reader.stages("cut", int(rows[:, SIZE].sum())):
-                return self._cutter(block, places, pixels, keep=True)
+            return self._cutter(block, places, pixels, keep=True)
 
         starts = range(0, len(work.ids), CUT_A_TASK) if self._cutter else ()
         return work, [self._pool.submit(cut, a, min(a + CUT_A_TASK, len(work.ids))) for a in starts]

@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -32,10 +32,8 @@ from .backend import Output, PixelType, Setup, Work, to_device, works
 from .bad_samples import BadSamples
 from .config import LoaderConfig, choose_backend
 from .cutter import open_cutter
+from .pixel_check import PixelCheck
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .pixel_check import PixelCheck
 
 
 class Batch(NamedTuple):
@@ -149,19 +147,15 @@ class Loader(AbstractContextManager["Loader"]):
         output = Output(augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
-        self._cutter = open_cutter(self.dataset, self.split) if encoded else None
+        self._cutter = open_cutter(self.dataset, self.split, self._reader) if encoded else None
         self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
         if self.plan.check_every:
-            from .pixel_check import PixelCheck
-
-            name = f"{self.backend} ({self.decoder()})"
-            self._check = PixelCheck(output, raw=raw, reader=self._reader, decoder=name)
+            self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})")
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
-        self._wait_seconds = 0.0
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -216,7 +210,7 @@ class Loader(AbstractContextManager["Loader"]):
         while self._epoch == epoch and len(self):  # a rank of a tiny evaluation may have nothing to do
             started = time.perf_counter()
             batch = self._next()
-            self._wait_seconds += time.perf_counter() - started
+            self._reader.stages.add(wait_seconds=time.perf_counter() - started)
             self._step += 1
             if self._step == len(self):
                 self._epoch, self._step = epoch + 1, 0
@@ -227,10 +221,7 @@ class Loader(AbstractContextManager["Loader"]):
         their places in the cuts are lost or damaged; seconds of all threads and bytes of each stage (stages.py); if
         pixels are checked, crops that were checked, and that differed.
         """
-        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds, "cuts_missed": 0}, 0.0
-        if self._cutter:
-            stats["cuts_missed"], self._cutter.missed = self._cutter.missed, 0
-        return stats | self._reader.stages.take() | (self._check.counts() if self._check else {})
+        return self._reader.stages.take()
 
     def decoder(self) -> str:
         """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""

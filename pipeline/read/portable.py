@@ -111,8 +111,7 @@ class Portable(Engine):
             left = np.where(places[:, 1] > 0, rows[:, HEIGHT], left)
         block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, left))
         if self._cutter:
-            with self._reader.stages("cut", size):
-                cuts = self._cutter(block, places, pixels)
+            cuts = self._cutter(block, places, pixels)
         # decode() looks closer at the others.
         plain = (left < rows[:, HEIGHT]) | ~not_plain_jpegs(block.buffer, block.at, rows)
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])

@@ -223,7 +223,7 @@ class RemoteReader(Reader):
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
-        self.stages.add("fetch", end - start)
+        self.stages.add(fetch_bytes=end - start)
         return np.frombuffer(data, np.uint8)
 
     @contextmanager

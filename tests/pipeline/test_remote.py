@@ -251,7 +251,8 @@ def test_files_of_cuts_are_requested_once_by_any_number_of_threads_and_not_after
     web.fault = lambda number, file: "503" if file.endswith(".cuts") else ""
     dataset = opened(web)
     split = dataset.split("train")
-    cutter, ids = cutter_module.open_cutter(dataset, split), np.arange(4)
+    reader = remote_reader.RemoteReader(split)
+    cutter, ids = cutter_module.open_cutter(dataset, split, reader), np.arange(4)
     asked, read = [], cutter._read
     monkeypatch.setattr(cutter, "_read", lambda shard: (asked.append(shard), read(shard)))
     rows, pixels = Rows(split.index)[ids], np.tile([0, 0, 8, 8], (4, 1))
@@ -259,6 +260,7 @@ def test_files_of_cuts_are_requested_once_by_any_number_of_threads_and_not_after
         list(threads.map(lambda _: cutter.places(ids, rows, pixels), range(50)))
     assert len(asked) == len(set(asked))
     started = time.monotonic()
+    reader.close()
     cutter.close()
     cutter._pool.shutdown(wait=True)
     assert time.monotonic() - started < 15  # a retry would take up to 30 s
