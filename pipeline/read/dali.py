@@ -27,6 +27,7 @@ class Graph:
     def __init__(self, setup: Setup) -> None:
         plan, config, device = setup.plan, setup.config, setup.output.device
         self.output, self.raw = setup.output, setup.raw
+        self.most_crops, self.depth = setup.most_crops, config.prefetch_batches
         self.cut = bool(setup.cutter)  # some images are cuts, whose memory is not pinned
         self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load, setup.threads)
         short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
@@ -70,13 +71,16 @@ class Graph:
             tensors = [each for each in tensors for _ in range(self.output.views)]
         return TensorListCPU(tensors, layout, False)
 
-    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, rows: int, depth: int) -> Any:
-        """A DALI pipeline. `source` returns `inputs(…)` of the next batch, of at most `rows` crops."""
+    def pipeline(self, source: Callable[[], tuple[Any, ...]]) -> Any:
+        """A DALI pipeline. `source` returns `inputs(…)` of the next batch."""
         fn, types, pipeline_def = load_dali()
         crops_ndim = 1 if self.resized else 0
 
         @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=rows, num_threads=self.decoder.threads, device_id=self.decoder.device, prefetch_queue_depth=depth
+            batch_size=self.most_crops,
+            num_threads=self.decoder.threads,
+            device_id=self.decoder.device,
+            prefetch_queue_depth=self.depth,
         )
         def define() -> Any:
             inputs = 4 if self.output.dtype == "uint8" else 5
@@ -128,7 +132,7 @@ class Dali(Engine):
     """See backend.Engine."""
 
     def __init__(self, setup: Setup) -> None:
-        self.graph, self._reader, self._setup = Graph(setup), setup.reader, setup
+        self.graph, self._reader = Graph(setup), setup.reader
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
         self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
         self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="express-cut")
@@ -145,8 +149,7 @@ class Dali(Engine):
             self._decoding.append((work, images))
             return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
-        most, depth = self._setup.most_crops, self._setup.config.prefetch_batches
-        self._pipeline = self.graph.pipeline(feed, rows=most, depth=depth)
+        self._pipeline = self.graph.pipeline(feed)
 
     def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
         def cut(a: int, b: int) -> list[Cut]:

@@ -1,7 +1,8 @@
 """The samples that each rank reads at each step. Pure: no files, no clock, no globals. The contract: docs/order.md.
 
-Training: an epoch is an array of ids, a row for each global batch. A rank takes a contiguous slice of each row: the ids
-of a global step, in order, do not depend on the number of ranks.
+Training: an epoch is an array of ids, a row for each global batch; samples that fill no global batch are left out of
+it. A rank takes a contiguous slice of each row: the ids of a global step, in order, do not depend on the number of
+ranks.
 Evaluation: the samples in stored order, one contiguous slice per rank, each sample exactly once.
 """
 
@@ -31,7 +32,7 @@ def epoch_order(
     """
     ends = np.cumsum(shard_sizes)
     samples = int(ends[-1])
-    steps, piece, share = steps_per_epoch(samples, batch=batch), batch // partitions, batch // world
+    steps, piece, share = samples // batch, batch // partitions, batch // world
     mine, pieces = partitions_of_rank(rank=rank, world=world, partitions=partitions), []
     for part in mine:
         ids = _shuffled_part(ends, part * samples // partitions, (part + 1) * samples // partitions, window, **at)
@@ -49,7 +50,7 @@ def shard_steps(
     """
     ends = np.cumsum(shard_sizes)
     samples = int(ends[-1])
-    steps, piece = steps_per_epoch(samples, batch=batch), batch // partitions
+    steps, piece = samples // batch, batch // partitions
     first, last = np.full(len(ends), steps), np.full(len(ends), -1)
     for part in range(partitions):
         start, end = part * samples // partitions, (part + 1) * samples // partitions
@@ -97,11 +98,6 @@ def replacement(sample: int, partition: range, bad: Container[int]) -> int:
     """The next sample of the partition, cyclically, that is not bad; `sample` itself if all are."""
     others = chain(range(sample + 1, partition.stop), range(partition.start, sample))
     return next((i for i in others if i not in bad), sample)
-
-
-def steps_per_epoch(samples: int, *, batch: int) -> int:
-    """Training steps: equal on all ranks; the samples that fill no global batch are left out of this epoch."""
-    return samples // batch
 
 
 def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, field: str = "batch") -> None:

@@ -76,7 +76,7 @@ class Plan:
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
         if self.train:
-            return order.steps_per_epoch(self.samples, batch=self.batch)
+            return self.samples // self.batch
         return -(-len(self.held) // self.batch_per_rank)
 
     def ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:

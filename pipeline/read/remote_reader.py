@@ -7,9 +7,10 @@ image stays among the bytes of its request until a decoding thread takes it, by 
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,51 +111,6 @@ class Fetched(NamedTuple):
     first: int
 
 
-class Ahead:
-    """Images that are being fetched, by chunk and sample, until they are used.
-
-    get: (shard, first byte, end) → (n,) uint8. An epoch's last chunk and the next one's first may hold the same sample.
-    """
-
-    def __init__(self, get: Callable[[int, int, int], ndarray], *, requests: int) -> None:
-        self._pool = ThreadPoolExecutor(requests, thread_name_prefix="express-fetch")
-        self._get = get
-        self.chunks: list[dict[int, Fetched]] = []
-
-    def fetch(self, ids: ndarray, rows: ndarray) -> None:
-        """Begins a chunk. rows: those of `ids`."""
-        if len(ids):
-            ranges, of_image = requests(rows)
-            futures = [self._pool.submit(self._addressed, *each) for each in ranges.tolist()]
-            images = map(Fetched, [futures[i] for i in of_image], (rows[:, OFFSET] - ranges[of_image, 1]).tolist())
-            self.chunks = [*filter(None, self.chunks), dict(zip(ids.tolist(), images, strict=True))]
-
-    def _addressed(self, *request: int) -> tuple[ndarray, int]:
-        data = self._get(*request)
-        return data, data.ctypes.data
-
-    def __len__(self) -> int:
-        """Chunks of which an image is still to be used."""
-        return sum(map(bool, self.chunks))
-
-    def __getitem__(self, sample: int) -> Fetched | None:
-        return next(filter(None, (chunk.get(sample) for chunk in self.chunks)), None)
-
-    def drop(self, ids: ndarray) -> None:
-        """Lets go of images, which were used."""
-        for sample in ids.tolist():
-            any(chunk.pop(sample, None) for chunk in self.chunks)  # from the first that has it
-
-    def cancel(self) -> None:
-        for chunk in self.chunks:
-            for image in chunk.values():
-                image.request.cancel()
-        self.chunks = []
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class RemoteReader(Reader):
     """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
 
@@ -162,14 +118,17 @@ class RemoteReader(Reader):
         super().__init__(split, threads=threads, **settings, original=self._get)
         assert split.remote
         self._folder, self._shards = split.remote, split.shards
-        self._ahead = Ahead(self._get, requests=4 * threads)
+        self._requests = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
+        # Images that are being fetched, by chunk and sample, until they are used. An epoch's last chunk and the next
+        # one's first may hold the same sample.
+        self._chunks: list[dict[int, Fetched]] = []
         self._copying: list[ReadBatch] = []  # those that wait for copies, of the latest chunk
 
     def _at_once(self, batch: ReadBatch) -> bool:
         if self.cache:
             with suppress(StorageError):  # as long as one is not copied
                 batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
-                self._ahead.drop(batch.ids)
+                self._taken(batch.ids)
             if not batch.files:
                 self._copying.append(batch)
                 return True
@@ -185,7 +144,7 @@ class RemoteReader(Reader):
         waiting: deque[deque[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
-                while len(waiting) > 1 or (waiting and len(self._ahead) > 1):  # no third chunk in memory
+                while len(waiting) > 1 or (waiting and sum(map(bool, self._chunks)) > 1):  # no third chunk in memory
                     yield waiting[0].popleft()
                     if not waiting[0]:
                         waiting.popleft()
@@ -198,11 +157,32 @@ class RemoteReader(Reader):
                     shards = self.rows[ids, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
                     ids = ids[~np.isin(shards, list(copies))]
-                self._ahead.fetch(ids, self.rows[ids])
+                if len(ids):
+                    self._begin(ids, self.rows[ids])
             for rest in waiting:
                 yield from rest
         finally:
-            self._ahead.cancel()
+            for image in chain.from_iterable(each.values() for each in self._chunks):
+                image.request.cancel()
+            self._chunks = []
+
+    def _begin(self, ids: ndarray, rows: ndarray) -> None:
+        """Begins to fetch a chunk. rows: those of `ids`."""
+        ranges, of_image = requests(rows)
+        futures = [self._requests.submit(self._addressed, *each) for each in ranges.tolist()]
+        images = map(Fetched, [futures[i] for i in of_image], (rows[:, OFFSET] - ranges[of_image, 1]).tolist())
+        self._chunks = [*filter(None, self._chunks), dict(zip(ids.tolist(), images, strict=True))]
+
+    def _addressed(self, *request: int) -> tuple[ndarray, int]:
+        data = self._get(*request)
+        return data, data.ctypes.data
+
+    def _fetched(self, sample: int) -> Fetched | None:
+        return next(filter(None, (chunk.get(sample) for chunk in self._chunks)), None)
+
+    def _taken(self, ids: ndarray) -> None:
+        for sample in ids.tolist():
+            any(chunk.pop(sample, None) for chunk in self._chunks)  # from the first that has it
 
     def cost(self, plan: Plan) -> str:
         limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
@@ -232,13 +212,10 @@ class RemoteReader(Reader):
             with super()._opened(batch, a, b) as fds:
                 yield fds
             return
-        images = [self._ahead[sample] for sample in batch.ids[a:b].tolist()]
+        images = [self._fetched(sample) for sample in batch.ids[a:b].tolist()]
         with self.stages("fetch"):
             fds = np.array([-image.request.result()[1] - image.first if image else NOT_IN_MEMORY for image in images])
         yield fds  # `images` holds the requests' bytes until the compiled code has read them
-
-    def _taken(self, ids: ndarray) -> None:
-        self._ahead.drop(ids)
 
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored: those fetched ahead, of its shard's copy, or by a request of its own.
@@ -246,7 +223,7 @@ class RemoteReader(Reader):
         Bytes with a wrong checksum are fetched again before they count as damaged.
         """
         start, size, shard, _, crc, *_ = self.rows[sample].tolist()
-        ahead = self._ahead[sample]
+        ahead = self._fetched(sample)
         if self.cache and not ahead:
             with self.stages("fetch"):
                 copied = self.cache.wait(shard)
@@ -273,5 +250,5 @@ class RemoteReader(Reader):
 
     def close(self) -> None:
         self.closing.set()
-        self._ahead.close()
+        self._requests.shutdown(wait=True, cancel_futures=True)
         super().close()

@@ -402,19 +402,19 @@ def test_the_formula_of_requests_counts_those_of_an_epoch(partitions, world, win
 
 @pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
 def test_what_is_fetched_ahead_stays_within_the_memory(web, monkeypatch, backend):
-    fetch, drop, most = remote_reader.Ahead.fetch, remote_reader.Ahead.drop, [0]
+    begin, taken, most = remote_reader.RemoteReader._begin, remote_reader.RemoteReader._taken, [0]
 
     def slow(*task):
         time.sleep(0.02)
-        drop(*task)
+        taken(*task)
 
     def watched(self, ids, rows):
-        ahead = [sample for chunk in self.chunks for sample in chunk] + ids.tolist()
+        ahead = [sample for chunk in self._chunks for sample in chunk] + ids.tolist()
         most[0] = max(most[0], int(sizes[ahead].sum()))
-        fetch(self, ids, rows)
+        begin(self, ids, rows)
 
-    monkeypatch.setattr(remote_reader.Ahead, "drop", slow)
-    monkeypatch.setattr(remote_reader.Ahead, "fetch", watched)
+    monkeypatch.setattr(remote_reader.RemoteReader, "_taken", slow)
+    monkeypatch.setattr(remote_reader.RemoteReader, "_begin", watched)
     dataset = opened(web, fetch_memory=0.4)
     sizes = np.array(dataset.split("train").index["size"])
     two_epochs(dataset, batch=1, backend=backend)

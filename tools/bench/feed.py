@@ -53,7 +53,7 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
         config = LoaderConfig("dali-cpu", threads=1)
         with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
             engine: Any = loader._engine
-            engine.graph = NoDecode(engine._setup)
+            engine.graph = NoDecode(loader._setup)
             ahead = backend.works(loader.plan, loader._reader, 0, 0, ahead=config.prefetch_batches)
             engine.start(ahead.__next__)
             for number in range(batches + 8):
