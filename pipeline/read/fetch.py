@@ -153,4 +153,3 @@ def prepare() -> None:
     all_end(pixel, none, rows)
     zero_rest(pixel, none, rows, 0)
     fetch_images(pixel, none, none, rows, False, ALL_ROWS)
-    read_records(0, 0, none, pixel)

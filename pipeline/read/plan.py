@@ -144,12 +144,11 @@ class Plan:
         ids = self._replaced(planned)
         rows, kept = index[ids], (ids == planned) | self.train
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}
-        placement = place(self.augment, ids, rows[:, WIDTH], rows[:, HEIGHT], train=self.train, **at)
+        box, flip = place(self.augment, ids, rows[:, WIDTH : HEIGHT + 1], train=self.train, **at)
         mean = np.tile(self.mean, (n * views, 1))
         if self.covariance is not None:
             mean -= colour_shift(self.augment, ids, self.covariance, **at)
         checked = np.zeros(n, np.bool_)
         if self.check_every:
             checked = rng.bits(ids, stream=rng.CHECK, **at) % self.check_every == 0
-        box, flip = placement.box.reshape(n, views, 4), placement.flip.reshape(n, views)
         return Planned(ids, rows, box, flip, mean.reshape(n, views, 3), checked, kept)

@@ -179,11 +179,10 @@ class Viewer:
     def __call__(self, pixels: ndarray) -> ndarray:
         """(views, 3, crop, crop) float32. pixels: (height, width, 3) uint8, RGB."""
         height, width, _ = pixels.shape
-        ids, size = np.zeros(1, np.int64), (np.array([width]), np.array([height]))
-        placement = place(self.augment, ids, *size, seed=0, epoch=0, train=False)
+        size = np.array([[width, height]])
+        box, flip = place(self.augment, np.zeros(1, np.int64), size, seed=0, epoch=0, train=False)
         views, crop = self.augment.views, self.augment.crop
         crops = np.empty((views, 3, crop, crop), np.float32)
         block, out = decoded_block(pixels.reshape(-1), size_row(width, height)), crops.reshape(-1)
-        box, flip = placement.box[None], placement.flip[None]
         crop_images(*block, crop, False, 0, out, 0, box, flip, self._mean, self._scale)
         return crops if self._image is None else crops - self._image
