@@ -6,7 +6,7 @@ Nothing here is random, shuffles or reads a file: bytes and crops come from outs
 import re
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
-from .fetch import HEIGHT, WIDTH
+from .fetch import HEIGHT, WIDTH, all_end, not_plain_jpegs
 
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
@@ -135,7 +135,7 @@ class Dali(Engine):
         self.graph, self._reader = Graph(setup), setup.reader
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
         self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
-        self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="express-cut")
+        self._pool = setup.pool
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
@@ -174,8 +174,9 @@ class Dali(Engine):
             check_raw_sizes(work, 0, len(work.ids), self._reader)
             odd, rows = [], (work.rows[:, [WIDTH, HEIGHT]] == work.rows[0, [WIDTH, HEIGHT]]).all()
         else:
-            odd = work.read.not_plain_jpegs()
-            rows = not odd and work.read.all_end()  # zeros behind an image that is cut short would hide it
+            stored = work.read.buffer, work.read.at, work.read.rows
+            odd = np.flatnonzero(not_plain_jpegs(*stored)).tolist()
+            rows = not odd and all_end(*stored)  # zeros behind an image that is cut short would hide it
         if rows and work.read.room and not self._cutter and self.graph.output.views == 1:
             return []
         images = work.read.images()
@@ -210,9 +211,6 @@ class Dali(Engine):
         self._cutting.clear()
         self._decoding.clear()
         self._spent = Held()
-
-    def close(self) -> None:
-        self._pool.shutdown()
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()

@@ -83,10 +83,7 @@ class Decoder:
         "libnvcuvid": whether it loads}. nvJPEG needs libnvcuvid for the hardware decoder. Raises RuntimeError."""
         pipeline = self.decoding([ANY_JPEG])  # the libraries go with the last pipeline
         pipeline.run()
-        try:
-            mapped = Path("/proc/self/maps").read_text()
-        except OSError:
-            mapped = ""
+        mapped = Path("/proc/self/maps").read_text()
         # torchvision's wheel holds a copy, libnvjpeg.<hash>.so.13: if it is loaded first, DALI decodes with that one.
         paths = re.findall(r"(/\S*/libnvjpeg\.(?:\w+\.)?so[.\d]*)$", mapped, flags=re.MULTILINE)
         return {

@@ -148,7 +148,8 @@ class Loader(AbstractContextManager["Loader"]):
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split, self._reader) if encoded else None
-        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, ranks, self._cutter)
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode")
+        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, pool, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
         self._check: PixelCheck | None = None
@@ -232,6 +233,7 @@ class Loader(AbstractContextManager["Loader"]):
         if not self._reader.closing.is_set():
             self._reader.closing.set()
             self._stop()
+            self._setup.pool.shutdown(cancel_futures=True)
             for part in (self._engine, self._check, self._cutter, self._reader):
                 if part:
                     part.close()

@@ -38,7 +38,6 @@ class PixelCheck:
 
     def __init__(self, setup: Setup, decoder: str) -> None:
         self.output, self.raw, self._reader, self.decoder = setup.output, setup.raw, setup.reader, decoder
-        self._std = np.array(self.output.std, np.float32)[:, None, None]
         self.different = self.left_out = 0
         self.error: BadSample | None = None
         self._entries: queue.Queue[tuple[Planned, int, HostCopy] | None] = queue.Queue()
@@ -85,7 +84,7 @@ class PixelCheck:
         crop_images(*block, side, False, 0, ours, 0, box, flip, unused, unused)
         theirs = crop.read().float().numpy()
         if self.output.dtype != "uint8":
-            theirs = theirs * self._std + image.mean[0, view][:, None, None]
+            theirs = theirs * np.array(self.output.std, np.float32)[:, None, None] + image.mean[0, view][:, None, None]
         return largest_tile_mean(np.abs(theirs - ours.reshape(3, side, side)).mean(0))
 
     def _report(self, sample: int, difference: float) -> None:

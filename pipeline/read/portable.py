@@ -6,7 +6,7 @@ batch.
 
 import contextlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -51,9 +51,8 @@ class Portable(Engine):
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
-        self._cutter = setup.cutter
+        self._pool, self._cutter = setup.pool, setup.cutter
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
@@ -67,9 +66,6 @@ class Portable(Engine):
     def stop(self) -> None:
         wait([task for job in self._jobs for task in job.tasks if not task.cancel()])
         self._jobs.clear()
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def decoder(self) -> str:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"

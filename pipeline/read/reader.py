@@ -33,9 +33,7 @@ from .fetch import (
     SIZE,
     Block,
     Rows,
-    all_end,
     fetch_images,
-    not_plain_jpegs,
     zero_rest,
 )
 from .plan import Plan
@@ -73,14 +71,6 @@ class ReadBatch:
         """The stored bytes of each image. After wait()."""
         whole, ends = self.buffer.data, self.at + self.rows[:, SIZE]  # half the cost of an array's slices
         return [whole[at:end] for at, end in zip(self.at.tolist(), ends.tolist(), strict=True)]
-
-    def not_plain_jpegs(self) -> list[int]:
-        """The numbers of those images that do not begin as JPEGs of their size. After wait()."""
-        return np.flatnonzero(not_plain_jpegs(self.buffer, self.at, self.rows)).tolist()
-
-    def all_end(self) -> bool:
-        """Whether each image ends as a JPEG does. After wait()."""
-        return all_end(self.buffer, self.at, self.rows)
 
     def cancel(self) -> None:
         for task in self.tasks:

@@ -288,7 +288,7 @@ def test_two_shards_of_the_same_bytes_share_a_copy(many, web, folder, monkeypatc
         cache = loader._reader.cache
         first, second, *rest = cache._shards
         cache._shards = (first, dataclasses.replace(second, sha256=first.sha256, bytes=first.bytes), *rest)
-        cache._paths[1] = cache._paths[0]
+        cache._copies[1], cache._partial[1] = cache._copies[0], cache._partial[0]
         assert cache.request(loader.plan, 0, 0, needed=(0, 1)) == {0, 1}
         assert [cache.wait(0), cache.wait(1)] == [True, True]
 

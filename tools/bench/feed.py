@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,11 +45,13 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
     """CPU time an image of the Python threads; see WHAT."""
     spent: list[float] = []  # beside the consumer's thread
     compiled = {
-        name: timed(getattr(fetch, name), spent, -1)
-        for name in ("fetch_images", "not_plain_jpegs", "all_end", "zero_rest")
+        module: {name: timed(getattr(fetch, name), spent, -1) for name in names}
+        for module, names in ((reader, ("fetch_images", "zero_rest")), (dali, ("not_plain_jpegs", "all_end")))
     }
-    tasks = timed(reader.Reader._read_ahead, spent, 1)
-    with patch.multiple(reader.Reader, _read_ahead=tasks), patch.multiple(reader, **compiled):
+    with ExitStack() as patched:
+        for module, functions in compiled.items():
+            patched.enter_context(patch.multiple(module, **functions))
+        patched.enter_context(patch.object(reader.Reader, "_read_ahead", timed(reader.Reader._read_ahead, spent, 1)))
         view = AugmentConfig(square=False)
         config = LoaderConfig("dali-cpu", threads=1)
         with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
