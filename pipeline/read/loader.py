@@ -136,10 +136,9 @@ class Loader(AbstractContextManager["Loader"]):
         self.cost = self._reader.cost(self.plan)  # of an epoch from a URL, a line for the log
         self._mean_image: Tensor | None = None
         if normal.image is not None and dtype != "uint8":
-            image = torch.from_numpy(normal.image)[None].to(self.device)
             # In the images' memory format: reading across another one would be slow.
             layout = torch.channels_last if channels_last else torch.contiguous_format
-            self._mean_image = image.contiguous(memory_format=layout)
+            self._mean_image = torch.from_numpy(normal.image)[None].to(self.device, memory_format=layout)
         if len(self):
             self.ids(0, 0)
         importing.result()

@@ -64,10 +64,9 @@ class Plan:
         self.views = 1 if self.train else self.augment.views
         self._ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
         settings = {name: getattr(self, name) for name in ("seed", "batch", "partitions", "window")}
-        sizes = np.diff(self._ends, prepend=0)
         # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
-        self._order = lru_cache(2)(partial(order.epoch_order, sizes, **settings))
-        self._shard_steps = lru_cache(2)(partial(order.shard_steps, sizes, **settings))
+        self._order = lru_cache(2)(partial(order.epoch_order, self._ends, **settings))
+        self._shard_steps = lru_cache(2)(partial(order.shard_steps, self._ends, **settings))
         # The ids that this rank reads, in all epochs.
         parts = self.partitions if self.train else self.world
         self.held = order.range_of_rank(self.samples, rank=self.rank, world=self.world, partitions=parts)

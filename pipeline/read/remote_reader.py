@@ -150,15 +150,17 @@ class RemoteReader(Reader):
                         waiting.popleft()
                 waiting.append(deque(chunk.steps))
                 ids = np.concatenate(chunk.ids)
+                rows = self.rows[ids]
                 if self.cache:
                     for batch in self._copying:
                         wait(batch.tasks)  # for copies, which might be deleted now
                     self._copying.clear()
-                    shards = self.rows[ids, SHARD]
+                    shards = rows[:, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
-                    ids = ids[~np.isin(shards, list(copies))]
+                    apart = ~np.isin(shards, list(copies))
+                    ids, rows = ids[apart], rows[apart]
                 if len(ids):
-                    self._begin(ids, self.rows[ids])
+                    self._begin(ids, rows)
             for rest in waiting:
                 yield from rest
         finally:

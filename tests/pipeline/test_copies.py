@@ -313,8 +313,8 @@ def test_a_closed_loader_holds_no_file_of_the_source(many, folder):
 )
 def test_the_steps_of_a_shard_are_those_of_its_samples(counts, partitions, window, epoch):
     settings = {"batch": 6, "partitions": partitions, "window": window, "seed": 1, "epoch": epoch}
-    first, last = order.shard_steps(np.array(counts), **settings)
-    shard = np.repeat(np.arange(len(counts)), counts)[order.epoch_order(np.array(counts), **settings)].reshape(-1, 6)
+    first, last = order.shard_steps(np.cumsum(counts), **settings)
+    shard = np.repeat(np.arange(len(counts)), counts)[order.epoch_order(np.cumsum(counts), **settings)].reshape(-1, 6)
     for number in range(len(counts)):
         steps = np.flatnonzero((shard == number).any(axis=1))
         if len(steps):  # a group's images are shuffled, so a shard's first may come later
