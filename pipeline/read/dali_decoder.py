@@ -94,13 +94,10 @@ class Decoder:
 
 
 def _nvjpeg_version(path: str) -> str | None:
-    part = ctypes.c_int()
-    parts = []
-    for number in range(3):  # major, minor, patch: libraryPropertyType_t
-        if ctypes.CDLL(path).nvjpegGetProperty(number, ctypes.byref(part)):
-            return None
-        parts.append(str(part.value))
-    return ".".join(parts)
+    library, part = ctypes.CDLL(path), ctypes.c_int()
+    # Major, minor and patch: libraryPropertyType_t
+    parts = [str(part.value) for number in range(3) if not library.nvjpegGetProperty(number, ctypes.byref(part))]
+    return ".".join(parts) or None
 
 
 def _loads(library: str) -> bool:

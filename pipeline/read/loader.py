@@ -151,9 +151,8 @@ class Loader(AbstractContextManager["Loader"]):
         self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, pool, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
-        self._check: PixelCheck | None = None
-        if self.plan.check_every:
-            self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})")
+        checks = self.plan.check_every  # asking for the decoder takes time on a GPU
+        self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})") if checks else None
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
 
