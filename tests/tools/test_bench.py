@@ -24,7 +24,7 @@ from tests.conftest import ROOT, picture, run_tool, the_error
 sys.path.append(str(ROOT))
 from tools.bench import __main__ as bench
 from tools.bench import feed, fig1, harness, layers, loader, plots
-from tools.bench.alone import attempt
+from tools.bench.alone import attempt, call
 from tools.bench.peers import sharders
 
 
@@ -204,7 +204,7 @@ def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_
 
 def test_sharders_count_the_images_and_leave_nothing(image_folder, tmp_path):
     for peer in (sharders.ours, sharders.copy_files):
-        found = peer(str(image_folder / "train"), str(tmp_path / "out"), workers=2)
+        found = call(peer, {"images": str(image_folder / "train"), "out": str(tmp_path / "out"), "workers": 2})
         assert found["images"] == 12
         assert found["seconds"] > 0
         assert not list(tmp_path.iterdir())
