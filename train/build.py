@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from model import AlexNet
+from model.dropout import Dropout
 from model.summary import count_parameters
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.files import Json, write_json
@@ -29,7 +30,7 @@ from .config import Config
 from .distributed import Agreement, patience, resolved_precision, take_cores
 from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
-from .networks import create_net, load_weights, without_dropout
+from .networks import create_net, load_weights
 from .nonfinite import Finite
 from .optim import Plateau
 from .profiling import Profile
@@ -231,7 +232,8 @@ def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.
     if isinstance(net, AlexNet) and net.variant.crop != crop and not net.variant.any_crop:
         made_for = f"model.name={model.name} is made for augment.crop={net.variant.crop}"
         say(f"{made_for}; at {crop} it has {count_parameters(net):,} parameters")
-    if config.overfit:
-        without_dropout(net)
+    for module in net.modules() if config.overfit else ():
+        if isinstance(module, Dropout | nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
     return net.to(memory_format=torch.channels_last)

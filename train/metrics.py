@@ -113,14 +113,14 @@ class Record:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
         with self._keeping_error():
-            self._append(self._metrics, line)
+            print(json.dumps(line), file=self._metrics, flush=True)
             self.accelerator.log(numbers, step=step)
 
     def ids(self, step: int, ids: Any) -> None:
         """The samples of this rank at optimiser step `step`."""
         if self._ids is not None:
             with self._keeping_error():
-                self._append(self._ids, {"step": step, "ids": ids.tolist()})
+                print(json.dumps({"step": step, "ids": ids.tolist()}), file=self._ids, flush=True)
 
     @contextlib.contextmanager
     def _keeping_error(self) -> Iterator[None]:
@@ -128,10 +128,6 @@ class Record:
             yield
         except OSError as err:
             self.error = self.error or err
-
-    def _append(self, file: Any, line: Json) -> None:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
 
     def log(self, line: str) -> None:
         if self.accelerator.is_main_process:

@@ -41,7 +41,6 @@ class Stop:
     at: float = 0.0  # of the first signal
     at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
     running: bool = False  # before, a signal breaks off what is being done
-    _file: Path | None = None
     _looked: float = 0.0
 
     def install(self) -> None:
@@ -87,19 +86,13 @@ class Stop:
     def look_for_file(self, folder: Path) -> None:
         """Requests a stop if the run folder holds a file named `stop`; checks once a second."""
         if (now := time.monotonic()) - self._looked >= FILE_SECONDS:
-            self._looked, self._file = now, folder / STOP_FILE
-            if self._file.exists():
+            self._looked = now
+            if (folder / STOP_FILE).exists():
                 self.request(FILE)
 
     def encoded(self, rank: int) -> int:
         """The request as one number, the greatest of which all ranks follow; 0: none."""
         return self.code * RANKS + rank if self.code else 0
-
-    def done(self) -> None:
-        """Removes the stop file: the next run must not stop because of it."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.unlink()
 
 
 def heed_no_more() -> None:

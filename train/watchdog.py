@@ -25,7 +25,7 @@ from pipeline.files import Json
 
 from .signals import ORPHAN, Stop
 
-HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
+HEARTBEAT, STACKS, HANG = "heartbeat/rank-{:05d}.json", "stacks/rank-{:05d}.txt", "hang.json"
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
 ORPHAN_SECONDS = 20.0  # that a rank without a launcher may take to save
@@ -63,7 +63,7 @@ class Watchdog:
 
     def start(self) -> None:
         with suppress(OSError):
-            (self.folder / HEARTBEATS).mkdir(exist_ok=True)
+            (self.folder / HEARTBEAT).parent.mkdir(exist_ok=True)
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -125,14 +125,11 @@ class Watchdog:
             "started": _started(os.getpid()),
             "time": round(time.time(), 3),
         }
-        path = self._beat_path(self.rank)
+        path = self.folder / HEARTBEAT.format(self.rank)
         partial = path.with_suffix(".partial")
         with suppress(OSError):  # a full disk is reported by the save that fails
             partial.write_text(json.dumps(beat) + "\n")
             os.replace(partial, path)
-
-    def _beat_path(self, rank: int) -> Path:
-        return self.folder / HEARTBEATS / f"rank-{rank:05d}.json"
 
     def _listen(self, now: float) -> dict[int, Json]:
         """Reads all ranks' heartbeats, and remembers when each was new."""
@@ -140,7 +137,7 @@ class Watchdog:
         for rank in range(self.world):
             beats[rank] = dict(UNKNOWN)
             with suppress(OSError, ValueError, TypeError):
-                beats[rank] |= json.loads(self._beat_path(rank).read_text())
+                beats[rank] |= json.loads((self.folder / HEARTBEAT.format(rank)).read_text())
             if self._seen.get(rank, (None,))[0] != beats[rank]["time"]:
                 self._seen[rank] = (beats[rank]["time"], now)
         return beats
@@ -157,7 +154,7 @@ class Watchdog:
         dump_stacks(self.folder, self.rank, reason)
         reachable = [r for r in beats if r not in silent]
         deadline = time.monotonic() + DUMP_SECONDS
-        while time.monotonic() < deadline and not all(_stack_path(self.folder, r).exists() for r in reachable):
+        while time.monotonic() < deadline and not all((self.folder / STACKS.format(r)).exists() for r in reachable):
             time.sleep(0.05)
         for rank in silent:
             _kill(beats[rank])
@@ -193,9 +190,10 @@ def _who(rank: int, beat: Json) -> str:
 
 def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | None = None) -> None:
     """Writes the stacks of all threads to `stacks/rank-NNNNN.txt`, once, after the traceback of `error`."""
+    path = folder / STACKS.format(rank)
     with suppress(OSError):
-        (folder / STACKS).mkdir(exist_ok=True)
-        with open(_stack_path(folder, rank), "x") as file:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "x") as file:
             print(reason, file=file)
             if error is not None:
                 traceback.print_exception(error, file=file)
@@ -213,13 +211,9 @@ def read_hang(folder: Path) -> str:
 
 def clean(folder: Path) -> None:
     """Removes what an earlier start left: a rank must not be judged by it."""
-    for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
+    for path in [folder / HANG, *folder.glob("heartbeat/rank-*"), *folder.glob("stacks/rank-*")]:
         with suppress(OSError):
             path.unlink()
-
-
-def _stack_path(folder: Path, rank: int) -> Path:
-    return folder / STACKS / f"rank-{rank:05d}.txt"
 
 
 def _started(pid: int) -> str:
