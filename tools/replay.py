@@ -46,8 +46,6 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train.build import build_trainer
     from train.checkpoint import Checkpoints
     from train.config import Config
-    from train.distributed import make_accelerator
-    from train.preflight import open_alike
     from train.run_folder import RunFolder, read_config
     from train.signals import Stop
 
@@ -56,20 +54,17 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     here = {"data.shards": absolute(args.shards or described["shards"]), "run.dir": str(scratch / "run")}
     here |= {"run.record_ids": False, "resume": str(saved.path) if saved else ""}
     config = updated(updated(Config(), described["config"]), here)
-    dataset = open_alike(config)
-    accelerator = make_accelerator(config)
-    folder = RunFolder(Path(config.run.dir), private=True)
-    run = build_trainer(config, accelerator, dataset, folder=folder, stop=Stop())
+    run = build_trainer(config, folder=RunFolder(Path(config.run.dir), private=True), stop=Stop())
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step
     found = measured(run, args.step)
     same = True
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         epoch, within = divmod(args.step - 1, run.steps_per_epoch)
         print(f"step {args.step}: step {within + 1} of {run.steps_per_epoch} of epoch {epoch + 1}, after step {begun}")
         names = [run.loader.describe(id_) for id_ in found["ids"]]
-        same_ranks = described["ranks"] == accelerator.num_processes
+        same_ranks = described["ranks"] == run.accelerator.num_processes
         same = report(found, recorded_loss(args.run, args.step), names, same_ranks=same_ranks)
         if args.json:
             write_json(args.json, {"step": args.step, **found})

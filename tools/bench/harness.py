@@ -13,7 +13,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,6 @@ class Cell:
     against: str = ""  # the cell that it is compared with
     ranks: int = 1
     python: str | Path = sys.executable
-    shared: str = ""  # cells of equal `shared` are measured by one process, which spares imports
     results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
 
     def record(self) -> Json:
@@ -198,36 +197,40 @@ class Cell:
         return self.what | {name: value for name, value in found.items() if value}
 
 
-def measure(cells: list[Cell]) -> None:
-    """Measures cells that share a process. Raises ExpressError that names the cell if one fails."""
-    first = cells[0]
-    ranks = [{"rank": rank, "world": first.ranks} if first.ranks > 1 else {} for rank in range(first.ranks)]
-    calls = [[cell.options | rank for cell in cells] for rank in ranks]
-    with closing(run(first.function, *calls, python=first.python)) as found:
-        for cell, results in zip(cells, found):
-            cell.results.append([checked(result, ", ".join(cell.what.values())) for result in results])
+def measure(cell: Cell) -> None:
+    """Measures a cell once more. Raises ExpressError that names it if that fails."""
+    ranks = [{"rank": rank, "world": cell.ranks} if cell.ranks > 1 else {} for rank in range(cell.ranks)]
+    (results,) = run(cell.function, *([cell.options | rank] for rank in ranks), python=cell.python)
+    cell.results.append([checked(result, ", ".join(cell.what.values())) for result in results])
 
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
-    """Measures each cell in each round; returns their records, which are kept after every round."""
-    groups = {}
-    for cell in cells:
-        groups.setdefault(cell.shared or id(cell), []).append(cell)
+    """Measures each cell in each round, prints their rates and returns their records, which are kept after every
+    round."""
     for number in range(1, rounds + 1):
-        for group in groups.values():
-            measure(group)
+        for cell in cells:
+            measure(cell)
         results = [cell.record() for cell in cells]
         record.keep(results=results)
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+    print(table_of_rates(results))
     return results
 
 
-def rates(results: list[Json]) -> str:
+def table_of_rates(results: list[Json]) -> str:
     """A table of each cell's median rate, and how many times that of the cell it names, or of ours on the same data."""
     found = {(r.get("data"), r.get("what", r.get("loader"))): r["images_per_second"] for r in results}
     rows = []
     for r, ((data, what), rate) in zip(results, found.items(), strict=True):
         other = found.get((data, r.get("against", "ours")))
-        row = {"data": data, "what": what, "img/s, median": rate, "times": other and rate / other}
-        rows.append(row | {"that of": r.get("against"), "MB a worker": r.get("megabytes_a_worker")})
+        rows.append(
+            {
+                "data": data,
+                "what": what,
+                "img/s, median": rate,
+                "times": other and rate / other,
+                "that of": r.get("against"),
+                "MB a worker": r.get("megabytes_a_worker"),
+            }
+        )
     return table(rows)

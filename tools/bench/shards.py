@@ -36,7 +36,7 @@ OPTIONS = {
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     images = unpacked(args.images, scratch / "images")
     cells = list(cells_on(images, repeated(images, scratch / "many", args.repeat), scratch / "out", args))
-    print(harness.rates(harness.interleave(cells, args.rounds, record)))
+    harness.interleave(cells, args.rounds, record)
 
 
 def repeated(images: Path, many: Path, times: int) -> Path:
@@ -72,7 +72,6 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
     for name, writer in WRITERS.items() if args.writers_python else ():
         yield cell(f"{name}'s {writer}", "writers:measure", unchecked, python=args.writers_python, name=name, **work)
     yield ours(f"{JPEG}, one worker", JPEG, encode="jpeg", workers=1)
-    yield ours(f"{KEEP}, a tenth of the images", KEEP, images=images, samples_per_shard=100)
     for name in ("ours", "Pillow", "torchvision.io", "Pillow-SIMD"):
         python = args.simd_python if name == "Pillow-SIMD" else sys.executable
         what = f"one thread: decode, resize 256, encode: {name}"

@@ -31,7 +31,7 @@ def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     if reason := no_compiler(torch.device(args.device)):
         cells = [cell for cell in cells if cell.options["compiled"] == "off"]
         print(f"nothing is compiled here: {reason}", file=sys.stderr, flush=True)
-    print(harness.rates(harness.interleave(cells, args.rounds, record)))
+    harness.interleave(cells, args.rounds, record)
     layers = {}
     for precision in PRECISIONS:
         options = common | {"net": "seed", "compiled": "off" if reason else "norm", "precision": precision}
