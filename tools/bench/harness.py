@@ -98,7 +98,8 @@ def read_json(path: Path) -> Json:
 
 
 class Record:
-    """A benchmark's JSON. Each `keep` writes it, so an early end leaves what was measured until then."""
+    """A benchmark's JSON, of five significant digits. Each `keep` writes it, so an early end leaves what was measured
+    until then."""
 
     def __init__(self, args: Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
@@ -106,7 +107,7 @@ class Record:
         self.content = {"what": what, "command": command, "settings": settings, "environment": environment.describe()}
 
     def keep(self, **found: Any) -> None:
-        self.content |= found
+        self.content |= json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.5g}"))
         if self._path:
             write_json(self._path, self.content)
 
@@ -185,13 +186,13 @@ class Cell:
     results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
 
     def record(self) -> Json:
-        rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
+        rates = [sum(r["images"] / r["seconds"] for r in ranks) for ranks in self.results]
         found = {
-            "images_per_second": round(statistics.median(rates), 1),
+            "images_per_second": statistics.median(rates),
             "rates": rates,
             "against": self.against,
             # Resident, of the largest worker.
-            "megabytes_a_worker": round(max(ranks[0].get("megabytes", 0) for ranks in self.results), 1),
+            "megabytes_a_worker": max(ranks[0].get("megabytes", 0) for ranks in self.results),
             "versions": self.results[0][0]["versions"],
         }
         return self.what | {name: value for name, value in found.items() if value}

@@ -100,7 +100,7 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 def milliseconds(prepare: Prepare, seconds: float) -> dict[str, float]:
     """Of one item, measured for `seconds` after a warm-up."""
-    return {"milliseconds": round(1e3 * median_seconds(prepare(), seconds), 4)}
+    return {"milliseconds": 1e3 * median_seconds(prepare(), seconds)}
 
 
 def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:

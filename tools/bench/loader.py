@@ -79,9 +79,8 @@ def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
         harness.interleave(cells, args.rounds, record)
     if "extremes" in args.only:
         large = data.enlarge(scratch / "jpeg", scratch / "large")
-        measured = extremes.measure(scratch / "jpeg", large, batch=args.batch)
-        record.keep(extremes=measured)
-        print("\n".join(f"{name}: {value}" for name, value in measured.items()))
+        record.keep(extremes=extremes.measure(scratch / "jpeg", large, batch=args.batch))
+        print("\n".join(f"{name}: {value}" for name, value in record.content["extremes"].items()))
 
 
 def described(manifest: Json) -> Json:

@@ -28,11 +28,11 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
             started = time.perf_counter()
             ids = order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH, **setting)
             seconds.append(time.perf_counter() - started)
-        result = setting | {"milliseconds_an_epoch": round(statistics.median(seconds) * 1e3, 1)}
+        result = setting | {"milliseconds_an_epoch": statistics.median(seconds) * 1e3}
         for how, labels in stored.items():
             batches = np.sort(labels[ids].reshape(-1, BATCH), axis=1)
             distinct = (np.diff(batches, axis=1) != 0).sum(1) + 1
-            result[f"classes_a_batch_stored_{how}"] = round(float(distinct.mean()), 1)
+            result[f"classes_a_batch_stored_{how}"] = float(distinct.mean())
         results.append(result)
         record.keep(results=results)
     print(harness.table(results))

@@ -22,12 +22,17 @@ def webdataset(part: int, samples: list[Sample], out: str) -> None:
             writer.write({"__key__": f"{part}{number:08}", "jpg": Path(path).read_bytes(), "cls": label})
 
 
+def read(sample: Sample) -> dict[str, object]:
+    path, label = sample
+    return {"image": Path(path).read_bytes(), "class": label}
+
+
 def mosaicml(part: int, samples: list[Sample], out: str) -> None:
     from streaming import MDSWriter
 
     with MDSWriter(out=f"{out}/{part}", columns={"image": "bytes", "class": "int"}) as writer:
-        for path, label in samples:
-            writer.write({"image": Path(path).read_bytes(), "class": label})
+        for sample in samples:
+            writer.write(read(sample))
 
 
 def merged(out: str) -> None:
@@ -45,11 +50,6 @@ def in_processes(
         pool.starmap(write, [(part, samples[part::workers], out) for part in range(workers)])
         finish(out)
         yield len(samples)
-
-
-def read(sample: Sample) -> dict[str, object]:
-    path, label = sample
-    return {"image": Path(path).read_bytes(), "class": label}
 
 
 def litdata(samples: list[Sample], out: str, workers: int) -> Iterator[int]:

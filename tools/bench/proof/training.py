@@ -56,8 +56,8 @@ def speed(proof: Proof, shards: Path, *, batch: int, backend: str) -> Json:
     return {
         "batch": batch,
         **{name: described[name] for name in ("backend", "compiled", "precision")},
-        "images_per_second": round(statistics.median(line["images_per_second"] for line in windows), 1),
-        "data_wait": round(statistics.median(line["data_wait"] for line in windows), 4),
+        "images_per_second": statistics.median(line["images_per_second"] for line in windows),
+        "data_wait": statistics.median(line["data_wait"] for line in windows),
         "memory_gb": windows[-1]["memory_gb"],
         **{name: sum(line[name] for line in windows) for name in PIXELS if name in windows[0]},
         "windows": windows,
@@ -96,7 +96,7 @@ def fed_from(shards: Path, proof: Proof, full_batch: int, *, backend: str, **kno
     proof.keep(result)
     result["synthetic"] = proof.earlier(f"train-{full_batch}") or synthetic(proof, full_batch)
     fraction = result["fed"]["images_per_second"] / result["synthetic"]["images_per_second"]
-    return {**result, "fed_of_synthetic": round(fraction, 3)}
+    return {**result, "fed_of_synthetic": fraction}
 
 
 def cifar(proof: Proof, recipe: str) -> Json:
@@ -120,12 +120,12 @@ def times_to(levels: tuple[float, ...], run: Path) -> Json:
     """Seconds until an evaluation, of the weights or their average, reached each top-1, if the run was not resumed."""
     starts, evaluations = records(run, "start"), records(run, "val") + records(run, "val of average")
     evaluations.sort(key=lambda line: line["time"])
-    timed = [(line["top1"], round(line["time"] - starts[0]["time"], 1)) for line in evaluations if len(starts) == 1]
+    timed = [(line["top1"], line["time"] - starts[0]["time"]) for line in evaluations if len(starts) == 1]
     reached = {f"{level:.0%}": next((seconds for top1, seconds in timed if top1 >= level), None) for level in levels}
     rates = [line["images_per_second"] for line in records(run, "train")]
     return {
         "seconds_to": reached,
         "best_top1": max(line["top1"] for line in evaluations),
         "epochs": max(line["epoch"] for line in evaluations),
-        "images_per_second": round(statistics.median(rates), 1),
+        "images_per_second": statistics.median(rates),
     }
