@@ -44,7 +44,7 @@ def local_response_norm(
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     lying, channels = (x.permute(0, 2, 3, 1), 3) if last else (x, 1)
     window = Window(size, (channels + 1,), alpha / size, beta, k)
-    grouped = lying.unflatten(channels, (towers, -1))
+    grouped = torch.unflatten(lying, channels, (towers, -1))
     normalised = _normalise(grouped, window, **how).flatten(channels, channels + 1)
     return normalised.permute(0, 3, 1, 2) if last else normalised
 

@@ -20,7 +20,7 @@ import tempfile
 from typing import Any
 
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError
-from pipeline.files import Json, write_json
+from pipeline.files import Json, read_object, write_json
 from pipeline.settings import updated
 from pipeline.storage import absolute
 from tools import cli
@@ -113,10 +113,10 @@ def report(found: Json, recorded: float | None, names: list[str], *, same_ranks:
 
 def recorded_loss(folder: Path, step: int) -> float | None:
     """The step's own loss: that of a step that ended the run or was left out, or of any, if every step was recorded."""
-    from train.run_folder import EXIT, read_json, read_metrics
+    from train.run_folder import EXIT, read_metrics
 
     try:
-        ended = read_json(folder / EXIT, cure="") or {}
+        ended = read_object(folder / EXIT)
         if "ids" in ended and ended.get("step") == step:
             return float(ended["loss"])
         lines = read_metrics(folder)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import errors
-from pipeline.files import Json
+from pipeline.files import Json, read_object
 
 from .signals import ORPHAN, Stop
 
@@ -135,9 +135,7 @@ class Watchdog:
         """Reads all ranks' heartbeats, and remembers when each was new."""
         beats = {}
         for rank in range(self.world):
-            beats[rank] = dict(UNKNOWN)
-            with suppress(OSError, ValueError, TypeError):
-                beats[rank] |= json.loads((self.folder / HEARTBEAT.format(rank)).read_text())
+            beats[rank] = UNKNOWN | read_object(self.folder / HEARTBEAT.format(rank))
             if self._seen.get(rank, (None,))[0] != beats[rank]["time"]:
                 self._seen[rank] = (beats[rank]["time"], now)
         return beats
@@ -203,10 +201,7 @@ def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | 
 
 def read_hang(folder: Path) -> str:
     """The hang that a rank has declared; empty: none."""
-    try:
-        return json.loads((folder / HANG).read_text())["reason"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return read_object(folder / HANG).get("reason", "")
 
 
 def clean(folder: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from pipeline.errors import ConfigError, ExpressError
+from pipeline.files import read_object
 from tests.conftest import ROOT, picture, run_tool, the_error
 
 sys.path.append(str(ROOT))
@@ -186,14 +187,14 @@ def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_
     argv = [*map(str, argv), "--rounds", "1000", "--seconds", "0.1", "--json", str(written)]
     env = os.environ | {"TMPDIR": str(scratch)}
     benchmark = subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True)
-    while "results" not in harness.read_json(written):
+    while "results" not in read_object(written):
         assert benchmark.poll() is None
         time.sleep(0.05)
     assert list(scratch.iterdir())
     send(benchmark.pid, number)
     assert benchmark.wait(60)
     assert not list(scratch.iterdir())
-    results = harness.read_json(written)["results"]
+    results = read_object(written)["results"]
     assert [(r["data"], r["loader"]) for r in results] == [
         ("jpeg", "decode alone (libjpeg-turbo)"),
         ("keep", "decode alone (libjpeg-turbo)"),

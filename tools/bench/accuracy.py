@@ -10,6 +10,7 @@ it. A run that was stopped is resumed; one that is done is not run again.
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.files import read_object
 from tools.bench import harness, plots, trained
 from tools.bench.proof.training import times_to
 
@@ -37,7 +38,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, scratch, size=36)
-    results = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
+    results = read_object(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
         folder = args.dir / name
         result = trained.trained(folder, flags(name, shards, epochs=args.epochs, width=args.width))

@@ -89,14 +89,6 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any
 # Records
 
 
-def read_json(path: Path) -> Json:
-    """The object in a file; empty if it was not written, or not to its end."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
 class Record:
     """A benchmark's JSON, of five significant digits. Each `keep` writes it, so an early end leaves what was measured
     until then."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
-from pipeline.files import write_json
+from pipeline.files import read_object, write_json
 from tools.bench.alone import attempt
-from tools.bench.harness import Json, how_it_ended, read_json
+from tools.bench.harness import Json, how_it_ended
 from train.environment import ROOT
 
 Check = Callable[[], Any]
@@ -65,7 +65,7 @@ class Proof:
 
     def earlier(self, step: str) -> Json | None:
         """The result of a step that has passed in this walk."""
-        answer = read_json(self.scratch / f"{step}.json")
+        answer = read_object(self.scratch / f"{step}.json")
         return answer["result"] if answer.get("passed") else None
 
     def keep(self, result: Any) -> None:
