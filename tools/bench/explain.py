@@ -34,7 +34,6 @@ from train.networks import compile_net
 from train.presets import PRESETS
 
 IMAGES, BYTES = 1024, 256e6  # at most: of the plan's first batches, at least one, which are measured over and over
-PROBE, PROBES = 4, 8  # images that one thread reads at a time, to see whether it waits, and how often
 ASSEMBLED = 100  # batches
 ENOUGH = 8  # seconds after which no round begins
 ON_CPU = 16  # images of a step
@@ -64,10 +63,13 @@ class Stage(NamedTuple):
 
 
 class Stages:
-    """Measures a loader, which never iterates with all its stages. seconds: to decode in each measurement."""
+    """Measures a loader, which never iterates with all its stages. seconds: to decode in each measurement.
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader, self.engine, self.seconds, n = loader, loader._engine, 0.0, loader.plan.batch
+    The first measurement does not count: it compiles, and shows whether threads wait for storage.
+    """
+
+    def __init__(self, loader: Loader, seconds: float) -> None:
+        self.loader, self.engine, self.seconds, n = loader, loader._engine, seconds, loader.plan.batch
         self.stored = sum(shard.bytes for shard in loader.split.shards)
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
         # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
@@ -98,18 +100,13 @@ class Stages:
         def evict(work: Work, crops: Any, a: int, b: int) -> None:
             crops[a:b] = 0  # as decoding does, which takes the images out of the processor's cache
             for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist():
-                if cold and hasattr(os, "posix_fadvise"):
+                if cold:
                     os.posix_fadvise(reader.source.open(shard).fd, offset, size, os.POSIX_FADV_DONTNEED)
 
         def read(work: Work, _: Any, a: int, b: int) -> None:
             batch = reads.ReadBatch(work.ids, work.rows)
             reader.fetch(batch, a, b, lambda block: reads.fetch_images(*block, ALL_ROWS), in_turn=True)
 
-        for work, crops, a, b in itertools.islice(self.tasks, PROBES):
-            task = work, crops, a, min(a + PROBE, b)
-            if not reader.is_slow:
-                evict(*task)
-                read(*task)
         slow = reader.is_slow
         threads = self.loader.config.read_threads if slow else self.loader.threads
         return self.by_threads(threads, read, evict, self.seconds / 3)._replace(slow=slow)
@@ -197,12 +194,12 @@ def run(args: harness.Namespace, record: harness.Record) -> None:
             net = {"preset": args.preset, "classes": len(loader.dataset.classes)}
             net |= {"batch": args.batch, "seconds": args.seconds}
             step = harness.run_once(f"{__name__}:step_rate", net, OMP_WAIT_POLICY="passive")["rate"]
-        report(Stages(loader), step, args, record)
+        report(Stages(loader, args.seconds), step, args, record)
 
 
 def report(stages: Stages, step: float, args: harness.Namespace, record: harness.Record) -> None:
-    stages.measured()  # compiles
-    began, rounds, stages.seconds = time.monotonic(), [], args.seconds
+    stages.measured()
+    began, rounds = time.monotonic(), []
     while not rounds or (len(rounds) < args.rounds and time.monotonic() < began + ENOUGH):
         rounds.append(stages.measured())
     found = middle(rounds)
