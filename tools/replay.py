@@ -100,7 +100,7 @@ def report(found: Json, recorded: float | None, names: list[str], *, same_ranks:
     same, beside = True, "not recorded by itself"
     if recorded is not None:
         equal = loss == recorded or (math.isnan(loss) and math.isnan(recorded))
-        same = equal or abs(loss - recorded) <= (0 if same_ranks else CLOSE * abs(recorded))
+        same = equal or math.isclose(loss, recorded, rel_tol=0 if same_ranks else CLOSE)
         beside = f"recorded {recorded:.9g}: {'equal' if equal else f'{loss - recorded:+.3g}'}"
     print(f"loss {loss:.9g} ({beside}), gradient norm {found['gradient_norm']:.6g}")
     bad = [i for i, one in enumerate(losses) if not math.isfinite(one)]
