@@ -1,4 +1,4 @@
-"""CIFAR-10 by three recipes: an hour and a half.
+"""CIFAR-10, 50,000 training and 10,000 test images, by three recipes: an hour and a half.
 
 One net, narrow by default, about as many minutes for each recipe, curves side by side. The seed's recipe and the
 paper's are theirs but for the net, its initialisation (He's: theirs is for the full width), crops of 32 from 36 pixels,
@@ -14,7 +14,6 @@ from pipeline.files import read_object
 from tools.bench import harness, plots, trained
 from tools.bench.proof.training import times_to
 
-WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net"
 EPOCHS, WIDTH = 35, 0.375
 LRN_COSTS = 1.4  # an epoch with response normalisation, of one with batch normalisation, by processor time
 LEVELS = (0.6, 0.7, 0.75, 0.8, 0.85)

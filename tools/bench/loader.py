@@ -1,4 +1,4 @@
-"""Loader rates: ours and the peers', interleaved in one run.
+"""Loader rates, ours and the peers': decoded and cropped to 224, page cache warm, medians of interleaved rounds.
 
 Ours are the cells of cells.py. In each round a process of its own measures each cell.
 """
@@ -14,7 +14,6 @@ from tools.bench.cells import BY_NAME, DATA, JPEGS
 from tools.bench.harness import Cell, Json, Record
 from train.presets import PRESETS
 
-WHAT = "loader rates, decoded and cropped to 224, warm page cache; medians over interleaved rounds"
 OURS = {  # the cells of each kind of data, by the last part of their names
     "portable": "ours",
     "unverified": "ours, checksums off",

@@ -16,7 +16,6 @@ from train.build import make_net
 from train.checkpoint import Checkpoints
 from train.presets import PRESETS
 
-WHAT = "what one checkpoint costs; medians of interleaved blocks of training steps"
 NETS = {"demo": ("demo", 10), "full": ("paper", 1000)}  # the preset, and the number of classes
 
 

@@ -1,6 +1,6 @@
-"""Sharding rates: ours, those of other writers, and what the work costs at least.
+"""Sharding rates: ours, those of other writers, and what the work costs at least; medians of interleaved rounds.
 
-Interleaved, each measurement in a process of its own. Starting a process and listing the images are not in the figures;
+Each measurement is a process of its own. Starting a process and listing the images are not in the figures;
 writing, fsync and the manifest are.
 """
 
@@ -14,7 +14,6 @@ from tools.bench import harness
 from tools.bench.data import unpacked
 from tools.bench.harness import Cell, Record
 
-WHAT = "images sharded a second; medians over interleaved rounds"
 DECODE, COPY = "decode alone (libjpeg-turbo, reused buffers)", "read, sha256, write"
 FFCV = "FFCV's writer, jpg, at most 341 pixels"
 JPEG, KEEP = "ours, jpeg 256", "ours, keep"
