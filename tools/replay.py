@@ -51,8 +51,12 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
 
     described = read_config(args.run, "config", "ranks", "shards")
     saved, _ = Checkpoints(args.run, keep=1).newest(before=args.step)
-    here = {"data.shards": absolute(args.shards or described["shards"]), "run.dir": str(scratch / "run")}
-    here |= {"run.record_ids": False, "resume": str(saved.path) if saved else ""}
+    here = {
+        "data.shards": absolute(args.shards or described["shards"]),
+        "run.dir": str(scratch / "run"),
+        "run.record_ids": False,
+        "resume": str(saved.path) if saved else "",
+    }
     config = updated(updated(Config(), described["config"]), here)
     run = build_trainer(config, folder=RunFolder(Path(config.run.dir), private=True), stop=Stop())
     if args.step > run.total_steps:

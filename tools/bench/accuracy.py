@@ -30,7 +30,7 @@ RECIPES = {
 
 
 ONLY = {"choices": RECIPES, "help": "one recipe; what --json holds of others stays"}
-OPTIONS = trained.OPTIONS | {"dir": Path("runs/accuracy"), "epochs": EPOCHS, "width": WIDTH, "only": ONLY}
+OPTIONS = {"images": Path, "dir": Path("runs/accuracy"), "epochs": EPOCHS, "width": WIDTH, "only": ONLY}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:

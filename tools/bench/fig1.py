@@ -15,7 +15,7 @@ TARGET = 0.75
 CLAIM = "six times as fast (Krizhevsky et al. 2012, figure 1)"
 
 
-OPTIONS = trained.OPTIONS | {"dir": Path("runs/fig1")}
+OPTIONS = {"images": Path, "dir": Path("runs/fig1")}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:

@@ -26,7 +26,8 @@ from train import environment
 ALONE = Path(__file__).with_name("alone.py")
 RUN = environment.ROOT / "train" / "run.py"
 HELP = {
-    "images": "class folders of JPEGs, or a tar of them",
+    "images": "class folders of JPEGs, of CIFAR-10 in train/ and test/, or a tar of them",
+    "explain": "shards: find out instead what limits their loader, and what would help",
     "dir": "shards and runs; what is done stays",
     "epochs": "of modern; of the others 1 / 1.4 of it",
     "width": "of the net, 1 on a GPU",
@@ -47,10 +48,11 @@ HELP = {
 
 
 def add_options(p: Parser, options: Json) -> None:
-    """options: by name, the default, Path for a path without one, or argparse's own arguments."""
+    """options: by name, the default, Path for a path that is required, None for one that is not, or argparse's own
+    arguments."""
     for name, default in options.items():
-        if default is Path:
-            p.path(f"--{name}", "PATH", HELP[name], required=name == "images")
+        if default in (Path, None):
+            p.path(f"--{name}", "PATH", HELP[name], required=default is Path)
         elif isinstance(default, dict):
             p.add_argument(f"--{name}", **default)
         else:

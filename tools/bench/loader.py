@@ -42,19 +42,15 @@ NAMES = [*OURS, *dict.fromkeys(name for name, *_ in PEERS.values()), "extremes"]
 
 ALL = f"of {', '.join(NAMES)} (default: all)"
 OPTIONS = {
-    "images": {"type": Path, "metavar": "PATH", "help": harness.HELP["images"]},
-    "explain": {
-        "type": Path,
-        "metavar": "SHARDS",
-        "help": "find out instead what limits the loader of these shards, and what would help",
-    },
+    "images": None,
+    "explain": None,
     "step-rate": 0.0,
     "preset": {
         "choices": PRESETS,
         "metavar": "NAME",
         "help": "whose crops --explain takes, and whose step it measures",
     },
-    "ffcv-python": Path,
+    "ffcv-python": None,
     "rounds": 3,
     "seconds": 1.5,
     "batch": 128,

@@ -23,9 +23,9 @@ SECONDS = 4.0  # of what is no work with an end
 
 OPTIONS = {
     "images": Path,
-    "ffcv-python": Path,
-    "writers-python": Path,
-    "simd-python": Path,
+    "ffcv-python": None,
+    "writers-python": None,
+    "simd-python": None,
     "rounds": 3,
     "workers": usable_cores(),
     "repeat": 10,

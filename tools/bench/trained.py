@@ -20,9 +20,6 @@ from train.cli import parse
 from train.config import Config
 from train.run_folder import EXIT, read_metrics
 
-CIFAR = "CIFAR-10: a folder of train/ and test/, or a tar"
-OPTIONS = {"images": {"type": Path, "required": True, "metavar": "PATH", "help": CIFAR}}
-
 
 def shards(images: Path, folder: Path, scratch: Path, *, size: int) -> Path:
     """The images as shards in `folder`, made when first asked for; size: of the mean image."""
