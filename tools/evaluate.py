@@ -58,7 +58,7 @@ def main() -> None:
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
     dataset = open_dataset(args.shards, allow_http=args.allow_http)
-    labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
+    labelled = (dataset.split(args.split).index["label"] >= 0).all()
     if not (labelled or args.submission or args.csv):
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
     order = submission_order(dataset, args.split) if args.submission else []
