@@ -128,7 +128,7 @@ def test_each_layer_is_measured_and_one_that_fails_costs_only_itself(monkeypatch
     monkeypatch.setattr(layers, "conv1_as_blocks", lambda *_, **__: 1 / 0)
     device, found = torch.device("cpu"), {}
     for name, prepare in layers.items(device, 1, torch.bfloat16).items():
-        found[name] = attempt(partial(layers.milliseconds, prepare, 0.0))
+        found[name] = attempt(partial(layers.milliseconds, prepare, 0.0, device))
     failed = {name for name, result in found.items() if "error" in result}
     assert failed == {"conv1 padding 2 48 channels", "conv1 padding 0 48 channels"}
     assert all(result["milliseconds"] > 0 for name, result in found.items() if name not in failed)

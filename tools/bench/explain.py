@@ -170,7 +170,7 @@ def step_rate(preset: str, batch: int, classes: int, seconds: float) -> dict[str
     step, _ = layers.training_step(
         net, layers.noise(n, 3, crop, crop, device=device), classes=classes, precision=precision
     )
-    return {"rate": n / layers.median_seconds(step, seconds)}
+    return {"rate": n / layers.median_seconds(step, seconds, device)}
 
 
 def portable(shards: Path, batch: int, threads: int, preset: str | None = None) -> Loader:

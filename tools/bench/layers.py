@@ -5,6 +5,8 @@
 
 import functools
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from model.lrn import local_response_norm
 from train.config import OptimConfig
 from train.optim import make_optimizer
 
-WARM_CALLS = 3
+WARM_CALLS, LEAST_CALLS = 3, 3
 LRN = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
 SHAPES = {"lrn1": (96, 55), "lrn2": (256, 27)}  # channels, side: the inputs of the seed's normalisations and pools
 Prepare = Callable[[], Callable[[], Any]]  # makes an item's inputs and returns the function to time
@@ -67,18 +69,21 @@ def synchronize(device: torch.device) -> None:
     torch.get_device_module(device).synchronize(device)
 
 
-def median_seconds(function: Callable[[], Any], seconds: float) -> float:
-    """The median call, or block of calls if they are short, with the device idle before and after; the first ones
-    compile and warm up.
+def median_seconds(function: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """The median of single calls, each with the device idle before and after it; the first ones compile and warm up.
 
     A call that the machine disturbs does not count this way.
     """
-    from torch.utils.benchmark import Timer  # reports a missing CUDA when it is imported
-
+    times = []
     for _ in range(WARM_CALLS):
         function()
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=seconds).median
+    while len(times) < LEAST_CALLS or sum(times) < seconds:
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def conv1(x: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -98,9 +103,9 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     return F.conv2d(F.pixel_unshuffle(x, BLOCK), F.pixel_unshuffle(weight, BLOCK))
 
 
-def milliseconds(prepare: Prepare, seconds: float) -> dict[str, float]:
+def milliseconds(prepare: Prepare, seconds: float, device: torch.device) -> dict[str, float]:
     """Of one item, measured for `seconds` after a warm-up."""
-    return {"milliseconds": 1e3 * median_seconds(prepare(), seconds)}
+    return {"milliseconds": 1e3 * median_seconds(prepare(), seconds, device)}
 
 
 def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:

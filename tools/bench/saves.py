@@ -39,7 +39,7 @@ def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
     folder.mkdir()
     checkpoints = Checkpoints(folder, keep=2)
     stalls: list[float] = []
-    steps = max(2, round(args.seconds / median_seconds(step, 0.0)))
+    steps = max(2, round(args.seconds / median_seconds(step, 0.0, device)))
 
     def block(steps: int, *, saves: bool) -> float:
         started = time.perf_counter()

@@ -23,7 +23,7 @@ def measure(seconds: float, precision: str, **options: Any) -> dict[str, float]:
     """Whole steps; options: of `prepare`."""
     net, images = prepare(**options)
     step, _ = training_step(net, images, precision=precision)
-    return {"images": len(images), "seconds": median_seconds(step, seconds)}
+    return {"images": len(images), "seconds": median_seconds(step, seconds, images.device)}
 
 
 def prepare(
@@ -55,7 +55,7 @@ def lrn(batch: int, seconds: float, device: str, compiled: str, ours: bool, chan
     x = noise(batch, 96, 55, 55, device=device, channels_last=channels_last).requires_grad_()
     our_form = functools.partial(local_response_norm, compiled=compiled != "off")
     step = forward_backward(our_form if ours else F.local_response_norm, x, **LRN)
-    return {"images": batch, "seconds": median_seconds(step, seconds)}
+    return {"images": batch, "seconds": median_seconds(step, seconds, x.device)}
 
 
 def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
         inputs = x.detach().requires_grad_(x.requires_grad)
         forward = functools.partial(call, layer, precision=precision)
         x = forward(inputs)
-        milliseconds = median_seconds(forward_backward(forward, inputs), 0.2) * 1e3
+        milliseconds = median_seconds(forward_backward(forward, inputs), 0.2, inputs.device) * 1e3
         if milliseconds > 0.05:
             what, compiled = f"{name} {type(layer).__name__}", getattr(layer, "compiled", False)
             found.append({"layer": what, "milliseconds": milliseconds, "compiled": compiled})

@@ -48,7 +48,7 @@ def rate(proof: Proof, loader: Any, copy: float) -> Json:
         for _ in itertools.islice(batches, SEVERAL):
             pass
 
-    seconds = median_seconds(several, 0.2 if proof.tiny else 3)
+    seconds = median_seconds(several, 0.2 if proof.tiny else 3, images.device)
     found = SEVERAL * len(images) / seconds
     return {"images_per_second": found, "of_copy": found * moved / copy}
 
@@ -61,4 +61,4 @@ def copy_rate(proof: Proof, device: Any) -> float:
 
     size = 1 << (24 if proof.tiny else 31)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / median_seconds(lambda: target.copy_(source), 0.05)
+    return 2 * size / median_seconds(lambda: target.copy_(source), 0.05, device)

@@ -19,7 +19,7 @@ def layers(proof: Proof) -> Json:
     device = torch.device(proof.device)
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
     checks = (
-        (name, partial(milliseconds, prepare, seconds))
+        (name, partial(milliseconds, prepare, seconds, device))
         for name, prepare in items(device, batch, torch.bfloat16).items()
         if not (proof.tiny and "compiled" in name)
     )
