@@ -16,7 +16,7 @@ from train.build import make_net
 from train.checkpoint import Checkpoints
 from train.presets import PRESETS
 
-NETS = {"demo": ("demo", 10), "full": ("paper", 1000)}  # the preset, and the number of classes
+NETS = {"demo": 10, "paper": 1000}  # presets, and numbers of classes
 
 
 OPTIONS = {"blocks": 5, "seconds": 6.0, "batch": 64, "device": "cpu"}
@@ -32,8 +32,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
 
 def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
     """Seconds that a save stalls, and that it adds to a block of steps."""
-    (preset, classes), device = NETS[name], torch.device(args.device)
-    config = PRESETS[preset]
+    config, classes, device = PRESETS[name], NETS[name], torch.device(args.device)
     crop, net = config.augment.crop, make_net(config, classes=classes, say=len).to(device)
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     folder.mkdir()
