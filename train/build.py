@@ -186,8 +186,8 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
         for name in vars(state):
             setattr(state, name, kept[name])
         state.plateau = Plateau(**kept["plateau"])
-        if average:
-            average.net.load_state_dict(saved.average)
+        if average is not None:
+            average.load_state_dict(saved.average)
         meter.load_state_dict(kept["meter"])
     except (LookupError, RuntimeError, TypeError, ValueError) as err:
         raise DataError(f"{saved.path}: does not fit this net ({first_line(err)}); choose another --run.dir") from err

@@ -253,7 +253,7 @@ def save(t: Trainer) -> None:
             t.state.step,
             model=t.stepper.bare.state_dict(),
             optimizer=t.stepper.optimizer.state_dict(),
-            average=average.net.state_dict() if average else {},
+            average={} if average is None else average.state_dict(),
             state={
                 **dataclasses.asdict(t.state),
                 "loader": t.loader.state_dict(),
