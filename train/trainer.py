@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def at_limit(self) -> bool:
-        return self.state.step >= self.last_step
+        return 0 < self.config.limit_steps <= self.state.step
 
     @property
     def evaluation_is_missing(self) -> bool:
