@@ -81,32 +81,27 @@ def _join(tables: ndarray, base: int) -> None:
         tables[base + MANY + bits] = coefficients << 8 | used
 
 
-def _load64_code(_: Any, array: Any, at: Any) -> Any:
-    """Eight bytes from `at` on, as a number: one instruction instead of eight loads and shifts."""
+def _eight_bytes(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    """Where the array values[0] has those from values[1] on: one instruction loads or stores them."""
+    data = context.make_array(signature.args[0])(context, builder, values[0]).data
+    return builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, values[0]).data
-        address = builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
-        return builder.bswap(builder.load(address, align=1))
+
+def _load64_code(_: Any, array: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, *call: Any) -> Any:
+        return builder.bswap(builder.load(_eight_bytes(context, builder, *call), align=1))
 
     return types.uint64(array, at), generate
 
 
-_load64: Any = intrinsic(_load64_code)
-
-
 def _store64_code(_: Any, array: Any, at: Any, number: Any) -> Any:
-    """Its reverse: (array, at, number)."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, values[0]).data
-        address = builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
-        builder.store(builder.bswap(values[2]), address, align=1)
-        return context.get_dummy_value()
+    def generate(context: Any, builder: Any, *call: Any) -> Any:
+        builder.store(builder.bswap(call[1][2]), _eight_bytes(context, builder, *call), align=1)
 
     return types.void(array, at, types.uint64), generate
 
 
+_load64: Any = intrinsic(_load64_code)
 store64: Any = intrinsic(_store64_code)
 
 

@@ -8,7 +8,7 @@ before could not be read; functions that get such a position return it.
 from typing import Any
 
 import numpy as np
-from numba.cpython.unsafe.numbers import leading_zeros
+from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
 from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, skip_block, unstuff, window
@@ -19,6 +19,7 @@ from .jit import compiled
 WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, CODES = range(TABLES, TABLES + 9)
 HEADER = CODES + 6
 u = np.uintp
+leading_zeros: Any = numbers.leading_zeros  # one instruction
 
 
 @compiled
@@ -194,7 +195,7 @@ def unpack(packed: ndarray, places: ndarray) -> bool:
         for column in range(4):
             lower, start, ones = int(packed[column]), bit, WINDOW
             while ones >= WINDOW and bit < end:
-                ones = np.int64(leading_zeros(~window(packed, bit)))
+                ones = int(leading_zeros(~window(packed, bit)))
                 bit += ones
             if bit + 1 + lower > end:
                 return False
