@@ -23,7 +23,7 @@ from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
 from . import journal, resize
 from .cuts import find, write_file
-from .images import Preparer
+from .images import prepare
 from .journal import Listed, ShardRecord
 from .manifest_content import Collected, timm_info, write_statistics
 from .plan import Options, Plan
@@ -39,7 +39,6 @@ AHEAD = 16  # images that the system is asked to fetch before they are read
 def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, measure: bool) -> ShardRecord:
     """Writes a shard of these items. Images that cannot be used are listed in the record's `bad`, not stored."""
     options, source = plan.options, plan.source
-    prepare = Preparer(options.encoding, measure=measure, check=options.check)
     totals = Totals.zeros(options.encoding.size) if measure else None
     converted: Listed = []
     bad: Listed = []
@@ -52,14 +51,12 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
             if later:
                 source.ahead(later)
             try:
-                image = prepare(source.read(item))
+                image = prepare(source.read(item), options.encoding, totals, check=options.check)
             except BadImage as err:
                 bad.append({"image": item.where, "reason": str(err)})
                 continue
             if image.converted:
                 converted.append({"image": item.where, "was": image.converted})
-            if totals and image.measured:
-                totals.add(*image.measured)
             if plan.cuts:
                 places.append(find(image.image, check_one_in=plan.cuts))
             yield Sample(item.key, image.image, item.label, image.width, image.height)

@@ -17,7 +17,7 @@ from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, stored_label
 from ..storage import Folder
 from ..tar import Member
 from . import resize
-from .images import Encoding, Preparer
+from .images import Encoding, prepare
 from .journal import ShardRecord
 from .manifest_content import Collected, write_statistics
 from .resize import Totals
@@ -52,13 +52,11 @@ def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tu
         if unused:
             raise DataError(f"{path}: holds no samples, no image with a label, but {passed_over}")
         passed_over.add("empty tar", path.name)
-    totals, prepare = Totals.zeros(size), Preparer(Encoding(size=size))
+    totals, encoding = Totals.zeros(size), Encoding(size=size)
     chosen = list(rows)[:: max(1, len(rows) // statistics_images)][:statistics_images] if statistics_images else []
     for image in chosen:
         try:
-            measured = prepare(read_member(path, image)).measured
-            assert measured is not None
-            totals.add(*measured)
+            prepare(read_member(path, image), encoding, totals)
         except BadImage as err:
             bad[image] = err
             del rows[image]

@@ -13,6 +13,7 @@ from ..jit import compiled, straight_lines_vectorised
 from ..resample import resample, triangle
 
 u = np.uintp
+_memory = Scratch()
 
 
 @compiled
@@ -45,15 +46,15 @@ def _add(square: ndarray, pixels: ndarray, image: ndarray, sums: ndarray) -> Non
     sums += np.array((s0, s1, s2, rr, rg, rb, gg, gb, bb))
 
 
-def resize(pixels: ndarray, short: int, memory: Scratch, *, square: bool) -> ndarray:
-    """(h, w, 3) in `memory`: the image, its short side `short`, or of this the centre square; no more is computed.
+def resize(pixels: ndarray, short: int, *, square: bool) -> ndarray:
+    """(h, w, 3): the image, its short side `short`, or of this the centre square; no more is computed.
 
-    pixels: (height, width, 3) uint8, RGB, contiguous.
+    pixels: (height, width, 3) uint8, RGB, contiguous. The result is valid until this thread's next call.
     """
     height, width, _ = pixels.shape
     w, h = resized(width, height, short)
     columns, rows = (short, short) if square else (w, h)
-    out = memory(3 * rows * columns).reshape(rows, columns, 3)
+    out = _memory(3 * rows * columns).reshape(rows, columns, 3)
     left, top = centre_offset(w, columns), centre_offset(h, rows)
     _resize(pixels.reshape(-1), width, height, left, top, width / w, height / h, out)
     return out
@@ -86,5 +87,5 @@ class Totals(NamedTuple):
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
     with straight_lines_vectorised():
-        square = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
+        square = resize(np.zeros((40, 40, 3), np.uint8), 8, square=True)
         Totals.zeros(8).add(square, square)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def copied(paths: list[Path], out: Path) -> None:
 
 def our_resizer() -> Callable[[bytes], object]:
     from pipeline.write import resize
-    from pipeline.write.images import Encoding, Preparer
+    from pipeline.write.images import Encoding, prepare
 
     resize.prepare()
-    return Preparer(Encoding("jpeg", SHORT, quality=QUALITY), measure=False)
+    return partial(prepare, encoding=Encoding("jpeg", SHORT, quality=QUALITY))
 
 
 def pillow() -> Callable[[bytes], object]:
