@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -65,18 +65,6 @@ class Shard:
     sha256: str
 
 
-class _HashingFile:
-    """Passes what is written on to `file` and keeps its sha256 and length."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, *parts: bytes) -> None:
-        for part in parts:
-            self.sha256.update(part)
-            self.bytes += self.file.write(part)
-
-
 @lru_cache(1)
 def _blank_header() -> tuple[bytes, int]:
     """A member's header as webdataset's TarWriter(mtime=0) writes it, without name and size; and its bytes' sum."""
@@ -105,21 +93,26 @@ def write_shard(
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
     the array index, (n,) INDEX_DTYPE with 0 as shard.
     """
-    rows, stored = [], []
+    rows, stored, digest = [], [], hashlib.sha256()
     with folder.publish(name) as file:
-        tar = _HashingFile(file)
+
+        def write(*parts: bytes) -> None:
+            for part in parts:
+                digest.update(part)
+                file.write(part)
+
         for s in samples:
             text, size = str(s.label).encode(), len(s.image)
-            label = Member(f"{s.key}.cls", tar.bytes + BLOCK, len(text))
+            label = Member(f"{s.key}.cls", file.tell() + BLOCK, len(text))
             image = Member(f"{s.key}.{extension}", label.offset + padded(label.size) + BLOCK, size)
             head = tar_header(label.name, label.size) + text.ljust(padded(label.size), b"\0")
-            tar.write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
+            write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
             rows.append((image.offset, size, 0, s.label, crc32(s.image), s.width, s.height))
             stored.append((label, image))
-        end = -(-(tar.bytes + 2 * BLOCK) // RECORD) * RECORD
-        tar.write(bytes(end - tar.bytes))
+        end = -(-(file.tell() + 2 * BLOCK) // RECORD) * RECORD
+        write(bytes(end - file.tell()))
     folder.write(dali_index_name(name), "".join(f"{line}\n" for line in dali_index(stored)).encode())
-    return Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest()), np.array(rows, dtype=INDEX_DTYPE)
+    return Shard(name, len(rows), end, digest.hexdigest()), np.array(rows, dtype=INDEX_DTYPE)
 
 
 def dali_index_name(shard: str) -> str:

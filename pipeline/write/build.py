@@ -130,15 +130,14 @@ def build(
 
 def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list[int]]:
     """The manifest, if the folder holds this dataset already; those of the chosen shards that are missing."""
+    if chosen:
+        journal.claim(folder, plan.identity)  # first: a bucket has no locks, so another run may just finish it
     finished = _check_folder(plan, folder)
     if finished or not chosen:
         return finished, []
-    journal.claim(folder, plan.identity)
-    if folder.size(manifest.NAME) is not None:  # another run finished it before the claim: a bucket has no locks
-        return _check_folder(plan, folder), []
     todo = [n for n in _missing(plan, folder) if n in chosen]
     if todo and 0 in chosen:  # in a job array, one task verifies the input for all
-        plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
+        plan.source.verify(folder)
     return None, todo
 
 

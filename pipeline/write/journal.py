@@ -83,7 +83,7 @@ def check_plan(folder: Folder, plan: Json) -> None:
 
 def reject_other(folder: Folder, begun: Json, plan: Json, what: str) -> None:
     """Raises ConfigError, naming both values, if the plans differ."""
-    theirs, ours = flatten(begun), flatten(json.loads(json.dumps(plan)))
+    theirs, ours = flatten(begun), flatten(plan)
     # Options first: hashes of the images do not show what differs.
     for name in sorted(theirs.keys() | ours.keys(), key=lambda name: (name.startswith("images."), name)):
         if theirs.get(name) != ours.get(name):

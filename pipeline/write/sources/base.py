@@ -135,8 +135,8 @@ class Source:
         """The manifest's entry on the source: nothing that differs from machine to machine."""
         return {"kind": type(self).name}  # --name may be another
 
-    def verify(self, folder: Folder, note: str) -> None:
-        """Checks the whole input before any shard is made. `note`: a file in `folder` for results worth keeping."""
+    def verify(self, folder: Folder) -> None:
+        """Checks the whole input before any shard is made. Results worth keeping go into a file below PARTS."""
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:

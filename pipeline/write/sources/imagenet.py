@@ -22,12 +22,14 @@ import numpy as np
 
 from ...errors import DataError
 from ...files import Json, json_bytes
+from ...manifest import PARTS
 from ...progress import Progress
 from ...shards import file_digest
 from ...storage import Folder
 from ...tar import members
 from .base import Archives, Item, Items, UniqueKeys
 
+VERIFIED = f"{PARTS}/verified.json"
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
 
 
@@ -72,7 +74,6 @@ class ImageNet2012(Archives):
             )
         patch = self.src / self.patches
         self._patches = dict(self._images(patch)) if patch.is_file() else {}
-        self._unused = set(self._patches)
         train, val = self._needed(self.train), self._needed(self.val)
         val_labels = kit.labels(kit.path / self.val_labels, kit.file(self.val_labels))
         self.splits = {"train": Items(self._training(train, kit)), "val": self._evaluation(val, "val", val_labels)}
@@ -83,8 +84,8 @@ class ImageNet2012(Archives):
                 file = self._needed(self.test_labels)
                 labels = kit.labels(file, file.read_bytes())
             self.splits["test"] = self._evaluation(path, "test", labels)
-        if self._unused:
-            raise DataError(f"{patch}: {min(self._unused)} replaces no image of these archives; download them again")
+        if self._patches:
+            raise DataError(f"{patch}: {min(self._patches)} replaces no image of these archives; download them again")
 
     def _needed(self, name: str) -> Path:
         path = self.src / name
@@ -100,8 +101,7 @@ class ImageNet2012(Archives):
         return [(os.path.basename(m.name), (archive, m.offset, m.size)) for m in members(path, *within)]
 
     def _item(self, name: str, extent: tuple[int, int, int], split: str, label: int, unique: UniqueKeys) -> Item:
-        self._unused.discard(name)
-        return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.get(name, extent))
+        return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.pop(name, extent))
 
     def _training(self, path: Path, kit: _Kit) -> Iterator[Item]:
         unique = UniqueKeys()
@@ -138,11 +138,11 @@ class ImageNet2012(Archives):
         pairs = zip(found, labels or [-1] * len(found))
         return Items(self._item(name, extent, split, label, unique) for (name, extent), label in pairs)
 
-    def verify(self, folder: Folder, note: str) -> None:
-        """Compares the archives' md5 with the official ones. `note` keeps which archives need not be read again."""
+    def verify(self, folder: Folder) -> None:
+        """Compares the archives' md5 with the official ones; VERIFIED keeps which need not be read again."""
         sizes = {name: os.stat(self.src / name).st_size for name in self.sums if self.md5}
-        known: Json = json.loads(folder.read(note)) if folder.size(note) else {}
-        with Progress("md5", sum(sizes.values()), unit="B", enabled=bool(sizes)) as progress:
+        known: Json = json.loads(folder.read(VERIFIED)) if folder.size(VERIFIED) else {}
+        with Progress("md5", sum(sizes.values()), unit="B") as progress:
             for name, size in sizes.items():
                 path, expected = self.src / name, self.sums[name]
                 state = [size, os.stat(path).st_mtime_ns, expected]
@@ -156,7 +156,7 @@ class ImageNet2012(Archives):
                         " download it again, or pass --no-md5"
                     )
                 known[name] = state
-                folder.write(note, json_bytes(known))
+                folder.write(VERIFIED, json_bytes(known))
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
