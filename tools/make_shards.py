@@ -27,7 +27,7 @@ import PIL
 import simplejpeg
 
 from pipeline import pool
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, reading
 from pipeline.manifest import open_dataset
 from pipeline.progress import Progress, clock
 from pipeline.storage import Folder, folder_at, is_url
@@ -172,10 +172,8 @@ def cut(args: argparse.Namespace) -> None:
 def class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
-    try:
+    with reading(f"{path}:", "name a file in UTF-8, a class name a line", OSError):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, ValueError) as err:
-        raise DataError(f"{path}: cannot be read ({err}); name a file in UTF-8, a class name a line") from err
     number_of = {}
     for number, line in enumerate(lines, 1):
         name = unicodedata.normalize("NFC", line.strip())

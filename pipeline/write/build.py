@@ -146,7 +146,7 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
 
     The images may have been repaired since.
     """
-    records = (journal.load(folder, task.name, task.digest) for task in plan.tasks)
+    records = (journal.load(folder, task) for task in plan.tasks)
     bad = [len(record.bad) if record else None for record in records]
     too_many = sum(filter(None, bad)) > plan.bad_allowed
     return [number for number, count in enumerate(bad) if count is None or (too_many and count)]
@@ -164,7 +164,7 @@ def _make(
         task = plan.tasks[number]
         measure = plan.options.stats and task.split == "train"
         record = make_shard(plan, task.items, folder, task.name, measure=measure)
-        journal.save(folder, record._replace(digest=task.digest))
+        journal.save(folder, task, record)
         return record.shard.bytes, len(record.bad)
 
     written, bad, started = 0, 0, time.monotonic()
@@ -229,7 +229,7 @@ def _changed_images(plan: Plan, dataset: manifest.Dataset) -> str:
 def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
     missing = []
     for number, task in enumerate(plan.tasks):
-        if record := journal.load(folder, task.name, task.digest):
+        if record := journal.load(folder, task):
             yield task.split, record
         else:
             missing.append(number)

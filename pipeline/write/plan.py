@@ -16,6 +16,7 @@ from ..files import Json
 from ..settings import BelowOne, Positive, validate
 from .images import Encoding
 from .sources import Item, Items, Source
+from .sources.base import key_hashes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
     def tasks(self) -> list[Task]:
         tasks, per = [], self.options.samples_per_shard
         for split, items in self.source.splits.items():
-            shuffled = _shuffled(self.options.seed, split, items)
+            shuffled = np.lexsort(key_hashes(f"{self.options.seed}/{split}", items))
             for number, start in enumerate(range(0, len(shuffled), per)):
                 name = f"{self.source.name}-{split}-{number:06d}.tar"
                 tasks.append(Task(split, name, items, shuffled[start : start + per]))
@@ -94,12 +95,6 @@ class Plan:
             # the decoders and encoders that make the pixels and bytes
             "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
         }
-
-
-def _shuffled(seed: int, split: str, items: Items) -> np.ndarray:
-    """(n,) int64. By a hash of the key, not by a generator: the same on every version of Python and NumPy."""
-    hashes = (hashlib.sha256(f"{seed}/{split}/{key}".encode()).digest()[:16] for key in items.keys)
-    return np.lexsort(np.fromiter(hashes, "S16", len(items)).view(">u8").astype(np.uint64).reshape(-1, 2).T[::-1])
 
 
 def numbers(text: str, shards: int) -> range:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, reading
 from ...files import Json, json_bytes
 from ...manifest import PARTS
 from ...progress import Progress
@@ -65,24 +65,25 @@ class ImageNet2012(Archives):
     def __post_init__(self) -> None:
         if not self.src.is_dir():
             raise DataError(f"{self.src}: no such folder; --src names the one that holds {self.train}")
-        kit = _Kit(self._needed(self.devkit), self.id_field)
-        self.classes, self.class_names, self.class_ids = kit.wnids, kit.names, kit.ids
+        self._kit = self._needed(self.devkit)
+        self.classes, self.class_names, self.class_ids, counts = map(list, zip(*_classes(self._kit, self.id_field)))
         if self.name == "imagenet2012" and self.classes[0] != FIRST_CLASS:
             raise DataError(
-                f"{kit.path}: its first class is {self.classes[0]}, but ImageNet 2012 has {FIRST_CLASS};"
+                f"{self._kit}: its first class is {self.classes[0]}, but ImageNet 2012 has {FIRST_CLASS};"
                 " download the kit again"
             )
         patch = self.src / self.patches
         self._patches = dict(self._images(patch)) if patch.is_file() else {}
         train, val = self._needed(self.train), self._needed(self.val)
-        val_labels = kit.labels(kit.path / self.val_labels, kit.file(self.val_labels))
-        self.splits = {"train": Items(self._training(train, kit)), "val": self._evaluation(val, "val", val_labels)}
+        val_labels = self._labels(self._kit / self.val_labels, _file(self._kit, self.val_labels))
+        training = self._training(train, dict(zip(self.classes, counts)))
+        self.splits = {"train": Items(training), "val": self._evaluation(val, "val", val_labels)}
         required = self.tests[0] if self.test_labels else None
         if test := next((name for name in self.tests if (self.src / name).is_file()), required):
             path, labels = self._needed(test), None
             if self.test_labels:
                 file = self._needed(self.test_labels)
-                labels = kit.labels(file, file.read_bytes())
+                labels = self._labels(file, file.read_bytes())
             self.splits["test"] = self._evaluation(path, "test", labels)
         if self._patches:
             raise DataError(f"{patch}: {min(self._patches)} replaces no image of these archives; download them again")
@@ -103,13 +104,13 @@ class ImageNet2012(Archives):
     def _item(self, name: str, extent: tuple[int, int, int], split: str, label: int, unique: UniqueKeys) -> Item:
         return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.pop(name, extent))
 
-    def _training(self, path: Path, kit: _Kit) -> Iterator[Item]:
+    def _training(self, path: Path, left: dict[str, int | None]) -> Iterator[Item]:
+        """left: how many images the kit counts in each class, if it does; each class is removed."""
         unique = UniqueKeys()
-        left = dict(kit.train_counts)
         for inner in members(path):
             wnid, extension = os.path.splitext(os.path.basename(inner.name))
-            if extension != ".tar" or wnid not in kit.label_of:
-                raise DataError(f"{path}: holds {inner.name}, which is no class of {kit.path.name}")
+            if extension != ".tar" or wnid not in self.label_of:
+                raise DataError(f"{path}: holds {inner.name}, which is no class of {self._kit.name}")
             if wnid not in left:
                 raise DataError(f"{path}: holds {wnid} twice; download it again")
             images, expected = self._images(path, inner.offset, inner.size), left.pop(wnid)
@@ -119,7 +120,7 @@ class ImageNet2012(Archives):
                     " download it again, or pass --no-counts"
                 )
             for name, extent in images:
-                yield self._item(name, extent, "train", kit.label_of[wnid], unique)
+                yield self._item(name, extent, "train", self.label_of[wnid], unique)
         if left:
             raise DataError(
                 f"{path}: {len(left)} of {len(self.classes)} classes are missing, {min(left)} first; download it again"
@@ -137,6 +138,15 @@ class ImageNet2012(Archives):
         unique = UniqueKeys()
         pairs = zip(found, labels or [-1] * len(found))
         return Items(self._item(name, extent, split, label, unique) for (name, extent), label in pairs)
+
+    def _labels(self, path: Path, data: bytes) -> list[int]:
+        """0-based labels from a file of the classes' ids, a line each."""
+        words = data.decode("ascii", "replace").split()
+        label_of = {str(id): label for label, id in enumerate(self.class_ids or ())}
+        for number, word in enumerate(words, 1):
+            if word not in label_of:
+                raise DataError(f"{path}: line {number} is {word!r}, no class of {self._kit.name}; download it again")
+        return [label_of[word] for word in words]
 
     def verify(self, folder: Folder) -> None:
         """Compares the archives' md5 with the official ones; VERIFIED keeps which need not be read again."""
@@ -179,52 +189,33 @@ class ImageNet2010(ImageNet2012):
     sums: ClassVar[dict[str, str]] = {}
 
 
-class _Kit:
-    """The development kit: the classes, and how many training images each has."""
+def _file(kit: Path, name: str) -> bytes:
+    """The content of a file of the development kit."""
+    try:
+        with tarfile.open(kit, "r:gz") as tar:
+            found = [member for member in tar if member.isfile() and f"/{member.name}".endswith(f"/{name}")]
+            file = tar.extractfile(found[-1]) if found else None
+            if file:
+                return file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
+        raise DataError(f"{kit}: damaged ({err}); download it again") from err
+    raise DataError(f"{kit}: holds no {name}; download it again")
 
-    def __init__(self, path: Path, id_field: str) -> None:
-        self.path = path
-        self.wnids, self.names, self.ids, counts = map(list, zip(*self._leaves(id_field)))
-        self.label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
-        self.train_counts = dict(zip(self.wnids, counts))
 
-    def file(self, name: str) -> bytes:
-        """The content of a file of the kit."""
-        try:
-            with tarfile.open(self.path, "r:gz") as tar:
-                found = [member for member in tar if member.isfile() and f"/{member.name}".endswith(f"/{name}")]
-                file = tar.extractfile(found[-1]) if found else None
-                if file:
-                    return file.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
-            raise DataError(f"{self.path}: damaged ({err}); download it again") from err
-        raise DataError(f"{self.path}: holds no {name}; download it again")
+def _classes(kit: Path, id_field: str) -> list[Any]:
+    """(WordNet id, name, id, number of training images if the kit has it) of each class, sorted."""
+    from scipy.io import loadmat  # half a second that other sources do not pay
 
-    def _leaves(self, id_field: str) -> list[tuple[str, str, int, int | None]]:
-        """(WordNet id, name, id, number of training images if the kit has it) of each class, sorted."""
-        from scipy.io import loadmat  # half a second that other sources do not pay
-
-        meta = io.BytesIO(self.file("data/meta.mat"))
-        try:
-            synsets: Any = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
-            counted = "num_train_images" in synsets.dtype.names
-            leaves = sorted(
-                (str(s["WNID"]), str(s["words"]), int(s[id_field]), int(s["num_train_images"]) if counted else None)
-                for s in synsets
-                if int(s["num_children"]) == 0
-            )
-        except Exception as err:  # SciPy raises whatever its parser meets
-            raise DataError(f"{self.path}: data/meta.mat cannot be read ({err}); download it again") from err
-        ids, wnids = sorted(leaf[2] for leaf in leaves), {leaf[0] for leaf in leaves}
-        if not leaves or ids != list(range(1, len(leaves) + 1)) or len(wnids) != len(leaves):
-            raise DataError(f"{self.path}: data/meta.mat does not number its {len(leaves)} classes from 1 on")
-        return leaves
-
-    def labels(self, path: Path, data: bytes) -> list[int]:
-        """0-based labels from a file of 1-based ids, a line each."""
-        words = data.decode("ascii", "replace").split()
-        label_of = {str(id): label for label, id in enumerate(self.ids)}
-        for number, word in enumerate(words, 1):
-            if word not in label_of:
-                raise DataError(f"{path}: line {number} is {word!r}, no class of {self.path.name}; download it again")
-        return [label_of[word] for word in words]
+    meta = io.BytesIO(_file(kit, "data/meta.mat"))
+    with reading(f"{kit}: data/meta.mat", "download it again", Exception):  # SciPy raises whatever its parser meets
+        synsets: Any = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+        counted = "num_train_images" in synsets.dtype.names
+        leaves = sorted(
+            (str(s["WNID"]), str(s["words"]), int(s[id_field]), int(s["num_train_images"]) if counted else None)
+            for s in synsets
+            if int(s["num_children"]) == 0
+        )
+    ids, wnids = sorted(leaf[2] for leaf in leaves), {leaf[0] for leaf in leaves}
+    if not leaves or ids != list(range(1, len(leaves) + 1)) or len(wnids) != len(leaves):
+        raise DataError(f"{kit}: data/meta.mat does not number its {len(leaves)} classes from 1 on")
+    return leaves

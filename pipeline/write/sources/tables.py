@@ -81,13 +81,16 @@ def parquet(path: Path) -> Any:
         raise DataError(f"{path}: behind row 0: cannot be read ({err}); copy it again") from err
 
 
-def labelled(table: Table, split: str, folder: Path, label_of: dict[str, int]) -> Iterator[Item]:
-    """The images of a table. Raises DataError for one with two labels or another class, or whose file is missing."""
-    unique, labels = UniqueKeys(), dict[str, int]()
+def labelled(source: Files, table: Table, split: str) -> Iterator[Item]:
+    """The images of a split's table.
+
+    Raises DataError for one with two labels or another class, or whose file is missing.
+    """
+    unique, folder, labels = UniqueKeys(), source.folders[split], dict[str, int]()
     for place, name, label in table:
-        number = label_of.get(label)
+        number = source.label_of.get(label)
         if number is None:
-            raise table.error(place, f"{label!r} is none of the {len(label_of):,} training classes")
+            raise table.error(place, f"{label!r} is none of the {len(source.classes):,} training classes")
         if labels.setdefault(name, number) != number:
             raise table.error(place, f"{name} has another label than in an earlier row; give each image one")
         if not os.path.isfile(folder / name):
@@ -110,9 +113,9 @@ class CSV(TrainAndVal, Files):
 
     def items(self, split: str, place: Path) -> Iterator[Item]:
         if split == "train":
-            self._label_of = self.name_classes(label for _, _, label in Table(place))
+            self.name_classes(label for _, _, label in Table(place))
         self.folders[split] = self.root or place.parent
-        return labelled(Table(place), split, self.folders[split], self._label_of)
+        return labelled(self, Table(place), split)
 
     @classmethod
     def add_options(cls, p: argparse.ArgumentParser) -> None:
@@ -151,10 +154,9 @@ class Kaggle(Files):
             self.class_names = [name_of.get(wnid, wnid).strip() for wnid in self.classes]
 
     def _validation(self, path: Path) -> Iterator[Item]:
-        table, label_of = self.labels(path), {wnid: number for number, wnid in enumerate(self.classes)}
         folder = self.folders["val"]
         left = set(os.listdir(folder)) if folder.is_dir() else set()
-        for item in labelled(table, "val", folder, label_of):
+        for item in labelled(self, self.labels(path), "val"):
             left.discard(item.where.removeprefix("val/"))
             yield item
         if left:

@@ -155,13 +155,13 @@ class WebDataset(TrainAndVal, Archives):
     def items(self, split: str, place: str) -> Iterator[Item]:
         found, unique = list(self._samples(self.files(place))), UniqueKeys()
         if split == "train":
-            self._label_of = self.name_classes(label for *_, label in found)
+            self.name_classes(label for *_, label in found)
         for archive, member, label in found:
             where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
-            if label not in self._label_of:
-                raise DataError(f"{where}: {label!r} is none of the {len(self._label_of):,} training classes")
+            if label not in self.label_of:
+                raise DataError(f"{where}: {label!r} is none of the {len(self.classes):,} training classes")
             extent = (archive, member.offset, member.size)
-            yield Item(unique(split_name(member.name)[0]), self._label_of[label], where, extent)
+            yield Item(unique(split_name(member.name)[0]), self.label_of[label], where, extent)
 
     def files(self, pattern: str) -> list[Path]:
         """The tars that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
