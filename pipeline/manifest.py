@@ -106,8 +106,7 @@ class Split:
                 what = "the shard is missing" if size is None else f"{size} bytes, {shard.bytes} in the manifest"
                 yield shard.name, f"{what}; copy it again or shard the data again"
         # A shard may have lost all its images.
-        parts = np.array_split(self.column("shard"), len(self.index) // CHECKED + 1)
-        counts = np.sum([np.bincount(part, minlength=len(self.shards)) for part in parts], axis=0)
+        counts = np.bincount(self.column("shard"), minlength=len(self.shards))
         if counts.tolist() != [shard.samples for shard in self.shards]:
             yield self.index_name, "the index and the manifest count differently"
 
@@ -179,9 +178,6 @@ class Dataset:
         if image.dtype != np.float32 or image.shape != (len(image), len(image), 3):
             raise DataError(f"{path}: no mean image, but {image.dtype} of {image.shape}; shard the data again")
         return np.array(image)
-
-    def statistics(self, *, mean_image: bool = False) -> Statistics:
-        return Statistics(self.mean, self.std, self.mean_image if mean_image else None)
 
     def _measured(self, name: str) -> Any:
         if name not in self.manifest["statistics"]:

@@ -94,20 +94,19 @@ class Report:
 
 
 def check(
-    root: Path, *, deep: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda samples: None
+    dataset: Dataset, *, deep: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda samples: None
 ) -> Report:
-    """Checks everything, whatever is found on the way. Raises DataError if the folder is no dataset at all.
+    """Checks everything, whatever is found on the way. dataset: opened without checks of its splits.
 
     deep: also decode every image, and read the tars with webdataset. progress: called with numbers of samples.
     """
     if deep:
         import webdataset  # noqa: F401  # it loads torch: once, before workers are forked
-    dataset = manifest.open_dataset(root, check_splits=False)
-    report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
+    report = Report(str(dataset.root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
     for split in dataset.splits.values():
         if _check_index(split, report):
             check_shard = partial(_check_shard, dataset, split, deep)
-            with pool.run(check_shard, range(len(split.shards)), workers=workers, place=root) as found:
+            with pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root) as found:
                 for shard, findings in zip(split.shards, found):
                     report.findings += findings
                     progress(shard.samples)
@@ -163,9 +162,9 @@ def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> lis
     findings = []
     for check in CHECKS:
         whats = [what for kind, what in faults if kind == check]
-        findings += [Finding(check, shard.name, what) for what in whats[:MANY]]
         if len(whats) > MANY:  # a shard of zeros needs no thousand lines
-            findings.append(Finding(check, shard.name, f"and {len(whats) - MANY} more"))
+            whats[MANY:] = [f"and {len(whats) - MANY} more"]
+        findings += [Finding(check, shard.name, what) for what in whats]
     return findings
 
 
@@ -226,9 +225,10 @@ def _compare_dali_index(path: Path, inside: dict[int, Member]) -> Iterator[Fault
         yield "idx", f"{path.name} begins with {header!r} and has {len(lines)} lines"
     samples = [list(group) for _, group in groupby(inside.values(), key=lambda member: split_name(member.name)[0])]
     listed = set(lines)
-    wrong = [sample[0] for sample, line in zip(samples, dali_index(samples)[1:]) if line not in listed]
-    if wrong:
-        yield "idx", f"{path.name} does not name {wrong[0].name} at byte {wrong[0].offset}"
+    for (first, *_), line in zip(samples, dali_index(samples)[1:]):
+        if line not in listed:
+            yield "idx", f"{path.name} does not name {first.name} at byte {first.offset}"
+            return
 
 
 class _Seen(NamedTuple):

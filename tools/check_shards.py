@@ -42,7 +42,7 @@ def main() -> None:
     workers = pool.worker_count(args.workers)
     dataset = manifest.open_dataset(args.dir, check_splits=False)
     with Progress("checking", sum(split.samples for split in dataset.splits.values())) as progress:
-        found = verify.check(args.dir, deep=args.deep, workers=workers, progress=progress.update)
+        found = verify.check(dataset, deep=args.deep, workers=workers, progress=progress.update)
     print_report(found)
     if args.json:
         write_json(args.json, asdict(found) | {"ok": found.ok})

@@ -37,8 +37,8 @@ class ShardRecord(NamedTuple):
     bad: Listed
 
 
-def _name(shard: str) -> str:
-    return f"{PARTS}/{shard}.npz"
+def _name(task: Task) -> str:
+    return f"{PARTS}/{task.name}.npz"
 
 
 def save(folder: Folder, task: Task, record: ShardRecord) -> None:
@@ -48,13 +48,13 @@ def save(folder: Folder, task: Task, record: ShardRecord) -> None:
     data = io.BytesIO()
     # Not compressed: it is 0.8 MB and exists until the manifest does; zlib would cost more than writing it.
     np.savez(data, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), rows=record.rows, **arrays)
-    folder.write(_name(task.name), data.getbuffer())
+    folder.write(_name(task), data.getbuffer())
 
 
 def load(folder: Folder, task: Task) -> ShardRecord | None:
     """The record of the task's shard that has its full size; None if either is missing, damaged or of another task."""
     try:
-        with np.load(io.BytesIO(folder.read(_name(task.name))), allow_pickle=False) as file:
+        with np.load(io.BytesIO(folder.read(_name(task))), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             same_task = meta.pop("digest") == task.digest
             totals = Totals(file["numbers"], file["image"]) if "image" in file else None

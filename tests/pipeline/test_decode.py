@@ -207,7 +207,7 @@ def test_every_mode_of_every_format_has_the_same_pixels_everywhere(kind, tmp_pat
     dataset = open_dataset(tmp_path / "d")
     squares = np.concatenate([centre(pixels, HEIGHT).reshape(-1, 3) for pixels in seen.values()])
     assert dataset.mean == pytest.approx(squares.mean(0).tolist())
-    report = verify.check(tmp_path / "d", deep=True)
+    report = verify.check(open_dataset(tmp_path / "d", check_splits=False), deep=True)
     assert report.ok, report.findings
     for view in (AugmentConfig(resize=HEIGHT, crop=CROP), AugmentConfig(crop=CROP, resize=CROP + 3)):
         crops = {}

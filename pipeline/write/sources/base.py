@@ -81,7 +81,6 @@ class Items(Sequence[Item]):
         return len(self.labels)
 
     def __getitem__(self, i: Any) -> Any:
-        i = range(len(self))[i]  # IndexError ends an iteration
         return Item(self.keys[i], int(self.labels[i]), self.where[i], tuple(self.extents[i].tolist()))
 
     def digest(self) -> str:

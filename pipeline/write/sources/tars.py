@@ -153,7 +153,15 @@ class WebDataset(TrainAndVal, Archives):
     help = "WebDataset tars, sharded once more: in a new order, size or encoding"
 
     def items(self, split: str, place: str) -> Iterator[Item]:
-        found, unique = list(self._samples(self.files(place))), UniqueKeys()
+        found, unique = [], UniqueKeys()
+        for path in self.files(place):
+            bad: dict[Member, BadImage] = {}
+            unused: list[Member] = []
+            for member, label in samples(path, bad, unused, partial(label_text, kinds=NAMES), NAMES):
+                found.append((len(self.archives), member, label))
+            self.archives.append(path)
+            for member in (*bad, *unused):
+                self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
         if split == "train":
             self.name_classes(label for *_, label in found)
         for archive, member, label in found:
@@ -192,14 +200,3 @@ class WebDataset(TrainAndVal, Archives):
     def add_options(cls, p: argparse.ArgumentParser) -> None:
         super().add_options(p)
         p.add_argument("--fetch", type=Path, metavar="DIR", help="files at a URL are copied there first")
-
-    def _samples(self, tars: list[Path]) -> Iterator[tuple[int, Member, str]]:
-        """(number of the tar, image, label) of each sample."""
-        for path in tars:
-            self.archives.append(path)
-            bad: dict[Member, BadImage] = {}
-            unused: list[Member] = []
-            for member, label in samples(path, bad, unused, partial(label_text, kinds=NAMES), NAMES):
-                yield len(self.archives) - 1, member, label
-            for member in (*bad, *unused):
-                self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
