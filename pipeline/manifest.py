@@ -17,7 +17,6 @@ from numpy import ndarray
 
 from .errors import ConfigError, DataError
 from .files import Json, json_bytes
-from .manifest_values import EXISTING as EXISTING
 from .manifest_values import bounds, check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
 from .storage import Copies, Folder, absolute, file_size, is_url

@@ -104,12 +104,18 @@ def check(
         import webdataset  # noqa: F401  # it loads torch: once, before workers are forked
     report = Report(str(dataset.root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
     for split in dataset.splits.values():
-        if _check_index(split, report):
-            check_shard = partial(_check_shard, dataset, split, deep)
-            with pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root) as found:
-                for shard, findings in zip(split.shards, found):
-                    report.findings += findings
-                    progress(shard.samples)
+        try:
+            report.splits[split.name] = _summary(split)
+        except DataError as err:
+            report.findings.append(Finding("index", split.index_name, str(err)))
+            continue
+        for name, fault in split.faults():
+            report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
+        check_shard = partial(_check_shard, dataset, split, deep)
+        with pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root) as found:
+            for shard, findings in zip(split.shards, found):
+                report.findings += findings
+                progress(shard.samples)
     report.findings += [Finding("info", *fault) for fault in _extra_faults(dataset)]
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
@@ -120,20 +126,13 @@ def _is_ours(dataset: Dataset) -> bool:
     return "plan" in dataset.manifest
 
 
-def _check_index(split: Split, report: Report) -> bool:
-    """Whether the index can be read; enters the split in the report."""
-    try:
-        index = split.index
-    except DataError as err:
-        report.findings.append(Finding("index", split.index_name, str(err)))
-        return False
+def _summary(split: Split) -> SplitReport:
+    """Raises DataError if the index cannot be read."""
+    index = split.index
     known = index["label"][index["label"] >= 0]
     histogram = np.bincount(known, minlength=split.classes).tolist()
     total = sum(shard.bytes for shard in split.shards)
-    report.splits[split.name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
-    for name, fault in split.faults():
-        report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
-    return True
+    return SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
 
 
 def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> list[Finding]:

@@ -131,7 +131,8 @@ def build(
 def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list[int]]:
     """The manifest, if the folder holds this dataset already; those of the chosen shards that are missing."""
     if chosen:
-        journal.claim(folder, plan.identity)  # first: a bucket has no locks, so another run may just finish it
+        # Before the check: a bucket has no locks, so another run may just begin or finish.
+        folder.create(journal.PLAN, json_bytes(plan.identity))
     finished = _check_folder(plan, folder)
     if finished or not chosen:
         return finished, []

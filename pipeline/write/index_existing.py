@@ -13,6 +13,7 @@ from .. import manifest, pool
 from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
 from ..files import Json
+from ..manifest_values import EXISTING
 from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, stored_label
 from ..storage import Folder
 from ..tar import Member
@@ -140,7 +141,7 @@ def _publish(
         "classes": classes,
         "splits": splits,
         "statistics": measured | {"images": int(collected.totals.numbers[0])},
-        "source": {"kind": manifest.EXISTING},
+        "source": {"kind": EXISTING},
         "stored_order": {s: "class after class" if looks_sorted(each) else "mixed" for s, each in labels.items()},
         "options": options,
         "converted": [],

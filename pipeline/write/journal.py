@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, reading
-from ..files import Json, json_bytes
+from ..files import Json
 from ..manifest import PARTS
 from ..settings import flatten
 from ..shards import Shard, dali_index_name
@@ -63,12 +63,6 @@ def load(folder: Folder, task: Task) -> ShardRecord | None:
         return None
     whole = folder.size(task.name) == record.shard.bytes and folder.size(dali_index_name(task.name)) is not None
     return record if whole and same_task else None
-
-
-def claim(folder: Folder, plan: Json) -> None:
-    """Records which plan the folder belongs to. Raises ConfigError if another plan has begun there."""
-    folder.create(PLAN, json_bytes(plan))
-    check_plan(folder, plan)
 
 
 def check_plan(folder: Folder, plan: Json) -> None:

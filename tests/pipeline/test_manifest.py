@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline import manifest, verify
 from pipeline.errors import DataError
+from pipeline.manifest_values import EXISTING
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_a_manifest_whose_values_nobody_wrote_is_rejected_when_it_is_opened(copy
 def test_tars_that_were_indexed_where_they_lie_may_lie_elsewhere_but_under_no_absolute_name(copy):
     (copy.parent / "apart").mkdir()
     for name in ("/etc/passwd", "a//b.tar"):
-        tampered(copy, at("source", value={"kind": manifest.EXISTING}))
+        tampered(copy, at("source", value={"kind": EXISTING}))
         tampered(copy, at(*SHARD, "name", value=name))
         rejected(copy, "names no file of the folder")
     name = (copy / "pets-train-000000.tar").rename(copy.parent / "apart" / "x.tar").name
@@ -231,7 +232,7 @@ def test_a_mean_image_of_anything_else_is_rejected(copy):
 
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
-    st.sampled_from(["../x.tar", "/etc/passwd", "a/b", ".", "", "x" * 5000, "raw", "keep", manifest.EXISTING]),
+    st.sampled_from(["../x.tar", "/etc/passwd", "a/b", ".", "", "x" * 5000, "raw", "keep", EXISTING]),
     st.lists(st.integers(-5, 5), max_size=4), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )  # fmt: skip
 EXAMPLES = 40 * int(os.environ.get("FAULTS", 0)) or 50

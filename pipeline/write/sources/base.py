@@ -40,7 +40,7 @@ class Item(NamedTuple):
     extent: tuple[int, int, int] = (0, 0, 0)  # archive, first byte, bytes: for sources that read archives
 
 
-class Names(Sequence[str]):
+class Names:
     """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
 
     def __init__(self) -> None:
@@ -54,10 +54,7 @@ class Names(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (self.lines[a : b - 1].decode("utf-8", "surrogateescape") for a, b in pairwise(self._ends))
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: Any) -> Any:
+    def __getitem__(self, i: int) -> str:
         return self.lines[self._ends[i] : self._ends[i + 1] - 1].decode("utf-8", "surrogateescape")
 
 

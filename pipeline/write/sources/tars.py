@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from glob import escape, glob
+from glob import glob
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -67,7 +67,7 @@ def _matches(path: Path) -> list[Path]:
     rest = str(path.relative_to(folder))
     if path.is_file() or not re.search(r"[*?[]", rest):
         return [path]
-    return sorted(map(Path, glob(os.path.join(escape(str(folder)), rest))))
+    return sorted(folder / name for name in glob(rest, root_dir=folder))
 
 
 def samples(
