@@ -36,8 +36,7 @@ CHECKED = 1 << 16  # samples whose numbers fit into the processor's cache
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: its shards, and the place of each sample in them. remote: where the shards are, if not in
-    `root`."""
+    """One split of a dataset: its shards, and each sample's place. remote: where the shards are, if not in `root`."""
 
     root: Path
     name: str
@@ -93,6 +92,13 @@ class Split:
         for number, shard in enumerate(self.shards):
             keys += sample_keys(self.root / shard.name, self.rows(number)["offset"].tolist())
         return keys
+
+    def stored(self, sample: int) -> bytes:
+        """A sample's image as its shard, on this machine, has it."""
+        row = self.index[sample]
+        with open(self.root / self.shards[row["shard"]].name, "rb") as file:
+            file.seek(row["offset"])
+            return file.read(row["size"])
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(file, what is wrong with it) of shards that are missing or too short, and of an index that does not fit.

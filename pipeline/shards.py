@@ -93,7 +93,7 @@ def write_shard(
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
     the array index, (n,) INDEX_DTYPE with 0 as shard.
     """
-    rows, stored, digest = [], [], hashlib.sha256()
+    rows, stored, digest, at = [], [], hashlib.sha256(), 0
     with folder.publish(name) as file:
 
         def write(*parts: bytes) -> None:
@@ -103,14 +103,15 @@ def write_shard(
 
         for s in samples:
             text, size = str(s.label).encode(), len(s.image)
-            label = Member(f"{s.key}.cls", file.tell() + BLOCK, len(text))
+            label = Member(f"{s.key}.cls", at + BLOCK, len(text))
             image = Member(f"{s.key}.{extension}", label.offset + padded(label.size) + BLOCK, size)
             head = tar_header(label.name, label.size) + text.ljust(padded(label.size), b"\0")
+            at = image.offset + padded(size)
             write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
             rows.append((image.offset, size, 0, s.label, crc32(s.image), s.width, s.height))
             stored.append((label, image))
-        end = -(-(file.tell() + 2 * BLOCK) // RECORD) * RECORD
-        write(bytes(end - file.tell()))
+        end = -(-(at + 2 * BLOCK) // RECORD) * RECORD
+        write(bytes(end - at))
     folder.write(dali_index_name(name), "".join(f"{line}\n" for line in dali_index(stored)).encode())
     return Shard(name, len(rows), end, digest.hexdigest()), np.array(rows, dtype=INDEX_DTYPE)
 

@@ -289,8 +289,7 @@ def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     groups: dict[str, list[Copy]] = defaultdict(list)
     for split, of_split in zip(splits, keys):
         for sample in np.flatnonzero(np.isin(of_split, values[counts > 1])).tolist():
-            row = split.index[sample]
-            with suppress(OSError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
-                data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
-                groups[hashlib.sha256(data).hexdigest()].append(Copy(split.name, sample, int(row["label"])))
+            with suppress(OSError):
+                digest = hashlib.sha256(split.stored(sample)).hexdigest()
+                groups[digest].append(Copy(split.name, sample, int(split.index["label"][sample])))
     return [group for group in groups.values() if len(group) > 1]

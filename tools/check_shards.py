@@ -122,10 +122,8 @@ def converted(dataset: manifest.Dataset, splits: list[manifest.Split]) -> Iterat
 
 def picture_of(dataset: manifest.Dataset, split: manifest.Split, sample: int) -> str:
     """A thumbnail; "" if the image cannot be read."""
-    row = split.index[sample]
-    with contextlib.suppress(OSError, ValueError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
-        file.seek(row["offset"])
-        data = file.read(row["size"])
+    with contextlib.suppress(OSError, ValueError):
+        data, row = split.stored(sample), split.index[sample]
         if dataset.encoding == "raw":
             return thumbnail(np.frombuffer(data, np.uint8).reshape(row["height"], row["width"], 3), SIDE)
         return thumbnail(decode(data), SIDE)

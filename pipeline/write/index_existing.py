@@ -37,20 +37,22 @@ def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tu
     """
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
-    unused: list[Member] = []
-    for image, label in samples(path, bad, unused, _label):
-        try:
-            data = read_member(path, image)
-            rows[image] = (image.offset, image.size, 0, label, crc32(data), *image_size(data))
-        except BadImage as err:
-            bad[image] = err
     passed_over = PassedOver()
-    for member in unused:
-        file = os.path.basename(member.name)
-        kind = litter(file) or os.path.splitext(file)[1].lower() or "without extension"
-        passed_over.add(kind, _printable(path, member))
+    for member, label in samples(path, _label):
+        if label is None:
+            file = os.path.basename(member.name)
+            kind = litter(file) or os.path.splitext(file)[1].lower() or "without extension"
+            passed_over.add(kind, _printable(path, member))
+        elif isinstance(label, BadImage):
+            bad[member] = label
+        else:
+            try:
+                data = read_member(path, member)
+                rows[member] = (member.offset, member.size, 0, label, crc32(data), *image_size(data))
+            except BadImage as err:
+                bad[member] = err
     if not rows and not bad:
-        if unused:
+        if passed_over:
             raise DataError(f"{path}: holds no samples, no image with a label, but {passed_over}")
         passed_over.add("empty tar", path.name)
     totals, encoding = Totals.zeros(size), Encoding(size=size)

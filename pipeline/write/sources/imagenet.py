@@ -4,8 +4,6 @@ Labels are 0-based in the order of the sorted WordNet ids, as torchvision and ti
 kit are in another order. Facts on the archives: docs/shards.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io

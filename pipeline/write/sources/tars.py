@@ -71,16 +71,14 @@ def _matches(path: Path) -> list[Path]:
 
 
 def samples(
-    path: Path,
-    bad: dict[Member, BadImage],
-    unused: list[Member],
-    label: Callable[[dict[str, bytes]], T],
-    kinds: tuple[str, ...] = LABELS,
-) -> Iterator[tuple[Member, T]]:
-    """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`.
+    path: Path, label: Callable[[dict[str, bytes]], T], kinds: tuple[str, ...] = LABELS
+) -> Iterator[tuple[Member, T | BadImage | None]]:
+    """(image, label) of each sample, in stored order, and what is wrong with a label that has no image or several.
 
-    label: makes a label of a member's content, by its extension. kinds: extensions of labels, by preference.
+    Then all members of no sample, with None. label: makes a label of a member's content, by its extension. kinds:
+    extensions of labels, by preference.
     """
+    unused: list[Member] = []
     last: dict[str, str] = {}  # member of each key
     for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
         found: dict[str, Member] = {}
@@ -103,13 +101,16 @@ def samples(
                 raise DataError(f"{path}: sample {key!r} {err}") from err
             yield labelled
         elif name and (images or name.endswith("cls") or b'"label"' in read_member(path, found[name])):
-            bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
+            used = {found[name]}
+            yield found[name], BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
         elif images and not name and not any(map(litter, images[0].name.split("/"))):
             raise DataError(
                 f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside};"
                 " name one .cls, and sort the tar by name (tar --sort=name) if its parts lie apart"
             )
-        unused += [member for member in found.values() if member not in used and member not in bad]
+        unused += [member for member in found.values() if member not in used]
+    for member in unused:
+        yield member, None
 
 
 def _keyed(path: Path, unused: list[Member]) -> Iterator[tuple[str, str, Member]]:
@@ -155,13 +156,12 @@ class WebDataset(TrainAndVal, Archives):
     def items(self, split: str, place: str) -> Iterator[Item]:
         found, unique = [], UniqueKeys()
         for path in self.files(place):
-            bad: dict[Member, BadImage] = {}
-            unused: list[Member] = []
-            for member, label in samples(path, bad, unused, partial(label_text, kinds=NAMES), NAMES):
-                found.append((len(self.archives), member, label))
+            for member, label in samples(path, partial(label_text, kinds=NAMES), NAMES):
+                if isinstance(label, str):
+                    found.append((len(self.archives), member, label))
+                else:
+                    self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
             self.archives.append(path)
-            for member in (*bad, *unused):
-                self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
         if split == "train":
             self.name_classes(label for *_, label in found)
         for archive, member, label in found:
