@@ -15,6 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from .. import cuts, manifest, pool
 from ..decode import BadImage
 from ..errors import ConfigError, DataError, StorageError, reading
@@ -26,9 +28,9 @@ from .cuts import find, write_file
 from .images import prepare
 from .journal import Listed, ShardRecord
 from .manifest_content import Collected, timm_info, write_statistics
-from .plan import Options, Plan
+from .plan import Options, Plan, Task
 from .resize import Totals
-from .sources import Item
+from .sources import Items
 
 __all__ = ["Options", "Plan", "build", "forecast"]
 
@@ -36,10 +38,10 @@ TRIED = 64  # images, for a forecast
 AHEAD = 16  # images that the system is asked to fetch before they are read
 
 
-def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, measure: bool) -> ShardRecord:
-    """Writes a shard of these items. Images that cannot be used are listed in the record's `bad`, not stored."""
-    options, source = plan.options, plan.source
-    totals = Totals.zeros(options.encoding.size) if measure else None
+def make_shard(plan: Plan, task: Task, folder: Folder) -> ShardRecord:
+    """Writes the task's shard. Images that cannot be used are listed in the record's `bad`, not stored."""
+    options, source, items = plan.options, plan.source, task.items
+    totals = Totals.zeros(options.encoding.size) if options.stats and task.split == "train" else None
     converted: Listed = []
     bad: Listed = []
     places: list[bytes] = []
@@ -62,14 +64,10 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
-    shard, rows = write_shard(folder, name, samples(), extension=extension)
+    shard, rows = write_shard(folder, task.name, samples(), extension=extension)
     if plan.cuts:
-        write_file(folder, _cuts_name(plan, name), shard, rows, places)
+        write_file(folder, task.cuts_name, shard, rows, places)
     return ShardRecord(shard, rows, totals, converted, bad)
-
-
-def _cuts_name(plan: Plan, tar: str) -> str:
-    return tar.removeprefix(f"{plan.source.name}-").removesuffix("tar") + "cuts"
 
 
 class _Nowhere(Folder):
@@ -83,9 +81,9 @@ def forecast(plan: Plan, only: range) -> tuple[ShardRecord, float]:
     """Makes a shard of some of the plan's images and stores it nowhere: its record, and one worker's seconds for it."""
     resize.prepare()
     items = [item for n in only for item in plan.tasks[n].items[:TRIED]]
-    items = items[:: max(1, len(items) // TRIED)][:TRIED]
+    tried = Items(items[:: max(1, len(items) // TRIED)][:TRIED])
     started = time.perf_counter()
-    record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", measure=plan.options.stats)
+    record = make_shard(plan, Task("train", "", "", tried, np.arange(len(tried))), _Nowhere(Path()))
     return record, time.perf_counter() - started
 
 
@@ -163,8 +161,7 @@ def _make(
     def make(number: int) -> tuple[int, int]:
         """Makes a shard; returns its bytes, and how many images are bad."""
         task = plan.tasks[number]
-        measure = plan.options.stats and task.split == "train"
-        record = make_shard(plan, task.items, folder, task.name, measure=measure)
+        record = make_shard(plan, task, folder)
         journal.save(folder, task, record)
         return record.shard.bytes, len(record.bad)
 
@@ -283,7 +280,7 @@ def _publish(plan: Plan, folder: Folder) -> Json:
     # Half-written files of runs that were killed, and shards of a plan that had more of them.
     shards = {task.name for task in plan.tasks}
     wanted = shards | {dali_index_name(name) for name in shards}
-    wanted |= {_cuts_name(plan, name) for name in shards if plan.cuts}
+    wanted |= {task.cuts_name for task in plan.tasks if plan.cuts}
     for name in names:
         if name.endswith((PARTIAL, ".tar", ".idx", ".cuts", cuts.NAME)) and name not in wanted:
             folder.remove(name)

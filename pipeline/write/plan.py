@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 import simplejpeg
 
+from ..cuts import file_name
 from ..errors import ConfigError
 from ..files import Json
 from ..settings import BelowOne, Positive, validate
@@ -42,6 +43,7 @@ class Task:
 
     split: str
     name: str
+    cuts_name: str  # of pipeline/cuts.py's file
     source: Items
     rows: np.ndarray  # positions in `source`, in the shard's order
 
@@ -70,7 +72,7 @@ class Plan:
             shuffled = np.lexsort(key_hashes(f"{self.options.seed}/{split}", items))
             for number, start in enumerate(range(0, len(shuffled), per)):
                 name = f"{self.source.name}-{split}-{number:06d}.tar"
-                tasks.append(Task(split, name, items, shuffled[start : start + per]))
+                tasks.append(Task(split, name, file_name(split, number), items, shuffled[start : start + per]))
         return tasks
 
     def images(self, numbers: Iterable[int]) -> int:
