@@ -10,7 +10,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -134,11 +134,12 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def label_name(extensions: Iterable[str], kinds: Sequence[str] = LABELS) -> str:
+def label_name(extensions: Collection[str], kinds: Sequence[str] = LABELS) -> str:
     """Which of a sample's extensions is its label: cls, or the only one like output.cls; else json alike. "": none."""
-    names = sorted(extensions, key=len)
-    found = next((ends for kind in kinds if (ends := [n for n in names if n.rpartition(".")[2] == kind])), [""])
-    return found[0] if len(found) == 1 or found[0] in kinds else ""
+    for kind in kinds:
+        if found := [name for name in extensions if name.rpartition(".")[2] == kind]:
+            return kind if kind in found else found[0] if len(found) == 1 else ""
+    return ""
 
 
 def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> str:

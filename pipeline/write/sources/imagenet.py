@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from ...tar import members
 from .base import Archives, Item, Items, UniqueKeys
 
 VERIFIED = f"{PARTS}/verified.json"
+Image = tuple[str, tuple[int, int, int]]  # its file's name, and its extent
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
 
 
@@ -75,14 +76,14 @@ class ImageNet2012(Archives):
         train, val = self._needed(self.train), self._needed(self.val)
         val_labels = self._labels(self._kit / self.val_labels, _file(self._kit, self.val_labels))
         training = self._training(train, dict(zip(self.classes, counts)))
-        self.splits = {"train": Items(training), "val": self._evaluation(val, "val", val_labels)}
+        self.splits = {"train": self._items("train", training), "val": self._evaluation("val", val, val_labels)}
         required = self.tests[0] if self.test_labels else None
         if test := next((name for name in self.tests if (self.src / name).is_file()), required):
             path, labels = self._needed(test), None
             if self.test_labels:
                 file = self._needed(self.test_labels)
                 labels = self._labels(file, file.read_bytes())
-            self.splits["test"] = self._evaluation(path, "test", labels)
+            self.splits["test"] = self._evaluation("test", path, labels)
         if self._patches:
             raise DataError(f"{patch}: {min(self._patches)} replaces no image of these archives; download them again")
 
@@ -92,19 +93,23 @@ class ImageNet2012(Archives):
             raise DataError(f"{path}: missing; download it from image-net.org into {self.src}")
         return path
 
-    def _images(self, path: Path, *within: int) -> list[tuple[str, tuple[int, int, int]]]:
-        """(file name, extent) of each image of an archive, or of the tar within it."""
+    def _images(self, path: Path, *within: int) -> list[Image]:
+        """The images of an archive, or of the tar within it."""
         if path not in self.archives:
             self.archives.append(path)
         archive = self.archives.index(path)
         return [(os.path.basename(m.name), (archive, m.offset, m.size)) for m in members(path, *within)]
 
-    def _item(self, name: str, extent: tuple[int, int, int], split: str, label: int, unique: UniqueKeys) -> Item:
-        return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.pop(name, extent))
-
-    def _training(self, path: Path, left: dict[str, int | None]) -> Iterator[Item]:
-        """left: how many images the kit counts in each class, if it does; each class is removed."""
+    def _items(self, split: str, images: Iterable[tuple[Image, int]]) -> Items:
+        """images: each with its label."""
         unique = UniqueKeys()
+        return Items(
+            Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.pop(name, extent))
+            for (name, extent), label in images
+        )
+
+    def _training(self, path: Path, left: dict[str, int | None]) -> Iterator[tuple[Image, int]]:
+        """left: how many images the kit counts in each class, if it does; each class is removed."""
         for inner in members(path):
             wnid, extension = os.path.splitext(os.path.basename(inner.name))
             if extension != ".tar" or wnid not in self.label_of:
@@ -117,14 +122,14 @@ class ImageNet2012(Archives):
                     f"{path}: {wnid} has {len(images):,} images, but the kit counts {expected:,};"
                     " download it again, or pass --no-counts"
                 )
-            for name, extent in images:
-                yield self._item(name, extent, "train", self.label_of[wnid], unique)
+            for image in images:
+                yield image, self.label_of[wnid]
         if left:
             raise DataError(
                 f"{path}: {len(left)} of {len(self.classes)} classes are missing, {min(left)} first; download it again"
             )
 
-    def _evaluation(self, path: Path, split: str, labels: list[int] | None) -> Items:
+    def _evaluation(self, split: str, path: Path, labels: list[int] | None) -> Items:
         """Labels are in the order of the images' names, not of the archive."""
         found = sorted(self._images(path))
         if not found:
@@ -133,9 +138,7 @@ class ImageNet2012(Archives):
             raise DataError(
                 f"{path}: holds {len(found):,} images, but there are {len(labels):,} labels; download it again"
             )
-        unique = UniqueKeys()
-        pairs = zip(found, labels or [-1] * len(found))
-        return Items(self._item(name, extent, split, label, unique) for (name, extent), label in pairs)
+        return self._items(split, zip(found, labels or [-1] * len(found)))
 
     def _labels(self, path: Path, data: bytes) -> list[int]:
         """0-based labels from a file of the classes' ids, a line each."""
