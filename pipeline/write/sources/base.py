@@ -216,21 +216,18 @@ class Archives(Source):
         return data
 
 
-class UniqueKeys:
+class UniqueKeys(dict[str, int]):
     """Tar keys for names: ASCII, no dots or slashes, at most MAX_KEY + a counter long, each one once.
 
     webdataset cuts a key at its first dot, so that "a.b.jpg" and "a.c.jpg" would be one sample.
     """
-
-    def __init__(self) -> None:
-        self._seen: dict[str, int] = {}
 
     def __call__(self, name: str) -> str:
         slug = NOT_IN_KEYS.sub("_", name)[:MAX_KEY] or "_"
         # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
         # A slug holds no "~", so a counter behind one never meets another slug.
         folded = slug.lower()
-        n = self._seen[folded] = self._seen.get(folded, 0) + 1
+        n = self[folded] = self.get(folded, 0) + 1
         return slug if n == 1 else f"{slug}~{n}"
 
 
