@@ -11,7 +11,7 @@ from ..decode import MAX_SIDE, BadImage, Scratch, decode, open_image, plain_jpeg
 from ..errors import ConfigError
 from ..geometry import resized
 from ..settings import Bounds, validate
-from .resize import Totals, centre, resize
+from .resize import Totals, resize
 
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
 _decoded = Scratch()
@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(data: bytes, encoding: Encoding, totals: Totals | None = None, *, check: str = "full") -> Prepared:
-    """Decodes, checks, resizes and encodes an image, and adds its centre square to `totals`.
+    """Decodes, checks, resizes and encodes an image, and adds it to `totals`, of size encoding.size.
 
     check: `full` decodes every image, `header` reads only its size if `keep` stores it as it is. Raises BadImage with
     the reason.
@@ -65,15 +65,8 @@ def prepare(data: bytes, encoding: Encoding, totals: Totals | None = None, *, ch
         pixels = resize(pixels, encoding.size, square=encoding.square)
         stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
     if totals:
-        _measure(pixels, encoding.size, totals)
+        totals.add(pixels)
     return Prepared(stored, pixels.shape[1], pixels.shape[0], converted)
-
-
-def _measure(pixels: ndarray, size: int, totals: Totals) -> None:
-    """Adds the centre square of short side `size`; a smaller image's pixels are counted at their own size."""
-    short = min(pixels.shape[:2])
-    square = centre(pixels, size) if short == size else resize(pixels, size, square=True)
-    totals.add(square, square if short >= size else centre(pixels, short))
 
 
 def _reject_slivers(pixels: ndarray, short: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,15 +78,16 @@ class Totals(NamedTuple):
         """dtype: of the image. 32 bits are enough for 16 million images."""
         return Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, dtype))
 
-    def add(self, square: ndarray, pixels: ndarray) -> None:
-        """square: (size, size, 3) of the mean image. pixels: the square that mean and covariance are made of."""
-        assert square.size == len(self.image)
-        _add(square.reshape(-1), pixels.reshape(-1), self.image, self.numbers[2:])
-        self.numbers[:2] += 1, pixels.size // 3
+    def add(self, pixels: ndarray) -> None:
+        """Adds the centre square of (h, w, 3); a smaller image's own pixels are those of mean and covariance."""
+        size, short = isqrt(len(self.image) // 3), min(pixels.shape[:2])
+        square = centre(pixels, size) if short == size else resize(pixels, size, square=True)
+        counted = square if short >= size else centre(pixels, short)
+        _add(square.reshape(-1), counted.reshape(-1), self.image, self.numbers[2:])
+        self.numbers[:2] += 1, counted.size // 3
 
 
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
     with straight_lines_vectorised():
-        square = resize(np.zeros((40, 40, 3), np.uint8), 8, square=True)
-        Totals.zeros(8).add(square, square)
+        Totals.zeros(8).add(np.zeros((40, 40, 3), np.uint8))

@@ -145,7 +145,7 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
     square = resize.centre(image, side)
     sums = resize.Totals.zeros(side)
     for _ in range(2):
-        sums.add(square, square)
+        sums.add(square)
     products = np.einsum("hwi,hwj->ij", wide, wide)
     numbers, image_sum = sums
     assert numbers[:2].tolist() == [2, 2 * side * side]
@@ -158,7 +158,7 @@ def test_sums_of_many_white_images_overflow_nothing():
     white = resize.centre(np.full((8, 8, 3), 255, np.uint8), 8)
     sums = resize.Totals.zeros(8)
     for number in range(1, 800):
-        sums.add(white, white)
+        sums.add(white)
         if number in (100, 257, 258):
             assert (sums.image == 255 * number).all()
     assert (sums.image == 255 * 799).all()
