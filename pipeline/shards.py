@@ -156,9 +156,8 @@ def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> st
     raise DataError(f"has an empty .{name}")
 
 
-def stored_label(fields: Mapping[str, bytes]) -> int:
-    """The class number in a sample's members by extension; -1: not known. Raises DataError with the reason."""
-    text = label_text(fields)
+def class_number(text: str) -> int:
+    """The class of a label's text; -1: not known. Raises DataError with the reason."""
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise DataError(f"has the label {text[:40]!r}; class numbers from 0 are read")
     return int(text)

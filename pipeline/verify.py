@@ -21,7 +21,7 @@ from . import cuts, manifest, pool
 from .decode import BadImage, decode
 from .errors import DataError
 from .manifest import Dataset, Split
-from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
+from .shards import IMAGES, class_number, crc32, dali_index, dali_index_name, file_sha256, label_text, split_name
 from .storage import Folder
 from .tar import Member, members
 from .write.cuts import find
@@ -200,7 +200,7 @@ def _compare_samples(
 
 def _label(fields: dict[str, bytes]) -> int | None:
     with suppress(DataError):
-        return stored_label(fields)
+        return class_number(label_text(fields))
     return None
 
 

@@ -14,7 +14,7 @@ from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
 from ..files import Json
 from ..manifest_values import EXISTING
-from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, stored_label
+from ..shards import INDEX_DTYPE, Shard, class_number, crc32, file_sha256
 from ..storage import Folder
 from ..tar import Member
 from . import resize
@@ -74,8 +74,8 @@ def _printable(path: Path, member: Member) -> str:
     return f"{path.name}/{member.name}".encode(errors="backslashreplace").decode()
 
 
-def _label(fields: dict[str, bytes]) -> int:
-    label = stored_label(fields)
+def _label(text: str) -> int:
+    label = class_number(text)
     if not 0 <= label < MAX_CLASSES:
         raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
     return label

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from glob import glob
 from itertools import groupby
 from operator import itemgetter
@@ -71,12 +70,12 @@ def _matches(path: Path) -> list[Path]:
 
 
 def samples(
-    path: Path, label: Callable[[dict[str, bytes]], T], kinds: tuple[str, ...] = LABELS
+    path: Path, label: Callable[[str], T], kinds: tuple[str, ...] = LABELS
 ) -> Iterator[tuple[Member, T | BadImage | None]]:
     """(image, label) of each sample, in stored order, and what is wrong with a label that has no image or several.
 
-    Then all members of no sample, with None. label: makes a label of a member's content, by its extension. kinds:
-    extensions of labels, by preference.
+    Then all members of no sample, with None. label: makes a label of its text. kinds: extensions of labels, by
+    preference.
     """
     unused: list[Member] = []
     last: dict[str, str] = {}  # member of each key
@@ -96,7 +95,7 @@ def samples(
         if name and len(images) == 1:
             used = {*images, found[name]}
             try:
-                labelled = images[0], label({name: read_member(path, found[name])})
+                labelled = images[0], label(label_text({name: read_member(path, found[name])}, kinds))
             except DataError as err:
                 raise DataError(f"{path}: sample {key!r} {err}") from err
             yield labelled
@@ -156,7 +155,7 @@ class WebDataset(TrainAndVal, Archives):
     def items(self, split: str, place: str) -> Iterator[Item]:
         found, unique = [], UniqueKeys()
         for path in self.files(place):
-            for member, label in samples(path, partial(label_text, kinds=NAMES), NAMES):
+            for member, label in samples(path, str, NAMES):
                 if isinstance(label, str):
                     found.append((len(self.archives), member, label))
                 else:
