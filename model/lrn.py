@@ -42,11 +42,10 @@ def local_response_norm(
         raise ValueError(f"towers={towers}: {x.shape[1]} channels do not divide")
     # As the memory lies, so that padding and sums go along whole lines: channels last is a contiguous (N, H, W, C).
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    lying = x.permute(0, 2, 3, 1) if last else x
-    before, after = (lying.shape[:3], ()) if last else (lying.shape[:1], lying.shape[2:])
-    window = Window(size, (len(before) + 1,), alpha / size, beta, k)
-    grouped = lying.reshape(*before, towers, x.shape[1] // towers, *after)
-    normalised = _normalise(grouped, window, **how).view(lying.shape)
+    lying, channels = (x.permute(0, 2, 3, 1), 3) if last else (x, 1)
+    window = Window(size, (channels + 1,), alpha / size, beta, k)
+    grouped = torch.unflatten(lying, channels, (towers, -1))
+    normalised = _normalise(grouped, window, **how).flatten(channels, channels + 1)
     return normalised.permute(0, 3, 1, 2) if last else normalised
 
 

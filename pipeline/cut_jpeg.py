@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from .huffman import KEPT, SLACK, TABLE, peek, read_difference, skip_block, unstuff
+from .huffman import KEPT, SLACK, TABLE, holds_ff, peek, read_difference, skip_block, store64, unstuff, window
 from .jit import compiled
 from .jpeg import (
     BLOCKS,
@@ -57,10 +57,21 @@ def _put(out: ndarray, q: int, acc: int, held: int, value: int, size: int) -> tu
 
 @compiled
 def _copy(clean: ndarray, bit: int, end: int, out: ndarray, q: int, acc: int, held: int) -> Any:
-    """Appends the bits [bit, end)."""
-    while end - bit >= 32:
-        acc = (acc & 0xFFFFFFFF) << 32 | peek(clean, bit)
-        q = _write(out, q, acc >> held, 32)
+    """Appends the bits [bit, end), seven bytes at a time: mostly none is 0xFF, and needs a zero behind it."""
+    if end - bit >= 64:
+        size = 32 - held
+        q, acc, held = _put(out, q, acc, held, peek(clean, bit) >> held, size)
+        bit += size
+        while end - bit >= 56:
+            word = window(clean, bit) & np.uint64(0xFFFFFFFFFFFFFF00)
+            if holds_ff(word):
+                q = _write(out, q, np.int64(word >> np.uint64(8)), 56)
+            else:
+                store64(out, u(q), word)
+                q += 7
+            bit += 56
+    if end - bit >= 32:
+        q, acc, held = _put(out, q, acc, held, peek(clean, bit), 32)
         bit += 32
     return _put(out, q, acc, held, peek(clean, bit) >> (32 - (end - bit)), end - bit)
 

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,6 +93,14 @@ def write_json(path: Path, value: Any) -> None:
     """Publishes `value` as indented JSON."""
     with atomic_write(path) as file:
         file.write(json_bytes(value))
+
+
+def read_object(path: Path) -> Json:
+    """The object in a JSON file; empty if there is none, or if it was not written to its end."""
+    with suppress(OSError, ValueError):
+        if isinstance(value := json.loads(path.read_bytes()), dict):
+            return value
+    return {}
 
 
 class OpenFile:

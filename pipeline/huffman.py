@@ -20,11 +20,12 @@ u = np.uintp
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
 # they hold; 0: a longer code. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
 # mostly has the same. They decode longer codes.
-LOOK = 11
+LOOK = 10
 MANY, KEPT = 1 << LOOK, 2 << LOOK
 TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
+WINDOW = 57  # bits, at least, of what `window` returns
 SLACK = 8  # bytes that `peek` may read behind the last one
 
 
@@ -80,22 +81,38 @@ def _join(tables: ndarray, base: int) -> None:
         tables[base + MANY + bits] = coefficients << 8 | used
 
 
-def _load64_code(_: Any, array: Any, at: Any) -> Any:
-    """Eight bytes from `at` on, as a number: one instruction instead of eight loads and shifts."""
+def _eight_bytes(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    """Where the array values[0] has those from values[1] on: one instruction loads or stores them."""
+    data = context.make_array(signature.args[0])(context, builder, values[0]).data
+    return builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, values[0]).data
-        address = builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
-        return builder.bswap(builder.load(address, align=1))
+
+def _load64_code(_: Any, array: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, *call: Any) -> Any:
+        return builder.bswap(builder.load(_eight_bytes(context, builder, *call), align=1))
 
     return types.uint64(array, at), generate
 
 
+def _store64_code(_: Any, array: Any, at: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, *call: Any) -> Any:
+        builder.store(builder.bswap(call[1][2]), _eight_bytes(context, builder, *call), align=1)
+
+    return types.void(array, at, types.uint64), generate
+
+
 _load64: Any = intrinsic(_load64_code)
+store64: Any = intrinsic(_store64_code)
 
 
 @compiled
-def _window(clean: ndarray, bit: int) -> Any:
+def holds_ff(word: Any) -> Any:
+    """Whether one of eight bytes is 0xFF."""
+    return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
+
+
+@compiled
+def window(clean: ndarray, bit: int) -> Any:
     """At least 57 bits from `bit` on, at the top of 64. Reads 8 bytes."""
     return _load64(clean, u(bit) >> u(3)) << np.uint64(bit & 7)
 
@@ -103,7 +120,7 @@ def _window(clean: ndarray, bit: int) -> Any:
 @compiled
 def peek(clean: ndarray, bit: int) -> Any:
     """32 bits from `bit` on."""
-    return np.int64(_window(clean, bit) >> np.uint64(32))
+    return np.int64(window(clean, bit) >> np.uint64(32))
 
 
 @compiled
@@ -137,24 +154,25 @@ def read_difference(tables: ndarray, dc: int, bits: int) -> Any:
 @compiled
 def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac: int) -> tuple[int, int]:
     """The position after the block at `bit`, and its DC difference. end + 1 if it cannot be read or passes `end`."""
-    word, k = _window(clean, bit), 1
+    word, k = window(clean, bit), 1
     used, difference = read_difference(tables, dc, np.int64(word >> np.uint64(32)))
     if used == 0:
         return end + 1, 0
     word <<= np.uint64(used)
     while k < 64:
-        if used > 57 - 16:  # too few bits are left for the longest code
+        if used > WINDOW - 16:  # too few bits are left for the longest code
             bit, used = bit + used, 0
             if bit > end:
                 return end + 1, 0
-            word = _window(clean, bit)
+            word = window(clean, bit)
         found: Any = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
         many = found >> 8
         if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
             found = _coded(tables, ac, np.int64(word >> np.uint64(32)))
             if found == 0:
                 return end + 1, 0
-        word, used, k = word << np.uint64(found & 0xFF), used + (found & 0xFF), k + (found >> 8 & 0xFF)
+        # Of a shift, processors look at six bits only: this mask costs nothing, a larger one a cycle.
+        word, used, k = word << np.uint64(found & 63), used + (found & 0xFF), k + (found >> 8 & 0xFF)
     return min(bit + used, end + 1) if k == 64 or k >= DONE else end + 1, difference
 
 
@@ -167,6 +185,12 @@ def unstuff(data: ndarray, start: int, end: int, clean: ndarray) -> Any:
     """
     p, q = u(start), u(0)
     while p < u(end):
+        if p + u(8) <= u(end):
+            word = _load64(data, p)
+            if not holds_ff(word):
+                store64(clean, q, word)
+                p, q = p + u(8), q + u(8)
+                continue
         byte = data[p]
         clean[q] = byte
         p += u(1)

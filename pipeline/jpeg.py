@@ -8,9 +8,10 @@ before could not be read; functions that get such a position return it.
 from typing import Any
 
 import numpy as np
+from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, peek, read_table, skip_block, unstuff
+from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, skip_block, unstuff, window
 from .jit import compiled
 
 # What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From CODES on
@@ -18,6 +19,7 @@ from .jit import compiled
 WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, CODES = range(TABLES, TABLES + 9)
 HEADER = CODES + 6
 u = np.uintp
+leading_zeros: Any = numbers.leading_zeros  # one instruction
 
 
 @compiled
@@ -191,12 +193,13 @@ def unpack(packed: ndarray, places: ndarray) -> bool:
         return False
     for i in range(len(places)):
         for column in range(4):
-            lower, upper = int(packed[column]), 0
-            while bit < end and packed[u(bit >> 3)] << (bit & 7) & 0x80:
-                upper, bit = upper + 1, bit + 1
+            lower, start, ones = int(packed[column]), bit, WINDOW
+            while ones >= WINDOW and bit < end:
+                ones = int(leading_zeros(~window(packed, bit)))
+                bit += ones
             if bit + 1 + lower > end:
                 return False
-            value = upper << lower | peek(packed, bit + 1) >> (32 - lower)
+            value = bit - start << lower | peek(packed, bit + 1) >> (32 - lower)
             before[column] += value >> 1 ^ -(value & 1) if column else value
             bit += 1 + lower
         places[i] = before

@@ -58,7 +58,7 @@ def main() -> None:
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
     dataset = open_dataset(args.shards, allow_http=args.allow_http)
-    labelled = bool((dataset.split(args.split).index["label"] >= 0).all())
+    labelled = (dataset.split(args.split).index["label"] >= 0).all()
     if not (labelled or args.submission or args.csv):
         raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
     order = submission_order(dataset, args.split) if args.submission else []
@@ -180,10 +180,11 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
 
 
 def figure(found: Json, name: str) -> str:
-    value, interval = found[name], found["interval_95"].get(name)
-    shown = (lambda x: f"{x:.4f}") if name == "loss" else (lambda x: f"{x:.2%}")
+    form = ".4f" if name == "loss" else ".2%"
+    low, high = found["interval_95"].get(name, (None, None))
+    between = "" if low is None else f"   95 %: {low:{form}} to {high:{form}}"
     counted = f"   {found['correct'][name]:,} right" if name in found["correct"] else ""
-    return shown(value) + (f"   95 %: {shown(interval[0])} to {shown(interval[1])}" if interval else "") + counted
+    return f"{found[name]:{form}}{between}{counted}"
 
 
 def named(wnid: str, names: dict[str, str]) -> str:

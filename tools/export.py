@@ -161,7 +161,6 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
         split=split,
         batch=COMPARED,
         train=False,
-        first=min(COMPARED, dataset.split(split).samples),
         statistics=model.statistics(dataset),
         augment=dataclasses.replace(model.card.augment, views=1),
     ) as loader:

@@ -22,10 +22,10 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # Nothing that a machine may lack is imported here: a missing package costs only the steps that need it.
 from pipeline.errors import ConfigError, ExpressError
-from pipeline.files import write_json
+from pipeline.files import read_object, write_json
 from tools import cli
 from tools.bench.alone import end_with_parent
-from tools.bench.harness import Json, command_line, how_it_ended, process, read_json, scratch_folder
+from tools.bench.harness import Json, command_line, how_it_ended, process, scratch_folder
 from tools.bench.proof import tables
 from tools.bench.proof.base import Proof
 from tools.bench.proof.steps import STEPS
@@ -81,7 +81,7 @@ def answer(args: argparse.Namespace, name: str, file: str, scratch: str, limit: 
     try:
         result = {"passed": True, "result": STEPS[name].run(proof)}
     except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
-        result = read_json(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
+        result = read_object(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
     write_json(path, result)
 
 
@@ -163,7 +163,7 @@ def run_process(name: str, scratch: Path, *, limit: float) -> Json:
         except subprocess.TimeoutExpired:
             ended = f"took longer than its limit of {limit:.0f} s"
     lines = log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]
-    return {"answer": read_json(path), "ended": ended, "tail": lines, "seconds": round(time.monotonic() - started, 1)}
+    return {"answer": read_object(path), "ended": ended, "tail": lines, "seconds": round(time.monotonic() - started, 1)}
 
 
 if __name__ == "__main__":

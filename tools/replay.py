@@ -20,7 +20,7 @@ import tempfile
 from typing import Any
 
 from pipeline.errors import CHECK_FAILED, ConfigError, DataError
-from pipeline.files import Json, write_json
+from pipeline.files import Json, read_object, write_json
 from pipeline.settings import updated
 from pipeline.storage import absolute
 from tools import cli
@@ -46,30 +46,29 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train.build import build_trainer
     from train.checkpoint import Checkpoints
     from train.config import Config
-    from train.distributed import make_accelerator
-    from train.preflight import open_alike
     from train.run_folder import RunFolder, read_config
     from train.signals import Stop
 
     described = read_config(args.run, "config", "ranks", "shards")
     saved, _ = Checkpoints(args.run, keep=1).newest(before=args.step)
-    here = {"data.shards": absolute(args.shards or described["shards"]), "run.dir": str(scratch / "run")}
-    here |= {"run.record_ids": False, "resume": str(saved.path) if saved else ""}
+    here = {
+        "data.shards": absolute(args.shards or described["shards"]),
+        "run.dir": str(scratch / "run"),
+        "run.record_ids": False,
+        "resume": str(saved.path) if saved else "",
+    }
     config = updated(updated(Config(), described["config"]), here)
-    dataset = open_alike(config)
-    accelerator = make_accelerator(config)
-    folder = RunFolder(Path(config.run.dir), private=True)
-    run = build_trainer(config, accelerator, dataset, folder=folder, stop=Stop())
+    run = build_trainer(config, folder=RunFolder(Path(config.run.dir), private=True), stop=Stop())
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step
     found = measured(run, args.step)
     same = True
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         epoch, within = divmod(args.step - 1, run.steps_per_epoch)
         print(f"step {args.step}: step {within + 1} of {run.steps_per_epoch} of epoch {epoch + 1}, after step {begun}")
         names = [run.loader.describe(id_) for id_ in found["ids"]]
-        same_ranks = described["ranks"] == accelerator.num_processes
+        same_ranks = described["ranks"] == run.accelerator.num_processes
         same = report(found, recorded_loss(args.run, args.step), names, same_ranks=same_ranks)
         if args.json:
             write_json(args.json, {"step": args.step, **found})
@@ -105,7 +104,7 @@ def report(found: Json, recorded: float | None, names: list[str], *, same_ranks:
     same, beside = True, "not recorded by itself"
     if recorded is not None:
         equal = loss == recorded or (math.isnan(loss) and math.isnan(recorded))
-        same = equal or abs(loss - recorded) <= (0 if same_ranks else CLOSE * abs(recorded))
+        same = equal or math.isclose(loss, recorded, rel_tol=0 if same_ranks else CLOSE)
         beside = f"recorded {recorded:.9g}: {'equal' if equal else f'{loss - recorded:+.3g}'}"
     print(f"loss {loss:.9g} ({beside}), gradient norm {found['gradient_norm']:.6g}")
     bad = [i for i, one in enumerate(losses) if not math.isfinite(one)]
@@ -118,10 +117,10 @@ def report(found: Json, recorded: float | None, names: list[str], *, same_ranks:
 
 def recorded_loss(folder: Path, step: int) -> float | None:
     """The step's own loss: that of a step that ended the run or was left out, or of any, if every step was recorded."""
-    from train.run_folder import EXIT, read_json, read_metrics
+    from train.run_folder import EXIT, read_metrics
 
     try:
-        ended = read_json(folder / EXIT, cure="") or {}
+        ended = read_object(folder / EXIT)
         if "ids" in ended and ended.get("step") == step:
             return float(ended["loss"])
         lines = read_metrics(folder)

@@ -53,7 +53,7 @@ class Saver:
     def finish(self, step: int) -> None:
         """Waits until the last save is on the disk. Raises StorageError, at all ranks, if it could not be written."""
         self.settle()
-        if self.agreement.largest(int(bool(self._error)))[0]:
+        if self.agreement.largest(self._error != "")[0]:
             self.raise_failure(step)
 
     def raise_failure(self, step: int) -> None:

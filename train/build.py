@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from model import AlexNet
+from model.dropout import Dropout
 from model.summary import count_parameters
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.files import Json, write_json
@@ -21,17 +22,18 @@ from pipeline.read.loader import Loader
 from pipeline.settings import flatten, updated
 from pipeline.storage import absolute
 
-from . import environment, resume
+from . import distributed, environment, resume
 from .background_saves import Saver
 from .checkpoint import Checkpoints, Saved, restore_optimizer
 from .classifier import recorded
 from .config import Config
-from .distributed import Agreement, patience, resolved_precision, take_cores
+from .distributed import Agreement
 from .metrics import Meter, Record
 from .model_card import INPUTS, Inputs
-from .networks import create_net, load_weights, without_dropout
+from .networks import create_net, load_weights
 from .nonfinite import Finite
 from .optim import Plateau
+from .preflight import open_alike
 from .profiling import Profile
 from .run_folder import CONFIG, RunFolder
 from .showcase import Showcase
@@ -62,17 +64,18 @@ def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
     return "float16" if device.type == "cuda" and mixed_precision in ("bf16", "fp16") else "float32"
 
 
-def build_trainer(
-    config: Config, accelerator: Accelerator, dataset: Dataset, *, folder: RunFolder, stop: Stop
-) -> Trainer:
+def build_trainer(config: Config, *, folder: RunFolder, stop: Stop) -> Trainer:
     """Builds the run, resumed from a checkpoint if there is one, and opens its run folder.
 
     Raises ExpressError, the same at all ranks, before anything of the run folder has changed.
     """
+    dataset = open_alike(config)
+    accelerator = distributed.make_accelerator(config)
     main, world = accelerator.is_main_process, accelerator.num_processes
     train, say = config.train, accelerator.on_main_process(print)
-    agreement = Agreement(accelerator, patience(config.guard.hang_seconds))
-    precision, cores = resolved_precision(train.precision, accelerator), take_cores(accelerator.device)
+    agreement = Agreement(accelerator, distributed.patience(config.guard.hang_seconds))
+    precision = distributed.resolved_precision(train.precision, accelerator)
+    cores = distributed.take_cores(accelerator.device)
     check_batch(config, dataset, world=world)
     checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
     config = resume.with_window(config, dataset, checkpoints, agreement)
@@ -183,8 +186,8 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
         for name in vars(state):
             setattr(state, name, kept[name])
         state.plateau = Plateau(**kept["plateau"])
-        if average:
-            average.net.load_state_dict(saved.average)
+        if average is not None:
+            average.load_state_dict(saved.average)
         meter.load_state_dict(kept["meter"])
     except (LookupError, RuntimeError, TypeError, ValueError) as err:
         raise DataError(f"{saved.path}: does not fit this net ({first_line(err)}); choose another --run.dir") from err
@@ -231,7 +234,8 @@ def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.
     if isinstance(net, AlexNet) and net.variant.crop != crop and not net.variant.any_crop:
         made_for = f"model.name={model.name} is made for augment.crop={net.variant.crop}"
         say(f"{made_for}; at {crop} it has {count_parameters(net):,} parameters")
-    if config.overfit:
-        without_dropout(net)
+    for module in net.modules() if config.overfit else ():
+        if isinstance(module, Dropout | nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
     return net.to(memory_format=torch.channels_last)

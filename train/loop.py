@@ -1,5 +1,6 @@
 """The training loop: `train` takes a run from its first batch to its last figures."""
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -56,9 +57,9 @@ def train(t: Trainer) -> Evaluation:
             save(t)
         elif result and result.best.top1 == 1:
             break
+    result = result or last_figures(t)
     if c.overfit:
         check_overfit(t, result)
-    result = result or last_figures(t)
     finish_saving(t)
     t.profile.end_run()
     if state.best_step is not None and not c.overfit:
@@ -233,9 +234,8 @@ def last_figures(t: Trainer) -> Evaluation:
     return result
 
 
-def check_overfit(t: Trainer, result: Evaluation | None) -> None:
+def check_overfit(t: Trainer, result: Evaluation) -> None:
     """Raises ExpressError if an image is still wrong."""
-    result = result or count(t)
     if result.best.top1 < 1:
         raise ExpressError(
             f"after {t.state.epoch} epochs {result.weights.top1:.1%} of {t.config.overfit} images are right;"
@@ -253,7 +253,7 @@ def save(t: Trainer) -> None:
             t.state.step,
             model=t.stepper.bare.state_dict(),
             optimizer=t.stepper.optimizer.state_dict(),
-            average=average.net.state_dict() if average else {},
+            average={} if average is None else average.state_dict(),
             state={
                 **dataclasses.asdict(t.state),
                 "loader": t.loader.state_dict(),
@@ -277,9 +277,10 @@ def save_and_stop(t: Trainer, stop: int) -> None:
     """Saves, waits until that is on the disk, and raises Preempted; all ranks are at the same step."""
     save(t)
     finish_saving(t)
-    t.stop.done()
     reason = f"stopped by {signals.describe(stop, world=t.accelerator.num_processes)}"
     if t.accelerator.is_main_process:
+        with contextlib.suppress(OSError):  # the next run must not stop because of it
+            (t.folder.path / signals.STOP_FILE).unlink()
         t.folder.write_exit(code=Preempted.code, reason=reason, step=t.state.step)
     t.agreement.largest(0)  # a rank that ends early makes launchers end the others
     raise Preempted(f"{reason}; step {t.state.step} is saved, and the same command resumes from there")

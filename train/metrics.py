@@ -80,13 +80,14 @@ METRICS, IDS = "metrics.jsonl", "ids"
 class Record:
     """The run's records; only the main rank writes metrics, every rank writes its ids.
 
-    What cannot be written is kept in `error`, once, for the run to decide about; nothing is raised for it.
+    log: prints a line at the main rank. What cannot be written is kept in `error`, once, for the run to decide about;
+    nothing is raised for it.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, *, resumed_at: tuple[int, int]) -> None:
         """resumed_at: step and epoch; what was written of later ones is forgotten."""
         self.run, ids = Path(config.run.dir), config.run.record_ids
-        self.accelerator = accelerator
+        self.accelerator, self.log = accelerator, accelerator.on_main_process(print)
         # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
         alone = config.run.trackers == ("tensorboard",)
         values = None if alone else {name: str(value) for name, value in flatten(config).items()}
@@ -113,14 +114,14 @@ class Record:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
         with self._keeping_error():
-            self._append(self._metrics, line)
+            print(json.dumps(line), file=self._metrics, flush=True)
             self.accelerator.log(numbers, step=step)
 
     def ids(self, step: int, ids: Any) -> None:
         """The samples of this rank at optimiser step `step`."""
         if self._ids is not None:
             with self._keeping_error():
-                self._append(self._ids, {"step": step, "ids": ids.tolist()})
+                print(json.dumps({"step": step, "ids": ids.tolist()}), file=self._ids, flush=True)
 
     @contextlib.contextmanager
     def _keeping_error(self) -> Iterator[None]:
@@ -128,14 +129,6 @@ class Record:
             yield
         except OSError as err:
             self.error = self.error or err
-
-    def _append(self, file: Any, line: Json) -> None:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-
-    def log(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            print(line)
 
     def close(self) -> None:
         for file in filter(None, (self._metrics, self._ids)):

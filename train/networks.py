@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from model import AlexNet, ModelConfig
-from model.dropout import Dropout
 from model.lrn import ResponseNorm
 from pipeline.errors import ConfigError, DataError, first_line
 from pipeline.settings import did_you_mean
@@ -57,14 +56,14 @@ def _others_net(name: str, classes: int) -> nn.Module:
         # By default these two return more than logits in training.
         with_aux = which in ("googlenet", "inception_v3")
         extra = {"aux_logits": False, "init_weights": True} if with_aux else {}
-        make: Callable[..., nn.Module] = partial(models.get_model, weights=None, **extra)
+        make: Callable[..., nn.Module] = partial(models.get_model, **extra)
     elif library == "timm":
         try:
             import timm
         except ImportError as err:
             raise ConfigError(f"model.name={name}: timm is not installed; pip install timm") from err
         known = timm.list_models()
-        make = partial(timm.create_model, pretrained=False)
+        make = timm.create_model
     else:
         raise ConfigError(f"model.name={name}: choose torchvision:NAME or timm:NAME")
     if which not in known:
@@ -204,12 +203,6 @@ def _freeze(net: nn.Module) -> None:
         frozen, trained = net.feature_layers(), []
     for module in (*frozen, *trained):
         module.requires_grad_(module in trained).train(module in trained)
-
-
-def without_dropout(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, Dropout | nn.modules.dropout._DropoutNd):
-            module.p = 0.0
 
 
 # Compiling

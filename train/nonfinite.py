@@ -28,8 +28,13 @@ class Finite:
 
     def bad_step(self, step: int, loss: Tensor) -> int:
         """The number of `step`, counted from 1, if it was bad, otherwise 0; if late, of the step before."""
-        now = torch.stack([self._is_bad(loss).float(), loss.detach().float()])
-        self._unread.append((step, HostCopy(now)))
+        loss = loss.detach()
+        bad = ~torch.isfinite(loss)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients:
+            # One number for all gradients: NaN and infinity survive every sum.
+            bad = bad | ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        self._unread.append((step, HostCopy(torch.stack([bad.float(), loss.float()]))))
         return self.rest(unread=self.late)
 
     def rest(self, *, unread: int = 0) -> int:
@@ -44,14 +49,6 @@ class Finite:
         """Over all ranks, of the step that was reported last. Communicates."""
         loss = torch.tensor(self.loss, device=accelerator.device)  # NCCL takes no host tensors
         return float(accelerator.reduce(loss, "mean"))
-
-    def _is_bad(self, loss: Tensor) -> Tensor:
-        bad = ~torch.isfinite(loss.detach())
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradients:
-            # One number for all gradients: NaN and infinity survive every sum.
-            bad = bad | ~torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-        return bad
 
 
 class LossNotFinite(ExpressError):

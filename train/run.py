@@ -49,13 +49,9 @@ def main(argv: list[str]) -> int:
                 print(f"network {config.model.name}, data {config.data.shards}, run folder {config.run.dir}")
 
             from train.build import build_trainer
-            from train.distributed import make_accelerator
             from train.loop import train
-            from train.preflight import open_alike
 
-            dataset = open_alike(config)
-            accelerator = make_accelerator(config)
-            run = build_trainer(config, accelerator, dataset, folder=folder, stop=stop)
+            run = build_trainer(config, folder=folder, stop=stop)
             report.trainer = run
             if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
                 run.watchdog.parent = PARENT  # a launcher, which outlives the run; a shell need not
@@ -63,7 +59,7 @@ def main(argv: list[str]) -> int:
             stop.at_second = partial(report.write, CHECK_FAILED)
             result = train(run)
             run.close()
-            if accelerator.is_main_process:
+            if run.accelerator.is_main_process:
                 folder.write_exit(code=DONE, reason="done", step=run.state.step)
                 print(result)
         heed_no_more()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.files import Json, locked, write_json
+from pipeline.files import Json, locked, read_object, write_json
 
 from . import watchdog
 
@@ -68,11 +68,8 @@ class RunFolder:
         return holder
 
     def _holder(self) -> str:
-        try:
-            holder = json.loads((self.path / LOCK).read_text())
-            return f"process {holder['pid']} of {holder['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another run"
+        holder = read_object(self.path / LOCK)
+        return f"process {holder['pid']} of {holder['host']}" if holder else "another run"
 
     def write_exit(self, **facts: Any) -> None:
         """Writes exit.json, at every end of a run: launchers turn every exit code into 1, this file keeps it.

@@ -17,13 +17,13 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, StorageError
-from pipeline.files import Json, write_json
+from pipeline.errors import StorageError
+from pipeline.files import Json, read_object, write_json
 from pipeline.read.augment import normalisation
 from pipeline.read.loader import Batch, Loader
 
 from .evaluation import best_classes, confusions
-from .run_folder import SHOWCASE, read_json
+from .run_folder import SHOWCASE
 
 EPOCHS = 3  # whose crops of the same images are kept
 IMAGES = 12
@@ -37,10 +37,7 @@ class Showcase:
     def __init__(self, run: Path, accelerator: Accelerator, *, on: bool, step: int) -> None:
         self.path, self.accelerator, self.on = run / SHOWCASE, accelerator, on
         self.writes = on and accelerator.is_main_process
-        before = None
-        with contextlib.suppress(DataError):
-            before = read_json(self.path, cure="")
-        self._crops = [crop for crop in (before or {}).get("crops", []) if crop["step"] <= step]
+        self._crops = [crop for crop in read_object(self.path).get("crops", []) if crop["step"] <= step]
         self._pixels: list[np.ndarray] = []  # of the crops since the last evaluation
         self._chosen: np.ndarray | None = None
 

@@ -20,9 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 COPY_SECONDS = 2.0  # a launcher's copy of a signal arrives within milliseconds
 FILE_SECONDS = 1.0  # between two looks for the stop file
 STOP_FILE = "stop"
-FILE, ORPHAN = 1, 2  # reasons beside the signals' numbers
-FIRST_SIGNAL = 10  # codes of signals are their number and this
-HANG_UP = FIRST_SIGNAL + signal.SIGHUP
+FILE, ORPHAN = 100, 101  # reasons beside the signals' numbers, which are below
 RANKS = 1 << 20  # a code and the rank that has it travel as one number
 
 
@@ -41,7 +39,6 @@ class Stop:
     at: float = 0.0  # of the first signal
     at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
     running: bool = False  # before, a signal breaks off what is being done
-    _file: Path | None = None
     _looked: float = 0.0
 
     def install(self) -> None:
@@ -59,7 +56,7 @@ class Stop:
 
     def _interrupt(self, number: int, frame: Any) -> None:
         # Not counted: the thread has heard of it already, and after a long call into C it would pass for a second one.
-        self.code = self.code or FIRST_SIGNAL + number
+        self.code = self.code or number
         if not self.running:
             self.running = True  # once: what ends must not be broken off again
             raise KeyboardInterrupt
@@ -68,38 +65,32 @@ class Stop:
         while numbers := mine.recv(64):
             for number in numbers:
                 if number in SIGNALS:
-                    self.request(FIRST_SIGNAL + number)
+                    self.request(number)
 
     def request(self, code: int) -> None:
         """Requests a stop. A second signal, after the copies of the first, ends the process at once."""
         self.code = self.code or code
-        if code < FIRST_SIGNAL:
+        if code >= FILE:
             return
         now = time.monotonic()
         self.at = self.at or now
         # A terminal that closes sends SIGHUP more than once, and a launcher that gets it then sends SIGTERM.
-        hung_up = code == HANG_UP or (self.code == HANG_UP and code == FIRST_SIGNAL + signal.SIGTERM)
+        hung_up = code == signal.SIGHUP or (self.code == signal.SIGHUP and code == signal.SIGTERM)
         if now - self.at > COPY_SECONDS and not hung_up:
             with suppress(Exception):
                 self.at_second(f"a second {name(code)}: ended at once, without saving")
-            os._exit(128 + code - FIRST_SIGNAL)
+            os._exit(128 + code)
 
     def look_for_file(self, folder: Path) -> None:
         """Requests a stop if the run folder holds a file named `stop`; checks once a second."""
         if (now := time.monotonic()) - self._looked >= FILE_SECONDS:
-            self._looked, self._file = now, folder / STOP_FILE
-            if self._file.exists():
+            self._looked = now
+            if (folder / STOP_FILE).exists():
                 self.request(FILE)
 
     def encoded(self, rank: int) -> int:
         """The request as one number, the greatest of which all ranks follow; 0: none."""
         return self.code * RANKS + rank if self.code else 0
-
-    def done(self) -> None:
-        """Removes the stop file: the next run must not stop because of it."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.unlink()
 
 
 def heed_no_more() -> None:
@@ -115,10 +106,10 @@ def heed_no_more() -> None:
 def describe(encoded: int, *, world: int) -> str:
     """What `Stop.encoded` stands for, with the rank if only one of several has the signal."""
     code, rank = divmod(encoded, RANKS)
-    return name(code) + (f" at rank {rank}" if code > FIRST_SIGNAL and world > 1 else "")
+    return name(code) + (f" at rank {rank}" if code < FILE and world > 1 else "")
 
 
 def name(code: int) -> str:
     """A request in words."""
     others = {FILE: f"the file {STOP_FILE!r} in the run folder", ORPHAN: "the end of its launcher"}
-    return others.get(code) or signal.Signals(code - FIRST_SIGNAL).name
+    return others.get(code) or signal.Signals(code).name

@@ -18,7 +18,7 @@ from pipeline.read.backend import to_device
 from pipeline.read.loader import Batch, Loader
 
 from .config import Config
-from .ema import Average
+from .ema import average_of, update_average
 from .networks import compile_net
 from .optim import make_optimizer
 
@@ -39,9 +39,9 @@ class Stepper:
 
     def __init__(self, net: nn.Module, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        decay, device = config.regularize.ema, accelerator.device
-        self.average = Average(net.to(device), decay) if decay else None
-        self.nets = [net, *([self.average.net] if self.average else [])]
+        self.decay, device = config.regularize.ema, accelerator.device
+        self.average = average_of(net.to(device)) if self.decay else None
+        self.nets = [net] if self.average is None else [net, self.average]
         for one in self.nets:  # before it is wrapped, in place: names of weights stay
             self.compiled = compile_net(one, config.train.compile, device, world=accelerator.num_processes)
         optimizer = make_optimizer(
@@ -96,7 +96,7 @@ class Stepper:
         self.optimizer.step()
         moved = not self.optimizer.step_was_skipped
         if moved and self.average is not None:
-            self.average.update(self.bare, number)
+            update_average(self.average, self.bare, self.decay, number)
         return moved
 
     def settle_buckets(self, loader: Loader, crop: int) -> None:

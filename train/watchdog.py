@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline import errors
-from pipeline.files import Json
+from pipeline.files import Json, read_object
 
 from .signals import ORPHAN, Stop
 
-HEARTBEATS, STACKS, HANG = "heartbeat", "stacks", "hang.json"
+HEARTBEAT, STACKS, HANG = "heartbeat/rank-{:05d}.json", "stacks/rank-{:05d}.txt", "hang.json"
 LOOK_SECONDS = 0.5
 DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
 ORPHAN_SECONDS = 20.0  # that a rank without a launcher may take to save
@@ -63,7 +63,7 @@ class Watchdog:
 
     def start(self) -> None:
         with suppress(OSError):
-            (self.folder / HEARTBEATS).mkdir(exist_ok=True)
+            (self.folder / HEARTBEAT).parent.mkdir(exist_ok=True)
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -125,22 +125,17 @@ class Watchdog:
             "started": _started(os.getpid()),
             "time": round(time.time(), 3),
         }
-        path = self._beat_path(self.rank)
+        path = self.folder / HEARTBEAT.format(self.rank)
         partial = path.with_suffix(".partial")
         with suppress(OSError):  # a full disk is reported by the save that fails
             partial.write_text(json.dumps(beat) + "\n")
             os.replace(partial, path)
 
-    def _beat_path(self, rank: int) -> Path:
-        return self.folder / HEARTBEATS / f"rank-{rank:05d}.json"
-
     def _listen(self, now: float) -> dict[int, Json]:
         """Reads all ranks' heartbeats, and remembers when each was new."""
         beats = {}
         for rank in range(self.world):
-            beats[rank] = dict(UNKNOWN)
-            with suppress(OSError, ValueError, TypeError):
-                beats[rank] |= json.loads(self._beat_path(rank).read_text())
+            beats[rank] = UNKNOWN | read_object(self.folder / HEARTBEAT.format(rank))
             if self._seen.get(rank, (None,))[0] != beats[rank]["time"]:
                 self._seen[rank] = (beats[rank]["time"], now)
         return beats
@@ -157,7 +152,7 @@ class Watchdog:
         dump_stacks(self.folder, self.rank, reason)
         reachable = [r for r in beats if r not in silent]
         deadline = time.monotonic() + DUMP_SECONDS
-        while time.monotonic() < deadline and not all(_stack_path(self.folder, r).exists() for r in reachable):
+        while time.monotonic() < deadline and not all((self.folder / STACKS.format(r)).exists() for r in reachable):
             time.sleep(0.05)
         for rank in silent:
             _kill(beats[rank])
@@ -193,9 +188,10 @@ def _who(rank: int, beat: Json) -> str:
 
 def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | None = None) -> None:
     """Writes the stacks of all threads to `stacks/rank-NNNNN.txt`, once, after the traceback of `error`."""
+    path = folder / STACKS.format(rank)
     with suppress(OSError):
-        (folder / STACKS).mkdir(exist_ok=True)
-        with open(_stack_path(folder, rank), "x") as file:
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "x") as file:
             print(reason, file=file)
             if error is not None:
                 traceback.print_exception(error, file=file)
@@ -205,21 +201,14 @@ def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | 
 
 def read_hang(folder: Path) -> str:
     """The hang that a rank has declared; empty: none."""
-    try:
-        return json.loads((folder / HANG).read_text())["reason"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return read_object(folder / HANG).get("reason", "")
 
 
 def clean(folder: Path) -> None:
     """Removes what an earlier start left: a rank must not be judged by it."""
-    for path in [folder / HANG, *folder.glob(f"{HEARTBEATS}/rank-*"), *folder.glob(f"{STACKS}/rank-*")]:
+    for path in [folder / HANG, *folder.glob("heartbeat/rank-*"), *folder.glob("stacks/rank-*")]:
         with suppress(OSError):
             path.unlink()
-
-
-def _stack_path(folder: Path, rank: int) -> Path:
-    return folder / STACKS / f"rank-{rank:05d}.txt"
 
 
 def _started(pid: int) -> str:

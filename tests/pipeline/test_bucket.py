@@ -52,7 +52,7 @@ def objects(box) -> dict[str, bytes]:
     client, name = box
     found = {}
     for key in (each["Key"] for each in client.list_objects_v2(Bucket=name).get("Contents", ())):
-        with suppress(client.exceptions.NoSuchKey):  # removed meanwhile: a killed run's last request may still be served
+        with suppress(client.exceptions.NoSuchKey):  # a killed run's last request removed it
             found[key] = client.get_object(Bucket=name, Key=key)["Body"].read()
     return found
 

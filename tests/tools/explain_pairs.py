@@ -41,9 +41,9 @@ def loader_rate(loader: explain.Loader) -> float:
 def pair(shards: Path) -> dict[str, float]:
     threads = usable_cores()
     with explain.portable(shards, BATCH, threads) as parts, explain.portable(shards, BATCH, threads) as loader:
-        stages = explain.Stages(parts)
+        stages = explain.Stages(parts, STAGES)
         stages.measured()  # compiles
-        stages.seconds, rounds, rates = STAGES, [], []
+        rounds, rates = [], []
         for _ in range(TURNS):
             rounds.append(stages.measured())
             rates.append(loader_rate(loader))

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 
 from pipeline.errors import ConfigError, ExpressError
+from pipeline.files import read_object
 from tests.conftest import ROOT, picture, run_tool, the_error
 
 sys.path.append(str(ROOT))
 from tools.bench import __main__ as bench
 from tools.bench import feed, fig1, harness, layers, loader, plots
-from tools.bench.alone import attempt
+from tools.bench.alone import attempt, call
 from tools.bench.peers import sharders
 
 
@@ -186,14 +187,14 @@ def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_
     argv = [*map(str, argv), "--rounds", "1000", "--seconds", "0.1", "--json", str(written)]
     env = os.environ | {"TMPDIR": str(scratch)}
     benchmark = subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True)
-    while "results" not in harness.read_json(written):
+    while "results" not in read_object(written):
         assert benchmark.poll() is None
         time.sleep(0.05)
     assert list(scratch.iterdir())
     send(benchmark.pid, number)
     assert benchmark.wait(60)
     assert not list(scratch.iterdir())
-    results = harness.read_json(written)["results"]
+    results = read_object(written)["results"]
     assert [(r["data"], r["loader"]) for r in results] == [
         ("jpeg", "decode alone (libjpeg-turbo)"),
         ("keep", "decode alone (libjpeg-turbo)"),
@@ -204,7 +205,7 @@ def test_an_interrupted_loader_benchmark_leaves_the_finished_rounds_and_nothing_
 
 def test_sharders_count_the_images_and_leave_nothing(image_folder, tmp_path):
     for peer in (sharders.ours, sharders.copy_files):
-        found = peer(str(image_folder / "train"), str(tmp_path / "out"), workers=2)
+        found = call(peer, {"images": str(image_folder / "train"), "out": str(tmp_path / "out"), "workers": 2})
         assert found["images"] == 12
         assert found["seconds"] > 0
         assert not list(tmp_path.iterdir())
@@ -229,7 +230,7 @@ def counted(tmp_path, monkeypatch) -> str:
     return "counting:counted"
 
 
-def test_cells_are_recorded_after_every_round_with_the_sum_of_their_ranks(tmp_path, monkeypatch, counted):
+def test_cells_are_recorded_after_every_round_with_the_sum_of_their_ranks(tmp_path, monkeypatch, counted, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "loader", "--images", "/data/sample.tar"])
     args = argparse.Namespace(json=tmp_path / "x.json", kind="loader", rounds=2, images=Path("/data/sample.tar"))
     record, written = harness.Record(args, "rates"), []
@@ -244,12 +245,12 @@ def test_cells_are_recorded_after_every_round_with_the_sum_of_their_ranks(tmp_pa
     }  # fmt: skip
     assert written[0]["command"] == "python tools/bench loader --images sample.tar"
     assert written[0]["settings"] == {"rounds": 2}
-    assert "|  | both | 100 | 2 | one | 7 |" in harness.rates(results)
+    assert "|  | both | 100 | 2 | one | 7 |" in capsys.readouterr().out
 
 
 def test_a_cell_that_fails_is_named_with_its_last_line(counted):
     cell = harness.Cell({"data": "jpeg", "loader": "x"}, counted, {"images": 1})
     with pytest.raises(ExpressError, match=r"jpeg, x: TypeError: counted\(\) missing .* 'seconds'"):
-        harness.measure([cell])
+        harness.measure(cell)
     with pytest.raises(ExpressError, match=r"^os:abort: its process was ended by SIGABRT"):
         harness.run_once("os:abort", {})

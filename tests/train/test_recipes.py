@@ -14,7 +14,7 @@ from model import AlexNet, ModelConfig
 from tests.conftest import the_error
 from tests.faults.job import PLANTED, SCRIPT, global_ids, quiet, traces
 from tests.train.test_run import STEPS, alone, launch, metrics
-from train.ema import Average
+from train.ema import average_of, update_average
 
 HERE = Path(__file__).parent
 FEW = ["--train.batch", 16, "--run.log-every", 1, "--run.record-ids"]
@@ -91,20 +91,20 @@ def test_all_that_a_recipe_keeps_survives_a_stop_to_the_last_bit(few_digits, tmp
 def test_an_average_follows_the_weights():
     torch.manual_seed(0)
     net = AlexNet(ModelConfig("small", width=0.1, norm="bn"), classes=3, crop=32)
-    average = Average(net, decay=0.9)
+    average = average_of(net)
     wanted = {n: t.detach().clone().double() for n, t in net.state_dict().items()}
     for number in range(1, 30):
         with torch.no_grad():
             for t in net.state_dict().values():
                 t.add_(torch.randn_like(t) if t.is_floating_point() else 1)
-        average.update(net, number)
+        update_average(average, net, 0.9, number)
         decay = min(0.9, (1 + number) / (10 + number))
         for name, t in net.state_dict().items():
             wanted[name] = decay * wanted[name] + (1 - decay) * t if t.is_floating_point() else t.double()
-    for name, t in average.net.state_dict().items():
+    for name, t in average.state_dict().items():
         torch.testing.assert_close(t.double(), wanted[name], rtol=1e-5, atol=1e-5)
-    assert not average.net.training
-    assert not any(p.requires_grad for p in average.net.parameters())
+    assert not average.training
+    assert not any(p.requires_grad for p in average.parameters())
 
 
 def test_the_better_of_weights_and_average_is_kept_and_both_are_told(few_digits, tmp_path):

@@ -40,7 +40,7 @@ def main() -> None:
     args = make_parser().parse_args()
     benchmark = BENCHMARKS[args.kind]
     with harness.scratch_folder() as scratch:
-        benchmark.run(args, harness.Record(args, benchmark.WHAT), scratch)
+        benchmark.run(args, harness.Record(args, benchmark.__doc__.splitlines()[0]), scratch)
 
 
 if __name__ == "__main__":

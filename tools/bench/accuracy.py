@@ -1,4 +1,4 @@
-"""CIFAR-10 by three recipes: an hour and a half.
+"""CIFAR-10, 50,000 training and 10,000 test images, by three recipes: an hour and a half.
 
 One net, narrow by default, about as many minutes for each recipe, curves side by side. The seed's recipe and the
 paper's are theirs but for the net, its initialisation (He's: theirs is for the full width), crops of 32 from 36 pixels,
@@ -10,10 +10,10 @@ it. A run that was stopped is resumed; one that is done is not run again.
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.files import read_object
 from tools.bench import harness, plots, trained
 from tools.bench.proof.training import times_to
 
-WHAT = "CIFAR-10, 50,000 training and 10,000 test images, by three recipes on one narrow net"
 EPOCHS, WIDTH = 35, 0.375
 LRN_COSTS = 1.4  # an epoch with response normalisation, of one with batch normalisation, by processor time
 LEVELS = (0.6, 0.7, 0.75, 0.8, 0.85)
@@ -30,14 +30,14 @@ RECIPES = {
 
 
 ONLY = {"choices": RECIPES, "help": "one recipe; what --json holds of others stays"}
-OPTIONS = trained.OPTIONS | {"dir": Path("runs/accuracy"), "epochs": EPOCHS, "width": WIDTH, "only": ONLY}
+OPTIONS = {"images": Path, "dir": Path("runs/accuracy"), "epochs": EPOCHS, "width": WIDTH, "only": ONLY}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, scratch, size=36)
-    results = harness.read_json(args.json).get("results", {}) if args.only and args.json else {}
+    results = read_object(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
         folder = args.dir / name
         result = trained.trained(folder, flags(name, shards, epochs=args.epochs, width=args.width))

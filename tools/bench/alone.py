@@ -2,14 +2,16 @@
 
     python tools/bench/alone.py tools.bench.cells:batches '{"name": "jpeg-portable", "seconds": 2, "shards": …}' …
 
-The function is called once for each object of options. If it is a generator, it yields the sizes of batches without
-end, and they are counted for "seconds". A module may have VERSIONS of its environment.
+The function is called once for each object of options. It returns a result, or it is a generator. With "seconds" it
+yields the sizes of batches without end, and they are counted for so long; otherwise it yields twice: when its work can
+begin, and the number of images when that is done. A module may have VERSIONS of its environment.
 The standard library alone: FFCV runs in an environment that has none of our packages.
 """
 
 import inspect
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -40,6 +42,17 @@ def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
     return {"images": images, "seconds": elapsed, "ended": time.time()}
 
 
+def once(steps: Iterator[int]) -> dict[str, float]:
+    """Times the work of `steps`. megabytes: resident, of the largest process that it has started."""
+    next(steps)
+    started = time.perf_counter()
+    images = next(steps)
+    seconds = time.perf_counter() - started
+    next(steps, None)  # removes what was made
+    megabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {"images": images, "seconds": seconds, "megabytes": megabytes}
+
+
 def end_with_parent() -> None:
     """Ends this process, and all that it starts, when its parent ends: in a session of its own, nobody else does."""
     parent = os.getppid()
@@ -63,9 +76,9 @@ def attempt(function: Callable[[], Any]) -> Any:
 def call(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
     if not inspect.isgeneratorfunction(function):
         return function(**options)
-    seconds = options.pop("seconds")
-    with closing(function(**options)) as batches:
-        return rate(batches, seconds)
+    seconds = options.pop("seconds", None)
+    with closing(function(**options)) as steps:
+        return rate(steps, seconds) if seconds else once(steps)
 
 
 def main() -> None:

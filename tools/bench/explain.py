@@ -12,7 +12,6 @@ import copy
 import itertools
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +34,6 @@ from train.networks import compile_net
 from train.presets import PRESETS
 
 IMAGES, BYTES = 1024, 256e6  # at most: of the plan's first batches, at least one, which are measured over and over
-PROBE, PROBES = 4, 8  # images that one thread reads at a time, to see whether it waits, and how often
 ASSEMBLED = 100  # batches
 ENOUGH = 8  # seconds after which no round begins
 ON_CPU = 16  # images of a step
@@ -53,11 +51,11 @@ LIMITS = {
 SMALLER = dict.fromkeys([("storage", "keep"), ("storage", "raw"), ("decode", "keep")], ", or shards with --encode jpeg")
 NOT_MEASURED = "measured: the backend portable; not measured: dali-cpu, dali-gpu and resident"
 
-Task = Callable[[Work, Any, int, int | None], None]  # images [a, b) of a batch, and the batch's crops
+Task = Callable[[Work, Any, int, int], None]  # images [a, b) of a batch, and the batch's crops
 
 
 class Stage(NamedTuple):
-    """rate: images a second. cost: seconds an image, of one thread. slow: whether its threads wait for storage."""
+    """rate: images a second. cost: processor seconds an image. slow: whether its threads wait for storage."""
 
     rate: float
     cost: float
@@ -65,17 +63,20 @@ class Stage(NamedTuple):
 
 
 class Stages:
-    """Measures a loader, which never iterates with all its stages. seconds: to decode in each measurement."""
+    """Measures a loader, which never iterates with all its stages. seconds: to decode in each measurement.
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader, self.engine, self.seconds, n = loader, loader._engine, 0.0, loader.plan.batch
+    The first measurement does not count: it compiles, and shows whether threads wait for storage.
+    """
+
+    def __init__(self, loader: Loader, seconds: float) -> None:
+        self.loader, self.engine, self.seconds, n = loader, loader._engine, seconds, loader.plan.batch
         self.stored = sum(shard.bytes for shard in loader.split.shards)
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
         # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
         shape = loader.config.prefetch_batches + 2, n, 3, side, side
         crops = np.ones(shape, self.engine._cropper.dtype)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
-        self.works, each = [], []
+        each = []
         first = works(loader.plan, loader._reader, 0, 0, ahead=0)
         for work in itertools.islice(first, 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
             loader._reader.ahead(work.read)
@@ -83,75 +84,49 @@ class Stages:
             work.read.whole = work.read.buffer.copy()
             if self.engine.raw:
                 work.read.at[:] = 0  # one image for all: in the processor's cache when it is cropped, as in the loader
-            self.works.append(work)
             each += [(work, next(places), a, min(a + step, n)) for a in range(0, n, step)]
         self.tasks = itertools.cycle(each)
         loader._reader.done = True  # so that it reads nothing while batches are assembled, even if storage is slow
-        settings = {"threads": loader.config.read_threads, "images_a_task": loader._reader.images_a_task}
-        self.readers = {name: reads.Reader(loader.split, **settings) for name in (COLD, WARM)}
+        self.readers = {name: reads.Reader(loader.split) for name in (COLD, WARM)}
 
     def measured(self) -> dict[str, Stage]:
         found = {name: self.read(reader, cold=name == COLD) for name, reader in self.readers.items()}
-        return found | {DECODE: self.by_threads(self.engine._decode, restore, self.seconds), ASSEMBLE: self.assemble()}
+        decode = self.by_threads(self.loader.threads, self.engine._decode, restore, self.seconds)
+        return found | {DECODE: decode, ASSEMBLE: self.assemble()}
 
     def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
-        """By the decoding threads, or with many reads in flight if threads wait for storage."""
+        """By the decoding threads, or by as many threads as the reader has if they wait for storage."""
 
-        def evict(work: Work, crops: Any, a: int, b: int | None) -> None:
-            if crops is not None:
-                crops[a:b] = 0  # as decoding does, which takes the images out of the processor's cache
+        def evict(work: Work, crops: Any, a: int, b: int) -> None:
+            crops[a:b] = 0  # as decoding does, which takes the images out of the processor's cache
             for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist():
-                if cold and hasattr(os, "posix_fadvise"):
+                if cold:
                     os.posix_fadvise(reader.source.open(shard).fd, offset, size, os.POSIX_FADV_DONTNEED)
 
         def read(work: Work, _: Any, a: int, b: int) -> None:
             batch = reads.ReadBatch(work.ids, work.rows)
             reader.fetch(batch, a, b, lambda block: reads.fetch_images(*block, ALL_ROWS), in_turn=True)
 
-        for work, crops, a, b in itertools.islice(self.tasks, PROBES):
-            task = work, crops, a, min(a + PROBE, b)
-            if not reader.is_slow:
-                evict(*task)
-                read(*task)
-        seconds = self.seconds / 3
-        return self.in_flight(reader, evict, seconds) if reader.is_slow else self.by_threads(read, evict, seconds)
+        slow = reader.is_slow
+        threads = self.loader.config.read_threads if slow else self.loader.threads
+        return self.by_threads(threads, read, evict, self.seconds / 3)._replace(slow=slow)
 
-    def in_flight(self, reader: reads.Reader, before: Task, seconds: float) -> Stage:
-        flying, began, cpu, ahead = deque(), 0.0, 0.0, 2 * self.loader.config.prefetch_batches
-        for number, work in enumerate(itertools.cycle(self.works), -ahead):
-            before(work, None, 0, None)
-            flying.append(reads.ReadBatch(work.ids, work.rows))
-            reader.ahead(flying[-1])
-            if number < 0:
-                continue
-            flying.popleft().wait()
-            elapsed, spent = time.perf_counter() - began, time.process_time() - cpu
-            if not number:  # from now on as many reads are in flight as at the end
-                began, cpu = time.perf_counter(), time.process_time()
-            elif elapsed > seconds:
-                break
-        for batch in flying:
-            batch.wait()
-        images = number * len(work.ids)
-        return Stage(images / elapsed, spent / images, True)
+    def by_threads(self, threads: int, task: Task, before: Task, seconds: float) -> Stage:
+        """before: what is done before each task and not counted."""
 
-    def by_threads(self, task: Task, before: Task, seconds: float) -> Stage:
-        """As many threads as the loader has. before: what is done before each task and not counted."""
-
-        def repeat(until: float) -> tuple[int, float]:
-            images, spent = 0, 0.0
+        def repeat(until: float) -> tuple[int, np.ndarray]:
+            images, spent = 0, np.zeros(2)
             while not images or time.perf_counter() < until:
                 at = next(self.tasks)
                 before(*at)
-                began = time.perf_counter()
+                began = clocks()
                 task(*at)
-                images, spent = images + at[3] - at[2], spent + time.perf_counter() - began
+                images, spent = images + at[3] - at[2], spent + clocks() - began
             return images, spent
 
-        threads = self.loader.threads
         with ThreadPoolExecutor(threads) as pool:
-            images, spent = map(sum, zip(*pool.map(repeat, [time.perf_counter() + seconds] * threads)))
-        return Stage(threads * images / spent, spent / images)
+            images, (spent, cpu) = map(sum, zip(*pool.map(repeat, [time.perf_counter() + seconds] * threads)))
+        return Stage(threads * images / spent, cpu / images)
 
     def assemble(self) -> Stage:
         """Batches whose images are neither read nor decoded, delivered to the device."""
@@ -164,6 +139,11 @@ class Stages:
         stage = Stage(images / (time.perf_counter() - began), (time.process_time() - cpu) / images)
         self.loader._stop()
         return stage
+
+
+def clocks() -> np.ndarray:
+    """Seconds, and seconds of processor time of this thread."""
+    return np.array([time.perf_counter(), time.thread_time()])
 
 
 def restore(work: Work, _: Any, a: int, b: int) -> None:
@@ -214,12 +194,12 @@ def run(args: harness.Namespace, record: harness.Record) -> None:
             net = {"preset": args.preset, "classes": len(loader.dataset.classes)}
             net |= {"batch": args.batch, "seconds": args.seconds}
             step = harness.run_once(f"{__name__}:step_rate", net, OMP_WAIT_POLICY="passive")["rate"]
-        report(Stages(loader), step, args, record)
+        report(Stages(loader, args.seconds), step, args, record)
 
 
 def report(stages: Stages, step: float, args: harness.Namespace, record: harness.Record) -> None:
-    stages.measured()  # compiles
-    began, rounds, stages.seconds = time.monotonic(), [], args.seconds
+    stages.measured()
+    began, rounds = time.monotonic(), []
     while not rounds or (len(rounds) < args.rounds and time.monotonic() < began + ENOUGH):
         rounds.append(stages.measured())
     found = middle(rounds)

@@ -25,7 +25,7 @@ def measure(root: Path, large: Path, *, batch: int) -> harness.Json:
     return {
         "first_batch_samples": data.SAMPLES,
         "first_batch_seconds": seconds,
-        "first_batch_seconds_with_imports": round(imports + seconds, 3),
+        "first_batch_seconds_with_imports": imports + seconds,
         "first_batch_seconds_when_first_compiled": alone("first_batch", root, NUMBA_CACHE_DIR=str(large))["seconds"],
         "resident_megabytes_by_epoch": alone("memory", root)["megabytes"],
         "planner_microseconds_an_image": planner_microseconds(large, batch=batch),
@@ -36,7 +36,7 @@ def first_batch(*, root: str, batch: int) -> dict[str, float]:
     started = time.perf_counter()
     with Loader(root, batch=batch) as loader:
         next(iter(loader))
-        return {"seconds": round(time.perf_counter() - started, 3)}
+        return {"seconds": time.perf_counter() - started}
 
 
 def memory(*, root: str, batch: int) -> dict[str, list[float]]:
@@ -46,7 +46,7 @@ def memory(*, root: str, batch: int) -> dict[str, list[float]]:
         for _ in range(EPOCHS):
             for _batch in loader:
                 pass
-            seen.append(round(psutil.Process().memory_info().rss / 1e6, 1))
+            seen.append(psutil.Process().memory_info().rss / 1e6)
     return {"megabytes": seen}
 
 
@@ -61,4 +61,4 @@ def planner_microseconds(root: Path, *, batch: int) -> float:
         started = time.perf_counter()
         loader.ids(1, 0)  # the next epoch's order
         shuffling = (time.perf_counter() - started) / (len(loader) * batch)
-    return round((statistics.median(seconds) + shuffling) * 1e6, 2)
+    return (statistics.median(seconds) + shuffling) * 1e6

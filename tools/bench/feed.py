@@ -1,4 +1,7 @@
-"""The DALI feed's Python work: the part of it that holds the interpreter's lock."""
+"""CPU microseconds an image of Python's threads that feed DALI: the work that holds the interpreter's lock.
+
+On a CPU, without decoding; compiled functions, which do not hold that lock, are left out.
+"""
 
 import statistics
 import time
@@ -10,11 +13,6 @@ from unittest.mock import patch
 from pipeline import AugmentConfig, Loader, LoaderConfig
 from pipeline.read import backend, dali, fetch, reader
 from tools.bench import data, harness
-
-WHAT = (
-    "CPU microseconds an image of Python's threads, feeding DALI on a CPU without decoding;"
-    " compiled functions, which do not hold the GIL, are left out"
-)
 
 
 class NoDecode(dali.Graph):
@@ -46,7 +44,7 @@ OPTIONS = {"images": Path, "rounds": 5, "batch": 256, "batches": 200}
 
 
 def microseconds(shards: Path, *, batch: int, batches: int) -> float:
-    """CPU time an image of the Python threads; see WHAT."""
+    """CPU time an image of the Python threads."""
     spent: list[float] = []  # beside the consumer's thread
     compiled = {
         name: timed(getattr(fetch, name), spent, -1)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tools.bench import harness, plots, trained
 
-WHAT = "epochs to 25 % training error of the four-layer net, by activation and rate"
 ACTIVATIONS = ("relu", "tanh")
 RATES = (0.003, 0.001, 0.01, 0.03)  # the likely ones first: the others are soon given up
 MOST_EPOCHS = 60
@@ -16,7 +15,7 @@ TARGET = 0.75
 CLAIM = "six times as fast (Krizhevsky et al. 2012, figure 1)"
 
 
-OPTIONS = trained.OPTIONS | {"dir": Path("runs/fig1")}
+OPTIONS = {"images": Path, "dir": Path("runs/fig1")}
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:

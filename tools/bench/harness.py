@@ -13,7 +13,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from train import environment
 ALONE = Path(__file__).with_name("alone.py")
 RUN = environment.ROOT / "train" / "run.py"
 HELP = {
-    "images": "class folders of JPEGs, or a tar of them",
+    "images": "class folders of JPEGs, of CIFAR-10 in train/ and test/, or a tar of them",
+    "explain": "shards: find out instead what limits their loader, and what would help",
     "dir": "shards and runs; what is done stays",
     "epochs": "of modern; of the others 1 / 1.4 of it",
     "width": "of the net, 1 on a GPU",
@@ -47,10 +48,11 @@ HELP = {
 
 
 def add_options(p: Parser, options: Json) -> None:
-    """options: by name, the default, Path for a path without one, or argparse's own arguments."""
+    """options: by name, the default, Path for a path that is required, None for one that is not, or argparse's own
+    arguments."""
     for name, default in options.items():
-        if default is Path:
-            p.path(f"--{name}", "PATH", HELP[name], required=name == "images")
+        if default in (Path, None):
+            p.path(f"--{name}", "PATH", HELP[name], required=default is Path)
         elif isinstance(default, dict):
             p.add_argument(f"--{name}", **default)
         else:
@@ -89,16 +91,9 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any
 # Records
 
 
-def read_json(path: Path) -> Json:
-    """The object in a file; empty if it was not written, or not to its end."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
 class Record:
-    """A benchmark's JSON. Each `keep` writes it, so an early end leaves what was measured until then."""
+    """A benchmark's JSON, of five significant digits. Each `keep` writes it, so an early end leaves what was measured
+    until then."""
 
     def __init__(self, args: Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
@@ -106,7 +101,7 @@ class Record:
         self.content = {"what": what, "command": command, "settings": settings, "environment": environment.describe()}
 
     def keep(self, **found: Any) -> None:
-        self.content |= found
+        self.content |= json.loads(json.dumps(found), parse_float=lambda number: float(f"{float(number):.5g}"))
         if self._path:
             write_json(self._path, self.content)
 
@@ -182,52 +177,55 @@ class Cell:
     against: str = ""  # the cell that it is compared with
     ranks: int = 1
     python: str | Path = sys.executable
-    shared: str = ""  # cells of equal `shared` are measured by one process, which spares imports
     results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
 
     def record(self) -> Json:
-        rates = [round(sum(r["images"] / r["seconds"] for r in ranks), 1) for ranks in self.results]
+        rates = [sum(r["images"] / r["seconds"] for r in ranks) for ranks in self.results]
         found = {
-            "images_per_second": round(statistics.median(rates), 1),
+            "images_per_second": statistics.median(rates),
             "rates": rates,
             "against": self.against,
             # Resident, of the largest worker.
-            "megabytes_a_worker": round(max(ranks[0].get("megabytes", 0) for ranks in self.results), 1),
+            "megabytes_a_worker": max(ranks[0].get("megabytes", 0) for ranks in self.results),
             "versions": self.results[0][0]["versions"],
         }
         return self.what | {name: value for name, value in found.items() if value}
 
 
-def measure(cells: list[Cell]) -> None:
-    """Measures cells that share a process. Raises ExpressError that names the cell if one fails."""
-    first = cells[0]
-    ranks = [{"rank": rank, "world": first.ranks} if first.ranks > 1 else {} for rank in range(first.ranks)]
-    calls = [[cell.options | rank for cell in cells] for rank in ranks]
-    with closing(run(first.function, *calls, python=first.python)) as found:
-        for cell, results in zip(cells, found):
-            cell.results.append([checked(result, ", ".join(cell.what.values())) for result in results])
+def measure(cell: Cell) -> None:
+    """Measures a cell once more. Raises ExpressError that names it if that fails."""
+    ranks = [{"rank": rank, "world": cell.ranks} if cell.ranks > 1 else {} for rank in range(cell.ranks)]
+    (results,) = run(cell.function, *([cell.options | rank] for rank in ranks), python=cell.python)
+    cell.results.append([checked(result, ", ".join(cell.what.values())) for result in results])
 
 
 def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
-    """Measures each cell in each round; returns their records, which are kept after every round."""
-    groups = {}
-    for cell in cells:
-        groups.setdefault(cell.shared or id(cell), []).append(cell)
+    """Measures each cell in each round, prints their rates and returns their records, which are kept after every
+    round."""
     for number in range(1, rounds + 1):
-        for group in groups.values():
-            measure(group)
+        for cell in cells:
+            measure(cell)
         results = [cell.record() for cell in cells]
         record.keep(results=results)
         print(f"round {number} of {rounds} done", file=sys.stderr, flush=True)
+    print(table_of_rates(results))
     return results
 
 
-def rates(results: list[Json]) -> str:
+def table_of_rates(results: list[Json]) -> str:
     """A table of each cell's median rate, and how many times that of the cell it names, or of ours on the same data."""
     found = {(r.get("data"), r.get("what", r.get("loader"))): r["images_per_second"] for r in results}
     rows = []
     for r, ((data, what), rate) in zip(results, found.items(), strict=True):
         other = found.get((data, r.get("against", "ours")))
-        row = {"data": data, "what": what, "img/s, median": rate, "times": other and rate / other}
-        rows.append(row | {"that of": r.get("against"), "MB a worker": r.get("megabytes_a_worker")})
+        rows.append(
+            {
+                "data": data,
+                "what": what,
+                "img/s, median": rate,
+                "times": other and rate / other,
+                "that of": r.get("against"),
+                "MB a worker": r.get("megabytes_a_worker"),
+            }
+        )
     return table(rows)

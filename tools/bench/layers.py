@@ -66,8 +66,7 @@ def forward_backward(function: Callable[..., Tensor], *inputs: Tensor, **options
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.get_device_module(device).synchronize(device)
 
 
 def median_seconds(function: Callable[[], Any], seconds: float, device: torch.device) -> float:
@@ -106,7 +105,7 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 def milliseconds(prepare: Prepare, seconds: float, device: torch.device) -> dict[str, float]:
     """Of one item, measured for `seconds` after a warm-up."""
-    return {"milliseconds": round(1e3 * median_seconds(prepare(), seconds, device), 4)}
+    return {"milliseconds": 1e3 * median_seconds(prepare(), seconds, device)}
 
 
 def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:

@@ -1,6 +1,6 @@
-"""Loader rates: ours and the peers', interleaved in one run.
+"""Loader rates, ours and the peers': decoded and cropped to 224, page cache warm, medians of interleaved rounds.
 
-Ours are the cells of cells.py. In each round every peer, and each of our backends, is measured by a process of its own.
+Ours are the cells of cells.py. In each round a process of its own measures each cell.
 """
 
 import sys
@@ -14,7 +14,6 @@ from tools.bench.cells import BY_NAME, DATA, JPEGS
 from tools.bench.harness import Cell, Json, Record
 from train.presets import PRESETS
 
-WHAT = "loader rates, decoded and cropped to 224, warm page cache; medians over interleaved rounds"
 OURS = {  # the cells of each kind of data, by the last part of their names
     "portable": "ours",
     "unverified": "ours, checksums off",
@@ -43,19 +42,15 @@ NAMES = [*OURS, *dict.fromkeys(name for name, *_ in PEERS.values()), "extremes"]
 
 ALL = f"of {', '.join(NAMES)} (default: all)"
 OPTIONS = {
-    "images": {"type": Path, "metavar": "PATH", "help": harness.HELP["images"]},
-    "explain": {
-        "type": Path,
-        "metavar": "SHARDS",
-        "help": "find out instead what limits the loader of these shards, and what would help",
-    },
+    "images": None,
+    "explain": None,
     "step-rate": 0.0,
     "preset": {
         "choices": PRESETS,
         "metavar": "NAME",
         "help": "whose crops --explain takes, and whose step it measures",
     },
-    "ffcv-python": Path,
+    "ffcv-python": None,
     "rounds": 3,
     "seconds": 1.5,
     "batch": 128,
@@ -76,12 +71,11 @@ def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     record.keep(data={kind: described(manifest) for kind, manifest in manifests.items()})
     cells = [cell for kind in data.ENCODINGS for cell in cells_on(kind, images, scratch, args)]
     if cells:
-        print(harness.rates(harness.interleave(cells, args.rounds, record)))
+        harness.interleave(cells, args.rounds, record)
     if "extremes" in args.only:
         large = data.enlarge(scratch / "jpeg", scratch / "large")
-        measured = extremes.measure(scratch / "jpeg", large, batch=args.batch)
-        record.keep(extremes=measured)
-        print("\n".join(f"{name}: {value}" for name, value in measured.items()))
+        record.keep(extremes=extremes.measure(scratch / "jpeg", large, batch=args.batch))
+        print("\n".join(f"{name}: {value}" for name, value in record.content["extremes"].items()))
 
 
 def described(manifest: Json) -> Json:
@@ -96,14 +90,10 @@ def cells_on(kind: str, images: Path, scratch: Path, args: harness.Namespace) ->
     for name, loader in OURS.items():
         if name in args.only and (ours := BY_NAME.get(f"{kind}-{name}")):
             options = common | {"name": ours.name, "shards": scratch}
-            shared = "" if ours.delay or ours.ranks > 1 else ours.config.backend
-            what = {"data": kind, "loader": loader}
-            yield Cell(what, "tools.bench.cells:batches", options, ranks=ours.ranks, shared=shared)
+            yield Cell({"data": kind, "loader": loader}, "tools.bench.cells:batches", options, ranks=ours.ranks)
     common |= {"images": images, "shards": scratch / kind}
     for loader, (name, kinds, own) in PEERS.items():
-        python, module, shared = sys.executable, "loaders", name
-        if name == "ffcv":
-            python, module, shared = args.ffcv_python, "ffcv", ""
+        python, module = (args.ffcv_python, "ffcv") if name == "ffcv" else (sys.executable, "loaders")
         if name in args.only and kind in kinds and python:
             function, what = f"tools.bench.peers.{module}:{name}", {"data": kind, "loader": loader}
-            yield Cell(what, function, common | own, python=python, shared=shared)
+            yield Cell(what, function, common | own, python=python)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from pipeline.files import read_object
 from tools import cli, report
 from tools.bench import harness
 
@@ -23,7 +24,7 @@ def draw(out: Path) -> None:
 
 def rates(record: Path, out: Path) -> None:
     """Each round of each loader, on each kind of data; the fastest loader is at the top."""
-    panels, results = [], sorted(harness.read_json(record)["results"], key=lambda r: r["images_per_second"])
+    panels, results = [], sorted(read_object(record)["results"], key=lambda r: r["images_per_second"])
     for kind, title in TITLES.items():
         points = [(rate, r["loader"]) for r in results if r["data"] == kind for rate in r["rates"]]
         ours = [point for point in points if point[1].startswith("ours")]
@@ -34,7 +35,7 @@ def rates(record: Path, out: Path) -> None:
 
 def accuracies(record: Path, out: Path) -> None:
     """Top-1 after each epoch: of each run and of its averaged weights; of figure 1 only the best rates' runs."""
-    curves, images, found = [], "test", harness.read_json(record)
+    curves, images, found = [], "test", read_object(record)
     results = found["results"]
     if best := found.get("best"):
         images = "training"

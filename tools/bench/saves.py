@@ -16,8 +16,7 @@ from train.build import make_net
 from train.checkpoint import Checkpoints
 from train.presets import PRESETS
 
-WHAT = "what one checkpoint costs; medians of interleaved blocks of training steps"
-NETS = {"demo": ("demo", 10), "full": ("paper", 1000)}  # the preset, and the number of classes
+NETS = {"demo": 10, "paper": 1000}  # presets, and numbers of classes
 
 
 OPTIONS = {"blocks": 5, "seconds": 6.0, "batch": 64, "device": "cpu"}
@@ -33,8 +32,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
 
 def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
     """Seconds that a save stalls, and that it adds to a block of steps."""
-    (preset, classes), device = NETS[name], torch.device(args.device)
-    config = PRESETS[preset]
+    config, classes, device = PRESETS[name], NETS[name], torch.device(args.device)
     crop, net = config.augment.crop, make_net(config, classes=classes, say=len).to(device)
     step, optimizer = training_step(net, noise(args.batch, 3, crop, crop, device=device), classes=classes)
     folder.mkdir()
@@ -53,7 +51,7 @@ def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
             step()
             synchronize(device)
         checkpoints.wait()
-        return round(time.perf_counter() - started, 3)
+        return time.perf_counter() - started
 
     block(0, saves=True)  # the first save also takes the memory
     pairs = [(block(steps, saves=False), block(steps, saves=True)) for _ in range(args.blocks)]
@@ -61,11 +59,11 @@ def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
     first, *later = stalls
     return {
         "net": name,
-        "megabytes": round(sum(p.stat().st_size for p in checkpoints.all()[-1].iterdir()) / 1e6, 1),
+        "megabytes": sum(p.stat().st_size for p in checkpoints.all()[-1].iterdir()) / 1e6,
         "steps_a_block": steps,
-        "first_stall_seconds": round(first, 4),
-        "stall_seconds": round(statistics.median(later), 4),
-        "cost_seconds": round(cost, 4),
-        "share_at_one_a_minute": round(cost / 60, 5),
+        "first_stall_seconds": first,
+        "stall_seconds": statistics.median(later),
+        "cost_seconds": cost,
+        "share_at_one_a_minute": cost / 60,
         "blocks": dict(zip(("without", "with"), zip(*pairs))),
     }

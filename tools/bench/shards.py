@@ -1,6 +1,6 @@
-"""Sharding rates: ours, those of other writers, and what the work costs at least.
+"""Sharding rates: ours, those of other writers, and what the work costs at least; medians of interleaved rounds.
 
-Interleaved, each measurement in a process of its own. Starting a process and listing the images are not in the figures;
+Each measurement is a process of its own. Starting a process and listing the images are not in the figures;
 writing, fsync and the manifest are.
 """
 
@@ -14,7 +14,6 @@ from tools.bench import harness
 from tools.bench.data import unpacked
 from tools.bench.harness import Cell, Record
 
-WHAT = "images sharded a second; medians over interleaved rounds"
 DECODE, COPY = "decode alone (libjpeg-turbo, reused buffers)", "read, sha256, write"
 FFCV = "FFCV's writer, jpg, at most 341 pixels"
 JPEG, KEEP = "ours, jpeg 256", "ours, keep"
@@ -24,9 +23,9 @@ SECONDS = 4.0  # of what is no work with an end
 
 OPTIONS = {
     "images": Path,
-    "ffcv-python": Path,
-    "writers-python": Path,
-    "simd-python": Path,
+    "ffcv-python": None,
+    "writers-python": None,
+    "simd-python": None,
     "rounds": 3,
     "workers": usable_cores(),
     "repeat": 10,
@@ -36,7 +35,7 @@ OPTIONS = {
 def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     images = unpacked(args.images, scratch / "images")
     cells = list(cells_on(images, repeated(images, scratch / "many", args.repeat), scratch / "out", args))
-    print(harness.rates(harness.interleave(cells, args.rounds, record)))
+    harness.interleave(cells, args.rounds, record)
 
 
 def repeated(images: Path, many: Path, times: int) -> Path:
@@ -72,7 +71,6 @@ def cells_on(images: Path, many: Path, out: Path, args: harness.Namespace) -> It
     for name, writer in WRITERS.items() if args.writers_python else ():
         yield cell(f"{name}'s {writer}", "writers:measure", unchecked, python=args.writers_python, name=name, **work)
     yield ours(f"{JPEG}, one worker", JPEG, encode="jpeg", workers=1)
-    yield ours(f"{KEEP}, a tenth of the images", KEEP, images=images, samples_per_shard=100)
     for name in ("ours", "Pillow", "torchvision.io", "Pillow-SIMD"):
         python = args.simd_python if name == "Pillow-SIMD" else sys.executable
         what = f"one thread: decode, resize 256, encode: {name}"

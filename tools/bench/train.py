@@ -1,6 +1,6 @@
-"""Training steps a second on synthetic images: ours, and the seed's own net.
+"""Training steps on synthetic images: ours, and the seed's own net; medians of interleaved rounds.
 
-Interleaved, each measurement in a process of its own; compiling and the first three steps are not in the figures.
+Each measurement is a process of its own; compiling and the first three steps are not in the figures.
 """
 
 import itertools
@@ -15,7 +15,6 @@ from tools.bench import harness
 from tools.bench.harness import Cell, Record
 from train.networks import no_compiler
 
-WHAT = "training steps on synthetic images; medians over interleaved rounds"
 SEEDS = "the seed's own net, fp32"
 COMPILED = {"off": "eager", "norm": "LRN compiled", "model": "all compiled"}
 PRECISIONS = ("fp32", "bf16")
@@ -31,7 +30,7 @@ def run(args: harness.Namespace, record: Record, scratch: Path) -> None:
     if reason := no_compiler(torch.device(args.device)):
         cells = [cell for cell in cells if cell.options["compiled"] == "off"]
         print(f"nothing is compiled here: {reason}", file=sys.stderr, flush=True)
-    print(harness.rates(harness.interleave(cells, args.rounds, record)))
+    harness.interleave(cells, args.rounds, record)
     layers = {}
     for precision in PRECISIONS:
         options = common | {"net": "seed", "compiled": "off" if reason else "norm", "precision": precision}

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import manifest
 from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, DataError, ExpressError
+from pipeline.files import read_object
 from pipeline.settings import flatten, updated
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
@@ -18,9 +19,6 @@ from tools.bench.data import unpacked
 from train.cli import parse
 from train.config import Config
 from train.run_folder import EXIT, read_metrics
-
-CIFAR = "CIFAR-10: a folder of train/ and test/, or a tar"
-OPTIONS = {"images": {"type": Path, "required": True, "metavar": "PATH", "help": CIFAR}}
 
 
 def shards(images: Path, folder: Path, scratch: Path, *, size: int) -> Path:
@@ -42,7 +40,7 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
     """
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
     reject_another(run, command)
-    if harness.read_json(run / EXIT).get("code") != 0:
+    if read_object(run / EXIT).get("code") != 0:
         done = subprocess.run([sys.executable, str(harness.RUN), *command, "--run.dir", str(run)])
         if done.returncode:
             raise ExpressError(f"{run}: exited with code {done.returncode}; the same command resumes it")
@@ -52,7 +50,7 @@ def trained(run: Path, command: list[str]) -> dict[str, Any]:
 
 def reject_another(run: Path, command: list[str]) -> None:
     """Raises ConfigError if the folder holds a run of another configuration."""
-    saved = harness.read_json(run / "config.json")
+    saved = read_object(run / "config.json")
     if not saved:
         return  # nothing was begun
     before = flatten(updated(Config(), saved["config"]))

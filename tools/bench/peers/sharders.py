@@ -4,9 +4,7 @@ import hashlib
 import io
 import itertools
 import os
-import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import get_context
@@ -17,7 +15,7 @@ A_FILE = 1000  # images in each file that `copy_files` writes, as in a shard
 SHORT, QUALITY = 256, 90
 
 
-def ours(images: str, out: str, workers: int, encode: str = "keep", cuts: int = 0, **options: Any) -> dict[str, float]:
+def ours(images: str, out: str, workers: int, encode: str = "keep", cuts: int = 0, **options: Any) -> Iterator[int]:
     """options: of the sharding."""
     from pipeline.write import resize
     from pipeline.write.build import Options, Plan, build
@@ -27,28 +25,23 @@ def ours(images: str, out: str, workers: int, encode: str = "keep", cuts: int = 
     plan = Plan(ImageFolder(Path(images)), Options(Encoding(encode), **options), cuts)
     count = plan.images(range(len(plan.tasks)))  # lists the images
     resize.prepare()
-    started = time.perf_counter()
+    yield 0
     build(plan, Path(out), workers=workers)
-    seconds = time.perf_counter() - started
+    yield count
     shutil.rmtree(out)
-    found = {"images": count, "seconds": seconds}
-    if workers > 1:  # one worker is this process
-        found["megabytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return found
 
 
-def copy_files(images: str, out: str, workers: int) -> dict[str, float]:
+def copy_files(images: str, out: str, workers: int) -> Iterator[int]:
     """The least: reading, hashing and writing every byte, in forked processes."""
     paths, folder = sorted(Path(images).glob("*/*")), Path(out)
     folder.mkdir()
     slices = [(paths[i : i + A_FILE], folder / str(i)) for i in range(0, len(paths), A_FILE)]
     with get_context("fork").Pool(workers) as pool:
         pool.map(abs, range(workers))  # the processes start before the clock does
-        started = time.perf_counter()
+        yield 0
         pool.starmap(copied, slices, chunksize=1)
-        seconds = time.perf_counter() - started
+        yield len(paths)
     shutil.rmtree(folder)
-    return {"images": len(paths), "seconds": seconds}
 
 
 def copied(paths: list[Path], out: Path) -> None:
@@ -73,38 +66,29 @@ def our_resizer() -> Callable[[bytes], object]:
     return partial(prepare, encoding=Encoding("jpeg", SHORT, quality=QUALITY))
 
 
-def pillow() -> Callable[[bytes], object]:
+def pillow(data: bytes) -> None:
     from PIL import Image
 
-    def work(data: bytes) -> object:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        size = [side * SHORT // min(image.size) for side in image.size]
-        out = io.BytesIO()
-        image.resize(size, Image.Resampling.BILINEAR).save(out, "JPEG", quality=QUALITY)
-        return out
-
-    return work
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    size = [side * SHORT // min(image.size) for side in image.size]
+    image.resize(size, Image.Resampling.BILINEAR).save(io.BytesIO(), "JPEG", quality=QUALITY)
 
 
-def torchvision() -> Callable[[bytes], object]:
+def torchvision(data: bytes) -> None:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
     from torchvision.transforms.v2.functional import resize
 
     torch.set_num_threads(1)
-
-    def work(data: bytes) -> object:
-        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        return encode_jpeg(resize(image, [SHORT], antialias=True).contiguous(), quality=QUALITY)
-
-    return work
+    image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    encode_jpeg(resize(image, [SHORT], antialias=True).contiguous(), quality=QUALITY)
 
 
-RESIZERS = {"ours": our_resizer, "Pillow": pillow, "Pillow-SIMD": pillow, "torchvision.io": torchvision}
+PEERS = {"Pillow": pillow, "Pillow-SIMD": pillow, "torchvision.io": torchvision}
 
 
 def resizers(name: str, images: str) -> Iterator[int]:
-    work = RESIZERS[name]()
+    work = PEERS.get(name) or our_resizer()
     for data in itertools.cycle([path.read_bytes() for path in sorted(Path(images).glob("*/*"))]):
         work(data)
         yield 1

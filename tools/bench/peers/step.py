@@ -71,9 +71,9 @@ def layers(seconds: float, precision: str, **options: Any) -> dict[str, Any]:
         milliseconds = median_seconds(forward_backward(forward, inputs), 0.2, inputs.device) * 1e3
         if milliseconds > 0.05:
             what, compiled = f"{name} {type(layer).__name__}", getattr(layer, "compiled", False)
-            found.append({"layer": what, "milliseconds": round(milliseconds, 2), "compiled": compiled})
+            found.append({"layer": what, "milliseconds": milliseconds, "compiled": compiled})
     total = sum(row["milliseconds"] for row in found)
-    return {"layers": [row | {"share": round(row["milliseconds"] / total, 3)} for row in found]}
+    return {"layers": [row | {"share": row["milliseconds"] / total} for row in found]}
 
 
 def call(layer: nn.Module, inputs: Tensor, *, precision: str) -> Tensor:

@@ -4,8 +4,7 @@ Each as its documentation shows it, which for webdataset and MosaicML means one 
 """
 
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,12 +22,17 @@ def webdataset(part: int, samples: list[Sample], out: str) -> None:
             writer.write({"__key__": f"{part}{number:08}", "jpg": Path(path).read_bytes(), "cls": label})
 
 
+def read(sample: Sample) -> dict[str, object]:
+    path, label = sample
+    return {"image": Path(path).read_bytes(), "class": label}
+
+
 def mosaicml(part: int, samples: list[Sample], out: str) -> None:
     from streaming import MDSWriter
 
     with MDSWriter(out=f"{out}/{part}", columns={"image": "bytes", "class": "int"}) as writer:
-        for path, label in samples:
-            writer.write({"image": Path(path).read_bytes(), "class": label})
+        for sample in samples:
+            writer.write(read(sample))
 
 
 def merged(out: str) -> None:
@@ -39,39 +43,33 @@ def merged(out: str) -> None:
 
 def in_processes(
     write: Callable[..., None], finish: Callable[[str], None], samples: list[Sample], out: str, workers: int
-) -> float:
+) -> Iterator[int]:
     with get_context("fork").Pool(workers) as pool:
         pool.map(abs, range(workers))  # the processes start before the clock does
-        started = time.perf_counter()
+        yield 0
         pool.starmap(write, [(part, samples[part::workers], out) for part in range(workers)])
         finish(out)
-        return time.perf_counter() - started
+        yield len(samples)
 
 
-def read(sample: Sample) -> dict[str, object]:
-    path, label = sample
-    return {"image": Path(path).read_bytes(), "class": label}
-
-
-def litdata(samples: list[Sample], out: str, workers: int) -> float:
+def litdata(samples: list[Sample], out: str, workers: int) -> Iterator[int]:
     from litdata import optimize
 
-    started = time.perf_counter()
+    yield 0
     optimize(fn=read, inputs=samples, output_dir=out, chunk_bytes="64MB", num_workers=workers)
-    return time.perf_counter() - started
+    yield len(samples)
 
 
-WRITERS: dict[str, Callable[[list[Sample], str, int], float]] = {
+WRITERS: dict[str, Callable[[list[Sample], str, int], Iterator[int]]] = {
     "webdataset": partial(in_processes, webdataset, lambda out: None),
     "mosaicml": partial(in_processes, mosaicml, merged),
     "litdata": litdata,
 }
 
 
-def measure(name: str, images: str, out: str, workers: int) -> dict[str, float]:
+def measure(name: str, images: str, out: str, workers: int) -> Iterator[int]:
     paths = sorted(Path(images).glob("*/*"))
     number_of = {name: number for number, name in enumerate(sorted({path.parent.name for path in paths}))}
     Path(out).mkdir()
-    seconds = WRITERS[name]([(str(path), number_of[path.parent.name]) for path in paths], out, workers)
+    yield from WRITERS[name]([(str(path), number_of[path.parent.name]) for path in paths], out, workers)
     shutil.rmtree(out)
-    return {"images": len(paths), "seconds": seconds}

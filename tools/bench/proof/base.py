@@ -1,6 +1,8 @@
 """What a step is given, and how it runs other programs."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
-from pipeline.files import write_json
+from pipeline.files import read_object, write_json
 from tools.bench.alone import attempt
-from tools.bench.harness import Json, read_json
+from tools.bench.harness import Json, how_it_ended
+from train.environment import ROOT
 
 Check = Callable[[], Any]
 
@@ -40,18 +43,29 @@ class Proof:
         """For a program that the step runs; the step needs a little itself, to report what took too long."""
         return max(1.0, self.limit_seconds - (time.monotonic() - self.began) - 3.0)
 
-    def environment(self) -> dict[str, str]:
-        """For a training run on the step's device."""
+    def python(self, name: str, *arguments: object) -> str:
+        """The output of a Python program, on the step's device.
+
+        Raises ExpressError with its name and last lines if it fails or the step's time is over.
+        """
         # passive: threads that spin while they wait take the cores from each other, most of all from another rank's.
         on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive"}
-        return os.environ | ({} if self.on_gpu else on_cpu)
+        options = {"cwd": ROOT, "env": os.environ | ({} if self.on_gpu else on_cpu), "text": True}
+        pipes, seconds = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, self.seconds_left()
+        try:
+            done = subprocess.run([sys.executable, *map(str, arguments)], timeout=seconds, **options, **pipes)
+        except subprocess.TimeoutExpired as err:
+            raise ExpressError(f"{name} took longer than {seconds:.0f} s: {tail(err.stdout)}") from err
+        if done.returncode:
+            raise ExpressError(f"{name} {how_it_ended(done.returncode)}: {tail(done.stdout)}")
+        return done.stdout
 
     def new_run(self) -> Path:
         return self.scratch / f"run-{time.monotonic_ns()}"
 
     def earlier(self, step: str) -> Json | None:
         """The result of a step that has passed in this walk."""
-        answer = read_json(self.scratch / f"{step}.json")
+        answer = read_object(self.scratch / f"{step}.json")
         return answer["result"] if answer.get("passed") else None
 
     def keep(self, result: Any) -> None:

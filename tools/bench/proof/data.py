@@ -1,14 +1,16 @@
 """The shards that steps read: made ones, and those that are given."""
 
 import io
+import math
 from pathlib import Path
+from random import Random
 
 from pipeline.errors import DataError
 from pipeline.manifest import NAME as MANIFEST
 
 from .base import Proof
 
-WIDTH, HEIGHT = 341, 256  # of made pictures
+SIZE, COARSE = (341, 256), (16, 12)  # of made pictures, and of their colours
 DIFFERENT = 64  # pictures; more only take time to make
 
 
@@ -30,17 +32,13 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
 
 def _made() -> list[bytes]:
     """Smooth colours with some noise, 4:2:0: they compress and decode like photographs of few details."""
-    import numpy as np
     from PIL import Image
 
-    random, made = np.random.default_rng(0), []
+    random, made = Random(0), []
     for _ in range(DIFFERENT):
-        coarse, noise = (
-            Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-            for width, height in ((16, 12), (WIDTH, HEIGHT))
-        )
+        coarse, noise = (Image.frombytes("RGB", size, random.randbytes(3 * math.prod(size))) for size in (COARSE, SIZE))
         file = io.BytesIO()
-        Image.blend(coarse.resize(noise.size, Image.Resampling.BICUBIC), noise, 0.1).save(file, "JPEG", quality=90)
+        Image.blend(coarse.resize(SIZE, Image.Resampling.BICUBIC), noise, 0.1).save(file, "JPEG", quality=90)
         made.append(file.getvalue())
     return made
 

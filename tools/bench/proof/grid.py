@@ -45,7 +45,7 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
 
 
 def rates(found: Json, busy: Callable[[float, float], Json]) -> Json:
-    speed = round(found["images"] / found["seconds"], 1)
+    speed = found["images"] / found["seconds"]
     return {"images_per_second": speed, **busy(found["ended"] - found["seconds"], found["ended"])}
 
 

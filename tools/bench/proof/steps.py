@@ -1,16 +1,11 @@
 """The registry of steps, in the order in which they run."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from pipeline.errors import ExpressError
-from train.environment import ROOT
-
 from . import grid, preflight, resident, training
-from .base import Json, Proof, answers, tail
+from .base import Json, Proof, answers
 
 GPU_TESTS = "tests/test_gpu.py"
 
@@ -35,11 +30,7 @@ def gpu_tests(proof: Proof) -> Json:
     """Step 4: all tests marked gpu; without a GPU they skip."""
     # addopts: the project's own need plugins that this machine may not have.
     options = ["-m", "gpu", "-q", "-rA", "-o", "addopts=", "-p", "no:cacheprovider"]
-    pytest = [sys.executable, "-m", "pytest", *options, GPU_TESTS]
-    done = subprocess.run(pytest, cwd=ROOT, capture_output=True, text=True, timeout=proof.seconds_left())
-    if done.returncode:
-        raise ExpressError(tail(done.stdout + done.stderr))
-    lines = done.stdout.strip().splitlines()
+    lines = proof.python("pytest", "-m", "pytest", *options, GPU_TESTS).strip().splitlines()
     return {"summary": lines[-1], "tests": [line for line in lines if line.startswith(("PASSED", "SKIPPED"))]}
 
 

@@ -79,10 +79,16 @@ def training(results: Json) -> str:
 
 
 def loader(results: Json) -> str:
-    rows = []
-    for cell in results["loader"].get("cells", []) + results["region"].get("cells", []):
-        row = {"cell": f"`{cell['name']}`", "img/s": cell.get("error", cell.get("images_per_second"))}
-        rows.append(row | {"GPU, %": cell.get("gpu_percent"), "JPEG engine, %": cell.get("jpeg_engine_percent")})
+    rows = [
+        {
+            "cell": f"`{cell['name']}`",
+            "img/s": cell.get("error", cell.get("images_per_second")),
+            "GPU, %": cell.get("gpu_percent"),
+            "JPEG engine, %": cell.get("jpeg_engine_percent"),
+        }
+        for step in ("loader", "region")
+        for cell in results[step].get("cells", [])
+    ]
     return _table("Loader alone", rows)
 
 

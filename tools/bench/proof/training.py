@@ -3,18 +3,14 @@
 import json
 import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ExpressError
-from tools.bench.harness import RUN, how_it_ended
+from tools.bench.harness import RUN
 
-from .base import Json, Proof, tail
+from .base import Json, Proof
 from .data import enlarged, pictures, shards_of
 
 CLASSES = 1000
@@ -23,17 +19,9 @@ LEVELS = (0.75, 0.85)  # top-1 that step 7 measures the seconds to
 
 
 def train(proof: Proof, *flags: object) -> None:
-    """Runs train/run.py. Raises ExpressError with its last lines if it fails or the step's time is over."""
-    command = [sys.executable, str(RUN), *map(str, flags)]
-    if find_spec("tensorboard") is None:  # a run with a tracker that is not installed is rejected
-        command += ["--run.trackers"]
-    seconds = proof.seconds_left()
-    try:
-        done = subprocess.run(command, env=proof.environment(), capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as err:
-        raise ExpressError(f"train/run.py took longer than {seconds:.0f} s: {tail(err.stderr)}") from err
-    if done.returncode:
-        raise ExpressError(f"train/run.py {how_it_ended(done.returncode)}: {tail(done.stdout + done.stderr)}")
+    # A run with a tracker that is not installed is rejected.
+    trackers = [] if find_spec("tensorboard") else ["--run.trackers"]
+    proof.python("train/run.py", RUN, *flags, *trackers)
 
 
 def records(run: Path, kind: str) -> list[Json]:
@@ -44,15 +32,14 @@ def records(run: Path, kind: str) -> list[Json]:
     return [line for line in lines if line["kind"] == kind]
 
 
-@contextmanager
-def seed_run(proof: Proof, *flags: object, shards: Path, batch: int, backend: str, steps: int) -> Iterator[Path]:
-    """A run of the preset `seed`; its folder is removed afterwards: a checkpoint holds half a gigabyte."""
+def seed_run(proof: Proof, *flags: object, shards: Path, batch: int, backend: str, steps: int) -> Path:
+    """The folder of a run of the preset `seed`, without its checkpoints: one holds half a gigabyte."""
     run = proof.new_run()
     own = ["--data.shards", shards, "--run.dir", run, "--loader.backend", backend, "--limit-steps", steps]
     own += ["--train.batch", batch, "--train.eval-batch", batch, "--train.precision", "bf16", "--train.compile", "auto"]
     train(proof, "seed", *own, *(["--model.width", 0.25] if proof.tiny else []), *flags)
-    yield run
-    shutil.rmtree(run)
+    shutil.rmtree(run / "checkpoints")
+    return run
 
 
 def speed(proof: Proof, shards: Path, *, batch: int, backend: str) -> Json:
@@ -63,14 +50,14 @@ def speed(proof: Proof, shards: Path, *, batch: int, backend: str) -> Json:
     """
     steps, every, warm_up = (4, 1, 2) if proof.tiny else (150, 20, 40)
     options = {"shards": shards, "batch": batch, "backend": backend, "steps": steps}
-    with seed_run(proof, "--run.log-every", every, **options) as run:
-        windows = [line for line in records(run, "train") if line["step"] > warm_up and line["step"] % every == 0]
-        described = json.loads((run / "config.json").read_text())
+    run = seed_run(proof, "--run.log-every", every, **options)
+    windows = [line for line in records(run, "train") if line["step"] > warm_up and line["step"] % every == 0]
+    described = json.loads((run / "config.json").read_text())
     return {
         "batch": batch,
         **{name: described[name] for name in ("backend", "compiled", "precision")},
-        "images_per_second": round(statistics.median(line["images_per_second"] for line in windows), 1),
-        "data_wait": round(statistics.median(line["data_wait"] for line in windows), 4),
+        "images_per_second": statistics.median(line["images_per_second"] for line in windows),
+        "data_wait": statistics.median(line["data_wait"] for line in windows),
         "memory_gb": windows[-1]["memory_gb"],
         **{name: sum(line[name] for line in windows) for name in PIXELS if name in windows[0]},
         "windows": windows,
@@ -91,9 +78,8 @@ def profile(proof: Proof) -> Json:
     """torch's profiler: the slowest operations of ten steps."""
     batch, steps = proof.batch(1024), 2 if proof.tiny else 10
     options = {"shards": noise_index(proof), "batch": batch, "backend": "synthetic", "steps": steps + 6}
-    with seed_run(proof, "--profile", steps, **options) as run:
-        table = (run / "profile" / "table.txt").read_text().splitlines()
-    return {"batch": batch, "table": table}
+    run = seed_run(proof, "--profile", steps, **options)
+    return {"batch": batch, "table": (run / "profile" / "table.txt").read_text().splitlines()}
 
 
 def fed(proof: Proof, full_batch: int) -> Json:
@@ -110,7 +96,7 @@ def fed_from(shards: Path, proof: Proof, full_batch: int, *, backend: str, **kno
     proof.keep(result)
     result["synthetic"] = proof.earlier(f"train-{full_batch}") or synthetic(proof, full_batch)
     fraction = result["fed"]["images_per_second"] / result["synthetic"]["images_per_second"]
-    return {**result, "fed_of_synthetic": round(fraction, 3)}
+    return {**result, "fed_of_synthetic": fraction}
 
 
 def cifar(proof: Proof, recipe: str) -> Json:
@@ -134,12 +120,12 @@ def times_to(levels: tuple[float, ...], run: Path) -> Json:
     """Seconds until an evaluation, of the weights or their average, reached each top-1, if the run was not resumed."""
     starts, evaluations = records(run, "start"), records(run, "val") + records(run, "val of average")
     evaluations.sort(key=lambda line: line["time"])
-    timed = [(line["top1"], round(line["time"] - starts[0]["time"], 1)) for line in evaluations if len(starts) == 1]
+    timed = [(line["top1"], line["time"] - starts[0]["time"]) for line in evaluations if len(starts) == 1]
     reached = {f"{level:.0%}": next((seconds for top1, seconds in timed if top1 >= level), None) for level in levels}
     rates = [line["images_per_second"] for line in records(run, "train")]
     return {
         "seconds_to": reached,
         "best_top1": max(line["top1"] for line in evaluations),
         "epochs": max(line["epoch"] for line in evaluations),
-        "images_per_second": round(statistics.median(rates), 1),
+        "images_per_second": statistics.median(rates),
     }
