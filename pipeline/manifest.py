@@ -17,7 +17,6 @@ from numpy import ndarray
 
 from .errors import ConfigError, DataError
 from .files import Json, json_bytes
-from .manifest_values import EXISTING as EXISTING
 from .manifest_values import bounds, check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
 from .storage import Copies, Folder, absolute, file_size, is_url
@@ -37,8 +36,7 @@ CHECKED = 1 << 16  # samples whose numbers fit into the processor's cache
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: its shards, and the place of each sample in them. remote: where the shards are, if not in
-    `root`."""
+    """One split of a dataset: its shards, and each sample's place. remote: where the shards are, if not in `root`."""
 
     root: Path
     name: str
@@ -84,7 +82,7 @@ class Split:
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return self._ends[-1]
 
     def keys(self) -> list[str]:
         """The samples' keys, in stored order, from their tar headers."""
@@ -94,6 +92,13 @@ class Split:
         for number, shard in enumerate(self.shards):
             keys += sample_keys(self.root / shard.name, self.rows(number)["offset"].tolist())
         return keys
+
+    def stored(self, sample: int) -> bytes:
+        """A sample's image as its shard, on this machine, has it."""
+        row = self.index[sample]
+        with open(self.root / self.shards[row["shard"]].name, "rb") as file:
+            file.seek(row["offset"])
+            return file.read(row["size"])
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(file, what is wrong with it) of shards that are missing or too short, and of an index that does not fit.
@@ -106,8 +111,7 @@ class Split:
                 what = "the shard is missing" if size is None else f"{size} bytes, {shard.bytes} in the manifest"
                 yield shard.name, f"{what}; copy it again or shard the data again"
         # A shard may have lost all its images.
-        parts = np.array_split(self.column("shard"), len(self.index) // CHECKED + 1)
-        counts = np.sum([np.bincount(part, minlength=len(self.shards)) for part in parts], axis=0)
+        counts = np.bincount(self.column("shard"), minlength=len(self.shards))
         if counts.tolist() != [shard.samples for shard in self.shards]:
             yield self.index_name, "the index and the manifest count differently"
 
@@ -179,9 +183,6 @@ class Dataset:
         if image.dtype != np.float32 or image.shape != (len(image), len(image), 3):
             raise DataError(f"{path}: no mean image, but {image.dtype} of {image.shape}; shard the data again")
         return np.array(image)
-
-    def statistics(self, *, mean_image: bool = False) -> Statistics:
-        return Statistics(self.mean, self.std, self.mean_image if mean_image else None)
 
     def _measured(self, name: str) -> Any:
         if name not in self.manifest["statistics"]:

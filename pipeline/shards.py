@@ -10,11 +10,11 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -65,18 +65,6 @@ class Shard:
     sha256: str
 
 
-class _HashingFile:
-    """Passes what is written on to `file` and keeps its sha256 and length."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, *parts: bytes) -> None:
-        for part in parts:
-            self.sha256.update(part)
-            self.bytes += self.file.write(part)
-
-
 @lru_cache(1)
 def _blank_header() -> tuple[bytes, int]:
     """A member's header as webdataset's TarWriter(mtime=0) writes it, without name and size; and its bytes' sum."""
@@ -105,21 +93,27 @@ def write_shard(
     The bytes are those of webdataset's TarWriter(mtime=0, encoder=False). Returns the shard's record and its rows of
     the array index, (n,) INDEX_DTYPE with 0 as shard.
     """
-    rows, stored = [], []
+    rows, stored, digest, at = [], [], hashlib.sha256(), 0
     with folder.publish(name) as file:
-        tar = _HashingFile(file)
+
+        def write(*parts: bytes) -> None:
+            for part in parts:
+                digest.update(part)
+                file.write(part)
+
         for s in samples:
             text, size = str(s.label).encode(), len(s.image)
-            label = Member(f"{s.key}.cls", tar.bytes + BLOCK, len(text))
+            label = Member(f"{s.key}.cls", at + BLOCK, len(text))
             image = Member(f"{s.key}.{extension}", label.offset + padded(label.size) + BLOCK, size)
             head = tar_header(label.name, label.size) + text.ljust(padded(label.size), b"\0")
-            tar.write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
+            at = image.offset + padded(size)
+            write(head + tar_header(image.name, size), s.image, bytes(padded(size) - size))
             rows.append((image.offset, size, 0, s.label, crc32(s.image), s.width, s.height))
             stored.append((label, image))
-        end = -(-(tar.bytes + 2 * BLOCK) // RECORD) * RECORD
-        tar.write(bytes(end - tar.bytes))
+        end = -(-(at + 2 * BLOCK) // RECORD) * RECORD
+        write(bytes(end - at))
     folder.write(dali_index_name(name), "".join(f"{line}\n" for line in dali_index(stored)).encode())
-    return Shard(name, len(rows), tar.bytes, tar.sha256.hexdigest()), np.array(rows, dtype=INDEX_DTYPE)
+    return Shard(name, len(rows), end, digest.hexdigest()), np.array(rows, dtype=INDEX_DTYPE)
 
 
 def dali_index_name(shard: str) -> str:
@@ -140,11 +134,12 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def label_name(extensions: Iterable[str], kinds: Sequence[str] = LABELS) -> str:
+def label_name(extensions: Collection[str], kinds: Sequence[str] = LABELS) -> str:
     """Which of a sample's extensions is its label: cls, or the only one like output.cls; else json alike. "": none."""
-    names = sorted(extensions, key=len)
-    found = next((ends for kind in kinds if (ends := [n for n in names if n.rpartition(".")[2] == kind])), [""])
-    return found[0] if len(found) == 1 or found[0] in kinds else ""
+    for kind in kinds:
+        if found := [name for name in extensions if name.rpartition(".")[2] == kind]:
+            return kind if kind in found else found[0] if len(found) == 1 else ""
+    return ""
 
 
 def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> str:
@@ -161,9 +156,8 @@ def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> st
     raise DataError(f"has an empty .{name}")
 
 
-def stored_label(fields: Mapping[str, bytes]) -> int:
-    """The class number in a sample's members by extension; -1: not known. Raises DataError with the reason."""
-    text = label_text(fields)
+def class_number(text: str) -> int:
+    """The class of a label's text; -1: not known. Raises DataError with the reason."""
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise DataError(f"has the label {text[:40]!r}; class numbers from 0 are read")
     return int(text)

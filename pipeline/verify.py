@@ -21,7 +21,7 @@ from . import cuts, manifest, pool
 from .decode import BadImage, decode
 from .errors import DataError
 from .manifest import Dataset, Split
-from .shards import IMAGES, crc32, dali_index, dali_index_name, file_sha256, split_name, stored_label
+from .shards import IMAGES, class_number, crc32, dali_index, dali_index_name, file_sha256, label_text, split_name
 from .storage import Folder
 from .tar import Member, members
 from .write.cuts import find
@@ -94,23 +94,28 @@ class Report:
 
 
 def check(
-    root: Path, *, deep: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda samples: None
+    dataset: Dataset, *, deep: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda samples: None
 ) -> Report:
-    """Checks everything, whatever is found on the way. Raises DataError if the folder is no dataset at all.
+    """Checks everything, whatever is found on the way. dataset: opened without checks of its splits.
 
     deep: also decode every image, and read the tars with webdataset. progress: called with numbers of samples.
     """
     if deep:
         import webdataset  # noqa: F401  # it loads torch: once, before workers are forked
-    dataset = manifest.open_dataset(root, check_splits=False)
-    report = Report(str(root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
+    report = Report(str(dataset.root), str(dataset.manifest.get("dataset")), dataset.fingerprint, deep)
     for split in dataset.splits.values():
-        if _check_index(split, report):
-            check_shard = partial(_check_shard, dataset, split, deep)
-            with pool.run(check_shard, range(len(split.shards)), workers=workers, place=root) as found:
-                for shard, findings in zip(split.shards, found):
-                    report.findings += findings
-                    progress(shard.samples)
+        try:
+            report.splits[split.name] = _summary(split)
+        except DataError as err:
+            report.findings.append(Finding("index", split.index_name, str(err)))
+            continue
+        for name, fault in split.faults():
+            report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
+        check_shard = partial(_check_shard, dataset, split, deep)
+        with pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root) as found:
+            for shard, findings in zip(split.shards, found):
+                report.findings += findings
+                progress(shard.samples)
     report.findings += [Finding("info", *fault) for fault in _extra_faults(dataset)]
     report.duplicates = _duplicates([dataset.splits[name] for name in report.splits])
     return report
@@ -121,20 +126,13 @@ def _is_ours(dataset: Dataset) -> bool:
     return "plan" in dataset.manifest
 
 
-def _check_index(split: Split, report: Report) -> bool:
-    """Whether the index can be read; enters the split in the report."""
-    try:
-        index = split.index
-    except DataError as err:
-        report.findings.append(Finding("index", split.index_name, str(err)))
-        return False
+def _summary(split: Split) -> SplitReport:
+    """Raises DataError if the index cannot be read."""
+    index = split.index
     known = index["label"][index["label"] >= 0]
     histogram = np.bincount(known, minlength=split.classes).tolist()
     total = sum(shard.bytes for shard in split.shards)
-    report.splits[split.name] = SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
-    for name, fault in split.faults():
-        report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
-    return True
+    return SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
 
 
 def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> list[Finding]:
@@ -163,9 +161,9 @@ def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> lis
     findings = []
     for check in CHECKS:
         whats = [what for kind, what in faults if kind == check]
-        findings += [Finding(check, shard.name, what) for what in whats[:MANY]]
         if len(whats) > MANY:  # a shard of zeros needs no thousand lines
-            findings.append(Finding(check, shard.name, f"and {len(whats) - MANY} more"))
+            whats[MANY:] = [f"and {len(whats) - MANY} more"]
+        findings += [Finding(check, shard.name, what) for what in whats]
     return findings
 
 
@@ -202,7 +200,7 @@ def _compare_samples(
 
 def _label(fields: dict[str, bytes]) -> int | None:
     with suppress(DataError):
-        return stored_label(fields)
+        return class_number(label_text(fields))
     return None
 
 
@@ -226,9 +224,10 @@ def _compare_dali_index(path: Path, inside: dict[int, Member]) -> Iterator[Fault
         yield "idx", f"{path.name} begins with {header!r} and has {len(lines)} lines"
     samples = [list(group) for _, group in groupby(inside.values(), key=lambda member: split_name(member.name)[0])]
     listed = set(lines)
-    wrong = [sample[0] for sample, line in zip(samples, dali_index(samples)[1:]) if line not in listed]
-    if wrong:
-        yield "idx", f"{path.name} does not name {wrong[0].name} at byte {wrong[0].offset}"
+    for (first, *_), line in zip(samples, dali_index(samples)[1:]):
+        if line not in listed:
+            yield "idx", f"{path.name} does not name {first.name} at byte {first.offset}"
+            return
 
 
 class _Seen(NamedTuple):
@@ -290,8 +289,7 @@ def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     groups: dict[str, list[Copy]] = defaultdict(list)
     for split, of_split in zip(splits, keys):
         for sample in np.flatnonzero(np.isin(of_split, values[counts > 1])).tolist():
-            row = split.index[sample]
-            with suppress(OSError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
-                data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
-                groups[hashlib.sha256(data).hexdigest()].append(Copy(split.name, sample, int(row["label"])))
+            with suppress(OSError):
+                digest = hashlib.sha256(split.stored(sample)).hexdigest()
+                groups[digest].append(Copy(split.name, sample, int(split.index["label"][sample])))
     return [group for group in groups.values() if len(group) > 1]

@@ -42,7 +42,7 @@ def main() -> None:
     workers = pool.worker_count(args.workers)
     dataset = manifest.open_dataset(args.dir, check_splits=False)
     with Progress("checking", sum(split.samples for split in dataset.splits.values())) as progress:
-        found = verify.check(args.dir, deep=args.deep, workers=workers, progress=progress.update)
+        found = verify.check(dataset, deep=args.deep, workers=workers, progress=progress.update)
     print_report(found)
     if args.json:
         write_json(args.json, asdict(found) | {"ok": found.ok})
@@ -122,10 +122,8 @@ def converted(dataset: manifest.Dataset, splits: list[manifest.Split]) -> Iterat
 
 def picture_of(dataset: manifest.Dataset, split: manifest.Split, sample: int) -> str:
     """A thumbnail; "" if the image cannot be read."""
-    row = split.index[sample]
-    with contextlib.suppress(OSError, ValueError), open(split.root / split.shards[row["shard"]].name, "rb") as file:
-        file.seek(row["offset"])
-        data = file.read(row["size"])
+    with contextlib.suppress(OSError, ValueError):
+        data, row = split.stored(sample), split.index[sample]
         if dataset.encoding == "raw":
             return thumbnail(np.frombuffer(data, np.uint8).reshape(row["height"], row["width"], 3), SIDE)
         return thumbnail(decode(data), SIDE)

@@ -27,7 +27,7 @@ import PIL
 import simplejpeg
 
 from pipeline import pool
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, reading
 from pipeline.manifest import open_dataset
 from pipeline.progress import Progress, clock
 from pipeline.storage import Folder, folder_at, is_url
@@ -141,7 +141,7 @@ def index(args: argparse.Namespace) -> dict:
             check_name(args.name),
             splits,
             args.out.path,
-            classes=class_names(args.classes),
+            classes=args.classes and class_names(args.classes),
             statistics_images=args.statistics,
             size=Encoding(size=args.size).size,
             max_bad_fraction=check_fraction("--max-bad-fraction", args.max_bad_fraction),
@@ -169,13 +169,9 @@ def cut(args: argparse.Namespace) -> None:
     print(f"{args.out}: {number:,} of {images:,} images can be cut; {size / 1e6:,.1f} MB")
 
 
-def class_names(path: Path | None) -> list[str] | None:
-    if path is None:
-        return None
-    try:
+def class_names(path: Path) -> list[str]:
+    with reading(f"{path}:", "name a file in UTF-8, a class name a line", OSError):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, ValueError) as err:
-        raise DataError(f"{path}: cannot be read ({err}); name a file in UTF-8, a class name a line") from err
     number_of = {}
     for number, line in enumerate(lines, 1):
         name = unicodedata.normalize("NFC", line.strip())

@@ -44,14 +44,16 @@ class Inputs:
     @classmethod
     def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
         """Raises DataError if the dataset has no statistics."""
+        statistics = IMAGENET_STATISTICS
+        if augment.statistics != "imagenet":
+            mean_image = dataset.mean_image if augment.normalize == "mean-image" else None
+            statistics = Statistics(dataset.mean, dataset.std, mean_image)
         return cls(
             str(dataset.manifest.get("dataset")),
             dataset.fingerprint,
             tuple(dataset.classes),
             tuple(dataset.class_names),
-            IMAGENET_STATISTICS
-            if augment.statistics == "imagenet"
-            else dataset.statistics(mean_image=augment.normalize == "mean-image"),
+            statistics,
             tuple(dataset.manifest.get("class_ids", ())),
         )
 

@@ -15,6 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from .. import cuts, manifest, pool
 from ..decode import BadImage
 from ..errors import ConfigError, DataError, StorageError, reading
@@ -23,12 +25,12 @@ from ..shards import Sample, dali_index_name, write_shard
 from ..storage import Folder
 from . import journal, resize
 from .cuts import find, write_file
-from .images import Preparer
+from .images import prepare
 from .journal import Listed, ShardRecord
 from .manifest_content import Collected, timm_info, write_statistics
-from .plan import Options, Plan
+from .plan import Options, Plan, Task
 from .resize import Totals
-from .sources import Item
+from .sources import Items
 
 __all__ = ["Options", "Plan", "build", "forecast"]
 
@@ -36,11 +38,10 @@ TRIED = 64  # images, for a forecast
 AHEAD = 16  # images that the system is asked to fetch before they are read
 
 
-def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, measure: bool) -> ShardRecord:
-    """Writes a shard of these items. Images that cannot be used are listed in the record's `bad`, not stored."""
-    options, source = plan.options, plan.source
-    prepare = Preparer(options.encoding, measure=measure, check=options.check)
-    totals = Totals.zeros(options.encoding.size) if measure else None
+def make_shard(plan: Plan, task: Task, folder: Folder) -> ShardRecord:
+    """Writes the task's shard. Images that cannot be used are listed in the record's `bad`, not stored."""
+    options, source, items = plan.options, plan.source, task.items
+    totals = Totals.zeros(options.encoding.size) if options.stats and task.split == "train" else None
     converted: Listed = []
     bad: Listed = []
     places: list[bytes] = []
@@ -52,27 +53,21 @@ def make_shard(plan: Plan, items: list[Item], folder: Folder, name: str, *, meas
             if later:
                 source.ahead(later)
             try:
-                image = prepare(source.read(item))
+                image = prepare(source.read(item), options.encoding, totals, check=options.check)
             except BadImage as err:
                 bad.append({"image": item.where, "reason": str(err)})
                 continue
             if image.converted:
                 converted.append({"image": item.where, "was": image.converted})
-            if totals and image.measured:
-                totals.add(*image.measured)
             if plan.cuts:
                 places.append(find(image.image, check_one_in=plan.cuts))
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
     extension = "raw" if options.encoding.kind == "raw" else "jpg"
-    shard, rows = write_shard(folder, name, samples(), extension=extension)
+    shard, rows = write_shard(folder, task.name, samples(), extension=extension)
     if plan.cuts:
-        write_file(folder, _cuts_name(plan, name), shard, rows, places)
+        write_file(folder, task.cuts_name, shard, rows, places)
     return ShardRecord(shard, rows, totals, converted, bad)
-
-
-def _cuts_name(plan: Plan, tar: str) -> str:
-    return tar.removeprefix(f"{plan.source.name}-").removesuffix("tar") + "cuts"
 
 
 class _Nowhere(Folder):
@@ -86,9 +81,9 @@ def forecast(plan: Plan, only: range) -> tuple[ShardRecord, float]:
     """Makes a shard of some of the plan's images and stores it nowhere: its record, and one worker's seconds for it."""
     resize.prepare()
     items = [item for n in only for item in plan.tasks[n].items[:TRIED]]
-    items = items[:: max(1, len(items) // TRIED)][:TRIED]
+    tried = Items(items[:: max(1, len(items) // TRIED)][:TRIED])
     started = time.perf_counter()
-    record = make_shard(plan, items, _Nowhere(Path()), "trial.tar", measure=plan.options.stats)
+    record = make_shard(plan, Task("train", "", "", tried, np.arange(len(tried))), _Nowhere(Path()))
     return record, time.perf_counter() - started
 
 
@@ -133,15 +128,15 @@ def build(
 
 def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list[int]]:
     """The manifest, if the folder holds this dataset already; those of the chosen shards that are missing."""
+    if chosen:
+        # Before the check: a bucket has no locks, so another run may just begin or finish.
+        folder.create(journal.PLAN, json_bytes(plan.identity))
     finished = _check_folder(plan, folder)
     if finished or not chosen:
         return finished, []
-    journal.claim(folder, plan.identity)
-    if folder.size(manifest.NAME) is not None:  # another run finished it before the claim: a bucket has no locks
-        return _check_folder(plan, folder), []
     todo = [n for n in _missing(plan, folder) if n in chosen]
     if todo and 0 in chosen:  # in a job array, one task verifies the input for all
-        plan.source.verify(folder, f"{manifest.PARTS}/verified.json")
+        plan.source.verify(folder)
     return None, todo
 
 
@@ -150,7 +145,7 @@ def _missing(plan: Plan, folder: Folder) -> list[int]:
 
     The images may have been repaired since.
     """
-    records = (journal.load(folder, task.name, task.digest) for task in plan.tasks)
+    records = (journal.load(folder, task) for task in plan.tasks)
     bad = [len(record.bad) if record else None for record in records]
     too_many = sum(filter(None, bad)) > plan.bad_allowed
     return [number for number, count in enumerate(bad) if count is None or (too_many and count)]
@@ -166,9 +161,8 @@ def _make(
     def make(number: int) -> tuple[int, int]:
         """Makes a shard; returns its bytes, and how many images are bad."""
         task = plan.tasks[number]
-        measure = plan.options.stats and task.split == "train"
-        record = make_shard(plan, task.items, folder, task.name, measure=measure)
-        journal.save(folder, record._replace(digest=task.digest))
+        record = make_shard(plan, task, folder)
+        journal.save(folder, task, record)
         return record.shard.bytes, len(record.bad)
 
     written, bad, started = 0, 0, time.monotonic()
@@ -233,7 +227,7 @@ def _changed_images(plan: Plan, dataset: manifest.Dataset) -> str:
 def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
     missing = []
     for number, task in enumerate(plan.tasks):
-        if record := journal.load(folder, task.name, task.digest):
+        if record := journal.load(folder, task):
             yield task.split, record
         else:
             missing.append(number)
@@ -286,7 +280,7 @@ def _publish(plan: Plan, folder: Folder) -> Json:
     # Half-written files of runs that were killed, and shards of a plan that had more of them.
     shards = {task.name for task in plan.tasks}
     wanted = shards | {dali_index_name(name) for name in shards}
-    wanted |= {_cuts_name(plan, name) for name in shards if plan.cuts}
+    wanted |= {task.cuts_name for task in plan.tasks if plan.cuts}
     for name in names:
         if name.endswith((PARTIAL, ".tar", ".idx", ".cuts", cuts.NAME)) and name not in wanted:
             folder.remove(name)

@@ -1,6 +1,6 @@
-"""Decodes, checks, resizes and encodes one image file. Pure."""
+"""Decodes, checks, resizes and encodes one image file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -11,9 +11,10 @@ from ..decode import MAX_SIDE, BadImage, Scratch, decode, open_image, plain_jpeg
 from ..errors import ConfigError
 from ..geometry import resized
 from ..settings import Bounds, validate
-from .resize import centre, resize
+from .resize import Totals, resize
 
 CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
+_decoded = Scratch()
 
 
 @dataclass(frozen=True)
@@ -31,64 +32,41 @@ class Encoding:
             raise ConfigError("square goes with encode=jpeg or raw: keep stores the original bytes")
 
 
-class Measured(NamedTuple):
-    """What statistics are made of; valid until the next image is prepared."""
-
-    square: ndarray  # (size, size, 3), as training sees it
-    pixels: ndarray  # the same, but of smaller images only the pixels that are there
-
-
 class Prepared(NamedTuple):
-    """An image ready to be stored, its size, and what was measured."""
+    """An image ready to be stored, and its size."""
 
     image: bytes
     width: int
     height: int
-    measured: Measured | None
     converted: str | None  # its kind before, if it had to be converted
 
 
-@dataclass
-class Preparer:
-    """Decodes, checks, resizes and encodes, image after image, in buffers of its own.
+def prepare(data: bytes, encoding: Encoding, totals: Totals | None = None, *, check: str = "full") -> Prepared:
+    """Decodes, checks, resizes and encodes an image, and adds it to `totals`, of size encoding.size.
 
-    measure: also return the pixels of the statistics. check: `full` decodes every image, `header` reads only its size
-    if `keep` stores it as it is.
+    check: `full` decodes every image, `header` reads only its size if `keep` stores it as it is. Raises BadImage with
+    the reason.
     """
-
-    encoding: Encoding
-    measure: bool = True
-    check: str = "full"
-    _decoded: Scratch = field(default_factory=Scratch)
-    _resized: Scratch = field(default_factory=Scratch)
-
-    def __call__(self, data: bytes) -> Prepared:
-        """Raises BadImage with the reason."""
-        header, encoding = plain_jpeg_size(data), self.encoding
-        if header and encoding.kind == "keep" and not self.measure:
-            try:
-                if self.check == "full":
-                    # All of the data is decoded, but an eighth of the pixels is made: what is damaged shows all the
-                    # same, and sooner.
-                    decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
-                return Prepared(data, *header, None, None)
-            except ValueError:
-                pass
-        pixels, converted = decode(data, memory=self._decoded), None if header else _foreign(data)
-        if encoding.kind == "keep":
-            stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
-        else:
-            _reject_slivers(pixels, encoding.size)
-            pixels = resize(pixels, encoding.size, self._resized, square=encoding.square)
-            stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
-        measured = self._squares(pixels) if self.measure else None
-        return Prepared(stored, pixels.shape[1], pixels.shape[0], measured, converted)
-
-    def _squares(self, pixels: ndarray) -> Measured:
-        """The centre square of short side encoding.size; a smaller image's pixels are counted at their own size."""
-        short, wanted = min(pixels.shape[:2]), self.encoding.size
-        square = centre(pixels, wanted) if short == wanted else resize(pixels, wanted, self._resized, square=True)
-        return Measured(square, square if short >= wanted else centre(pixels, short))
+    header = plain_jpeg_size(data)
+    if header and encoding.kind == "keep" and not totals:
+        try:
+            if check == "full":
+                # All of the data is decoded, but an eighth of the pixels is made: what is damaged shows all the
+                # same, and sooner.
+                decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
+            return Prepared(data, *header, None)
+        except ValueError:
+            pass
+    pixels, converted = decode(data, memory=_decoded), None if header else _foreign(data)
+    if encoding.kind == "keep":
+        stored = _jpeg(pixels, CONVERTED_QUALITY) if converted else data
+    else:
+        _reject_slivers(pixels, encoding.size)
+        pixels = resize(pixels, encoding.size, square=encoding.square)
+        stored = _jpeg(pixels, encoding.quality) if encoding.kind == "jpeg" else pixels.tobytes()
+    if totals:
+        totals.add(pixels)
+    return Prepared(stored, pixels.shape[1], pixels.shape[0], converted)
 
 
 def _reject_slivers(pixels: ndarray, short: int) -> None:

@@ -13,11 +13,12 @@ from .. import manifest, pool
 from ..decode import BadImage, image_size
 from ..errors import ConfigError, DataError
 from ..files import Json
-from ..shards import INDEX_DTYPE, Shard, crc32, file_sha256, stored_label
+from ..manifest_values import EXISTING
+from ..shards import INDEX_DTYPE, Shard, class_number, crc32, file_sha256
 from ..storage import Folder
 from ..tar import Member
 from . import resize
-from .images import Encoding, Preparer
+from .images import Encoding, prepare
 from .journal import ShardRecord
 from .manifest_content import Collected, write_statistics
 from .resize import Totals
@@ -36,29 +37,29 @@ def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tu
     """
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
-    unused: list[Member] = []
-    for image, label in samples(path, bad, unused, _label):
-        try:
-            data = read_member(path, image)
-            rows[image] = (image.offset, image.size, 0, label, crc32(data), *image_size(data))
-        except BadImage as err:
-            bad[image] = err
     passed_over = PassedOver()
-    for member in unused:
-        file = os.path.basename(member.name)
-        kind = litter(file) or os.path.splitext(file)[1].lower() or "without extension"
-        passed_over.add(kind, _printable(path, member))
+    for member, label in samples(path, _label):
+        if label is None:
+            file = os.path.basename(member.name)
+            kind = litter(file) or os.path.splitext(file)[1].lower() or "without extension"
+            passed_over.add(kind, _printable(path, member))
+        elif isinstance(label, BadImage):
+            bad[member] = label
+        else:
+            try:
+                data = read_member(path, member)
+                rows[member] = (member.offset, member.size, 0, label, crc32(data), *image_size(data))
+            except BadImage as err:
+                bad[member] = err
     if not rows and not bad:
-        if unused:
+        if passed_over:
             raise DataError(f"{path}: holds no samples, no image with a label, but {passed_over}")
         passed_over.add("empty tar", path.name)
-    totals, prepare = Totals.zeros(size), Preparer(Encoding(size=size))
+    totals, encoding = Totals.zeros(size), Encoding(size=size)
     chosen = list(rows)[:: max(1, len(rows) // statistics_images)][:statistics_images] if statistics_images else []
     for image in chosen:
         try:
-            measured = prepare(read_member(path, image)).measured
-            assert measured is not None
-            totals.add(*measured)
+            prepare(read_member(path, image), encoding, totals)
         except BadImage as err:
             bad[image] = err
             del rows[image]
@@ -73,8 +74,8 @@ def _printable(path: Path, member: Member) -> str:
     return f"{path.name}/{member.name}".encode(errors="backslashreplace").decode()
 
 
-def _label(fields: dict[str, bytes]) -> int:
-    label = stored_label(fields)
+def _label(text: str) -> int:
+    label = class_number(text)
     if not 0 <= label < MAX_CLASSES:
         raise DataError(f"has the label {label}; class numbers from 0 to {MAX_CLASSES - 1:,} are read")
     return label
@@ -142,7 +143,7 @@ def _publish(
         "classes": classes,
         "splits": splits,
         "statistics": measured | {"images": int(collected.totals.numbers[0])},
-        "source": {"kind": manifest.EXISTING},
+        "source": {"kind": EXISTING},
         "stored_order": {s: "class after class" if looks_sorted(each) else "mixed" for s, each in labels.items()},
         "options": options,
         "converted": [],

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, reading
-from ..files import Json, json_bytes
+from ..files import Json
 from ..manifest import PARTS
 from ..settings import flatten
 from ..shards import Shard, dali_index_name
 from ..storage import Folder
+from .plan import Task
 from .resize import Totals
 
 PLAN = f"{PARTS}/plan.json"
@@ -34,40 +35,34 @@ class ShardRecord(NamedTuple):
     totals: Totals | None
     converted: Listed
     bad: Listed
-    digest: str = ""  # of its task
 
 
-def _name(shard: str) -> str:
-    return f"{PARTS}/{shard}.npz"
+def _name(task: Task) -> str:
+    return f"{PARTS}/{task.name}.npz"
 
 
-def save(folder: Folder, record: ShardRecord) -> None:
+def save(folder: Folder, task: Task, record: ShardRecord) -> None:
     """Publishes the record: from now on the shard is whole."""
-    meta = {"shard": asdict(record.shard), "converted": record.converted, "bad": record.bad, "digest": record.digest}
+    meta = {"shard": asdict(record.shard), "converted": record.converted, "bad": record.bad, "digest": task.digest}
     arrays = record.totals._asdict() if record.totals else {}
     data = io.BytesIO()
     # Not compressed: it is 0.8 MB and exists until the manifest does; zlib would cost more than writing it.
     np.savez(data, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), rows=record.rows, **arrays)
-    folder.write(_name(record.shard.name), data.getbuffer())
+    folder.write(_name(task), data.getbuffer())
 
 
-def load(folder: Folder, shard: str, digest: str) -> ShardRecord | None:
-    """The record of a shard that has its full size; None if either is missing, damaged or of another task."""
+def load(folder: Folder, task: Task) -> ShardRecord | None:
+    """The record of the task's shard that has its full size; None if either is missing, damaged or of another task."""
     try:
-        with np.load(io.BytesIO(folder.read(_name(shard))), allow_pickle=False) as file:
+        with np.load(io.BytesIO(folder.read(_name(task))), allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
+            same_task = meta.pop("digest") == task.digest
             totals = Totals(file["numbers"], file["image"]) if "image" in file else None
             record = ShardRecord(Shard(**meta.pop("shard")), file["rows"], totals, **meta)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
-    whole = folder.size(shard) == record.shard.bytes and folder.size(dali_index_name(shard)) is not None
-    return record if whole and record.digest == digest else None
-
-
-def claim(folder: Folder, plan: Json) -> None:
-    """Records which plan the folder belongs to. Raises ConfigError if another plan has begun there."""
-    folder.create(PLAN, json_bytes(plan))
-    check_plan(folder, plan)
+    whole = folder.size(task.name) == record.shard.bytes and folder.size(dali_index_name(task.name)) is not None
+    return record if whole and same_task else None
 
 
 def check_plan(folder: Folder, plan: Json) -> None:
@@ -83,7 +78,7 @@ def check_plan(folder: Folder, plan: Json) -> None:
 
 def reject_other(folder: Folder, begun: Json, plan: Json, what: str) -> None:
     """Raises ConfigError, naming both values, if the plans differ."""
-    theirs, ours = flatten(begun), flatten(json.loads(json.dumps(plan)))
+    theirs, ours = flatten(begun), flatten(plan)
     # Options first: hashes of the images do not show what differs.
     for name in sorted(theirs.keys() | ours.keys(), key=lambda name: (name.startswith("images."), name)):
         if theirs.get(name) != ours.get(name):

@@ -11,11 +11,13 @@ import numpy as np
 import PIL
 import simplejpeg
 
+from ..cuts import file_name
 from ..errors import ConfigError
 from ..files import Json
 from ..settings import BelowOne, Positive, validate
 from .images import Encoding
 from .sources import Item, Items, Source
+from .sources.base import key_hashes
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Task:
 
     split: str
     name: str
+    cuts_name: str  # of pipeline/cuts.py's file
     source: Items
     rows: np.ndarray  # positions in `source`, in the shard's order
 
@@ -66,10 +69,10 @@ class Plan:
     def tasks(self) -> list[Task]:
         tasks, per = [], self.options.samples_per_shard
         for split, items in self.source.splits.items():
-            shuffled = _shuffled(self.options.seed, split, items)
+            shuffled = np.lexsort(key_hashes(f"{self.options.seed}/{split}", items))
             for number, start in enumerate(range(0, len(shuffled), per)):
                 name = f"{self.source.name}-{split}-{number:06d}.tar"
-                tasks.append(Task(split, name, items, shuffled[start : start + per]))
+                tasks.append(Task(split, name, file_name(split, number), items, shuffled[start : start + per]))
         return tasks
 
     def images(self, numbers: Iterable[int]) -> int:
@@ -94,12 +97,6 @@ class Plan:
             # the decoders and encoders that make the pixels and bytes
             "software": {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__},
         }
-
-
-def _shuffled(seed: int, split: str, items: Items) -> np.ndarray:
-    """(n,) int64. By a hash of the key, not by a generator: the same on every version of Python and NumPy."""
-    hashes = (hashlib.sha256(f"{seed}/{split}/{key}".encode()).digest()[:16] for key in items.keys)
-    return np.lexsort(np.fromiter(hashes, "S16", len(items)).view(">u8").astype(np.uint64).reshape(-1, 2).T[::-1])
 
 
 def numbers(text: str, shards: int) -> range:

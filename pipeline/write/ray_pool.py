@@ -69,20 +69,16 @@ def _connected(address: str, workers: int) -> Any:
 def _check_nodes(ray: Any, source: Source, place: Folder) -> None:
     pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     nodes, shared = [node for node in ray.nodes() if node["Alive"]], ray.put(source)
-    item = _readable(source)
+    items = (item for items in source.splits.values() for item in items)
+    readable = next((item for item in items if _read(source, item)), None)
     look = ray.remote(num_cpus=0)(_missing_there)
     missing = [
-        look.options(scheduling_strategy=pinned(node["NodeID"], soft=False)).remote(shared, item, place)
+        look.options(scheduling_strategy=pinned(node["NodeID"], soft=False)).remote(shared, readable, place)
         for node in nodes
     ]
     for node, what in zip(nodes, ray.get(missing)):
         if what:
             raise StorageError(f"node {node['NodeManagerHostname']}: {what}; mount it there, or leave the node out")
-
-
-def _readable(source: Source) -> Item | None:
-    """The first image that is read here."""
-    return next((item for items in source.splits.values() for item in items if _read(source, item)), None)
 
 
 def _read(source: Source, item: Item) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..jit import compiled
 from ..resample import resample, triangle
 
 u = np.uintp
+_memory = Scratch()
 
 
 @compiled
@@ -45,15 +47,15 @@ def _add(square: ndarray, pixels: ndarray, image: ndarray, sums: ndarray) -> Non
     sums += np.array((s0, s1, s2, rr, rg, rb, gg, gb, bb))
 
 
-def resize(pixels: ndarray, short: int, memory: Scratch, *, square: bool) -> ndarray:
-    """(h, w, 3) in `memory`: the image, its short side `short`, or of this the centre square; no more is computed.
+def resize(pixels: ndarray, short: int, *, square: bool) -> ndarray:
+    """(h, w, 3): the image, its short side `short`, or of this the centre square; no more is computed.
 
-    pixels: (height, width, 3) uint8, RGB, contiguous.
+    pixels: (height, width, 3) uint8, RGB, contiguous. The result is valid until this thread's next call.
     """
     height, width, _ = pixels.shape
     w, h = resized(width, height, short)
     columns, rows = (short, short) if square else (w, h)
-    out = memory(3 * rows * columns).reshape(rows, columns, 3)
+    out = _memory(3 * rows * columns).reshape(rows, columns, 3)
     left, top = centre_offset(w, columns), centre_offset(h, rows)
     _resize(pixels.reshape(-1), width, height, left, top, width / w, height / h, out)
     return out
@@ -76,14 +78,15 @@ class Totals(NamedTuple):
         """dtype: of the image. 32 bits are enough for 16 million images."""
         return Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, dtype))
 
-    def add(self, square: ndarray, pixels: ndarray) -> None:
-        """square: (size, size, 3) of the mean image. pixels: the square that mean and covariance are made of."""
-        assert square.size == len(self.image)
-        _add(square.reshape(-1), pixels.reshape(-1), self.image, self.numbers[2:])
-        self.numbers[:2] += 1, pixels.size // 3
+    def add(self, pixels: ndarray) -> None:
+        """Adds the centre square of (h, w, 3); a smaller image's own pixels are those of mean and covariance."""
+        size, short = isqrt(len(self.image) // 3), min(pixels.shape[:2])
+        square = centre(pixels, size) if short == size else resize(pixels, size, square=True)
+        counted = square if short >= size else centre(pixels, short)
+        _add(square.reshape(-1), counted.reshape(-1), self.image, self.numbers[2:])
+        self.numbers[:2] += 1, counted.size // 3
 
 
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
-    square = resize(np.zeros((40, 40, 3), np.uint8), 8, Scratch(), square=True)
-    Totals.zeros(8).add(square, square)
+    Totals.zeros(8).add(np.zeros((40, 40, 3), np.uint8))

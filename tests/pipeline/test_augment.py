@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from pipeline.decode import Scratch
 from pipeline.errors import ConfigError
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import AugmentConfig, place
@@ -90,7 +89,7 @@ def test_a_placement_does_not_depend_on_the_batch_it_is_computed_in():
 
 def test_bilinear_resize_of_the_sharder_is_torchvisions():
     pixels = np.random.default_rng(0).integers(0, 256, (301, 407, 3), dtype=np.uint8)
-    ours = resize(pixels, 256, Scratch(), square=True).astype(int)
+    ours = resize(pixels, 256, square=True).astype(int)
     theirs = np.asarray(tv.center_crop(tv.resize(Image.fromarray(pixels), 256), 256))
     assert np.abs(ours - theirs).max() <= 1
 

@@ -15,7 +15,7 @@ from pipeline import manifest
 from pipeline.errors import DataError
 from pipeline.storage import Folder
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.sources.imagenet import ImageNet2010, ImageNet2012
+from pipeline.write.sources.imagenet import VERIFIED, ImageNet2010, ImageNet2012
 from tests.conftest import run_tool, the_error
 from tests.pipeline import archives
 from tests.pipeline.archives import WNIDS, Mini, tar_of
@@ -146,10 +146,10 @@ def test_md5_sums_are_compared_and_the_file_named(tmp_path):
 def test_md5_sums_that_agree_are_remembered(tmp_path, monkeypatch):
     made = source(Mini(tmp_path, 2012), 2012, md5=True)
     made.sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in made.sums}
-    made.verify(Folder(tmp_path), "md5.json")
-    assert json.loads((tmp_path / "md5.json").read_text()).keys() == made.sums.keys()
+    made.verify(Folder(tmp_path))
+    assert json.loads((tmp_path / VERIFIED).read_text()).keys() == made.sums.keys()
     monkeypatch.setattr(hashlib, "md5", None)  # not needed again
-    made.verify(Folder(tmp_path), "md5.json")
+    made.verify(Folder(tmp_path))
 
 
 def test_2012_without_the_test_archive_has_no_test_split(tmp_path):

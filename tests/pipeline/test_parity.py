@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest, open_dataset
-from pipeline.decode import Scratch
 from pipeline.geometry import centre_offset, resized
 from pipeline.read.augment import colour_shift
 from pipeline.read.backend import to_device
@@ -173,7 +172,7 @@ def test_the_loader_resizes_to_the_bytes_that_the_sharder_would_store(tmp_path):
     view = AugmentConfig(resize=96, crop=80)
     ours = crops(root, view, "portable", train=False)[0].transpose(1, 2, 0)
     image = Image.open(io.BytesIO(stored)).convert("RGB")
-    assert np.array_equal(ours, resize(np.asarray(image), 96, Scratch(), square=True)[8:88, 8:88])
+    assert np.array_equal(ours, resize(np.asarray(image), 96, square=True)[8:88, 8:88])
     width, height = (int(side) for side in resized(*image.size, 96))
     left, top = int(centre_offset(width, 80)), int(centre_offset(height, 80))
     pillows = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 80, top + 80))

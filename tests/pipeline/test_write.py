@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline import manifest, resample
-from pipeline.decode import BadImage, Scratch
+from pipeline.decode import BadImage
 from pipeline.errors import ConfigError, DataError, ExpressError
 from pipeline.geometry import centre_offset, resized
 from pipeline.shards import Sample, write_shard
@@ -29,7 +29,7 @@ from pipeline.storage import Folder
 from pipeline.write import build as build_module
 from pipeline.write import images, resize
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.images import Encoding, Preparer
+from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
 from tests.conftest import picture
 
@@ -41,7 +41,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def prepare(data: bytes, encoding: Encoding) -> images.Prepared:
-    return Preparer(encoding)(data)
+    return images.prepare(data, encoding, resize.Totals.zeros(encoding.size))
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -130,10 +130,9 @@ def test_resizing_is_pillows_but_for_a_grey_level_and_exact_in_whole_numbers(wid
     assert difference.max() <= 2  # each direction may round to another side
     alike = max(1, to[0] / width)  # neighbours of an enlarged image, which round to the same side
     assert np.count_nonzero(difference > 1) <= alike * (2 + difference.size / 100_000)  # of noise, one in a million
-    memory = Scratch()
-    assert np.array_equal(resize.resize(image, short, memory, square=False), expected)
+    assert np.array_equal(resize.resize(image, short, square=False), expected)
     left, top = (int(centre_offset(side, short)) for side in to)
-    square = resize.resize(image, short, memory, square=True)
+    square = resize.resize(image, short, square=True)
     assert np.array_equal(square, expected[top : top + short, left : left + short])
 
 
@@ -146,7 +145,7 @@ def test_sums_are_numpys(side, more_lines, more_columns, seed):
     square = resize.centre(image, side)
     sums = resize.Totals.zeros(side)
     for _ in range(2):
-        sums.add(square, square)
+        sums.add(square)
     products = np.einsum("hwi,hwj->ij", wide, wide)
     numbers, image_sum = sums
     assert numbers[:2].tolist() == [2, 2 * side * side]
@@ -159,7 +158,7 @@ def test_sums_of_many_white_images_overflow_nothing():
     white = resize.centre(np.full((8, 8, 3), 255, np.uint8), 8)
     sums = resize.Totals.zeros(8)
     for number in range(1, 800):
-        sums.add(white, white)
+        sums.add(white)
         if number in (100, 257, 258):
             assert (sums.image == 255 * number).all()
     assert (sums.image == 255 * 799).all()
@@ -319,7 +318,7 @@ def test_mean_image_and_principal_colours_are_those_of_the_squares(tmp_path):
         data = encoded(picture(rng, 90 + i, 70), "JPEG", quality=95)
         (tmp_path / "in" / "a" / f"{i}.jpg").write_bytes(data)
         image = np.asarray(Image.open(io.BytesIO(data)))
-        square = resize.resize(image, 32, Scratch(), square=True)
+        square = resize.resize(image, 32, square=True)
         squares.append(square.astype(float))
     build(Plan(ImageFolder(tmp_path / "in"), Options(Encoding(size=32))), tmp_path / "out", workers=1)
     dataset = manifest.open_dataset(tmp_path / "out")
@@ -350,11 +349,11 @@ def test_without_statistics_there_are_none_and_a_normalisation_that_needs_them_s
 
 @pytest.mark.parametrize("stats", [True, False])
 def test_a_jpeg_cut_or_damaged_is_refused_with_and_without_statistics(stats):
-    prepare = images.Preparer(Encoding(), measure=stats)
-    assert prepare(GOOD).image == GOOD
+    totals = resize.Totals.zeros(256) if stats else None
+    assert images.prepare(GOOD, Encoding(), totals).image == GOOD
     for length in range(1, len(GOOD) - 2, 97):
         with pytest.raises(BadImage):
-            prepare(GOOD[:length])
+            images.prepare(GOOD[:length], Encoding(), totals)
 
 
 def test_a_part_of_each_class_is_held_out_by_name_alone(tmp_path, image_folder):

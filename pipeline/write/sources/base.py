@@ -40,7 +40,7 @@ class Item(NamedTuple):
     extent: tuple[int, int, int] = (0, 0, 0)  # archive, first byte, bytes: for sources that read archives
 
 
-class Names(Sequence[str]):
+class Names:
     """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
 
     def __init__(self) -> None:
@@ -54,10 +54,7 @@ class Names(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (self.lines[a : b - 1].decode("utf-8", "surrogateescape") for a, b in pairwise(self._ends))
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: Any) -> Any:
+    def __getitem__(self, i: int) -> str:
         return self.lines[self._ends[i] : self._ends[i + 1] - 1].decode("utf-8", "surrogateescape")
 
 
@@ -81,7 +78,6 @@ class Items(Sequence[Item]):
         return len(self.labels)
 
     def __getitem__(self, i: Any) -> Any:
-        i = range(len(self))[i]  # IndexError ends an iteration
         return Item(self.keys[i], int(self.labels[i]), self.where[i], tuple(self.extents[i].tolist()))
 
     def digest(self) -> str:
@@ -90,6 +86,15 @@ class Items(Sequence[Item]):
         digest.update(self.where.lines)
         digest.update(self.labels.astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+def key_hashes(prefix: str, items: Items) -> np.ndarray:
+    """(2, n) uint64, for np.lexsort: 128 bits of the sha256 of "prefix/key".
+
+    Not by a generator: an order by them is the same on every version of Python and NumPy.
+    """
+    hashes = (hashlib.sha256(f"{prefix}/{key}".encode()).digest()[:16] for key in items.keys)
+    return np.fromiter(hashes, "S16", len(items)).view(">u8").astype(np.uint64).reshape(-1, 2).T[::-1]
 
 
 class PassedOver(dict[str, tuple[int, str]]):
@@ -115,14 +120,18 @@ class Source:
 
     help = ""  # of the command line
 
-    def name_classes(self, labels: Iterable[str]) -> dict[str, int]:
-        """Makes the sorted labels the classes, whole numbers sorted as numbers. Returns the class number of each."""
+    @cached_property
+    def label_of(self) -> dict[str, int]:
+        """The number of each class."""
+        return {name: label for label, name in enumerate(self.classes)}
+
+    def name_classes(self, labels: Iterable[str]) -> None:
+        """Makes the sorted labels the classes, whole numbers sorted as numbers."""
         found = set(labels)
         numbers = all(label.isdecimal() for label in found)
         self.classes = sorted(found, key=int) if numbers else sorted(found)
         if numbers and self.classes != [str(number) for number in range(len(found))]:
             self.class_ids = [int(label) for label in self.classes]
-        return {label: number for number, label in enumerate(self.classes)}
 
     def read(self, item: Item) -> bytes:
         """The image file's bytes. Raises BadImage if there is none."""
@@ -135,8 +144,8 @@ class Source:
         """The manifest's entry on the source: nothing that differs from machine to machine."""
         return {"kind": type(self).name}  # --name may be another
 
-    def verify(self, folder: Folder, note: str) -> None:
-        """Checks the whole input before any shard is made. `note`: a file in `folder` for results worth keeping."""
+    def verify(self, folder: Folder) -> None:
+        """Checks the whole input before any shard is made. Results worth keeping go into a file below PARTS."""
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
@@ -145,7 +154,7 @@ class Source:
     @classmethod
     def from_options(cls, args: argparse.Namespace) -> Source:
         """The options' values go to the dataclass's fields of the same names."""
-        fields: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         return cls(**{field.name: getattr(args, field.name) for field in fields})
 
 
@@ -170,7 +179,7 @@ class Files(Source):
 
     def read(self, item: Item) -> bytes:
         try:
-            fd = self._opened.pop(item.where) if item.where in self._opened else self._open(item)
+            fd = self._opened.pop(item.where, None) or self._open(item)
         except OSError as err:
             if err.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
                 raise
@@ -207,21 +216,18 @@ class Archives(Source):
         return data
 
 
-class UniqueKeys:
+class UniqueKeys(dict[str, int]):
     """Tar keys for names: ASCII, no dots or slashes, at most MAX_KEY + a counter long, each one once.
 
     webdataset cuts a key at its first dot, so that "a.b.jpg" and "a.c.jpg" would be one sample.
     """
-
-    def __init__(self) -> None:
-        self._seen: dict[str, int] = {}
 
     def __call__(self, name: str) -> str:
         slug = NOT_IN_KEYS.sub("_", name)[:MAX_KEY] or "_"
         # USTAR readers on case-insensitive disks see "Cat" and "cat" as one file.
         # A slug holds no "~", so a counter behind one never meets another slug.
         folded = slug.lower()
-        n = self._seen[folded] = self._seen.get(folded, 0) + 1
+        n = self[folded] = self.get(folded, 0) + 1
         return slug if n == 1 else f"{slug}~{n}"
 
 

@@ -3,7 +3,6 @@
 import argparse
 import io
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,8 @@ class Digits(Source):
         if not 8 <= self.side <= 1024:
             raise ConfigError(f"--side {self.side}: choose 8 to 1024 pixels")
         self.classes = [str(digit) for digit in range(10)]
-        _, labels = _digits()
+        with np.load(Path(__file__).with_name("digits.npz")) as file:
+            self._pixels, labels = file["images"], file["labels"]  # (1797, 8, 8) uint8 in 0..16 and (1797,)
         items = [Item(f"digit{i:04d}", label, str(i)) for i, label in enumerate(labels.tolist())]
         self.splits = {
             "train": Items(item for i, item in enumerate(items) if i % 5 != 4),
@@ -38,7 +38,7 @@ class Digits(Source):
         }
 
     def read(self, item: Item) -> bytes:
-        grey = (_digits()[0][int(item.where)].astype(np.uint16) * 255 // 16).astype(np.uint8)
+        grey = (self._pixels[int(item.where)].astype(np.uint16) * 255 // 16).astype(np.uint8)
         image = Image.fromarray(grey).resize((self.side, self.side), Image.Resampling.BICUBIC)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=95)
@@ -50,10 +50,3 @@ class Digits(Source):
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
         p.add_argument("--side", type=int, default=36, help="pixels of a digit's side (%(default)s)")
-
-
-@lru_cache(1)
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """(1797, 8, 8) uint8 in 0..16 and (1797,) labels."""
-    with np.load(Path(__file__).with_name("digits.npz")) as file:
-        return file["images"], file["labels"]

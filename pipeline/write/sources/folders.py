@@ -1,21 +1,21 @@
 """Folders of images, one for each class."""
 
 import argparse
-import hashlib
 import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 from PIL import Image
 
 from ...errors import DataError
 from ...files import Json
-from .base import Files, Item, Items, PassedOver, Source, UniqueKeys, check_fraction, check_name
+from .base import Files, Item, Items, PassedOver, Source, UniqueKeys, check_fraction, check_name, key_hashes
 
 LITTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx")
 TEXTS = (".txt", ".json", ".xml", ".csv", ".md")
@@ -85,35 +85,29 @@ class ImageFolder(TrainAndVal, Files):
         self.folders[split] = place
         if split == "train":
             self.classes = [folder.name for folder in found.values()]
-            self._label_of = {name: label for label, name in enumerate(found)}
+            self.label_of = {name: label for label, name in enumerate(found)}
         for name, folder in found.items():
-            if name not in self._label_of:
+            if name not in self.label_of:
                 raise DataError(
                     f"{folder}: this class is not among those of {self.train}; validation needs the training classes"
                 )
-        for name, folder in found.items():
             files = sorted(files_of_images(folder, self.passed_over))
             if not files:
                 raise DataError(f"{folder}: no image in this class folder; fill or remove it")
             for file in files:
                 below = require_utf8(os.path.relpath(file, place))
-                yield Item(unique(readable_key(below)), self._label_of[name], f"{split}/{below}")
+                yield Item(unique(readable_key(below)), self.label_of[name], f"{split}/{below}")
 
 
 def held_out(items: Items, fraction: float) -> dict[str, Items]:
     """Holds out the images of each class whose hashes are smallest: the same ones on every machine."""
-    hashes = [hashlib.sha256(f"val/{key}".encode()).digest() for key in items.keys]
-    order = sorted(range(len(items)), key=lambda i: (items.labels[i], hashes[i]))
-    held: set[int] = set()
-    for _, group in groupby(order, key=items.labels.__getitem__):
-        members = list(group)
-        held.update(members[: min(round(fraction * len(members)), len(members) - 1)])
-    if not held:
+    order = np.lexsort((*key_hashes("val", items), items.labels))
+    held = np.zeros(len(items), bool)
+    for members in np.split(order, np.cumsum(np.bincount(items.labels))):  # of each class, and none after the last
+        held[members[: min(round(fraction * len(members)), len(members) - 1)]] = True
+    if not held.any():
         raise DataError(f"--val-fraction {fraction}: no class is large enough to spare an image; choose more")
-    return {
-        "train": Items(item for i, item in enumerate(items) if i not in held),
-        "val": Items(item for i, item in enumerate(items) if i in held),
-    }
+    return {"train": Items(compress(items, ~held)), "val": Items(compress(items, held))}
 
 
 def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
@@ -135,23 +129,22 @@ def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
     return found
 
 
-def files_of_images(folder: Path, passed_over: PassedOver) -> Iterator[str]:
+def files_of_images(folder: Path | str, passed_over: PassedOver, above: frozenset[str] = frozenset()) -> Iterator[str]:
     """All files at any depth, but for litter and for texts, such as notes and annotations, that are no images.
 
-    Links are followed as torchvision does, but no circle of them.
+    Links are followed as torchvision does, but no circle of them. above: the folders around this one.
     """
-    todo = [(str(folder), frozenset([os.path.realpath(folder)]))]
-    while todo:
-        path, above = todo.pop()
-        for entry in _entries(path, passed_over):
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if _is_folder(entry):
-                if (inside := os.path.realpath(entry.path)) not in above:
-                    todo.append((entry.path, above | {inside}))
-            elif suffix in TEXTS and not (entry.is_file() and is_image(entry.path)):  # a pipe would wait
-                passed_over.add(suffix, entry.path)
-            else:
-                yield entry.path
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in _entries(folder, passed_over):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if _is_folder(entry):
+            yield from files_of_images(entry.path, passed_over, above | {real})
+        elif suffix in TEXTS and not (entry.is_file() and is_image(entry.path)):  # a pipe would wait
+            passed_over.add(suffix, entry.path)
+        else:
+            yield entry.path
 
 
 def _entries(folder: Path | str, passed_over: PassedOver) -> Iterator[os.DirEntry[str]]:

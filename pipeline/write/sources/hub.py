@@ -53,13 +53,13 @@ class HubParquet(WebDataset):
 
     def _rows(self, path: Path, progress: Progress) -> Iterator[Sample]:
         table, unique = Table(path, (self.image_column, self.label_column)), UniqueKeys()
-        for number, (place, row) in enumerate(table.rows()):
+        for number, row in enumerate(table.rows()):
             image, label = (row.get(column) for column in table.columns)
             data = image.get("bytes") if isinstance(image, dict) else image
             if not isinstance(data, bytes) or not data:
-                raise table.error(place, f"no bytes of an image in {self.image_column!r}; --image-column names another")
+                raise table.error(f"no bytes of an image in {self.image_column!r}; --image-column names another")
             if not isinstance(label, int) or label < 0:
-                raise table.error(place, f"no class number in {self.label_column!r}; --label-column names another")
+                raise table.error(f"no class number in {self.label_column!r}; --label-column names another")
             progress.update(1)
             yield Sample(unique(f"{path.stem}_{number:07}"), data, label, 0, 0)
 

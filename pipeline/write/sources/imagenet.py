@@ -4,8 +4,6 @@ Labels are 0-based in the order of the sorted WordNet ids, as torchvision and ti
 kit are in another order. Facts on the archives: docs/shards.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io
@@ -13,21 +11,24 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, reading
 from ...files import Json, json_bytes
+from ...manifest import PARTS
 from ...progress import Progress
 from ...shards import file_digest
 from ...storage import Folder
 from ...tar import members
 from .base import Archives, Item, Items, UniqueKeys
 
+VERIFIED = f"{PARTS}/verified.json"
+Image = tuple[str, tuple[int, int, int]]  # its file's name, and its extent
 FIRST_CLASS = "n01440764"  # tench: class 0 of ImageNet 2012, for everybody
 
 
@@ -63,28 +64,28 @@ class ImageNet2012(Archives):
     def __post_init__(self) -> None:
         if not self.src.is_dir():
             raise DataError(f"{self.src}: no such folder; --src names the one that holds {self.train}")
-        kit = _Kit(self._needed(self.devkit), self.id_field)
-        self.classes, self.class_names, self.class_ids = kit.wnids, kit.names, kit.ids
+        self._kit = self._needed(self.devkit)
+        self.classes, self.class_names, self.class_ids, counts = map(list, zip(*_classes(self._kit, self.id_field)))
         if self.name == "imagenet2012" and self.classes[0] != FIRST_CLASS:
             raise DataError(
-                f"{kit.path}: its first class is {self.classes[0]}, but ImageNet 2012 has {FIRST_CLASS};"
+                f"{self._kit}: its first class is {self.classes[0]}, but ImageNet 2012 has {FIRST_CLASS};"
                 " download the kit again"
             )
         patch = self.src / self.patches
         self._patches = dict(self._images(patch)) if patch.is_file() else {}
-        self._unused = set(self._patches)
         train, val = self._needed(self.train), self._needed(self.val)
-        val_labels = kit.labels(kit.path / self.val_labels, kit.file(self.val_labels))
-        self.splits = {"train": Items(self._training(train, kit)), "val": self._evaluation(val, "val", val_labels)}
+        val_labels = self._labels(self._kit / self.val_labels, _file(self._kit, self.val_labels))
+        training = self._training(train, dict(zip(self.classes, counts)))
+        self.splits = {"train": self._items("train", training), "val": self._evaluation("val", val, val_labels)}
         required = self.tests[0] if self.test_labels else None
         if test := next((name for name in self.tests if (self.src / name).is_file()), required):
             path, labels = self._needed(test), None
             if self.test_labels:
                 file = self._needed(self.test_labels)
-                labels = kit.labels(file, file.read_bytes())
-            self.splits["test"] = self._evaluation(path, "test", labels)
-        if self._unused:
-            raise DataError(f"{patch}: {min(self._unused)} replaces no image of these archives; download them again")
+                labels = self._labels(file, file.read_bytes())
+            self.splits["test"] = self._evaluation("test", path, labels)
+        if self._patches:
+            raise DataError(f"{patch}: {min(self._patches)} replaces no image of these archives; download them again")
 
     def _needed(self, name: str) -> Path:
         path = self.src / name
@@ -92,24 +93,27 @@ class ImageNet2012(Archives):
             raise DataError(f"{path}: missing; download it from image-net.org into {self.src}")
         return path
 
-    def _images(self, path: Path, *within: int) -> list[tuple[str, tuple[int, int, int]]]:
-        """(file name, extent) of each image of an archive, or of the tar within it."""
+    def _images(self, path: Path, *within: int) -> list[Image]:
+        """The images of an archive, or of the tar within it."""
         if path not in self.archives:
             self.archives.append(path)
         archive = self.archives.index(path)
         return [(os.path.basename(m.name), (archive, m.offset, m.size)) for m in members(path, *within)]
 
-    def _item(self, name: str, extent: tuple[int, int, int], split: str, label: int, unique: UniqueKeys) -> Item:
-        self._unused.discard(name)
-        return Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.get(name, extent))
-
-    def _training(self, path: Path, kit: _Kit) -> Iterator[Item]:
+    def _items(self, split: str, images: Iterable[tuple[Image, int]]) -> Items:
+        """images: each with its label."""
         unique = UniqueKeys()
-        left = dict(kit.train_counts)
+        return Items(
+            Item(unique(os.path.splitext(name)[0]), label, f"{split}/{name}", self._patches.pop(name, extent))
+            for (name, extent), label in images
+        )
+
+    def _training(self, path: Path, left: dict[str, int | None]) -> Iterator[tuple[Image, int]]:
+        """left: how many images the kit counts in each class, if it does; each class is removed."""
         for inner in members(path):
             wnid, extension = os.path.splitext(os.path.basename(inner.name))
-            if extension != ".tar" or wnid not in kit.label_of:
-                raise DataError(f"{path}: holds {inner.name}, which is no class of {kit.path.name}")
+            if extension != ".tar" or wnid not in self.label_of:
+                raise DataError(f"{path}: holds {inner.name}, which is no class of {self._kit.name}")
             if wnid not in left:
                 raise DataError(f"{path}: holds {wnid} twice; download it again")
             images, expected = self._images(path, inner.offset, inner.size), left.pop(wnid)
@@ -118,14 +122,14 @@ class ImageNet2012(Archives):
                     f"{path}: {wnid} has {len(images):,} images, but the kit counts {expected:,};"
                     " download it again, or pass --no-counts"
                 )
-            for name, extent in images:
-                yield self._item(name, extent, "train", kit.label_of[wnid], unique)
+            for image in images:
+                yield image, self.label_of[wnid]
         if left:
             raise DataError(
                 f"{path}: {len(left)} of {len(self.classes)} classes are missing, {min(left)} first; download it again"
             )
 
-    def _evaluation(self, path: Path, split: str, labels: list[int] | None) -> Items:
+    def _evaluation(self, split: str, path: Path, labels: list[int] | None) -> Items:
         """Labels are in the order of the images' names, not of the archive."""
         found = sorted(self._images(path))
         if not found:
@@ -134,15 +138,22 @@ class ImageNet2012(Archives):
             raise DataError(
                 f"{path}: holds {len(found):,} images, but there are {len(labels):,} labels; download it again"
             )
-        unique = UniqueKeys()
-        pairs = zip(found, labels or [-1] * len(found))
-        return Items(self._item(name, extent, split, label, unique) for (name, extent), label in pairs)
+        return self._items(split, zip(found, labels or [-1] * len(found)))
 
-    def verify(self, folder: Folder, note: str) -> None:
-        """Compares the archives' md5 with the official ones. `note` keeps which archives need not be read again."""
+    def _labels(self, path: Path, data: bytes) -> list[int]:
+        """0-based labels from a file of the classes' ids, a line each."""
+        words = data.decode("ascii", "replace").split()
+        label_of = {str(id): label for label, id in enumerate(self.class_ids or ())}
+        for number, word in enumerate(words, 1):
+            if word not in label_of:
+                raise DataError(f"{path}: line {number} is {word!r}, no class of {self._kit.name}; download it again")
+        return [label_of[word] for word in words]
+
+    def verify(self, folder: Folder) -> None:
+        """Compares the archives' md5 with the official ones; VERIFIED keeps which need not be read again."""
         sizes = {name: os.stat(self.src / name).st_size for name in self.sums if self.md5}
-        known: Json = json.loads(folder.read(note)) if folder.size(note) else {}
-        with Progress("md5", sum(sizes.values()), unit="B", enabled=bool(sizes)) as progress:
+        known: Json = json.loads(folder.read(VERIFIED)) if folder.size(VERIFIED) else {}
+        with Progress("md5", sum(sizes.values()), unit="B") as progress:
             for name, size in sizes.items():
                 path, expected = self.src / name, self.sums[name]
                 state = [size, os.stat(path).st_mtime_ns, expected]
@@ -156,7 +167,7 @@ class ImageNet2012(Archives):
                         " download it again, or pass --no-md5"
                     )
                 known[name] = state
-                folder.write(note, json_bytes(known))
+                folder.write(VERIFIED, json_bytes(known))
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
@@ -179,52 +190,33 @@ class ImageNet2010(ImageNet2012):
     sums: ClassVar[dict[str, str]] = {}
 
 
-class _Kit:
-    """The development kit: the classes, and how many training images each has."""
+def _file(kit: Path, name: str) -> bytes:
+    """The content of a file of the development kit."""
+    try:
+        with tarfile.open(kit, "r:gz") as tar:
+            found = [member for member in tar if member.isfile() and f"/{member.name}".endswith(f"/{name}")]
+            file = tar.extractfile(found[-1]) if found else None
+            if file:
+                return file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
+        raise DataError(f"{kit}: damaged ({err}); download it again") from err
+    raise DataError(f"{kit}: holds no {name}; download it again")
 
-    def __init__(self, path: Path, id_field: str) -> None:
-        self.path = path
-        self.wnids, self.names, self.ids, counts = map(list, zip(*self._leaves(id_field)))
-        self.label_of = {wnid: label for label, wnid in enumerate(self.wnids)}
-        self.train_counts = dict(zip(self.wnids, counts))
 
-    def file(self, name: str) -> bytes:
-        """The content of a file of the kit."""
-        try:
-            with tarfile.open(self.path, "r:gz") as tar:
-                found = [member for member in tar if member.isfile() and f"/{member.name}".endswith(f"/{name}")]
-                file = tar.extractfile(found[-1]) if found else None
-                if file:
-                    return file.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as err:
-            raise DataError(f"{self.path}: damaged ({err}); download it again") from err
-        raise DataError(f"{self.path}: holds no {name}; download it again")
+def _classes(kit: Path, id_field: str) -> list[Any]:
+    """(WordNet id, name, id, number of training images if the kit has it) of each class, sorted."""
+    from scipy.io import loadmat  # half a second that other sources do not pay
 
-    def _leaves(self, id_field: str) -> list[tuple[str, str, int, int | None]]:
-        """(WordNet id, name, id, number of training images if the kit has it) of each class, sorted."""
-        from scipy.io import loadmat  # half a second that other sources do not pay
-
-        meta = io.BytesIO(self.file("data/meta.mat"))
-        try:
-            synsets: Any = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
-            counted = "num_train_images" in synsets.dtype.names
-            leaves = sorted(
-                (str(s["WNID"]), str(s["words"]), int(s[id_field]), int(s["num_train_images"]) if counted else None)
-                for s in synsets
-                if int(s["num_children"]) == 0
-            )
-        except Exception as err:  # SciPy raises whatever its parser meets
-            raise DataError(f"{self.path}: data/meta.mat cannot be read ({err}); download it again") from err
-        ids, wnids = sorted(leaf[2] for leaf in leaves), {leaf[0] for leaf in leaves}
-        if not leaves or ids != list(range(1, len(leaves) + 1)) or len(wnids) != len(leaves):
-            raise DataError(f"{self.path}: data/meta.mat does not number its {len(leaves)} classes from 1 on")
-        return leaves
-
-    def labels(self, path: Path, data: bytes) -> list[int]:
-        """0-based labels from a file of 1-based ids, a line each."""
-        words = data.decode("ascii", "replace").split()
-        label_of = {str(id): label for label, id in enumerate(self.ids)}
-        for number, word in enumerate(words, 1):
-            if word not in label_of:
-                raise DataError(f"{path}: line {number} is {word!r}, no class of {self.path.name}; download it again")
-        return [label_of[word] for word in words]
+    meta = io.BytesIO(_file(kit, "data/meta.mat"))
+    with reading(f"{kit}: data/meta.mat", "download it again", Exception):  # SciPy raises whatever its parser meets
+        synsets: Any = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+        counted = "num_train_images" in synsets.dtype.names
+        leaves = sorted(
+            (str(s["WNID"]), str(s["words"]), int(s[id_field]), int(s["num_train_images"]) if counted else None)
+            for s in synsets
+            if int(s["num_children"]) == 0
+        )
+    ids, wnids = sorted(leaf[2] for leaf in leaves), {leaf[0] for leaf in leaves}
+    if not leaves or ids != list(range(1, len(leaves) + 1)) or len(wnids) != len(leaves):
+        raise DataError(f"{kit}: data/meta.mat does not number its {len(leaves)} classes from 1 on")
+    return leaves

@@ -21,52 +21,52 @@ BATCH = 1024  # rows in memory at a time, with images 100 MB
 class Table:
     """A file with a row for each image: `.parquet`, or else CSV. `columns`: of the image and of its label.
 
-    names: of all columns, for a CSV without a header.
+    names: of all columns, for a CSV without a header. place: of the row that was read last, for messages.
     """
 
     path: Path
     columns: tuple[str, str] = ("path", "label")
     names: tuple[str, ...] | None = None
     delimiter: str = ","
+    place: str = ""
 
-    def __iter__(self) -> Iterator[tuple[str, str, str]]:
-        """(place, image, label) of each row. Raises DataError for a row without them, and for damage."""
-        for place, row in self.rows():
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """(image, label) of each row. Raises DataError for a row without them, and for damage."""
+        for row in self.rows():
             found = [row.get(column) for column in self.columns]
             for column, value in zip(self.columns, found):
                 if value is None or not str(value).strip():
-                    raise self.error(place, f"no {column!r}; write one in each row")
+                    raise self.error(f"no {column!r}; write one in each row")
             if None in row:
-                raise self.error(place, "more fields than columns; quote fields that hold commas")
-            yield place, str(found[0]), str(found[1]).strip()
+                raise self.error("more fields than columns; quote fields that hold commas")
+            yield str(found[0]), str(found[1]).strip()
 
-    def rows(self) -> Iterator[tuple[str, dict[Any, Any]]]:
-        """(place, values by column) of each row. Raises DataError for damage."""
-        return self._parquet() if self.path.suffix == ".parquet" else self._csv()
-
-    def error(self, place: str, reason: str) -> DataError:
-        return DataError(f"{self.path}: {place}: {reason}")
-
-    def _csv(self) -> Iterator[tuple[str, dict[Any, Any]]]:
-        line = 0
+    def rows(self) -> Iterator[dict[Any, Any]]:
+        """The values of each row by column. Raises DataError for damage."""
+        if self.path.suffix == ".parquet":
+            self.place, rows, cure = "row 0", self._parquet(parquet(self.path)), "copy it again"
+        else:
+            self.place, rows, cure = "line 0", self._csv(), "write it as CSV in UTF-8"
         try:
-            with open(self.path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, self.names, delimiter=self.delimiter, strict=True)
-                for row in reader:
-                    line = reader.line_num
-                    yield f"line {line}", row
-        except (OSError, ValueError, csv.Error) as err:
-            raise self.error(f"behind line {line}", f"cannot be read ({err}); write it as CSV in UTF-8") from err
-
-    def _parquet(self) -> Iterator[tuple[str, dict[Any, Any]]]:
-        file, rows = parquet(self.path), 0
-        try:
-            for batch in file.iter_batches(BATCH, columns=list(self.columns)):
-                for values in batch.to_pylist():
-                    rows += 1
-                    yield f"row {rows}", values
+            yield from rows
         except Exception as err:  # pyarrow has several kinds
-            raise self.error(f"behind row {rows}", f"cannot be read ({err}); copy it again") from err
+            raise DataError(f"{self.path}: behind {self.place}: cannot be read ({err}); {cure}") from err
+
+    def error(self, reason: str) -> DataError:
+        return DataError(f"{self.path}: {self.place}: {reason}")
+
+    def _csv(self) -> Iterator[dict[Any, Any]]:
+        with open(self.path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, self.names, delimiter=self.delimiter, strict=True)
+            for row in reader:
+                self.place = f"line {reader.line_num}"
+                yield row
+
+    def _parquet(self, file: Any) -> Iterator[dict[Any, Any]]:
+        batches = file.iter_batches(BATCH, columns=list(self.columns))
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            self.place = f"row {number}"
+            yield row
 
 
 def parquet(path: Path) -> Any:
@@ -81,17 +81,20 @@ def parquet(path: Path) -> Any:
         raise DataError(f"{path}: behind row 0: cannot be read ({err}); copy it again") from err
 
 
-def labelled(table: Table, split: str, folder: Path, label_of: dict[str, int]) -> Iterator[Item]:
-    """The images of a table. Raises DataError for one with two labels or another class, or whose file is missing."""
-    unique, labels = UniqueKeys(), dict[str, int]()
-    for place, name, label in table:
-        number = label_of.get(label)
+def labelled(source: Files, table: Table, split: str) -> Iterator[Item]:
+    """The images of a split's table.
+
+    Raises DataError for one with two labels or another class, or whose file is missing.
+    """
+    unique, folder, labels = UniqueKeys(), source.folders[split], dict[str, int]()
+    for name, label in table:
+        number = source.label_of.get(label)
         if number is None:
-            raise table.error(place, f"{label!r} is none of the {len(label_of):,} training classes")
+            raise table.error(f"{label!r} is none of the {len(source.classes):,} training classes")
         if labels.setdefault(name, number) != number:
-            raise table.error(place, f"{name} has another label than in an earlier row; give each image one")
+            raise table.error(f"{name} has another label than in an earlier row; give each image one")
         if not os.path.isfile(folder / name):
-            raise table.error(place, f"no file {folder / name}; copy it there or remove the row")
+            raise table.error(f"no file {folder / name}; copy it there or remove the row")
         yield Item(unique(readable_key(require_utf8(name))), number, f"{split}/{name}")
 
 
@@ -110,9 +113,9 @@ class CSV(TrainAndVal, Files):
 
     def items(self, split: str, place: Path) -> Iterator[Item]:
         if split == "train":
-            self._label_of = self.name_classes(label for _, _, label in Table(place))
+            self.name_classes(label for _, label in Table(place))
         self.folders[split] = self.root or place.parent
-        return labelled(Table(place), split, self.folders[split], self._label_of)
+        return labelled(self, Table(place), split)
 
     @classmethod
     def add_options(cls, p: argparse.ArgumentParser) -> None:
@@ -151,10 +154,9 @@ class Kaggle(Files):
             self.class_names = [name_of.get(wnid, wnid).strip() for wnid in self.classes]
 
     def _validation(self, path: Path) -> Iterator[Item]:
-        table, label_of = self.labels(path), {wnid: number for number, wnid in enumerate(self.classes)}
         folder = self.folders["val"]
         left = set(os.listdir(folder)) if folder.is_dir() else set()
-        for item in labelled(table, "val", folder, label_of):
+        for item in labelled(self, self.labels(path), "val"):
             left.discard(item.where.removeprefix("val/"))
             yield item
         if left:
@@ -171,12 +173,12 @@ class Kaggle(Files):
 class _Boxes(Table):
     """Kaggle's table: the label is the first of "n01440764 x y x y n01440764 x y x y", which are all the same."""
 
-    def __iter__(self) -> Iterator[tuple[str, str, str]]:
-        for place, image, boxes in super().__iter__():
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for image, boxes in super().__iter__():
             label, *others = boxes.split()[::5]
             if {*others} - {label}:
-                raise self.error(place, f"{image} has the labels {label} and {others[0]}; copy the file again")
-            yield place, f"{image}.JPEG", label
+                raise self.error(f"{image} has the labels {label} and {others[0]}; copy the file again")
+            yield f"{image}.JPEG", label
 
 
 @dataclass

@@ -9,8 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from glob import escape, glob
+from glob import glob
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -67,20 +66,18 @@ def _matches(path: Path) -> list[Path]:
     rest = str(path.relative_to(folder))
     if path.is_file() or not re.search(r"[*?[]", rest):
         return [path]
-    return sorted(map(Path, glob(os.path.join(escape(str(folder)), rest))))
+    return sorted(folder / name for name in glob(rest, root_dir=folder))
 
 
 def samples(
-    path: Path,
-    bad: dict[Member, BadImage],
-    unused: list[Member],
-    label: Callable[[dict[str, bytes]], T],
-    kinds: tuple[str, ...] = LABELS,
-) -> Iterator[tuple[Member, T]]:
-    """(image's member, label) of each sample, in stored order. Members of no sample go into `bad` or `unused`.
+    path: Path, label: Callable[[str], T], kinds: tuple[str, ...] = LABELS
+) -> Iterator[tuple[Member, T | BadImage | None]]:
+    """(image, label) of each sample, in stored order, and what is wrong with a label that has no image or several.
 
-    label: makes a label of a member's content, by its extension. kinds: extensions of labels, by preference.
+    Then all members of no sample, with None. label: makes a label of its text. kinds: extensions of labels, by
+    preference.
     """
+    unused: list[Member] = []
     last: dict[str, str] = {}  # member of each key
     for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
         found: dict[str, Member] = {}
@@ -98,18 +95,21 @@ def samples(
         if name and len(images) == 1:
             used = {*images, found[name]}
             try:
-                labelled = images[0], label({name: read_member(path, found[name])})
+                labelled = images[0], label(label_text({name: read_member(path, found[name])}, kinds))
             except DataError as err:
                 raise DataError(f"{path}: sample {key!r} {err}") from err
             yield labelled
         elif name and (images or name.endswith("cls") or b'"label"' in read_member(path, found[name])):
-            bad[found[name]] = BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
+            used = {found[name]}
+            yield found[name], BadImage(f"{len(images)} images for this label; its key, {KEY}, has {inside}")
         elif images and not name and not any(map(litter, images[0].name.split("/"))):
             raise DataError(
                 f"{path}: sample {key!r} has no label, or several; its key, {KEY}, has {inside};"
                 " name one .cls, and sort the tar by name (tar --sort=name) if its parts lie apart"
             )
-        unused += [member for member in found.values() if member not in used and member not in bad]
+        unused += [member for member in found.values() if member not in used]
+    for member in unused:
+        yield member, None
 
 
 def _keyed(path: Path, unused: list[Member]) -> Iterator[tuple[str, str, Member]]:
@@ -153,15 +153,22 @@ class WebDataset(TrainAndVal, Archives):
     help = "WebDataset tars, sharded once more: in a new order, size or encoding"
 
     def items(self, split: str, place: str) -> Iterator[Item]:
-        found, unique = list(self._samples(self.files(place))), UniqueKeys()
+        found, unique = [], UniqueKeys()
+        for path in self.files(place):
+            for member, label in samples(path, str, NAMES):
+                if isinstance(label, str):
+                    found.append((len(self.archives), member, label))
+                else:
+                    self.passed_over.add("members of no sample", f"{path.name}/{member.name}")
+            self.archives.append(path)
         if split == "train":
-            self._label_of = self.name_classes(label for *_, label in found)
+            self.name_classes(label for *_, label in found)
         for archive, member, label in found:
             where = f"{split}/{self.archives[archive].name}/{require_utf8(member.name)}"
-            if label not in self._label_of:
-                raise DataError(f"{where}: {label!r} is none of the {len(self._label_of):,} training classes")
+            if label not in self.label_of:
+                raise DataError(f"{where}: {label!r} is none of the {len(self.classes):,} training classes")
             extent = (archive, member.offset, member.size)
-            yield Item(unique(split_name(member.name)[0]), self._label_of[label], where, extent)
+            yield Item(unique(split_name(member.name)[0]), self.label_of[label], where, extent)
 
     def files(self, pattern: str) -> list[Path]:
         """The tars that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
@@ -192,14 +199,3 @@ class WebDataset(TrainAndVal, Archives):
     def add_options(cls, p: argparse.ArgumentParser) -> None:
         super().add_options(p)
         p.add_argument("--fetch", type=Path, metavar="DIR", help="files at a URL are copied there first")
-
-    def _samples(self, tars: list[Path]) -> Iterator[tuple[int, Member, str]]:
-        """(number of the tar, image, label) of each sample."""
-        for path in tars:
-            self.archives.append(path)
-            bad: dict[Member, BadImage] = {}
-            unused: list[Member] = []
-            for member, label in samples(path, bad, unused, partial(label_text, kinds=NAMES), NAMES):
-                yield len(self.archives) - 1, member, label
-            for member in (*bad, *unused):
-                self.passed_over.add("members of no sample", f"{path.name}/{member.name}")

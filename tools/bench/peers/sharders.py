@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,10 @@ def copied(paths: list[Path], out: Path) -> None:
 
 def our_resizer() -> Callable[[bytes], object]:
     from pipeline.write import resize
-    from pipeline.write.images import Encoding, Preparer
+    from pipeline.write.images import Encoding, prepare
 
     resize.prepare()
-    return Preparer(Encoding("jpeg", SHORT, quality=QUALITY), measure=False)
+    return partial(prepare, encoding=Encoding("jpeg", SHORT, quality=QUALITY))
 
 
 def pillow(data: bytes) -> None:
