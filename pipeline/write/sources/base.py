@@ -179,7 +179,7 @@ class Files(Source):
 
     def read(self, item: Item) -> bytes:
         try:
-            fd = self._opened.pop(item.where, None) or self._open(item)
+            fd = self._opened.pop(item.where) if item.where in self._opened else self._open(item)
         except OSError as err:
             if err.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
                 raise
