@@ -77,24 +77,17 @@ def _compile(compile: Callable[..., Any], *args: Any) -> Any:
     Compiling a function compiles those that it calls, under the same lock.
     """
     with _lock:
-        outermost = not _held
-        if outermost:
-            _held.append(_locked())
-        try:
+        if _held:
             return compile(*args)
+        _held.append(_locked())
+        try:
+            with _set("SLP_VECTORIZE", 1):  # straight-line code, which Numba leaves as it is: 4 times as fast in crops
+                return compile(*args)
         finally:
-            if outermost:
-                _held.clear()
+            _held.clear()
 
 
 def _locked() -> OpenFile | None:
     with suppress(OSError, StorageError):  # without a lock, two may compile the same
         return OpenFile(locked(Path(_cache_folder(), "lock"), wait_seconds=LONGEST))
     return None
-
-
-@contextmanager
-def straight_lines_vectorised() -> Iterator[None]:
-    """LLVM vectorises straight-line code that is compiled in the block: 4 times as fast; Numba turns this off."""
-    with _lock, _set("SLP_VECTORIZE", 1):
-        yield

@@ -48,6 +48,10 @@ class Copies:
     bytes: float = math.inf
     wait: bool = True
 
+    def path(self, sha256: str) -> Path:
+        """Of a shard's copy, which gets this name once it is whole."""
+        return self.folder / f"{sha256}.tar"
+
 
 @dataclass
 class Folder:

@@ -343,7 +343,7 @@ def warm() -> None:
 
     cli.parse(["demo", "--data.shards", "x"])
     for dtype in ("float32", "uint8"):
-        make_backend.prepare("portable", 32, dtype, torch.device("cpu"))
+        make_backend.prepare("portable", dtype, torch.device("cpu"))
     resize.prepare()
     cuts.find(simplejpeg.encode_jpeg(np.zeros((32, 32, 3), np.uint8)), check_one_in=1)
 

@@ -67,34 +67,33 @@ def _check_range(name: str, pair: tuple[float, float], *, greatest: float) -> No
 
 
 class Placement(NamedTuple):
-    """The places of n crops. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
+    """The places of the crops of n images. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
 
     Its box is the crop's box in the resized image, scaled back to the stored image. Resampling the box gives the pixels
     of resizing the whole image and cropping, up to rounding, at a fraction of the cost.
     """
 
-    box: ndarray  # (n, 4) float64: left, top, width, height in pixels of the image as stored
-    flip: ndarray  # (n,) bool
+    box: ndarray  # (n, views, 4) float64: left, top, width, height in pixels of the image as stored
+    flip: ndarray  # (n, views) bool
 
 
-def place(config: AugmentConfig, ids: ndarray, width: ndarray, height: ndarray, *, train: bool, **at: int) -> Placement:
-    """The crops of images `ids` of stored size width × height, at seed and epoch; a function of its arguments alone.
+def place(config: AugmentConfig, ids: ndarray, size: ndarray, *, train: bool, **at: int) -> Placement:
+    """The crops of images `ids`, at seed and epoch; a function of its arguments alone.
 
-    In evaluation `config.views` consecutive crops for each image, otherwise one.
+    size: (n, 2) int64, width and height as stored. In evaluation `config.views` crops of each image, otherwise one.
     """
-    size = np.stack([width, height], axis=1).astype(np.int64)  # from here on, x and y are the columns of one array
     scaled = np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1)
     scale = size / scaled
     if not train:
         return _views(config, scaled, scale)
     draw = partial(rng.uniform, ids, **at)
-    flip = config.flip & (draw(stream=rng.FLIP, count=1)[:, 0] < 0.5)
+    flip = config.flip & (draw(stream=rng.FLIP, count=1) < 0.5)
     u = draw(stream=rng.CROP, count=2)
     if config.scale_jitter is not None:
         tries = draw(stream=rng.JITTER, count=2 * TRIES)
-        return Placement(_jittered(*config.scale_jitter, *config.aspect_jitter, size, tries, u), flip)
+        return Placement(_jittered(*config.scale_jitter, *config.aspect_jitter, size, tries, u)[:, None], flip)
     first, room = _room(config, scaled)
-    return Placement(_box(first + (u * (room + 1)).astype(np.int64), scale, config.crop), flip)
+    return Placement(_box(first + (u * (room + 1)).astype(np.int64), scale, config.crop)[:, None], flip)
 
 
 def _room(config: AugmentConfig, scaled: ndarray) -> tuple[ndarray, ndarray]:
@@ -112,13 +111,13 @@ def _box(place: ndarray, scale: ndarray, crop: int) -> ndarray:
 
 
 def _views(config: AugmentConfig, scaled: ndarray, scale: ndarray) -> Placement:
-    centre = centre_offset(scaled, config.crop)
-    if config.views == 1:
-        return Placement(_box(centre, scale, config.crop), np.zeros(len(scaled), bool))
-    first, room = _room(config, scaled)
-    corners = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])]
-    boxes = np.stack([_box(place, scale, config.crop) for place in (*corners, centre)], axis=1)
-    return Placement(np.concatenate([boxes, boxes], axis=1).reshape(-1, 4), np.tile(np.arange(10) >= 5, len(scaled)))
+    places = [centre_offset(scaled, config.crop)]
+    if config.views == 10:
+        first, room = _room(config, scaled)
+        places = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])] + places
+    boxes = np.stack([_box(place, scale, config.crop) for place in places], axis=1)
+    flips = np.arange(config.views) >= len(places)  # the mirror images come last
+    return Placement(np.tile(boxes, (1, config.views // len(places), 1)), np.tile(flips, (len(scaled), 1)))
 
 
 def _jittered(

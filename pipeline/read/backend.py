@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -73,6 +74,7 @@ class Setup:
     config: LoaderConfig
     raw: bool  # images are stored as pixels
     threads: int
+    pool: ThreadPoolExecutor  # of so many threads
     ranks: int  # of this machine
     cutter: Cutter | None  # cuts what crops need out of JPEGs
 
@@ -103,7 +105,7 @@ class Engine(Protocol):
         return
 
     def close(self) -> None:
-        """Ends the threads; after stop()."""
+        """Frees what it holds; after stop()."""
         return
 
     def decoder(self) -> str:

@@ -5,7 +5,7 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,18 +34,18 @@ def files_for_a_reader() -> int:
 class LocalShards:
     """The files `paths`: opened when first read, the MAX_OPEN that were used last kept open.
 
-    copy: the path of a shard's copy, which is read instead if it exists.
+    copies: the path of each shard's copy, which is read instead if it exists.
 
     pread and not mmap: a map was a little faster from the page cache, but kills the process if a shard is truncated,
     and is slow on network filesystems.
     """
 
-    def __init__(self, paths: list[Path], copy: Callable[[int], Path] | None = None) -> None:
+    def __init__(self, paths: list[Path], copies: Sequence[Path] = ()) -> None:
         def opened(shard: int) -> OpenFile:
             try:
-                if copy:
+                if copies:
                     with contextlib.suppress(OSError):  # it may exist and not be readable
-                        return OpenFile(os.open(copy(shard), os.O_RDONLY))
+                        return OpenFile(os.open(copies[shard], os.O_RDONLY))
                 return OpenFile(os.open(paths[shard], os.O_RDONLY))
             except OSError as err:
                 if err.errno == errno.EMFILE and self.open.cache_info().currsize:

@@ -1,7 +1,6 @@
 """JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
 
 import logging
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..manifest import Dataset, Split
 from .byte_source import LocalShards
 from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
+from .reader import Reader
 
 WORTH = 0.8  # fraction of an image's pixels: above it, cutting costs as much as it saves
 MCU = 16  # pixels, of most JPEGs; whole MCUs are decoded
@@ -54,17 +54,17 @@ def pixels_under(box: ndarray, crop: int) -> ndarray:
 
 
 class Cutter:
-    """Cuts the images of a split. `missed`: images that are decoded whole since their places are lost or damaged."""
+    """Cuts the images of a split. Counts, as `cuts_missed`, those that are decoded whole since their places are lost or
+    damaged."""
 
-    def __init__(self, paths: list[Path], split: Split) -> None:
+    def __init__(self, paths: list[Path], split: Split, reader: Reader) -> None:
         """paths: of the shards' files. Those of a split at a URL are fetched when they are first needed."""
-        self._source, self._out, self._split = LocalShards(paths), Scratch(), split
+        self._source, self._out, self._split, self._reader = LocalShards(paths), Scratch(), split, reader
         self._pool = ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="express-cuts")
         ends = np.cumsum([shard.samples for shard in split.shards])
         self._table = np.zeros(ends[-1], TABLE_DTYPE)  # takes memory as it is filled, when a shard is first needed
         self._files = list(zip(paths, split.shards, np.split(self._table, ends[:-1])))
         self._unread = set(range(len(ends)))
-        self.missed, self._closing = 0, threading.Event()
 
     def places(self, ids: ndarray, rows: ndarray, pixels: ndarray) -> ndarray:
         """(n, 3) int64: offset, size and CRC-32 of the images' places; size 0 if they are better decoded whole.
@@ -91,23 +91,24 @@ class Cutter:
         path, of, rows = self._files[shard]
         try:
             if remote := self._split.remote:
-                remote.cached(file_name(self._split.name, shard), sha256=path.stem, stop=self._closing)
+                remote.cached(file_name(self._split.name, shard), sha256=path.stem, stop=self._reader.closing)
             rows[:] = table(path, of)
         except (DataError, StorageError, OSError) as err:
-            if not self._closing.is_set():
+            if not self._reader.closing.is_set():
                 logging.getLogger("imagenet_express").warning("%s", err)
             rows["size"] = 1  # byte, without its checksum: all images count as missed
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
         """Cuts the images of a block that has been fetched; unless kept, valid until this thread's next call."""
-        wanted = zip(block.rows[:, SHARD].tolist(), places[:, 1].tolist(), strict=True)
-        files = [self._opened(shard) if size else None for shard, size in wanted]
-        fds = np.array([file.fd if file else IN_MEMORY for file in files], np.int64)
-        size, found = int((2 * block.rows[:, SIZE] + EXTRA).sum()), np.zeros((len(fds), 6), np.int64)
-        out = np.empty(size, np.uint8) if keep else self._out(size)
-        cut_images(block.buffer, block.at, block.rows, fds, places, pixels, out, found)
-        missed = int(((places[:, 1] > 0) & (found[:, 1] == 0)).sum())
-        self.missed += missed  # without a call in between, no other thread gets the interpreter
+        size = block.rows[:, SIZE]
+        with self._reader.stages("cut", int(size.sum())):
+            wanted = zip(block.rows[:, SHARD].tolist(), places[:, 1].tolist(), strict=True)
+            files = [self._opened(shard) if listed else None for shard, listed in wanted]
+            fds = np.array([file.fd if file else IN_MEMORY for file in files], np.int64)
+            room, found = int((2 * size + EXTRA).sum()), np.zeros((len(fds), 6), np.int64)
+            out = np.empty(room, np.uint8) if keep else self._out(room)
+            cut_images(block.buffer, block.at, block.rows, fds, places, pixels, out, found)
+        self._reader.stages.add(cuts_missed=int(((places[:, 1] > 0) & (found[:, 1] == 0)).sum()))
         return [Cut(out[start:end], *placed) for start, end, *placed in found.tolist()]
 
     def _opened(self, shard: int) -> OpenFile | None:
@@ -117,16 +118,15 @@ class Cutter:
             return None
 
     def close(self) -> None:
-        self._closing.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._source.close()
 
 
-def open_cutter(dataset: Dataset, split: Split) -> Cutter | None:
+def open_cutter(dataset: Dataset, split: Split, reader: Reader) -> Cutter | None:
     """None if there are no cuts, or, with a warning, if they cannot be used: images are decoded whole then."""
     try:
         paths = [path for path, _ in open_cuts(dataset, split)]
-        return Cutter(paths, split) if paths else None
+        return Cutter(paths, split, reader) if paths else None
     except (DataError, StorageError) as err:
         logging.getLogger("imagenet_express").warning("%s", err)
         return None

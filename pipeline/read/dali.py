@@ -6,7 +6,7 @@ Nothing here is random, shuffles or reads a file: bytes and crops come from outs
 import re
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
-from .fetch import HEIGHT, SIZE, WIDTH
+from .fetch import HEIGHT, WIDTH, all_end, not_plain_jpegs
 
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
 
@@ -27,6 +27,7 @@ class Graph:
     def __init__(self, setup: Setup) -> None:
         plan, config, device = setup.plan, setup.config, setup.output.device
         self.output, self.raw = setup.output, setup.raw
+        self.most_crops, self.depth = setup.most_crops, config.prefetch_batches
         self.cut = bool(setup.cutter)  # some images are cuts, whose memory is not pinned
         self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load, setup.threads)
         short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
@@ -70,13 +71,16 @@ class Graph:
             tensors = [each for each in tensors for _ in range(self.output.views)]
         return TensorListCPU(tensors, layout, False)
 
-    def pipeline(self, source: Callable[[], tuple[Any, ...]], *, rows: int, depth: int) -> Any:
-        """A built DALI pipeline. `source` returns `inputs(…)` of the next batch, of at most `rows` crops."""
+    def pipeline(self, source: Callable[[], tuple[Any, ...]]) -> Any:
+        """A DALI pipeline. `source` returns `inputs(…)` of the next batch."""
         fn, types, pipeline_def = load_dali()
         crops_ndim = 1 if self.resized else 0
 
         @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=rows, num_threads=self.decoder.threads, device_id=self.decoder.device, prefetch_queue_depth=depth
+            batch_size=self.most_crops,
+            num_threads=self.decoder.threads,
+            device_id=self.decoder.device,
+            prefetch_queue_depth=self.depth,
         )
         def define() -> Any:
             inputs = 4 if self.output.dtype == "uint8" else 5
@@ -88,60 +92,50 @@ class Graph:
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT][:inputs],
                 ndim=[3 if self.raw else 1, crops_ndim, crops_ndim, 0, 1][:inputs],
             )
-            images = self._resampled(stored, a, b) if self.resized else self._cropped(stored, a, b)
-            return self._normalised(images, mirror, mean[0] if mean else [0.0])
+            return self._crops(stored, a, b, mirror, mean[0] if mean else [0.0])
 
-        pipeline = define()
-        pipeline.build()
-        return pipeline
+        return define()
 
-    def _cropped(self, stored: Any, x: Any, y: Any) -> Any:
-        fn, _, _ = load_dali()
-        where = {"crop": (self.output.crop, self.output.crop), "crop_pos_x": x, "crop_pos_y": y}
-        if self.raw:  # cut on the CPU: what is not needed does not travel
-            return self._on_device(fn.crop(stored, **where))
-        if self.whole:
-            return fn.crop(fn.decoders.image(stored, **self.decoder.options()), **where)
-        return fn.decoders.image_crop(stored, **where, **self.decoder.options())
-
-    def _resampled(self, stored: Any, start: Any, end: Any) -> Any:
+    def _crops(self, stored: Any, a: Any, b: Any, mirror: Any, mean: Any) -> Any:
+        """The graph behind the external source, from stored images to what is delivered."""
         fn, types, _ = load_dali()
-        # Only the crop's source region is resampled. It equals cropping the whole resized image to rounding (one grey
-        # level at one pixel in 2,000) and takes a fifth to a quarter less time, with decoding.
-        return fn.resize(
-            self._on_device(stored) if self.raw else fn.decoders.image(stored, **self.decoder.options()),
-            size=(self.output.crop, self.output.crop),
-            roi_start=start,
-            roi_end=end,
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
+        output, decoding = self.output, self.decoder.options()
+        size = (output.crop, output.crop)
+        where = {"crop": size, "crop_pos_x": a, "crop_pos_y": b}
+        if self.resized:
+            # Only the crop's source region is resampled. It equals cropping the whole resized image to rounding (one
+            # grey level at one pixel in 2,000) and takes a fifth to a quarter less time, with decoding.
+            whole = self._on_device(stored) if self.raw else fn.decoders.image(stored, **decoding)
+            region = {"size": size, "roi_start": a, "roi_end": b}
+            crops = fn.resize(whole, **region, interp_type=types.INTERP_LINEAR, antialias=True)
+        elif self.raw:  # cut on the CPU: what is not needed does not travel
+            crops = self._on_device(fn.crop(stored, **where))
+        elif self.whole:
+            crops = fn.crop(fn.decoders.image(stored, **decoding), **where)
+        else:
+            crops = fn.decoders.image_crop(stored, **where, **decoding)
+        dtypes = {"uint8": types.UINT8, "float16": types.FLOAT16}  # DALI makes no bfloat16: float32 until the end
+        return fn.crop_mirror_normalize(
+            crops,
+            mirror=mirror,
+            mean=mean,
+            std=[1.0] if output.dtype == "uint8" else list(output.std),
+            dtype=dtypes.get(output.dtype, types.FLOAT),
+            output_layout="HWC" if output.channels_last else "CHW",
         )
 
     def _on_device(self, pixels: Any) -> Any:
         return pixels if self.decoder.device is None else pixels.gpu()
-
-    def _normalised(self, images: Any, mirror: Any, mean: Any) -> Any:
-        fn, types, _ = load_dali()
-        raw = self.output.dtype == "uint8"
-        dtypes = {"uint8": types.UINT8, "float16": types.FLOAT16}  # DALI makes no bfloat16: float32 until the end
-        return fn.crop_mirror_normalize(
-            images,
-            mirror=mirror,
-            mean=mean,
-            std=[1.0] if raw else list(self.output.std),
-            dtype=dtypes.get(self.output.dtype, types.FLOAT),
-            output_layout="HWC" if self.output.channels_last else "CHW",
-        )
 
 
 class Dali(Engine):
     """See backend.Engine."""
 
     def __init__(self, setup: Setup) -> None:
-        self.graph, self._reader, self._setup = Graph(setup), setup.reader, setup
+        self.graph, self._reader = Graph(setup), setup.reader
         self._decoding: deque[tuple[Work, list[memoryview]]] = deque()
         self._cutter, self._cutting = setup.cutter, deque[tuple[Work, list[Future[list[Cut]]]]]()
-        self._pool = ThreadPoolExecutor(setup.threads, thread_name_prefix="express-cut")
+        self._pool = setup.pool
         self._spent = Held()
         self._pipeline: Any = None
         load_dali()
@@ -155,8 +149,7 @@ class Dali(Engine):
             self._decoding.append((work, images))
             return self.graph.inputs(_replaced(work, images, [cut for task in cuts for cut in task.result()]), images)
 
-        most, depth = self._setup.most_crops, self._setup.config.prefetch_batches
-        self._pipeline = self.graph.pipeline(feed, rows=most, depth=depth)
+        self._pipeline = self.graph.pipeline(feed)
 
     def _cut(self, work: Work) -> tuple[Work, list[Future[list[Cut]]]]:
         def cut(a: int, b: int) -> list[Cut]:
@@ -164,8 +157,7 @@ class Dali(Engine):
             rows, pixels = work.rows[a:b], pixels_under(work.box[a:b], self.graph.output.crop)
             places = self._cutter.places(work.ids[a:b], rows, pixels)
             block = self._reader.fetch(work.read, a, b, lambda _: 0)
-            with self._reader.stages("cut", int(rows[:, SIZE].sum())):
-                return self._cutter(block, places, pixels, keep=True)
+            return self._cutter(block, places, pixels, keep=True)
 
         starts = range(0, len(work.ids), CUT_A_TASK) if self._cutter else ()
         return work, [self._pool.submit(cut, a, min(a + CUT_A_TASK, len(work.ids))) for a in starts]
@@ -182,8 +174,9 @@ class Dali(Engine):
             check_raw_sizes(work, 0, len(work.ids), self._reader)
             odd, rows = [], (work.rows[:, [WIDTH, HEIGHT]] == work.rows[0, [WIDTH, HEIGHT]]).all()
         else:
-            odd = work.read.not_plain_jpegs()
-            rows = not odd and work.read.all_end()  # zeros behind an image that is cut short would hide it
+            stored = work.read.buffer, work.read.at, work.read.rows
+            odd = np.flatnonzero(not_plain_jpegs(*stored)).tolist()
+            rows = not odd and all_end(*stored)  # zeros behind an image that is cut short would hide it
         if rows and work.read.room and not self._cutter and self.graph.output.views == 1:
             return []
         images = work.read.images()
@@ -219,9 +212,6 @@ class Dali(Engine):
         self._decoding.clear()
         self._spent = Held()
 
-    def close(self) -> None:
-        self._pool.shutdown()
-
     def decoder(self) -> str:
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()
 
@@ -232,16 +222,16 @@ class Dali(Engine):
         fault: DALI then rejects any.
         """
         decoder = self.graph.decoder
-        if not self._decoding or self.graph.raw or decoder.why_not_decoded([memoryview(ANY_JPEG)]):
+        if not self._decoding or self.graph.raw or decoder.first_rejected([ANY_JPEG]):
             return err
         work, images = self._decoding[0]
         images = images or work.read.images()
-        name = re.search(r"Failed to decode sample #(\d+)", str(err))
-        number = int(name[1]) // self.graph.output.views if name else len(images)
-        if number < len(images) and (reason := decoder.why_not_decoded([images[number]])):
-            return undecodable(work, number, reason, self._reader)
-        found = decoder.first_rejected(images)
-        return undecodable(work, *found, self._reader) if found else err
+        named = [
+            int(crop) // self.graph.output.views for crop in re.findall(r"Failed to decode sample #(\d+)", str(err))
+        ]
+        order = named + list(range(len(images)))
+        found = decoder.first_rejected([images[i] for i in order])
+        return undecodable(work, order[found[0]], found[1], self._reader) if found else err
 
 
 def _replaced(work: Work, images: list[memoryview], cuts: list[Cut]) -> Work:

@@ -12,7 +12,7 @@ from simplejpeg import encode_jpeg
 
 from ..errors import ConfigError
 
-ANY_JPEG = encode_jpeg(np.zeros((16, 16, 3), np.uint8), colorsubsampling="420")
+ANY_JPEG = memoryview(encode_jpeg(np.zeros((16, 16, 3), np.uint8), colorsubsampling="420"))
 
 
 @dataclass(frozen=True)
@@ -35,54 +35,41 @@ class Decoder:
             "jpeg_fancy_upsampling": True,  # as libjpeg and Pillow: equal pixels on the CPU, at no measurable cost
         }
 
-    def why_not_decoded(self, images: list[memoryview]) -> str | None:
-        """Why it rejects one of the encoded images; None if it takes all. Builds a pipeline."""
-        try:
-            self.decoded(images)
-        except RuntimeError as err:
-            lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
-            return lines[-1] if lines else "DALI rejects it"
-        return None
-
-    def decoded(self, images: list[memoryview]) -> Any:
-        """The pipeline that has decoded the images. Raises RuntimeError."""
+    def decoding(self, images: list[memoryview]) -> Any:
+        """A pipeline whose each run() decodes one of the encoded images. It raises RuntimeError for one it rejects."""
         fn, _, pipeline_def = load_dali()
-        arrays = [np.frombuffer(image, np.uint8) for image in images]
 
         @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=len(arrays), num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1
+            batch_size=1, num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1
         )
         def define() -> Any:
-            return fn.decoders.image(fn.external_source(source=lambda: arrays, batch=True), **self.options())
+            arrays = (np.frombuffer(image, np.uint8) for image in images)
+            return fn.decoders.image(fn.external_source(source=arrays, batch=False), **self.options())
 
-        pipeline = define()
-        pipeline.run()
-        return pipeline
+        return define()
 
     def first_rejected(self, images: list[memoryview]) -> tuple[int, str] | None:
-        """The number of an image that it rejects, and why; None if it takes all.
+        """The number of the first image that it rejects, and why; None if it takes all.
 
-        A pipeline is of no use after an error, and building one is slow: halving the batch finds one image in 1,024
-        with 11 of them, which decode each image twice or so.
+        Images are decoded one by one, since DALI does not always name the one that fails, and a pipeline is of no use
+        after an error: 1,024 small ones take 0.1 s.
         """
-        first, count = 0, len(images)
-        reason = self.why_not_decoded(images)
-        while reason and count > 1:
-            half = count // 2
-            upper = self.why_not_decoded(images[first : first + half])
-            first, count = (first, half) if upper else (first + half, count - half)
-            reason = upper or (self.why_not_decoded([images[first]]) if count == 1 else reason)
-        return (first, reason) if reason else None
+        pipeline = self.decoding(images)
+        for number in range(len(images)):
+            try:
+                pipeline.run()
+            except RuntimeError as err:
+                lines = [line.strip() for line in str(err).splitlines() if "failure" in line or "rror:" in line]
+                return number, lines[-1] if lines else "DALI rejects it"
+        return None
 
     def describe(self) -> str:
         """One line: which decoder works, and what stands in the way of a faster one."""
         if self.device is None:
             return "libjpeg-turbo, by DALI"
-        if reason := self.why_not_decoded([memoryview(ANY_JPEG)]):
-            return f"none: DALI does not decode a JPEG here ({reason})"
-        pipeline = self.decoded([memoryview(ANY_JPEG)])  # keeps the libraries loaded, which go with the last pipeline
-        found = decoder_facts()
-        del pipeline
+        if rejected := self.first_rejected([ANY_JPEG]):
+            return f"none: DALI does not decode a JPEG here ({rejected[1]})"
+        found = self.facts()
         line = f"nvJPEG {found['nvjpeg'] or 'of an unknown version'}, hardware decoder load {self.hw_decoder_load:g}"
         if found["libnvcuvid"]:
             return f"{line}, libnvcuvid loads"
@@ -91,31 +78,26 @@ class Decoder:
             " a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
         )
 
-
-def decoder_facts() -> dict[str, Any]:
-    """The libraries of this process, if a pipeline has decoded something: {"nvjpeg": version or None, "libnvjpeg":
-    file name or None, "libnvcuvid": whether it loads}. nvJPEG needs libnvcuvid for the hardware decoder."""
-    try:
+    def facts(self) -> dict[str, Any]:
+        """The libraries of this process while it decodes: {"nvjpeg": version or None, "libnvjpeg": file name or None,
+        "libnvcuvid": whether it loads}. nvJPEG needs libnvcuvid for the hardware decoder. Raises RuntimeError."""
+        pipeline = self.decoding([ANY_JPEG])  # the libraries go with the last pipeline
+        pipeline.run()
         mapped = Path("/proc/self/maps").read_text()
-    except OSError:
-        mapped = ""
-    # torchvision's wheel holds a copy, libnvjpeg.<hash>.so.13: if it is loaded first, DALI decodes with that one.
-    paths = re.findall(r"(/\S*/libnvjpeg\.(?:\w+\.)?so[.\d]*)$", mapped, flags=re.MULTILINE)
-    return {
-        "nvjpeg": _nvjpeg_version(paths[0]) if paths else None,
-        "libnvjpeg": os.path.basename(paths[0]) if paths else None,
-        "libnvcuvid": _loads("libnvcuvid.so.1"),
-    }
+        # torchvision's wheel holds a copy, libnvjpeg.<hash>.so.13: if it is loaded first, DALI decodes with that one.
+        paths = re.findall(r"(/\S*/libnvjpeg\.(?:\w+\.)?so[.\d]*)$", mapped, flags=re.MULTILINE)
+        return {
+            "nvjpeg": _nvjpeg_version(paths[0]) if paths else None,
+            "libnvjpeg": os.path.basename(paths[0]) if paths else None,
+            "libnvcuvid": _loads("libnvcuvid.so.1"),
+        }
 
 
 def _nvjpeg_version(path: str) -> str | None:
-    part = ctypes.c_int()
-    parts = []
-    for number in range(3):  # major, minor, patch: libraryPropertyType_t
-        if ctypes.CDLL(path).nvjpegGetProperty(number, ctypes.byref(part)):
-            return None
-        parts.append(str(part.value))
-    return ".".join(parts)
+    library, part = ctypes.CDLL(path), ctypes.c_int()
+    # Major, minor and patch: libraryPropertyType_t
+    parts = [str(part.value) for number in range(3) if not library.nvjpegGetProperty(number, ctypes.byref(part))]
+    return ".".join(parts) or None
 
 
 def _loads(library: str) -> bool:

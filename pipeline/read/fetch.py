@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 class Rows:
-    """A split's index as an array of `rows`, which are made when they are asked for: rows[ids], rows[ids, columns].
+    """A split's index as an array of `rows`, which are made when they are asked for: rows[ids].
 
     Kept whole, they would take twice the index's memory. Its words are gathered, not its records: half the cost. From a
     large file they are read instead, at 0.5 µs an image and not 0.05: mapped, it would soon be in memory as a whole.
@@ -57,8 +57,7 @@ class Rows:
             self._path, self._start = index.filename, index.offset
             self._file = OpenFile(os.open(index.filename, os.O_RDONLY))
 
-    def __getitem__(self, at: Any) -> ndarray:
-        ids, columns = at if isinstance(at, tuple) else (at, slice(None))
+    def __getitem__(self, ids: Any) -> ndarray:
         if self._file:
             records = np.empty(np.shape(ids), INDEX_DTYPE)
             if not read_records(self._file.fd, self._start, np.ravel(ids), records.reshape(-1).view(np.uint8)):
@@ -68,7 +67,7 @@ class Rows:
         rows = np.empty((*records.shape, len(COLUMNS)), np.int64)
         for i, name in enumerate(COLUMNS):
             rows[..., i] = records[name]
-        return rows[..., columns]
+        return rows
 
 
 @compiled
@@ -153,4 +152,3 @@ def prepare() -> None:
     all_end(pixel, none, rows)
     zero_rest(pixel, none, rows, 0)
     fetch_images(pixel, none, none, rows, False, ALL_ROWS)
-    read_records(0, 0, none, pixel)

@@ -5,13 +5,10 @@ normalisation and memory layout come with the store. One core, 224 of a 500×375
 resize(box=) takes 0.9 ms and torch's antialiased interpolate, which knows no box, 0.4 ms.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from numpy import ndarray
 
-from ..jit import compiled, exactly_compiled, straight_lines_vectorised
+from ..jit import compiled, exactly_compiled
 from ..resample import resample, store, triangle
 from .fetch import CRC32, HEIGHT, IN_MEMORY, OFFSET, SIZE, WIDTH, Block, fetched
 
@@ -60,7 +57,12 @@ def crop_images(
 ) -> int:  # fmt: skip
     """Fetches a Block of images that are stored as pixels, and crops each while its bytes are in the cache.
 
-    Returns the number of the first image that fails, or n. The rest: see Cropper.
+    Returns the number of the first image that fails, or n. Writes the crops of n images from crop `number` of `out` on.
+    side: of the crops. packed: they are (side, side, 3) in memory, otherwise (3, side, side).
+    pitch: pixels from one row of the images to the next; 0: their width. out: flat, uint8 or float32.
+    box: (n, views, 4) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
+        needs beyond the box comes from the image around it. flip: (n, views) bool.
+    mean: flat, 3 for each crop of `out`, scale: (3,) float32; a float32 crop is (x - mean) · scale.
     """
     for i in range(len(at)):
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], rows[i, SIZE], rows[i, CRC32], verify):
@@ -73,34 +75,6 @@ def crop_images(
             )  # fmt: skip
             number += 1
     return len(at)
-
-
-@dataclass
-class Cropper:
-    """Cuts, resamples, flips and normalises: one compiled function for one kind of output."""
-
-    side: int  # of the crops, in pixels
-    dtype: str  # uint8 (mean and scale are not used) or float32
-    packed: bool  # crops are (side, side, 3) in memory, otherwise (3, side, side)
-
-    def __post_init__(self) -> None:
-        """Compiles the function, or loads what an earlier process compiled."""
-        out, ones = np.zeros(3 * self.side**2, self.dtype), np.ones(3, np.float32)
-        block = decoded_block(np.zeros(3, np.uint8), size_row(1, 1))
-        with straight_lines_vectorised():
-            self(block, out, 0, np.ones((1, 1, 4)), np.zeros((1, 1), bool), ones, ones)
-
-    def __call__(self, block: Block, *crops: Any, pitch: int = 0) -> int:
-        """(block, out, number, box, flip, mean, scale): writes the crops of n images from crop `number` of `out` on.
-
-        Returns the first image that fails, or n.
-        block: images as pixels, (height · width · 3,) uint8, RGB. out: flat.
-        box: (n, views, 4) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
-            needs beyond the box comes from the image around it. flip: (n, views) bool.
-        mean: flat, 3 for each crop of `out`, scale: (3,) float32; the crop is (x - mean) · scale.
-        pitch: pixels from one row of the images to the next; 0: their width.
-        """
-        return crop_images(*block, self.side, self.packed, pitch, *crops)
 
 
 _HERE = np.full(1, IN_MEMORY)
@@ -117,3 +91,10 @@ def size_row(width: int, height: int) -> ndarray:
     row = np.zeros((1, 7), np.int64)
     row[0, WIDTH], row[0, HEIGHT] = width, height
     return row
+
+
+def prepare(dtype: str) -> None:
+    """Compiles the function for crops of this type, or loads what an earlier process compiled."""
+    block, ones = decoded_block(np.zeros(3, np.uint8), size_row(1, 1)), np.ones(3, np.float32)
+    box, flip = np.ones((1, 1, 4)), np.zeros((1, 1), np.bool_)
+    crop_images(*block, 1, True, 0, np.zeros(3, dtype), 0, box, flip, ones, ones)

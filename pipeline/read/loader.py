@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -32,10 +32,8 @@ from .backend import Output, PixelType, Setup, Work, to_device, works
 from .bad_samples import BadSamples
 from .config import LoaderConfig, choose_backend
 from .cutter import open_cutter
+from .pixel_check import PixelCheck
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .pixel_check import PixelCheck
 
 
 class Batch(NamedTuple):
@@ -100,7 +98,7 @@ class Loader(AbstractContextManager["Loader"]):
         # The mean image is subtracted at the end, on the device, with every backend.
         decoded: PixelType = "uint8" if augment.normalize == "mean-image" else dtype
         # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
-        importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, augment.crop, decoded, self.device)
+        importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, decoded, self.device)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
         normal = normalisation(augment, statistics or self.dataset)
@@ -138,10 +136,9 @@ class Loader(AbstractContextManager["Loader"]):
         self.cost = self._reader.cost(self.plan)  # of an epoch from a URL, a line for the log
         self._mean_image: Tensor | None = None
         if normal.image is not None and dtype != "uint8":
-            image = torch.from_numpy(normal.image)[None].to(self.device)
             # In the images' memory format: reading across another one would be slow.
             layout = torch.channels_last if channels_last else torch.contiguous_format
-            self._mean_image = image.contiguous(memory_format=layout)
+            self._mean_image = torch.from_numpy(normal.image)[None].to(self.device, memory_format=layout)
         if len(self):
             self.ids(0, 0)
         importing.result()
@@ -149,19 +146,15 @@ class Loader(AbstractContextManager["Loader"]):
         output = Output(augment.crop, self.plan.views, decoded, channels_last, normal.std, decode_on)
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
-        self._cutter = open_cutter(self.dataset, self.split) if encoded else None
-        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, ranks, self._cutter)
+        self._cutter = open_cutter(self.dataset, self.split, self._reader) if encoded else None
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode")
+        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, pool, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
-        self._check: PixelCheck | None = None
-        if self.plan.check_every:
-            from .pixel_check import PixelCheck
-
-            name = f"{self.backend} ({self.decoder()})"
-            self._check = PixelCheck(output, raw=raw, reader=self._reader, decoder=name)
+        checks = self.plan.check_every  # asking for the decoder takes time on a GPU
+        self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})") if checks else None
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
-        self._wait_seconds = 0.0
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -216,7 +209,7 @@ class Loader(AbstractContextManager["Loader"]):
         while self._epoch == epoch and len(self):  # a rank of a tiny evaluation may have nothing to do
             started = time.perf_counter()
             batch = self._next()
-            self._wait_seconds += time.perf_counter() - started
+            self._reader.stages.add(wait_seconds=time.perf_counter() - started)
             self._step += 1
             if self._step == len(self):
                 self._epoch, self._step = epoch + 1, 0
@@ -227,10 +220,7 @@ class Loader(AbstractContextManager["Loader"]):
         their places in the cuts are lost or damaged; seconds of all threads and bytes of each stage (stages.py); if
         pixels are checked, crops that were checked, and that differed.
         """
-        stats, self._wait_seconds = {"wait_seconds": self._wait_seconds, "cuts_missed": 0}, 0.0
-        if self._cutter:
-            stats["cuts_missed"], self._cutter.missed = self._cutter.missed, 0
-        return stats | self._reader.stages.take() | (self._check.counts() if self._check else {})
+        return self._reader.stages.take()
 
     def decoder(self) -> str:
         """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""
@@ -241,6 +231,7 @@ class Loader(AbstractContextManager["Loader"]):
         if not self._reader.closing.is_set():
             self._reader.closing.set()
             self._stop()
+            self._setup.pool.shutdown(cancel_futures=True)
             for part in (self._engine, self._check, self._cutter, self._reader):
                 if part:
                     part.close()

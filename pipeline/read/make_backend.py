@@ -22,13 +22,13 @@ def reader(dataset: Dataset, split: Split, **settings: Any) -> Reader:
     return RemoteReader(split, copies=dataset.copies, **settings)
 
 
-def prepare(backend: Backend, crop: int, dtype: PixelType, device: torch.device) -> None:
+def prepare(backend: Backend, dtype: PixelType, device: torch.device) -> None:
     """Compiles what a backend needs, or loads what an earlier process compiled."""
     fetch.prepare()
     if backend in ("portable", "resident"):
-        from . import portable
+        from . import kernels, portable
 
-        portable.prepare(crop, dtype, device)
+        kernels.prepare(portable.kernel_type(dtype, device))
 
 
 def make(backend: Backend, setup: Setup) -> Engine:

@@ -1,7 +1,8 @@
 """The samples that each rank reads at each step. Pure: no files, no clock, no globals. The contract: docs/order.md.
 
-Training: an epoch is an array of ids, a row for each global batch. A rank takes a contiguous slice of each row: the ids
-of a global step, in order, do not depend on the number of ranks.
+Training: an epoch is an array of ids, a row for each global batch; samples that fill no global batch are left out of
+it. A rank takes a contiguous slice of each row: the ids of a global step, in order, do not depend on the number of
+ranks.
 Evaluation: the samples in stored order, one contiguous slice per rank, each sample exactly once.
 """
 
@@ -19,19 +20,18 @@ CACHED = 1 << 15  # ids that are hashed at once: they fit into the processor's c
 
 
 def epoch_order(
-    shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int = 0, rank: int = 0, world: int = 1, **at: int
+    ends: ndarray, *, batch: int, partitions: int = 1, window: int = 0, rank: int = 0, world: int = 1, **at: int
 ) -> ndarray:
     """(steps, batch / world) int64: the ids that `rank` reads at each step of an epoch.
 
-    at: seed and epoch. shard_sizes: (shards,) samples of each shard; ids count through them in stored order.
+    at: seed and epoch. ends: (shards,) ids at which the shards end; ids count through their samples in stored order.
     partitions: the number of partitions of consecutive ids. Each is shuffled by itself, and a global batch consists of
         a slice of each. If world divides partitions, a rank reads only the shards of its own partitions.
     window: shuffle within groups of this number of shards, the groups in random order: at most two groups of a
         partition are read at once. 0: shuffle over all shards of a partition.
     """
-    ends = np.cumsum(shard_sizes)
     samples = int(ends[-1])
-    steps, piece, share = steps_per_epoch(samples, batch=batch), batch // partitions, batch // world
+    steps, piece, share = samples // batch, batch // partitions, batch // world
     mine, pieces = partitions_of_rank(rank=rank, world=world, partitions=partitions), []
     for part in mine:
         ids = _shuffled_part(ends, part * samples // partitions, (part + 1) * samples // partitions, window, **at)
@@ -40,16 +40,13 @@ def epoch_order(
     return (pieces[0] if len(mine) == 1 else np.concatenate(pieces, axis=1))[:, start : start + share]
 
 
-def shard_steps(
-    shard_sizes: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int
-) -> tuple[ndarray, ndarray]:
+def shard_steps(ends: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int) -> tuple[ndarray, ndarray]:
     """(shards,) int64 each: an epoch's first and last step at which any rank reads from a shard. See epoch_order.
 
     Those of a shard that is not read: the number of steps, and -1.
     """
-    ends = np.cumsum(shard_sizes)
     samples = int(ends[-1])
-    steps, piece = steps_per_epoch(samples, batch=batch), batch // partitions
+    steps, piece = samples // batch, batch // partitions
     first, last = np.full(len(ends), steps), np.full(len(ends), -1)
     for part in range(partitions):
         start, end = part * samples // partitions, (part + 1) * samples // partitions
@@ -97,11 +94,6 @@ def replacement(sample: int, partition: range, bad: Container[int]) -> int:
     """The next sample of the partition, cyclically, that is not bad; `sample` itself if all are."""
     others = chain(range(sample + 1, partition.stop), range(partition.start, sample))
     return next((i for i in others if i not in bad), sample)
-
-
-def steps_per_epoch(samples: int, *, batch: int) -> int:
-    """Training steps: equal on all ranks; the samples that fill no global batch are left out of this epoch."""
-    return samples // batch
 
 
 def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, field: str = "batch") -> None:

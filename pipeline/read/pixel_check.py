@@ -15,11 +15,10 @@ from torch.nn.functional import avg_pool2d
 
 from ..decode import decode
 from ..errors import BadSample, ExpressError
-from .backend import HostCopy, Output, Work
+from .backend import HostCopy, Setup, Work
 from .fetch import HEIGHT, WIDTH
-from .kernels import Cropper, decoded_block
+from .kernels import crop_images, decoded_block
 from .plan import Planned
-from .reader import Reader
 
 TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the crop would hide it
 # Grey levels, of a tile's mean difference. On CPUs, DALI's decoder differs by 0 and its resizer by 0.3 at most (7,000
@@ -34,24 +33,20 @@ log = logging.getLogger("imagenet_express")
 class PixelCheck:
     """Compares chosen crops of a loader's backend with the reference.
 
-    decoder: its name, for messages. Thread-safe counts: `checked`, `different`, `left_out` (crops that could not be
-    checked in time). `error`: the first difference.
+    decoder: its name, for messages. left_out: crops that could not be checked in time. error: the first difference.
     """
 
-    def __init__(self, output: Output, *, raw: bool, reader: Reader, decoder: str) -> None:
-        self.output, self.raw, self._reader, self.decoder = output, raw, reader, decoder
-        self._std = np.array(output.std, np.float32)[:, None, None]
-        self.checked = self.different = self.left_out = 0
+    def __init__(self, setup: Setup, decoder: str) -> None:
+        self.output, self.raw, self._reader, self.decoder = setup.output, setup.raw, setup.reader, decoder
+        self.different = self.left_out = 0
         self.error: BadSample | None = None
         self._entries: queue.Queue[tuple[Planned, int, HostCopy] | None] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self._reported = (0, 0)
+        self._thread = threading.Thread(target=self._run, name="express-check", daemon=True)
+        self._thread.start()
+        self._reader.stages.add(pixels_checked=0, pixels_different=0)
 
     def add(self, work: Work, images: torch.Tensor) -> None:
         """Queues the chosen crops of a batch: (rows, 3, crop, crop), as the backend made them. Does not wait."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="express-check", daemon=True)
-            self._thread.start()
         views = self.output.views
         for i in np.flatnonzero(work.checked).tolist():
             if self._entries.qsize() >= WAITING:
@@ -60,20 +55,12 @@ class PixelCheck:
             image, view = Planned(*[column[i : i + 1] for column in work[:-1]]), int(work.ids[i]) % views
             self._entries.put((image, view, HostCopy(images[i * views + view])))
 
-    def counts(self) -> dict[str, float]:
-        """Since the last call: crops that were checked, and crops that differed."""
-        before, self._reported = self._reported, (self.checked, self.different)
-        checked, different = (now - then for now, then in zip(self._reported, before, strict=True))
-        return {"pixels_checked": checked, "pixels_different": different}
-
     def close(self) -> None:
         """Checks what is waiting, and ends the thread."""
-        if self._thread is not None:
-            self._entries.put(None)
-            self._thread.join()
+        self._entries.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
-        self._cropper = Cropper(self.output.crop, dtype="uint8", packed=False)
         while (entry := self._entries.get()) is not None:
             sample = int(entry[0].ids[0])
             try:
@@ -82,7 +69,7 @@ class PixelCheck:
                 log.info("%s: not checked (%s)", self._reader.describe(sample), err)
                 self.left_out += 1
                 continue
-            self.checked += 1
+            self._reader.stages.add(pixels_checked=1)
             if difference > TOLERANCE:
                 self._report(sample, difference)
 
@@ -93,14 +80,16 @@ class PixelCheck:
         pixels = stored if self.raw else decode(stored.data, size=(width, height)).reshape(-1)
         ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
         block = decoded_block(pixels, image.rows)
-        self._cropper(block, ours, 0, image.box[:, here], image.flip[:, here], unused, unused)
+        box, flip = image.box[:, here], image.flip[:, here]
+        crop_images(*block, side, False, 0, ours, 0, box, flip, unused, unused)
         theirs = crop.read().float().numpy()
         if self.output.dtype != "uint8":
-            theirs = theirs * self._std + image.mean[0, view][:, None, None]
+            theirs = theirs * np.array(self.output.std, np.float32)[:, None, None] + image.mean[0, view][:, None, None]
         return largest_tile_mean(np.abs(theirs - ours.reshape(3, side, side)).mean(0))
 
     def _report(self, sample: int, difference: float) -> None:
         self.different += 1
+        self._reader.stages.add(pixels_different=1)
         message = (
             f"{self._reader.describe(sample)}: {self.decoder} on {self.output.device} made other pixels than"
             f" libjpeg-turbo, by {difference:.0f} grey levels in a tile of {TILE} pixels (tolerance {TOLERANCE:g}); try"

@@ -64,10 +64,9 @@ class Plan:
         self.views = 1 if self.train else self.augment.views
         self._ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
         settings = {name: getattr(self, name) for name in ("seed", "batch", "partitions", "window")}
-        sizes = np.diff(self._ends, prepend=0)
         # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
-        self._order = lru_cache(2)(partial(order.epoch_order, sizes, **settings))
-        self._shard_steps = lru_cache(2)(partial(order.shard_steps, sizes, **settings))
+        self._order = lru_cache(2)(partial(order.epoch_order, self._ends, **settings))
+        self._shard_steps = lru_cache(2)(partial(order.shard_steps, self._ends, **settings))
         # The ids that this rank reads, in all epochs.
         parts = self.partitions if self.train else self.world
         self.held = order.range_of_rank(self.samples, rank=self.rank, world=self.world, partitions=parts)
@@ -76,7 +75,7 @@ class Plan:
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
         if self.train:
-            return order.steps_per_epoch(self.samples, batch=self.batch)
+            return self.samples // self.batch
         return -(-len(self.held) // self.batch_per_rank)
 
     def ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
@@ -144,12 +143,11 @@ class Plan:
         ids = self._replaced(planned)
         rows, kept = index[ids], (ids == planned) | self.train
         n, views, at = len(ids), self.views, {"seed": self.seed, "epoch": epoch}
-        placement = place(self.augment, ids, rows[:, WIDTH], rows[:, HEIGHT], train=self.train, **at)
+        box, flip = place(self.augment, ids, rows[:, WIDTH : HEIGHT + 1], train=self.train, **at)
         mean = np.tile(self.mean, (n * views, 1))
         if self.covariance is not None:
             mean -= colour_shift(self.augment, ids, self.covariance, **at)
         checked = np.zeros(n, np.bool_)
         if self.check_every:
             checked = rng.bits(ids, stream=rng.CHECK, **at) % self.check_every == 0
-        box, flip = placement.box.reshape(n, views, 4), placement.flip.reshape(n, views)
         return Planned(ids, rows, box, flip, mean.reshape(n, views, 3), checked, kept)

@@ -6,7 +6,7 @@ batch.
 
 import contextlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from .backend import Engine, Held, Setup, Work, check_raw_sizes, to_device, unde
 from .buffers import Buffers
 from .cutter import NOT_CUT, Cut, pixels_under
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
-from .kernels import Cropper, decoded_block, size_row
+from .kernels import crop_images, decoded_block, size_row
 from .truncate_jpeg import ROWS_BELOW, cut_short
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
@@ -40,12 +40,6 @@ def kernel_type(dtype: str, device: torch.device) -> str:
     return "float32" if device.type == "cpu" and dtype != "uint8" else "uint8"
 
 
-def prepare(crop: int, dtype: str, device: torch.device) -> None:
-    """Compiles what a Portable needs for encoded images, or loads what an earlier process compiled."""
-    cut_short(np.zeros(1, np.uint8), 0, 1, 1, 1, 1)
-    Cropper(crop, dtype=kernel_type(dtype, device), packed=True)
-
-
 class Portable(Engine):
     """See backend.Engine."""
 
@@ -53,14 +47,12 @@ class Portable(Engine):
         output, threads = self.output, self.threads = setup.output, setup.threads
         self.raw, self.depth, self._reader = setup.raw, setup.config.prefetch_batches, setup.reader
         self.images_a_task = min(IMAGES_A_TASK, self._reader.source.at_once(threads))
-        made = kernel_type(output.dtype, output.device)
-        self._cropper = Cropper(output.crop, dtype=made, packed=output.channels_last)
+        self.made = kernel_type(output.dtype, output.device)
         self._std = torch.tensor(output.std, dtype=torch.float32, device=output.device)[:, None, None]
         self._inverse_std = (1 / np.array(output.std, np.float64)).astype(np.float32)
         self._buffers, self._copying = Buffers(pinned=output.device.type == "cuda"), Held()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-decode")
         self._scratch = Scratch()
-        self._cutter = setup.cutter
+        self._pool, self._cutter = setup.pool, setup.cutter
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
@@ -75,16 +67,13 @@ class Portable(Engine):
         wait([task for job in self._jobs for task in job.tasks if not task.cancel()])
         self._jobs.clear()
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
     def decoder(self) -> str:
         return "none: pixels are stored" if self.raw else "libjpeg-turbo"
 
     def _begin(self, work: Work) -> _Job:
         side, n, rows = self.output.crop, len(work.ids), work.flip.size
         shape = (rows, side, side, 3) if self.output.channels_last else (rows, 3, side, side)
-        crops = self._buffers.take(shape, self._cropper.dtype)
+        crops = self._buffers.take(shape, self.made)
         step = min(self.images_a_task, -(-n // self.threads))
         tasks = [self._pool.submit(self._decode, work, crops, a, min(a + step, n)) for a in range(0, n, step)]
         return _Job(work, crops, tasks)
@@ -103,8 +92,9 @@ class Portable(Engine):
 
     def _crop(self, work: Work, crops: ndarray, block: Block, a: int, b: int, pitch: int = 0) -> int:
         """Images [a, b), which are pixels in the block, to their crops."""
+        form = self.output.crop, self.output.channels_last, pitch
         out = crops.reshape(-1), a * self.output.views, work.box[a:b], work.flip[a:b], work.mean.reshape(-1)
-        return self._cropper(block, *out, self._inverse_std, pitch=pitch)
+        return crop_images(*block, *form, *out, self._inverse_std)
 
     def _decode_block(self, work: Work, crops: ndarray, a: int, b: int) -> None:
         """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
@@ -117,8 +107,7 @@ class Portable(Engine):
             left = np.where(places[:, 1] > 0, rows[:, HEIGHT], left)
         block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, left))
         if self._cutter:
-            with self._reader.stages("cut", size):
-                cuts = self._cutter(block, places, pixels)
+            cuts = self._cutter(block, places, pixels)
         # decode() looks closer at the others.
         plain = (left < rows[:, HEIGHT]) | ~not_plain_jpegs(block.buffer, block.at, rows)
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
@@ -179,7 +168,6 @@ class Viewer:
 
     def __init__(self, augment: AugmentConfig, statistics: Statistics) -> None:
         self.augment = augment
-        self._cropper = Cropper(augment.crop, dtype="float32", packed=False)
         normal = normalisation(augment, statistics)
         self._image, self._mean = normal.image, np.tile(normal.mean, augment.views)
         self._scale = (1 / np.array(normal.std, np.float64)).astype(np.float32)
@@ -187,10 +175,10 @@ class Viewer:
     def __call__(self, pixels: ndarray) -> ndarray:
         """(views, 3, crop, crop) float32. pixels: (height, width, 3) uint8, RGB."""
         height, width, _ = pixels.shape
-        ids, size = np.zeros(1, np.int64), (np.array([width]), np.array([height]))
-        placement = place(self.augment, ids, *size, seed=0, epoch=0, train=False)
+        size = np.array([[width, height]])
+        box, flip = place(self.augment, np.zeros(1, np.int64), size, seed=0, epoch=0, train=False)
         views, crop = self.augment.views, self.augment.crop
         crops = np.empty((views, 3, crop, crop), np.float32)
         block, out = decoded_block(pixels.reshape(-1), size_row(width, height)), crops.reshape(-1)
-        self._cropper(block, out, 0, placement.box[None], placement.flip[None], self._mean, self._scale)
+        crop_images(*block, crop, False, 0, out, 0, box, flip, self._mean, self._scale)
         return crops if self._image is None else crops - self._image

@@ -33,9 +33,7 @@ from .fetch import (
     SIZE,
     Block,
     Rows,
-    all_end,
     fetch_images,
-    not_plain_jpegs,
     zero_rest,
 )
 from .plan import Plan
@@ -69,22 +67,10 @@ class ReadBatch:
         for task in self.tasks:
             task.result()
 
-    def put(self, i: int, image: ndarray) -> None:
-        at = self.at[i]
-        self.buffer[at : at + len(image)] = image
-
     def images(self) -> list[memoryview]:
         """The stored bytes of each image. After wait()."""
         whole, ends = self.buffer.data, self.at + self.rows[:, SIZE]  # half the cost of an array's slices
         return [whole[at:end] for at, end in zip(self.at.tolist(), ends.tolist(), strict=True)]
-
-    def not_plain_jpegs(self) -> list[int]:
-        """The numbers of those images that do not begin as JPEGs of their size. After wait()."""
-        return np.flatnonzero(not_plain_jpegs(self.buffer, self.at, self.rows)).tolist()
-
-    def all_end(self) -> bool:
-        """Whether each image ends as a JPEG does. After wait()."""
-        return all_end(self.buffer, self.at, self.rows)
 
     def cancel(self) -> None:
         for task in self.tasks:
@@ -114,17 +100,11 @@ class Reader:
         self.verify = verify
         self.always_ahead = always_ahead or not USAGE
         self.rows, self.closing, self.stages = Rows(split.index), threading.Event(), Stages()
-        shards = [split.root / shard.name for shard in split.shards]
-        self.cache, sources = None, [LocalShards(shards)]
-        if copies:
-
-            def closed() -> None:  # opened again when they are next read, from copies that exist by then
-                for source in sources:
-                    source.close()
-
-            self.cache = ShardCache(copies, split, original or sources[0].read, closed, self.closing)
-            sources.insert(0, LocalShards(shards, self.cache.path))
-        self.source, self._sources = sources[0], sources
+        paths = [split.root / shard.name for shard in split.shards]
+        self.source = LocalShards(paths, [copies.path(shard.sha256) for shard in split.shards] if copies else ())
+        reopen = self.source.close  # when they are next read, from copies that exist by then
+        read = original or self.source.read
+        self.cache = ShardCache(copies, split, read, reopen, self.closing) if copies else None
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
@@ -182,15 +162,15 @@ class Reader:
         """A pool thread's task: images [a, b)."""
         if batch.room:
             zero_rest(batch.buffer, batch.at[a:b], batch.rows[a:b], batch.room)
-        self._fill(batch, a, b)
-
-    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
-        while a < b:
-            with self._opened(batch, a, b) as fds:
-                a += fetch_images(batch.buffer, batch.at[a:b], fds, batch.rows[a:b], self.verify, ALL_ROWS)
-            if a < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
-                batch.put(a, self.stored(int(batch.ids[a])))
-                a += 1
+        at = a
+        while at < b:
+            with self._opened(batch, at, b) as fds:
+                at += fetch_images(batch.buffer, batch.at[at:b], fds, batch.rows[at:b], self.verify, ALL_ROWS)
+            if at < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
+                image, start = self.stored(int(batch.ids[at])), batch.at[at]
+                batch.buffer[start : start + len(image)] = image
+                at += 1
+        self._taken(batch.ids[a:b])
 
     def fetch(
         self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], *, in_turn: bool = False
@@ -212,14 +192,19 @@ class Reader:
             buffer = self._scratch(int((at + size).max()))
             with self._opened(batch, a, b) as fds:
                 block = Block(buffer, at, fds, rows, self.verify)
-                if function(block) == b - a:
-                    return block
-            # Slowly: for the reason, or because a copy is damaged. A read that was only interrupted succeeds.
-            buffer = np.concatenate([self.stored(sample) for sample in batch.ids[a:b].tolist()])
-            at = np.cumsum(size) - size
+                complete = function(block) == b - a
+            if not complete:  # slowly: for the reason, or because a copy is damaged
+                buffer = np.concatenate([self.stored(sample) for sample in batch.ids[a:b].tolist()])
+                at = np.cumsum(size) - size
+            self._taken(batch.ids[a:b])
+            if complete:
+                return block
         block = Block(buffer, at, np.full(b - a, IN_MEMORY), rows, False)
         function(block)
         return block
+
+    def _taken(self, ids: ndarray) -> None:
+        """Is called when images of a batch have been read, for storage that keeps them until then."""
 
     @contextmanager
     def _opened(self, batch: ReadBatch, a: int, b: int) -> Iterator[ndarray]:
@@ -243,15 +228,14 @@ class Reader:
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored. Raises BadSample or StorageError."""
         start, size, shard, _, crc, *_ = self.rows[sample].tolist()
-        reason = "the shard ends before it"
-        for source in self._sources:  # with a cache, the first may hold a damaged copy
+        for _ in range(2 if self.cache else 1):  # the first may read a damaged copy
             try:
-                image = source.read(shard, start, start + size)
+                image = self.source.read(shard, start, start + size)
                 if not self.verify or crc32(image) == crc:
                     return image
                 reason = "its bytes changed since they were written (checksum)"
             except EOFError:
-                pass
+                reason = "the shard ends before it"
             if self.cache:
                 self.cache.drop(shard)
         raise self._bad(sample, reason)

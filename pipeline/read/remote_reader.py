@@ -7,9 +7,10 @@ image stays among the bytes of its request until a decoding thread takes it, by 
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from .. import remote
 from ..errors import StorageError
 from ..manifest import Split
 from ..shards import crc32
-from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Block, Rows
+from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Rows
 from .plan import Plan
 from .reader import ReadBatch, Reader
 
@@ -110,51 +111,6 @@ class Fetched(NamedTuple):
     first: int
 
 
-class Ahead:
-    """Images that are being fetched, by chunk and sample, until they are used.
-
-    get: (shard, first byte, end) → (n,) uint8. An epoch's last chunk and the next one's first may hold the same sample.
-    """
-
-    def __init__(self, get: Callable[[int, int, int], ndarray], *, requests: int) -> None:
-        self._pool = ThreadPoolExecutor(requests, thread_name_prefix="express-fetch")
-        self._get = get
-        self.chunks: list[dict[int, Fetched]] = []
-
-    def fetch(self, ids: ndarray, rows: ndarray) -> None:
-        """Begins a chunk. rows: those of `ids`."""
-        if len(ids):
-            ranges, of_image = requests(rows)
-            futures = [self._pool.submit(self._addressed, *each) for each in ranges.tolist()]
-            images = map(Fetched, [futures[i] for i in of_image], (rows[:, OFFSET] - ranges[of_image, 1]).tolist())
-            self.chunks = [*filter(None, self.chunks), dict(zip(ids.tolist(), images, strict=True))]
-
-    def _addressed(self, *request: int) -> tuple[ndarray, int]:
-        data = self._get(*request)
-        return data, data.ctypes.data
-
-    def __len__(self) -> int:
-        """Chunks of which an image is still to be used."""
-        return sum(map(bool, self.chunks))
-
-    def __getitem__(self, sample: int) -> Fetched | None:
-        return next(filter(None, (chunk.get(sample) for chunk in self.chunks)), None)
-
-    def drop(self, ids: ndarray) -> None:
-        """Lets go of images, which were used."""
-        for sample in ids.tolist():
-            any(chunk.pop(sample, None) for chunk in self.chunks)  # from the first that has it
-
-    def cancel(self) -> None:
-        for chunk in self.chunks:
-            for image in chunk.values():
-                image.request.cancel()
-        self.chunks = []
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class RemoteReader(Reader):
     """Reads samples of a remote split by their ids. See Reader; four requests are in flight for each thread."""
 
@@ -162,20 +118,21 @@ class RemoteReader(Reader):
         super().__init__(split, threads=threads, **settings, original=self._get)
         assert split.remote
         self._folder, self._shards = split.remote, split.shards
-        self._ahead = Ahead(self._get, requests=4 * threads)
-        self._tasks: list[Future[None]] = []  # those that wait for copies, of the latest chunk
+        self._requests = ThreadPoolExecutor(4 * threads, thread_name_prefix="express-fetch")
+        # Images that are being fetched, by chunk and sample, until they are used. An epoch's last chunk and the next
+        # one's first may hold the same sample.
+        self._chunks: list[dict[int, Fetched]] = []
+        self._copying: list[ReadBatch] = []  # those that wait for copies, of the latest chunk
 
     def _at_once(self, batch: ReadBatch) -> bool:
         if self.cache:
             with suppress(StorageError):  # as long as one is not copied
                 batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
-                self._ahead.drop(batch.ids)
-        return super()._at_once(batch) or (self.cache is not None and not batch.files)
-
-    def ahead(self, batch: ReadBatch) -> None:
-        super().ahead(batch)
-        if self.cache and not batch.files:
-            self._tasks += batch.tasks
+                self._taken(batch.ids)
+            if not batch.files:
+                self._copying.append(batch)
+                return True
+        return super()._at_once(batch)
 
     def follow(self, steps: Iterator[Step], plan: Plan) -> Iterator[Step]:
         if self.done:
@@ -187,23 +144,47 @@ class RemoteReader(Reader):
         waiting: deque[deque[Step]] = deque()
         try:
             for chunk in chunks(planned, self.rows, limit=limit, shards=shards_of_a_chunk(plan, limit=room)):
-                while len(waiting) > 1 or (waiting and len(self._ahead) > 1):  # no third chunk in memory
+                while len(waiting) > 1 or (waiting and sum(map(bool, self._chunks)) > 1):  # no third chunk in memory
                     yield waiting[0].popleft()
                     if not waiting[0]:
                         waiting.popleft()
                 waiting.append(deque(chunk.steps))
                 ids = np.concatenate(chunk.ids)
+                rows = self.rows[ids]
                 if self.cache:
-                    wait(self._tasks)  # of batches that need copies, which might be deleted now
-                    self._tasks.clear()
-                    shards = self.rows[ids, SHARD]
+                    for batch in self._copying:
+                        wait(batch.tasks)  # for copies, which might be deleted now
+                    self._copying.clear()
+                    shards = rows[:, SHARD]
                     copies = self.cache.request(plan, *waiting[0][0], needed=set(shards.tolist()))
-                    ids = ids[~np.isin(shards, list(copies))]
-                self._ahead.fetch(ids, self.rows[ids])
+                    apart = ~np.isin(shards, list(copies))
+                    ids, rows = ids[apart], rows[apart]
+                if len(ids):
+                    self._begin(ids, rows)
             for rest in waiting:
                 yield from rest
         finally:
-            self._ahead.cancel()
+            for image in chain.from_iterable(each.values() for each in self._chunks):
+                image.request.cancel()
+            self._chunks = []
+
+    def _begin(self, ids: ndarray, rows: ndarray) -> None:
+        """Begins to fetch a chunk. rows: those of `ids`."""
+        ranges, of_image = requests(rows)
+        futures = [self._requests.submit(self._addressed, *each) for each in ranges.tolist()]
+        images = map(Fetched, [futures[i] for i in of_image], (rows[:, OFFSET] - ranges[of_image, 1]).tolist())
+        self._chunks = [*filter(None, self._chunks), dict(zip(ids.tolist(), images, strict=True))]
+
+    def _addressed(self, *request: int) -> tuple[ndarray, int]:
+        data = self._get(*request)
+        return data, data.ctypes.data
+
+    def _fetched(self, sample: int) -> Fetched | None:
+        return next(filter(None, (chunk.get(sample) for chunk in self._chunks)), None)
+
+    def _taken(self, ids: ndarray) -> None:
+        for sample in ids.tolist():
+            any(chunk.pop(sample, None) for chunk in self._chunks)  # from the first that has it
 
     def cost(self, plan: Plan) -> str:
         limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
@@ -224,7 +205,7 @@ class RemoteReader(Reader):
     def _get(self, shard: int, start: int, end: int) -> ndarray:
         of = self._shards[shard]
         data = self._folder.get(of.name, start, end, size=of.bytes, patience=remote.PATIENCE, stop=self.closing)
-        self.stages.add("fetch", end - start)
+        self.stages.add(fetch_bytes=end - start)
         return np.frombuffer(data, np.uint8)
 
     @contextmanager
@@ -233,25 +214,10 @@ class RemoteReader(Reader):
             with super()._opened(batch, a, b) as fds:
                 yield fds
             return
-        images = [self._ahead[sample] for sample in batch.ids[a:b].tolist()]
+        images = [self._fetched(sample) for sample in batch.ids[a:b].tolist()]
         with self.stages("fetch"):
             fds = np.array([-image.request.result()[1] - image.first if image else NOT_IN_MEMORY for image in images])
         yield fds  # `images` holds the requests' bytes until the compiled code has read them
-
-    def _fill(self, batch: ReadBatch, a: int, b: int) -> None:
-        if batch.files or not self.cache:
-            super()._fill(batch, a, b)
-        else:  # each may wait for another copy
-            with self.stages("fetch"):
-                for i in range(a, b):
-                    batch.put(i, self.stored(int(batch.ids[i])))
-        self._ahead.drop(batch.ids[a:b])
-
-    def fetch(self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], **settings: Any) -> Block:
-        block = super().fetch(batch, a, b, function, **settings)
-        if not batch.tasks:
-            self._ahead.drop(batch.ids[a:b])
-        return block
 
     def stored(self, sample: int) -> ndarray:
         """One image's bytes, as stored: those fetched ahead, of its shard's copy, or by a request of its own.
@@ -259,13 +225,16 @@ class RemoteReader(Reader):
         Bytes with a wrong checksum are fetched again before they count as damaged.
         """
         start, size, shard, _, crc, *_ = self.rows[sample].tolist()
-        ahead = self._ahead[sample]
-        if self.cache and not ahead and self.cache.wait(shard):
-            with suppress(StorageError, EOFError):  # it made room for another
-                image = self.source.read(shard, start, start + size)
-                if not self.verify or crc32(image) == crc:
-                    return image
-            self.cache.drop(shard)
+        ahead = self._fetched(sample)
+        if self.cache and not ahead:
+            with self.stages("fetch"):
+                copied = self.cache.wait(shard)
+            if copied:
+                with suppress(StorageError, EOFError):  # it made room for another
+                    image = self.source.read(shard, start, start + size)
+                    if not self.verify or crc32(image) == crc:
+                        return image
+                self.cache.drop(shard)
         for attempt in range(FETCHES):
             if ahead and attempt == 0:
                 image = ahead.request.result()[0][ahead.first : ahead.first + size]
@@ -283,5 +252,5 @@ class RemoteReader(Reader):
 
     def close(self) -> None:
         self.closing.set()
-        self._ahead.close()
+        self._requests.shutdown(wait=True, cancel_futures=True)
         super().close()

@@ -39,8 +39,8 @@ OURS = re.compile(r"[0-9a-f]{64}\.(?:tar|(\d+)\.partial)")  # a partial file's n
 class ShardCache:
     """The copies of a split's shards.
 
-    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. copied: is called
-    after each copy. closing: nothing is copied or waited for once it is set.
+    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. changed: is called
+    after a copy was made or deleted. closing: nothing is copied or waited for once it is set.
     """
 
     def __init__(
@@ -48,14 +48,12 @@ class ShardCache:
         place: Copies,
         split: Split,
         read: Callable[[int, int, int], Any],
-        copied: Callable[[], None],
+        changed: Callable[[], None],
         closing: threading.Event,
     ) -> None:
-        self.place, self._shards, self._read, self._copied = place, split.shards, read, copied
-        in_folder = place.folder.joinpath
-        self._paths = [
-            (in_folder(f"{of.sha256}.tar"), in_folder(f"{of.sha256}.{of.bytes}.partial")) for of in split.shards
-        ]
+        self.place, self._shards, self._read, self._changed = place, split.shards, read, changed
+        self._copies = [place.path(of.sha256) for of in split.shards]
+        self._partial = [place.folder / f"{of.sha256}.{of.bytes}.partial" for of in split.shards]
         self._whole, self._failed = set[int](), set[int]()
         self._claims: dict[int, Future[None]] = {}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="express-copy")
@@ -67,17 +65,11 @@ class ShardCache:
         except OSError as err:
             raise StorageError(f"{place.folder}: cannot hold copies of shards: {err.strerror}") from err
 
-    def path(self, shard: int) -> Path:
-        return self._paths[shard][0]
-
-    def _partial(self, shard: int) -> Path:
-        return self._paths[shard][1]
-
     def _locked(self) -> int:
         return locked(self.place.folder / "lock", wait_seconds=LOCK_SECONDS)
 
     def is_whole(self, shard: int) -> bool:
-        return os.path.isfile(self.path(shard))
+        return os.path.isfile(self._copies[shard])
 
     def request(self, plan: Plan, epoch: int, step: int, needed: Collection[int] = ()) -> set[int]:
         """Starts to copy this rank's shards, in the order in which they are read from this step on.
@@ -95,21 +87,21 @@ class ShardCache:
                         self._claim(plan.steps_until(epoch, step), mine, needed)
                 except OSError as err:
                     self._give_up(err)
-            coming = {shard for shard in needed if wait and (shard in self._claims or _is_locked(self._partial(shard)))}
+            coming = {shard for shard in needed if wait and (shard in self._claims or _is_locked(self._partial[shard]))}
             return coming.union(filter(self.is_whole, needed))
 
     def _claim(self, away: ndarray, mine: range, needed: Collection[int]) -> None:
         """away: (shards,) steps until each is read, by any rank: copies that other ranks need soon stay."""
         sizes, busy = self._files()
         used = sum(sizes.values())
-        self._whole = {shard for shard, (whole, _) in enumerate(self._paths) if whole in sizes}
+        self._whole = {shard for shard, copy in enumerate(self._copies) if copy in sizes}
         free, idle = dict[Path, int](), sizes.keys() - busy  # shards with the same bytes share a file
-        for shard, paths in enumerate(self._paths):
+        for shard, paths in enumerate(zip(self._copies, self._partial, strict=True)):
             for path in idle.intersection(paths):
                 free[path] = min(away[shard], free.get(path, away[shard]))
         last = sorted(free, key=free.__getitem__)
         for shard in sorted(mine, key=away.__getitem__):
-            partial = self._partial(shard)
+            partial = self._partial[shard]
             if partial in busy or shard in self._whole or shard in self._claims or shard in self._failed:
                 continue
             if len(self._claims) >= CLAIMED and shard not in needed:
@@ -143,7 +135,7 @@ class ShardCache:
 
     def _copy(self, shard: int, lock: OpenFile) -> None:
         """A pool thread's task. lock: of the partial file, until it is whole or given up."""
-        partial = self._partial(shard)
+        partial = self._partial[shard]
         try:
             for _ in range(TRIES):
                 if self._closing.is_set() or self._filled(shard, partial):
@@ -163,7 +155,7 @@ class ShardCache:
             del lock
             with self._lock:
                 del self._claims[shard]
-                self._copied()
+                self._changed()
                 self.request(*self._at)
 
     def _give_up(self, err: OSError) -> None:
@@ -189,7 +181,7 @@ class ShardCache:
             if digest.hexdigest() != of.sha256:
                 file.truncate(0)
                 return False
-        os.replace(partial, self.path(shard))
+        os.replace(partial, self._copies[shard])
         fsync_path(self.place.folder)
         return True
 
@@ -198,7 +190,7 @@ class ShardCache:
         while not self.is_whole(shard):
             if claim := self._claims.get(shard):
                 claim.result()
-            elif self._closing.is_set() or not _is_locked(self._partial(shard)):
+            elif self._closing.is_set() or not _is_locked(self._partial[shard]):
                 return self.is_whole(shard)
             time.sleep(PAUSE)
         return True
@@ -206,15 +198,14 @@ class ShardCache:
     def drop(self, shard: int) -> None:
         """Deletes a copy that does not hold the shard's bytes: something else wrote it, or the disk failed."""
         with suppress(OSError):
-            self.path(shard).unlink()
+            self._copies[shard].unlink()
             self._whole.discard(shard)
-            self._copied()
-            LOG.warning("%s: a damaged copy of a shard; deleted", self.path(shard))
+            LOG.warning("%s: a damaged copy of a shard; deleted", self._copies[shard])
+        self._changed()  # it may be open though another process has deleted it
 
     def close(self) -> None:
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._copied()
 
 
 def _is_locked(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Seconds and bytes of the loader's stages, added up over its threads."""
+"""Seconds and bytes of the loader's stages, and other counts, added up over its threads."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NAMES = ("read", "fetch", "cut", "decode")
-KEYS = [f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes")]
+KEYS = ["wait_seconds", "cuts_missed", *(f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes"))]
 
 
 class Stages:
@@ -21,17 +21,17 @@ class Stages:
         """Counts what the calling thread does meanwhile. size: in bytes."""
         started = time.perf_counter()
         yield
-        self.add(name, size, time.perf_counter() - started)
+        self.add(**{f"{name}_seconds": time.perf_counter() - started, f"{name}_bytes": size})
 
-    def add(self, name: str, size: int, seconds: float = 0.0) -> None:
+    def add(self, **counts: float) -> None:
         with self._lock:
-            self._sums[f"{name}_seconds"] += seconds
-            self._sums[f"{name}_bytes"] += size
+            for name, count in counts.items():
+                self._sums[name] = self._sums.get(name, 0.0) + count
 
     def take(self) -> dict[str, float]:
         """The sums since the last call."""
         with self._lock:
-            taken, self._sums = self._sums, dict.fromkeys(KEYS, 0.0)
+            taken, self._sums = self._sums, dict.fromkeys(self._sums, 0.0)
             return taken
 
 

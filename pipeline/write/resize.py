@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from ..decode import Scratch
 from ..geometry import centre_offset, resized
-from ..jit import compiled, straight_lines_vectorised
+from ..jit import compiled
 from ..resample import resample, triangle
 
 u = np.uintp
@@ -89,5 +89,4 @@ class Totals(NamedTuple):
 
 def prepare() -> None:
     """Compiles the kernels, or loads what an earlier process compiled: before processes are forked."""
-    with straight_lines_vectorised():
-        Totals.zeros(8).add(np.zeros((40, 40, 3), np.uint8))
+    Totals.zeros(8).add(np.zeros((40, 40, 3), np.uint8))

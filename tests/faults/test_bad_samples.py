@@ -20,7 +20,7 @@ FLAGS = [*SMALL, "--train.epochs", 2, "--run.save-every", 4]
 def ids_of(root, epoch: int) -> np.ndarray:
     """(STEPS, BATCH): those of whole shards."""
     sizes = np.array([shard.samples for shard in open_dataset(root).split("train").shards])
-    return order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH)
+    return order.epoch_order(np.cumsum(sizes), seed=0, epoch=epoch, batch=BATCH)
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,11 @@ SIDES = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size
 def test_every_crop_lies_inside_its_image(sides, train, fields, epoch, resize, less):
     width, height = np.array(sides).T
     config = AugmentConfig(resize=resize, crop=resize - less, **fields)
-    box, flip = place(config, np.arange(len(sides)), width, height, seed=0, epoch=epoch, train=train)
+    box, flip = place(config, np.arange(len(sides)), np.array(sides), seed=0, epoch=epoch, train=train)
     views = 1 if train else config.views
-    assert box.shape == (len(sides) * views, 4)
-    assert flip.shape == (len(sides) * views,)
+    assert box.shape == (len(sides), views, 4)
+    assert flip.shape == (len(sides), views)
+    box = box.reshape(-1, 4)
     for axis, length in enumerate((np.repeat(width, views), np.repeat(height, views))):
         assert (box[:, axis] >= 0).all()
         assert (box[:, 2 + axis] > 0).all()
@@ -60,28 +61,28 @@ def test_resized_sizes_and_centre_crops_are_torchvisions(width, height, short):
 def test_square_crops_take_all_33_places_of_the_paper_and_no_other():
     n = 5000
     config = AugmentConfig(square=True)
-    p = place(config, np.arange(n), np.full(n, 500), np.full(n, 256), seed=0, epoch=0, train=True)
+    p = place(config, np.arange(n), np.tile([500, 256], (n, 1)), seed=0, epoch=0, train=True)
     margin = (500 - 256) // 2
-    assert set((p.box[:, 0] - margin).tolist()) == set(range(33))
-    assert set(p.box[:, 1].tolist()) == set(range(33))
-    assert (p.box[:, 2:] == 224).all()
+    assert set((p.box[..., 0] - margin).flatten().tolist()) == set(range(33))
+    assert set(p.box[..., 1].flatten().tolist()) == set(range(33))
+    assert (p.box[..., 2:] == 224).all()
 
 
 def test_half_of_the_images_are_flipped_and_none_in_evaluation():
     n = 4000
-    sides = np.full(n, 300)
-    flips = [place(AugmentConfig(), np.arange(n), sides, sides, seed=0, epoch=e, train=True).flip for e in (0, 1)]
+    size = np.full((n, 2), 300)
+    flips = [place(AugmentConfig(), np.arange(n), size, seed=0, epoch=e, train=True).flip for e in (0, 1)]
     for flip in flips:
         assert 0.45 < flip.mean() < 0.55
     assert 0.4 < (flips[0] == flips[1]).mean() < 0.6
-    assert not place(AugmentConfig(flip=False), np.arange(n), sides, sides, seed=0, epoch=0, train=True).flip.any()
-    assert not place(AugmentConfig(), np.arange(n), sides, sides, seed=0, epoch=0, train=False).flip.any()
+    assert not place(AugmentConfig(flip=False), np.arange(n), size, seed=0, epoch=0, train=True).flip.any()
+    assert not place(AugmentConfig(), np.arange(n), size, seed=0, epoch=0, train=False).flip.any()
 
 
 def test_a_placement_does_not_depend_on_the_batch_it_is_computed_in():
-    width, height = np.random.default_rng(0).integers(200, 900, (2, 64))
-    everything = place(AugmentConfig(), np.arange(64), width, height, seed=5, epoch=6, train=True)
-    part = place(AugmentConfig(), np.arange(64)[9:12], width[9:12], height[9:12], seed=5, epoch=6, train=True)
+    size = np.random.default_rng(0).integers(200, 900, (64, 2))
+    everything = place(AugmentConfig(), np.arange(64), size, seed=5, epoch=6, train=True)
+    part = place(AugmentConfig(), np.arange(64)[9:12], size[9:12], seed=5, epoch=6, train=True)
     for a, b in zip(everything, part):
         assert (a[9:12] == b).all()
 

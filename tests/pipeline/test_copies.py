@@ -288,7 +288,7 @@ def test_two_shards_of_the_same_bytes_share_a_copy(many, web, folder, monkeypatc
         cache = loader._reader.cache
         first, second, *rest = cache._shards
         cache._shards = (first, dataclasses.replace(second, sha256=first.sha256, bytes=first.bytes), *rest)
-        cache._paths[1] = cache._paths[0]
+        cache._copies[1], cache._partial[1] = cache._copies[0], cache._partial[0]
         assert cache.request(loader.plan, 0, 0, needed=(0, 1)) == {0, 1}
         assert [cache.wait(0), cache.wait(1)] == [True, True]
 
@@ -313,8 +313,8 @@ def test_a_closed_loader_holds_no_file_of_the_source(many, folder):
 )
 def test_the_steps_of_a_shard_are_those_of_its_samples(counts, partitions, window, epoch):
     settings = {"batch": 6, "partitions": partitions, "window": window, "seed": 1, "epoch": epoch}
-    first, last = order.shard_steps(np.array(counts), **settings)
-    shard = np.repeat(np.arange(len(counts)), counts)[order.epoch_order(np.array(counts), **settings)].reshape(-1, 6)
+    first, last = order.shard_steps(np.cumsum(counts), **settings)
+    shard = np.repeat(np.arange(len(counts)), counts)[order.epoch_order(np.cumsum(counts), **settings)].reshape(-1, 6)
     for number in range(len(counts)):
         steps = np.flatnonzero((shard == number).any(axis=1))
         if len(steps):  # a group's images are shuffled, so a shard's first may come later

@@ -42,13 +42,12 @@ def reference(root, split: str, sample: int, view: AugmentConfig, *, seed: int, 
     row = s.index[sample]
     data = (s.root / s.shards[row["shard"]].name).read_bytes()[row["offset"] : row["offset"] + row["size"]]
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    size = np.array([image.size])
-    box, flip = place(view, np.array([sample]), size[:, 0], size[:, 1], seed=seed, epoch=epoch, train=train)
+    box, flip = place(view, np.array([sample]), np.array([image.size]), seed=seed, epoch=epoch, train=train)
     width, height = resized(*image.size, view.resize)
-    left, top = round(box[0, 0] * width / image.width), round(box[0, 1] * height / image.height)
+    left, top = round(box[0, 0, 0] * width / image.width), round(box[0, 0, 1] * height / image.height)
     image = image.resize((int(width), int(height)), Image.Resampling.BILINEAR)
     image = image.crop((left, top, left + view.crop, top + view.crop))
-    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else image).astype(int)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0, 0] else image).astype(int)
 
 
 def differences(root, split, view, *, config, train, epoch=0):

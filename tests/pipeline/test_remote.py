@@ -251,7 +251,8 @@ def test_files_of_cuts_are_requested_once_by_any_number_of_threads_and_not_after
     web.fault = lambda number, file: "503" if file.endswith(".cuts") else ""
     dataset = opened(web)
     split = dataset.split("train")
-    cutter, ids = cutter_module.open_cutter(dataset, split), np.arange(4)
+    reader = remote_reader.RemoteReader(split)
+    cutter, ids = cutter_module.open_cutter(dataset, split, reader), np.arange(4)
     asked, read = [], cutter._read
     monkeypatch.setattr(cutter, "_read", lambda shard: (asked.append(shard), read(shard)))
     rows, pixels = Rows(split.index)[ids], np.tile([0, 0, 8, 8], (4, 1))
@@ -259,6 +260,7 @@ def test_files_of_cuts_are_requested_once_by_any_number_of_threads_and_not_after
         list(threads.map(lambda _: cutter.places(ids, rows, pixels), range(50)))
     assert len(asked) == len(set(asked))
     started = time.monotonic()
+    reader.close()
     cutter.close()
     cutter._pool.shutdown(wait=True)
     assert time.monotonic() - started < 15  # a retry would take up to 30 s
@@ -400,19 +402,19 @@ def test_the_formula_of_requests_counts_those_of_an_epoch(partitions, world, win
 
 @pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
 def test_what_is_fetched_ahead_stays_within_the_memory(web, monkeypatch, backend):
-    fetch, drop, most = remote_reader.Ahead.fetch, remote_reader.Ahead.drop, [0]
+    begin, taken, most = remote_reader.RemoteReader._begin, remote_reader.RemoteReader._taken, [0]
 
     def slow(*task):
         time.sleep(0.02)
-        drop(*task)
+        taken(*task)
 
     def watched(self, ids, rows):
-        ahead = [sample for chunk in self.chunks for sample in chunk] + ids.tolist()
+        ahead = [sample for chunk in self._chunks for sample in chunk] + ids.tolist()
         most[0] = max(most[0], int(sizes[ahead].sum()))
-        fetch(self, ids, rows)
+        begin(self, ids, rows)
 
-    monkeypatch.setattr(remote_reader.Ahead, "drop", slow)
-    monkeypatch.setattr(remote_reader.Ahead, "fetch", watched)
+    monkeypatch.setattr(remote_reader.RemoteReader, "_taken", slow)
+    monkeypatch.setattr(remote_reader.RemoteReader, "_begin", watched)
     dataset = opened(web, fetch_memory=0.4)
     sizes = np.array(dataset.split("train").index["size"])
     two_epochs(dataset, batch=1, backend=backend)

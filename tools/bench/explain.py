@@ -74,7 +74,7 @@ class Stages:
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
         # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
         shape = loader.config.prefetch_batches + 2, n, 3, side, side
-        crops = np.ones(shape, self.engine._cropper.dtype)
+        crops = np.ones(shape, self.engine.made)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
         each = []
         first = works(loader.plan, loader._reader, 0, 0, ahead=0)

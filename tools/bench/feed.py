@@ -6,6 +6,7 @@ On a CPU, without decoding; compiled functions, which do not hold that lock, are
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,13 +19,8 @@ from tools.bench import data, harness
 class NoDecode(dali.Graph):
     """The real graph's external source, with an operator behind it that does nothing."""
 
-    def _cropped(self, stored: Any, a: Any, b: Any) -> Any:
-        return stored, a, b
-
-    _resampled = _cropped
-
-    def _normalised(self, images: Any, mirror: Any, _: Any) -> Any:
-        return *images, mirror
+    def _crops(self, stored: Any, a: Any, b: Any, mirror: Any, mean: Any) -> Any:
+        return stored, a, b, mirror
 
 
 def timed(function: Callable[..., Any], spent: list[float], sign: int) -> Callable[..., Any]:
@@ -47,16 +43,18 @@ def microseconds(shards: Path, *, batch: int, batches: int) -> float:
     """CPU time an image of the Python threads."""
     spent: list[float] = []  # beside the consumer's thread
     compiled = {
-        name: timed(getattr(fetch, name), spent, -1)
-        for name in ("fetch_images", "not_plain_jpegs", "all_end", "zero_rest")
+        module: {name: timed(getattr(fetch, name), spent, -1) for name in names}
+        for module, names in ((reader, ("fetch_images", "zero_rest")), (dali, ("not_plain_jpegs", "all_end")))
     }
-    tasks = timed(reader.Reader._read_ahead, spent, 1)
-    with patch.multiple(reader.Reader, _read_ahead=tasks), patch.multiple(reader, **compiled):
+    with ExitStack() as patched:
+        for module, functions in compiled.items():
+            patched.enter_context(patch.multiple(module, **functions))
+        patched.enter_context(patch.object(reader.Reader, "_read_ahead", timed(reader.Reader._read_ahead, spent, 1)))
         view = AugmentConfig(square=False)
         config = LoaderConfig("dali-cpu", threads=1)
         with Loader(shards, batch=batch, dtype="uint8", augment=view, config=config) as loader:
             engine: Any = loader._engine
-            engine.graph = NoDecode(engine._setup)
+            engine.graph = NoDecode(loader._setup)
             ahead = backend.works(loader.plan, loader._reader, 0, 0, ahead=config.prefetch_batches)
             engine.start(ahead.__next__)
             for number in range(batches + 8):

@@ -28,7 +28,7 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
         setting, seconds = {"partitions": partitions, "window": window}, []
         for epoch in range(args.rounds):
             started = time.perf_counter()
-            ids = order.epoch_order(sizes, seed=0, epoch=epoch, batch=BATCH, **setting)
+            ids = order.epoch_order(np.cumsum(sizes), seed=0, epoch=epoch, batch=BATCH, **setting)
             seconds.append(time.perf_counter() - started)
         result = setting | {"milliseconds_an_epoch": statistics.median(seconds) * 1e3}
         for how, labels in stored.items():

@@ -75,7 +75,7 @@ def compile_kernels() -> str:
 
     from pipeline.read import make_backend
 
-    make_backend.prepare("portable", 224, "float32", torch.device("cpu"))
+    make_backend.prepare("portable", "float32", torch.device("cpu"))
     return "compiles the loader's kernels"
 
 
@@ -94,12 +94,9 @@ def describe_decoders(proof: Proof) -> Json:
     """Which nvJPEG is loaded, while DALI decodes with it, and whether libnvcuvid is."""
     import torch
 
-    from pipeline.read.dali_decoder import ANY_JPEG, Decoder, decoder_facts
+    from pipeline.read.dali_decoder import Decoder
 
-    pipeline = Decoder(torch.device(proof.device).index).decoded([memoryview(ANY_JPEG)])
-    found = decoder_facts()
-    del pipeline
-    return found
+    return Decoder(torch.device(proof.device).index).facts()
 
 
 # Pixels
