@@ -161,7 +161,8 @@ def test_a_signal_saves_requeues_and_goes_on_exactly(how, cluster, job, clean):
     cluster.call("scancel", "--signal=TERM", *how, it.id)
     it.wait_for(lambda: it.facts["JobState"] == "PENDING" and it.restarts == 1)
     assert ended(it)["code"] == 75
-    assert 6 <= ended(it)["step"] < 40, it.said
+    # Before the end: how many steps there are in the second after which a stop file is seen is up to the machine.
+    assert 6 <= ended(it)["step"] < max(losses(clean)), it.said
     assert it.wait() == 0, it.said
     assert it.said.count("resuming from") == 1
     assert traces(it.run) == traces(clean)
