@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
 import shutil
 import socket
+import sys
 import tarfile
 import time
 import zlib
@@ -31,6 +33,8 @@ from pipeline.write import images, resize
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder, UniqueKeys
+from pipeline.write.sources.base import PassedOver
+from pipeline.write.sources.folders import files_of_images
 from tests.conftest import picture
 
 
@@ -598,6 +602,18 @@ def test_links_are_followed_once_and_hidden_folders_are_not_images(tmp_path):
     (folder / "deep" / "circle").symlink_to(folder)
     where = [item.where for item in ImageFolder(tmp_path / "in").splits["train"]]
     assert where == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/a/more/3.jpg"]
+
+
+def test_folders_may_be_nested_deeper_than_functions(tmp_path):
+    deepest = tmp_path / "/".join(["d"] * 200)
+    deepest.mkdir(parents=True)
+    (deepest / "a.jpg").write_bytes(GOOD)
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert list(files_of_images(tmp_path, PassedOver())) == [str(deepest / "a.jpg")]
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_litter_is_passed_over_and_counted_and_nothing_else(tmp_path):

@@ -129,22 +129,23 @@ def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
     return found
 
 
-def files_of_images(folder: Path | str, passed_over: PassedOver, above: frozenset[str] = frozenset()) -> Iterator[str]:
+def files_of_images(folder: Path, passed_over: PassedOver) -> Iterator[str]:
     """All files at any depth, but for litter and for texts, such as notes and annotations, that are no images.
 
-    Links are followed as torchvision does, but no circle of them. above: the folders around this one.
+    Links are followed as torchvision does, but no circle of them. Not by recursion, which ends at a depth of 1,000.
     """
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    for entry in _entries(folder, passed_over):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if _is_folder(entry):
-            yield from files_of_images(entry.path, passed_over, above | {real})
-        elif suffix in TEXTS and not (entry.is_file() and is_image(entry.path)):  # a pipe would wait
-            passed_over.add(suffix, entry.path)
-        else:
-            yield entry.path
+    todo = [(str(folder), frozenset([os.path.realpath(folder)]))]
+    while todo:
+        path, above = todo.pop()
+        for entry in _entries(path, passed_over):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if _is_folder(entry):
+                if (inside := os.path.realpath(entry.path)) not in above:
+                    todo.append((entry.path, above | {inside}))
+            elif suffix in TEXTS and not (entry.is_file() and is_image(entry.path)):  # a pipe would wait
+                passed_over.add(suffix, entry.path)
+            else:
+                yield entry.path
 
 
 def _entries(folder: Path | str, passed_over: PassedOver) -> Iterator[os.DirEntry[str]]:
