@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, open_dataset, verify
-from pipeline.decode import MAX_PIXELS, BadImage, decode, image_size
+from pipeline.decode import MAX_PIXELS, BadImage, Scratch, decode, image_size
 from pipeline.errors import DataError
 from pipeline.geometry import centre_offset
 from pipeline.write.images import Encoding, prepare
@@ -250,3 +250,8 @@ def test_a_file_of_another_size_than_the_index_says_fills_no_memory():
     for data in (saved(base(), "JPEG"), saved(base(), "PNG")):
         with pytest.raises(BadImage, match=rf"{WIDTH}×{HEIGHT} pixels, but the index says 3×3"):
             decode(data, size=(3, 3))
+
+
+def test_rows_are_never_aligned_for_stores_past_the_caches():
+    memory = Scratch()
+    assert all(memory(size).ctypes.data % 2 for size in (1, 3 * 240 * 240, 3 * 500 * 375))
