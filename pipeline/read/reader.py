@@ -11,7 +11,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,9 +247,10 @@ class Reader:
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""
         offset, _, shard, *_ = self.rows[sample].tolist()
-        path = self.source.paths[shard]
-        (key,) = sample_keys(path, [offset])
-        return f"{path}: sample {sample} ({key!r}) at byte {offset}"
+        path, key = self.source.paths[shard], ""
+        with suppress(OSError):  # its bytes may be those of a copy
+            key = f"({sample_keys(path, [offset])[0]!r}) "
+        return f"{path}: sample {sample} {key}at byte {offset}"
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -268,6 +268,17 @@ def test_window_0_says_what_it_costs_and_staged_sets_have_windows(many, web, fol
     assert_same(batches(copied(web, folder), window=0), batches(many, window=0))
 
 
+def test_a_sample_is_named_while_only_a_copy_of_its_shard_exists(many, folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(many, source)
+    with Loader(open_dataset(source, copies=Copies(folder)), batch=16, augment=VIEW, window=3) as loader:
+        next(iter(loader))
+        shard = loader.split.shards[0]
+        assert loader.describe(0).startswith(f"{source / shard.name}: sample 0 ('")
+        (source / shard.name).unlink()
+        assert loader.describe(0) == f"{source / shard.name}: sample 0 at byte {loader.split.index[0]['offset']}"
+
+
 def test_settings_of_copies(many, tmp_path):
     with pytest.raises(ConfigError, match=r"data\.cache and data\.stage: name one of them"):
         DataConfig(str(many), cache="a", stage="b")
