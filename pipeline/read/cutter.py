@@ -48,7 +48,8 @@ def pixels_under(box: ndarray, crop: int) -> ndarray:
     """
     place, size = box[..., :2], box[..., 2:]
     plain = ((size == crop) & (place == np.floor(place))).all(-1, keepdims=True)
-    spread = np.where(plain, 0.0, np.maximum(size / crop, 1.0) + 1)
+    # The filter reaches a resampled pixel's width from its centre, which lies half of that inside the box.
+    spread = np.where(plain, 0.0, np.maximum(size / crop, 1.0) / 2 + 1)
     first, last = np.floor(place - spread).min(1), np.ceil(place + size + spread).max(1)
     return np.concatenate([first, last], axis=1).astype(np.int64)
 

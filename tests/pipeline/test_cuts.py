@@ -33,6 +33,7 @@ from pipeline.read import cutter
 from pipeline.read.cutter import Cutter
 from pipeline.read.fetch import ALL_ROWS, COLUMNS, HEIGHT, WIDTH, fetch_images
 from pipeline.read.reader import Reader
+from pipeline.resample import triangle
 from pipeline.shards import Shard
 from pipeline.storage import Folder
 from pipeline.write import cuts as cuts_made
@@ -554,3 +555,20 @@ def test_an_image_is_cut_if_the_crop_needs_less_than_four_fifths_of_its_mcus(siz
     pixels = np.array([[at, at, at + 224, at + 224]])
     assert cutter.places(np.array([0]), rows, pixels)[0, 1] == (99 if is_cut else 0)
     cutter.close()
+
+
+@settings(max_examples=1000)
+@given(
+    crop=st.integers(1, 60),
+    length=st.integers(1, 500),
+    box=st.tuples(st.floats(0, 1), st.floats(0.003, 1)),
+    whole=st.booleans(),
+)
+def test_no_pixel_that_a_crop_is_made_of_is_cut_off(crop, length, box, whole):
+    left, size = box[0] * (1 - box[1]) * length, box[1] * length
+    left, size = (np.floor(left), np.ceil(size)) if whole else (left, size)
+    taps = triangle(left / (size / crop), size / crop, length, crop, False)
+    weights = taps.weights.reshape(crop, taps.taps)
+    used = (taps.first[:, None] + np.arange(taps.taps))[weights != 0]
+    first, _, last, _ = cutter.pixels_under(np.array([[[left, left, size, size]]]), crop)[0]
+    assert first <= used.min() <= used.max() < last
