@@ -1,13 +1,11 @@
 """Makes the files of pipeline/cuts.py, while a shard is written or for a data set that is finished."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import BinaryIO
 
 import numpy as np
 from simplejpeg import decode_jpeg
@@ -22,9 +20,6 @@ from ..jpeg import HEADER, find_places, pack
 from ..manifest import Dataset, Split
 from ..shards import Shard, crc32
 from ..storage import Folder, folder_at
-
-if TYPE_CHECKING:
-    from ..remote import RemoteFolder
 
 CHECKS = {
     "some": 32,
@@ -109,15 +104,15 @@ def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) 
     return {"name": name, "bytes": len(content), "sha256": sha256, "cut": sum(map(bool, places))}
 
 
-def _fetched(folder: RemoteFolder, shard: Shard) -> Any:
-    from ..remote import PATIENCE  # needs a library that only URLs need
-
-    return folder.get(shard.name, size=shard.bytes, patience=PATIENCE)
-
-
 def _images(split: Split, shard: Shard, rows: np.ndarray) -> Iterator[bytes]:
     tar = (split.remote or split.root) / shard.name
-    with io.BytesIO(_fetched(split.remote, shard)) if split.remote else open(tar, "rb") as file:
+    if split.remote:
+        from ..remote import PATIENCE  # needs a library that only URLs need
+
+        opened: BinaryIO = io.BytesIO(split.remote.get(shard.name, size=shard.bytes, patience=PATIENCE))
+    else:
+        opened = open(tar, "rb")  # noqa: SIM115 (below)
+    with opened as file:
         for offset, size, crc in rows[["offset", "size", "crc32"]].tolist():
             file.seek(offset)
             image = file.read(size)
