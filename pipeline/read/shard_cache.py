@@ -166,6 +166,9 @@ class ShardCache:
 
     def _filled(self, shard: int, partial: Path) -> bool:
         """Copies what is missing, and names the copy. False if it is not the shard."""
+        if self.is_whole(shard):  # another process named its copy while the folder was listed
+            partial.unlink()
+            return True
         of, digest = self._shards[shard], hashlib.sha256()
         with open(partial, "r+b") as file:
             while chunk := file.read(PIECE):

@@ -143,6 +143,16 @@ def test_two_ranks_share_the_copies(many, web, folder, partitions):
     assert bytes_sent(web) == sum(sizes(many).values())
 
 
+def test_a_copy_that_gets_its_name_while_the_folder_is_listed_is_not_fetched_again(many, web, folder, monkeypatch):
+    batches(copied(web, folder))
+    before, listed = bytes_sent(web), shard_cache.ShardCache._files
+    stale = iter([({}, set())])  # as if all were still named as parts, and no longer locked
+    monkeypatch.setattr(shard_cache.ShardCache, "_files", lambda cache: next(stale, None) or listed(cache))
+    assert_same(batches(copied(web, folder)), batches(many))
+    assert bytes_sent(web) == before
+    assert not list(folder.glob("*.partial"))
+
+
 def test_evaluation_uses_copies_and_spares_those_of_training(many, web, folder):
     assert_same(batches(copied(web, folder), epochs=1), batches(many, epochs=1))
     assert_same(batches(copied(web, folder), split="val", epochs=1), batches(many, split="val", epochs=1))
