@@ -86,7 +86,7 @@ class Cutter:
         area = np.minimum(MCU * (last - first), sides).prod(1)
         size = np.where(area < WORTH * sides.prod(1), found["size"], 0)
         offset = HEADER_BYTES + found["offset"].astype(np.int64)
-        return np.stack([offset, size, found["crc32"]], axis=1, dtype=np.int64, casting="unsafe")
+        return np.stack([offset, size, found["crc32"]], axis=1)
 
     def _read(self, shard: int) -> None:
         path, of, rows = self._files[shard]

@@ -3,7 +3,6 @@
 Nothing here is random, shuffles or reads a file: bytes and crops come from outside, through one external source.
 """
 
-import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -216,22 +215,16 @@ class Dali(Engine):
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()
 
     def _explain(self, err: RuntimeError) -> Exception:
-        """A decoder's failure with the sample's name: DALI gives its number in the batch, but not always.
+        """A decoder's failure with the name of the first sample that it rejects; `err` itself if no image is at fault.
 
-        The batch that failed is the oldest one: batches come out in order. Returns `err` itself if no image is at
-        fault: DALI then rejects any.
+        The batch that failed is the oldest one: batches come out in order.
         """
         decoder = self.graph.decoder
         if not self._decoding or self.graph.raw or decoder.first_rejected([ANY_JPEG]):
             return err
         work, images = self._decoding[0]
-        images = images or work.read.images()
-        named = [
-            int(crop) // self.graph.output.views for crop in re.findall(r"Failed to decode sample #(\d+)", str(err))
-        ]
-        order = named + list(range(len(images)))
-        found = decoder.first_rejected([images[i] for i in order])
-        return undecodable(work, order[found[0]], found[1], self._reader) if found else err
+        found = decoder.first_rejected(images or work.read.images())
+        return undecodable(work, *found, self._reader) if found else err
 
 
 def _replaced(work: Work, images: list[memoryview], cuts: list[Cut]) -> Work:

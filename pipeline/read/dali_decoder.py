@@ -52,7 +52,7 @@ class Decoder:
         """The number of the first image that it rejects, and why; None if it takes all.
 
         Images are decoded one by one, since DALI does not always name the one that fails, and a pipeline is of no use
-        after an error: 1,024 small ones take 0.1 s.
+        after an error: 1,024 of ImageNet's take 1.4 s.
         """
         pipeline = self.decoding(images)
         for number in range(len(images)):

@@ -111,7 +111,7 @@ class Portable(Engine):
         # decode() looks closer at the others.
         plain = (left < rows[:, HEIGHT]) | ~not_plain_jpegs(block.buffer, block.at, rows)
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
-        sizes = zip(*(column.tolist() for column in columns), strict=True)
+        sizes = np.stack(columns, axis=1).tolist()
         with self._reader.stages("decode", size):
             for i, (start, end, is_plain, left_rows, width, height) in enumerate(sizes):
                 cut, image = cuts[i], block.buffer[start:end]
