@@ -154,8 +154,8 @@ def cut_jpeg(
     top, bottom = _covering(box[1], box[3], down, height)
     placed[0], placed[1] = left * unit, top * down
     placed[2], placed[3] = min(right * unit, width) - placed[0], min(bottom * down, height) - placed[1]
-    # Mostly an odd width: of an even one, many rows would be stored past the caches in DALI's memory, see decode.py.
-    placed[2] -= placed[0] + placed[2] > box[2]
+    # An odd width: of an even one, many rows would be stored past the caches in DALI's memory, see decode.py.
+    placed[2] -= placed[2] % 2 == 0 and placed[0] + placed[2] > box[2]
     codes = np.zeros((header[COMPONENTS], CATEGORIES, 2), np.int64)
     q = _write_header(image, header, placed, out, codes)
     if q == 0:
