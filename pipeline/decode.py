@@ -46,16 +46,22 @@ def decode(data: bytes | memoryview, *, size: tuple[int, int] | None = None, mem
 
     size: (width, height) that the image must have. memory: where it may go. Raises BadImage with the reason.
     """
+    if size:  # first: a damaged header may name any size
+        _check_size(image_size(data), size)
     pixels: ndarray | None = None
     if header := plain_jpeg_size(data):
-        width, height = size or header
-        with contextlib.suppress(ValueError):  # also if the buffer is too small: the memory is the index's size
-            pixels = decode_jpeg(data, buffer=(memory or Scratch())(3 * width * height))
+        with contextlib.suppress(ValueError):
+            pixels = decode_jpeg(data, buffer=(memory or Scratch())(3 * header[0] * header[1]))
     if pixels is None:
         pixels = pillows_pixels(open_image(data))
-    if size and pixels.shape[1::-1] != size:
-        raise BadImage(f"{pixels.shape[1]}×{pixels.shape[0]} pixels, but the index says {size[0]}×{size[1]}")
+    if size:  # formats with several sizes may load another one
+        _check_size(pixels.shape[1::-1], size)
     return pixels
+
+
+def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
+    if found != size:
+        raise BadImage(f"{found[0]}×{found[1]} pixels, but the index says {size[0]}×{size[1]}")
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
