@@ -55,6 +55,8 @@ def parse(argv: list[str]) -> Config:
         config = _configured(_as_trained(base, Path(config.model.init)), ours.config, flags)
     preset = preset or ours.config.stem
     if not config.run.dir:
+        if any(flag.startswith("--run.dir") for flag in flags):  # of a shell's variable that is not set
+            raise ConfigError("run.dir is empty; name a folder, or leave --run.dir out")
         config = updated(config, {"run.dir": f"runs/{preset}{'-overfit' if config.overfit else ''}"})
     try:
         config.run.dir.encode()

@@ -128,8 +128,8 @@ class Reader:
 
     def cost(self, plan: Plan) -> str:
         """What an epoch costs, for the log, if bytes and requests are worth counting."""
-        always = "; with window=0 all are read all the time, from their source until copied"
-        more = always if plan.train and not plan.window else ""
+        always = plan.train and not plan.window
+        more = "; with window=0 all are read all the time, from their source until copied" if always else ""
         return f"shards are copied to {self.cache.place.folder}{more}" if self.cache else ""
 
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:

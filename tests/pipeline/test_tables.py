@@ -179,7 +179,8 @@ def test_what_is_wrong_in_a_table_is_named_with_its_row(tmp_path, kind, rows, wo
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_table_without_the_columns_or_cut_short_is_one_line(tmp_path, kind):
     path = table(tmp_path, [("1.jpg", "a")], kind, columns=("file", "class"))
-    with pytest.raises(DataError, match=rf"list\.{kind}: (line 2|row 1): no 'path'"):
+    words = {"csv": r"behind line 0: .*\['file', 'class'\], one must be", "parquet": "row 1: no"}[kind]
+    with pytest.raises(DataError, match=rf"list\.{kind}: {words} 'path'"):
         CSV(path)
     path = table(tmp_path, [(f"{i}.jpg", "a") for i in range(50)], kind)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b'\xff"')
@@ -188,6 +189,22 @@ def test_a_table_without_the_columns_or_cut_short_is_one_line(tmp_path, kind):
     path.unlink()
     with pytest.raises(ExpressError, match=rf"list\.{kind}: behind (line|row) 0: cannot be read"):
         CSV(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_without_rows_is_an_error_for_each_split(tmp_path, kind):
+    empty = table(tmp_path, [], kind)
+    some = table(tmp_path / "some", [("1.jpg", "a")], kind)
+    for given in ((empty,), (some, empty)):
+        with pytest.raises(DataError, match=rf"list\.{kind}: has no images"):
+            CSV(*given)
+
+
+def test_a_column_that_is_there_twice_and_a_path_in_two_spellings_are_errors(tmp_path):
+    with pytest.raises(DataError, match=r"behind line 0: .*one must be 'path'"):
+        CSV(table(tmp_path, [("1.jpg", "a", "2.jpg")], "csv", columns=("path", "label", "path")))
+    with pytest.raises(DataError, match=r"line 3: a/\.\./1\.jpg has another label than in an earlier row"):
+        CSV(table(tmp_path, [("1.jpg", "a"), ("a/../1.jpg", "b")], "csv"))
 
 
 def test_an_unquoted_comma_and_a_class_without_training_are_named(tmp_path):

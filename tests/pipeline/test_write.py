@@ -600,8 +600,11 @@ def test_links_are_followed_once_and_hidden_folders_are_not_images(tmp_path):
         path.write_bytes(GOOD)
     (folder / "more").symlink_to(other)
     (folder / "deep" / "circle").symlink_to(folder)
+    (tmp_path / "in" / "b").mkdir()
+    (tmp_path / "in" / "b" / "4.jpg").write_bytes(GOOD)
+    (folder / "above").symlink_to("..")  # holds the other classes
     where = [item.where for item in ImageFolder(tmp_path / "in").splits["train"]]
-    assert where == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/a/more/3.jpg"]
+    assert where == ["train/a/1.jpg", "train/a/deep/2.jpg", "train/a/more/3.jpg", "train/b/4.jpg"]
 
 
 def test_folders_may_be_nested_deeper_than_functions(tmp_path):

@@ -240,7 +240,7 @@ def advise(fd: int, offset: int, size: int) -> None:
 
 def check_name(name: str) -> str:
     """The value of --name, with which the names of shards start."""
-    if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+    if NOT_IN_KEYS.search(name) or not name.strip("-_"):
         raise ConfigError(f"--name {name!r}: use letters, digits, - and _")
     return name
 

@@ -40,9 +40,12 @@ class TrainAndVal(Source):
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
-        self.passed_over, self.folders = PassedOver(), dict[str, Path]()
-        given = {"train": self.train} | ({"val": self.val} if self.val else {})
-        self.splits = {split: Items(self.items(split, path)) for split, path in given.items()}
+        self.passed_over, self.folders, self.splits = PassedOver(), dict[str, Path](), dict[str, Items]()
+        for split, place in (("train", self.train), ("val", self.val)):
+            if place:
+                self.splits[split] = Items(self.items(split, place))
+                if not self.splits[split]:
+                    raise DataError(f"{place}: has no images; leave it out or name another")
         if self.val_fraction:
             self.splits = held_out(self.splits["train"], self.val_fraction)
 
@@ -132,9 +135,11 @@ def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
 def files_of_images(folder: Path, passed_over: PassedOver) -> Iterator[str]:
     """All files at any depth, but for litter and for texts, such as notes and annotations, that are no images.
 
-    Links are followed as torchvision does, but no circle of them. Not by recursion, which ends at a depth of 1,000.
+    Links are followed as torchvision does, but none to a folder above: it holds other classes too, or goes in circles.
+    Not by recursion, which ends at a depth of 1,000.
     """
-    todo = [(str(folder), frozenset([os.path.realpath(folder)]))]
+    real = folder.resolve()
+    todo = [(str(folder), frozenset(map(str, (real, *real.parents))))]
     while todo:
         path, above = todo.pop()
         for entry in _entries(path, passed_over):

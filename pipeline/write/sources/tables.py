@@ -58,6 +58,9 @@ class Table:
     def _csv(self) -> Iterator[dict[Any, Any]]:
         with open(self.path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, self.names, delimiter=self.delimiter, strict=True)
+            for column in self.columns:
+                if reader.fieldnames and reader.fieldnames.count(column) != 1:
+                    raise ValueError(f"of its columns, {reader.fieldnames}, one must be {column!r}")
             for row in reader:
                 self.place = f"line {reader.line_num}"
                 yield row
@@ -91,7 +94,7 @@ def labelled(source: Files, table: Table, split: str) -> Iterator[Item]:
         number = source.label_of.get(label)
         if number is None:
             raise table.error(f"{label!r} is none of the {len(source.classes):,} training classes")
-        if labels.setdefault(name, number) != number:
+        if labels.setdefault(os.path.normpath(name), number) != number:
             raise table.error(f"{name} has another label than in an earlier row; give each image one")
         if not os.path.isfile(folder / name):
             raise table.error(f"no file {folder / name}; copy it there or remove the row")

@@ -46,7 +46,10 @@ def expand(pattern: str) -> list[Path]:
         raise DataError(f"{pattern}: no such file; quote the pattern, and mind its folder")
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: no such file; {pattern} names {len(paths)} files, and no URL or command is read")
+            raise DataError(
+                f"{path}: is no file; {pattern} names {len(paths)}; for those of a folder write 'FOLDER/*.tar'."
+                " No URL or command is read"
+            )
     return paths
 
 
