@@ -133,13 +133,15 @@ def _write_header(image: ndarray, header: ndarray, placed: ndarray, out: ndarray
 
 @compiled
 def cut_jpeg(
-    image: ndarray, header: ndarray, packed: ndarray, box: ndarray,
+    image: ndarray, header: ndarray, packed: ndarray, box: ndarray, odd: bool,
     out: ndarray, placed: ndarray,
 ) -> Any:  # fmt: skip
     """Writes a JPEG of the pixels `box` of a JPEG into `out`; returns its size.
 
     0 if it is not possible: the image is to be decoded whole then, and its places are wrong or it is damaged.
     header: by read_header. packed: the image's places, see jpeg.unpack. box: left, top, right and bottom.
+    odd: make its width odd, if that loses no pixel of the box, for a decoder whose memory we do not choose: of an even
+        width, libjpeg-turbo stores many rows past the caches there, see decode.py. In ours that would cost 2 %.
     out: it suffices if it has 2 len(image) + EXTRA bytes.
     placed: (4,) int64, filled with left, top, width and height of what was cut.
     """
@@ -154,8 +156,7 @@ def cut_jpeg(
     top, bottom = _covering(box[1], box[3], down, height)
     placed[0], placed[1] = left * unit, top * down
     placed[2], placed[3] = min(right * unit, width) - placed[0], min(bottom * down, height) - placed[1]
-    # An odd width: of an even one, many rows would be stored past the caches in DALI's memory, see decode.py.
-    placed[2] -= placed[2] % 2 == 0 and placed[0] + placed[2] > box[2]
+    placed[2] -= odd and placed[2] % 2 == 0 and placed[0] + placed[2] > box[2]
     codes = np.zeros((header[COMPONENTS], CATEGORIES, 2), np.int64)
     q = _write_header(image, header, placed, out, codes)
     if q == 0:

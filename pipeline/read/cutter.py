@@ -100,7 +100,10 @@ class Cutter:
             rows["size"] = 1  # byte, without its checksum: all images count as missed
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
-        """Cuts the images of a block that has been fetched; unless kept, valid until this thread's next call."""
+        """Cuts the images of a block that has been fetched; valid until this thread's next call.
+
+        keep: as long as they are used, and for another decoder than ours, see cut_jpeg.
+        """
         size = block.rows[:, SIZE]
         with self._reader.stages("cut", int(size.sum())):
             wanted = zip(block.rows[:, SHARD].tolist(), places[:, 1].tolist(), strict=True)
@@ -108,7 +111,7 @@ class Cutter:
             fds = np.array([file.fd if file else IN_MEMORY for file in files], np.int64)
             room, found = int((2 * size + EXTRA).sum()), np.zeros((len(fds), 6), np.int64)
             out = np.empty(room, np.uint8) if keep else self._out(room)
-            cut_images(block.buffer, block.at, block.rows, fds, places, pixels, out, found)
+            cut_images(block.buffer, block.at, block.rows, fds, places, pixels, keep, out, found)
         self._reader.stages.add(cuts_missed=int(((places[:, 1] > 0) & (found[:, 1] == 0)).sum()))
         return [Cut(out[start:end], *placed) for start, end, *placed in found.tolist()]
 
@@ -135,11 +138,12 @@ def open_cutter(dataset: Dataset, split: Split, reader: Reader) -> Cutter | None
 
 @compiled
 def cut_images(
-    buffer: ndarray, at: ndarray, rows: ndarray, fds: ndarray, places: ndarray, pixels: ndarray,
+    buffer: ndarray, at: ndarray, rows: ndarray, fds: ndarray, places: ndarray, pixels: ndarray, odd: bool,
     out: ndarray, found: ndarray,
 ) -> None:  # fmt: skip
     """Cuts those images of a block that have a descriptor.
 
+    odd: see cut_jpeg.
     found: (n, 6) int64, zeros: filled with the cut's first and last byte in `out` and its left, top, width and height.
     """
     header, entries, q = np.zeros(jpeg.HEADER, np.int32), np.empty(places[:, 1].max() + SLACK, np.uint8), 0
@@ -154,5 +158,5 @@ def cut_images(
             or header[jpeg.HEIGHT] != rows[i, HEIGHT]
         ):
             continue
-        last = q + cut_jpeg(image, header, entries[: size + SLACK], pixels[i], out[q:], found[i, 2:])
+        last = q + cut_jpeg(image, header, entries[: size + SLACK], pixels[i], odd, out[q:], found[i, 2:])
         found[i, 0], found[i, 1], q = q, last, last

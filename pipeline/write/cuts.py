@@ -45,7 +45,7 @@ def is_exact(image: np.ndarray, header: np.ndarray, places: bytes, seed: int) ->
         box = np.sort(numbers.integers(0, whole.shape[1::-1], (2, 2)), axis=0) + [[0], [1]]
         out, placed = np.empty(2 * len(image) + EXTRA, np.uint8), np.zeros(4, np.int64)
         packed = np.frombuffer(bytearray(places + bytes(SLACK)), np.uint8)
-        end = cut_jpeg(image, header, packed, box.reshape(-1), out, placed)
+        end = cut_jpeg(image, header, packed, box.reshape(-1), False, out, placed)
         (x, y), (right, bottom) = box
         left, top, *_ = placed.tolist()
         cut = decode_jpeg(out[:end], strict=True)[y - top : bottom - top, x - left : right - left]

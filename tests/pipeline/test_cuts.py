@@ -65,7 +65,7 @@ def cut(image: bytes, places: bytes, box: tuple[int, int, int, int]) -> tuple[by
     memory, size, end = np.full(2 * len(data) + EXTRA + 64, CANARY, np.uint8), 2 * len(data) + EXTRA, 0
     if read_header(data, header):
         packed = np.frombuffer(bytearray(places + bytes(SLACK)), np.uint8)
-        end = cut_jpeg(data, header, packed, np.array(box), memory[:size], placed)
+        end = cut_jpeg(data, header, packed, np.array(box), sum(box) % 3 > 0, memory[:size], placed)
     assert (memory[size:] == CANARY).all()
     return memory[:end].tobytes(), placed.tolist()
 
