@@ -47,8 +47,8 @@ def expand(pattern: str) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise DataError(
-                f"{path}: is no file; {pattern} names {len(paths)}; for those of a folder write 'FOLDER/*.tar'."
-                " No URL or command is read"
+                f"{path}: no such file, or a folder, whose tars are 'FOLDER/*.tar';"
+                f" {pattern} names {len(paths)} files, and no URL or command is read"
             )
     return paths
 
