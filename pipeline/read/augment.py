@@ -54,16 +54,12 @@ class AugmentConfig:
             raise ConfigError(
                 f"augment.crop={self.crop} is larger than augment.resize={self.resize}; a crop lies inside the image"
             )
-        if self.scale_jitter is not None:
-            _check_range("scale_jitter", self.scale_jitter, greatest=1.0)
-        _check_range("aspect_jitter", self.aspect_jitter, greatest=100.0)
+        for name, greatest in (("scale_jitter", 1), ("aspect_jitter", 100)):
+            pair = getattr(self, name)
+            if pair is not None and (len(pair) != 2 or not 0 < pair[0] <= pair[1] <= greatest):
+                raise ConfigError(f"augment.{name}={pair}: choose two numbers, 0 < least ≤ greatest ≤ {greatest}")
         if self.normalize == "mean-image" and self.statistics == "imagenet":
             raise ConfigError("augment.normalize=mean-image goes with statistics=dataset: a mean image is measured")
-
-
-def _check_range(name: str, pair: tuple[float, float], *, greatest: float) -> None:
-    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= greatest:
-        raise ConfigError(f"augment.{name}={pair}: choose two numbers, 0 < least ≤ greatest ≤ {greatest:g}")
 
 
 class Placement(NamedTuple):
@@ -82,42 +78,27 @@ def place(config: AugmentConfig, ids: ndarray, size: ndarray, *, train: bool, **
 
     size: (n, 2) int64, width and height as stored. In evaluation `config.views` crops of each image, otherwise one.
     """
-    scaled = np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1)
+    scaled, crop = np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1), config.crop
     scale = size / scaled
-    if not train:
-        return _views(config, scaled, scale)
-    draw = partial(rng.uniform, ids, **at)
-    flip = config.flip & (draw(stream=rng.FLIP, count=1) < 0.5)
-    u = draw(stream=rng.CROP, count=2)
-    if config.scale_jitter is not None:
-        tries = draw(stream=rng.JITTER, count=2 * TRIES)
-        return Placement(_jittered(*config.scale_jitter, *config.aspect_jitter, size, tries, u)[:, None], flip)
-    first, room = _room(config, scaled)
-    return Placement(_box(first + (u * (room + 1)).astype(np.int64), scale, config.crop)[:, None], flip)
-
-
-def _room(config: AugmentConfig, scaled: ndarray) -> tuple[ndarray, ndarray]:
-    """The first place of a crop in the resized image, and the pixels from there to the last place.
-
-    In the centre square these are 0..32 for 224 in 256, ends included, as in the original code.
-    """
+    # In the centre square, crops begin at 0..32 for 224 in 256, ends included, as in the original code.
     side = np.full_like(scaled, config.resize) if config.square else scaled
-    return centre_offset(scaled, side), side - config.crop
-
-
-def _box(place: ndarray, scale: ndarray, crop: int) -> ndarray:
-    """Whole pixels of the resized image as a rectangle of the stored one, which is `scale` times as large."""
-    return np.concatenate([place * scale, crop * scale], axis=1)
-
-
-def _views(config: AugmentConfig, scaled: ndarray, scale: ndarray) -> Placement:
-    places = [centre_offset(scaled, config.crop)]
-    if config.views == 10:
-        first, room = _room(config, scaled)
-        places = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])] + places
-    boxes = np.stack([_box(place, scale, config.crop) for place in places], axis=1)
-    flips = np.arange(config.views) >= len(places)  # the mirror images come last
-    return Placement(np.tile(boxes, (1, config.views // len(places), 1)), np.tile(flips, (len(scaled), 1)))
+    first, room = centre_offset(scaled, side), side - crop
+    if train:
+        draw = partial(rng.uniform, ids, **at)
+        flip = config.flip & (draw(stream=rng.FLIP, count=1) < 0.5)
+        u = draw(stream=rng.CROP, count=2)
+        if config.scale_jitter is not None:
+            tries = draw(stream=rng.JITTER, count=2 * TRIES)
+            return Placement(_jittered(*config.scale_jitter, *config.aspect_jitter, size, tries, u)[:, None], flip)
+        places = [first + (u * (room + 1)).astype(np.int64)]
+    else:
+        places = [centre_offset(scaled, crop)]
+        if config.views == 10:
+            places = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])] + places
+        flip = np.tile(np.arange(config.views) >= len(places), (len(ids), 1))  # the mirror images come last
+    # Whole pixels of the resized image as a rectangle of the stored one, which is `scale` times as large.
+    boxes = np.stack([np.concatenate([place * scale, crop * scale], axis=1) for place in places], axis=1)
+    return Placement(np.tile(boxes, (1, flip.shape[1] // len(places), 1)), flip)
 
 
 def _jittered(

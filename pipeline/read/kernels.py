@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from ..jit import compiled, exactly_compiled
 from ..resample import resample, store, triangle
-from .fetch import CRC32, HEIGHT, IN_MEMORY, OFFSET, SIZE, WIDTH, Block, fetched
+from .fetch import COLUMNS, CRC32, HEIGHT, IN_MEMORY, OFFSET, SIZE, WIDTH, Block, fetched
 
 u = np.uintp
 
@@ -86,15 +86,15 @@ def decoded_block(pixels: ndarray, row: ndarray, at: int = 0) -> Block:
     return Block(pixels, np.full(1, at), _HERE, row, False)
 
 
-def size_row(width: int, height: int) -> ndarray:
-    """A row of an image that is in no index."""
-    row = np.zeros((1, 7), np.int64)
-    row[0, WIDTH], row[0, HEIGHT] = width, height
-    return row
+def crop_decoded(pixels: ndarray, crops: ndarray, box: ndarray, flip: ndarray, mean: ndarray, scale: ndarray) -> None:
+    """Writes the crops of one image, (height, width, 3) uint8, into `crops`, (views, 3, side, side)."""
+    row = np.zeros((1, len(COLUMNS)), np.int64)
+    row[0, [HEIGHT, WIDTH]] = pixels.shape[:2]
+    block, out = decoded_block(pixels.reshape(-1), row), crops.reshape(-1)
+    crop_images(*block, crops.shape[-1], False, 0, out, 0, box, flip, mean, scale)
 
 
 def prepare(dtype: str) -> None:
     """Compiles the function for crops of this type, or loads what an earlier process compiled."""
-    block, ones = decoded_block(np.zeros(3, np.uint8), size_row(1, 1)), np.ones(3, np.float32)
-    box, flip = np.ones((1, 1, 4)), np.zeros((1, 1), np.bool_)
-    crop_images(*block, 1, True, 0, np.zeros(3, dtype), 0, box, flip, ones, ones)
+    box, flip, ones = np.ones((1, 1, 4)), np.zeros((1, 1), np.bool_), np.ones(3, np.float32)
+    crop_decoded(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 3, 1, 1), dtype), box, flip, ones, ones)

@@ -17,7 +17,7 @@ from ..decode import decode
 from ..errors import BadSample, ExpressError
 from .backend import HostCopy, Setup, Work
 from .fetch import HEIGHT, WIDTH
-from .kernels import crop_images, decoded_block
+from .kernels import crop_decoded
 from .plan import Planned
 
 TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the crop would hide it
@@ -77,15 +77,13 @@ class PixelCheck:
         """The largest mean difference of a tile, in grey levels."""
         side = self.output.crop
         stored, (width, height) = self._reader.stored(int(image.ids[0])), image.rows[0, [WIDTH, HEIGHT]].tolist()
-        pixels = stored if self.raw else decode(stored.data, size=(width, height)).reshape(-1)
-        ours, unused, here = np.empty(3 * side * side, np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
-        block = decoded_block(pixels, image.rows)
-        box, flip = image.box[:, here], image.flip[:, here]
-        crop_images(*block, side, False, 0, ours, 0, box, flip, unused, unused)
+        pixels = stored.reshape(height, width, 3) if self.raw else decode(stored.data, size=(width, height))
+        ours, unused, here = np.empty((1, 3, side, side), np.uint8), np.zeros(3, np.float32), slice(view, view + 1)
+        crop_decoded(pixels, ours, image.box[:, here], image.flip[:, here], unused, unused)
         theirs = crop.read().float().numpy()
         if self.output.dtype != "uint8":
             theirs = theirs * np.array(self.output.std, np.float32)[:, None, None] + image.mean[0, view][:, None, None]
-        return largest_tile_mean(np.abs(theirs - ours.reshape(3, side, side)).mean(0))
+        return largest_tile_mean(np.abs(theirs - ours[0]).mean(0))
 
     def _report(self, sample: int, difference: float) -> None:
         self.different += 1

@@ -22,7 +22,7 @@ from .backend import Engine, Held, Setup, Work, check_raw_sizes, to_device, unde
 from .buffers import Buffers
 from .cutter import NOT_CUT, Cut, pixels_under
 from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
-from .kernels import crop_images, decoded_block, size_row
+from .kernels import crop_decoded, crop_images, decoded_block
 from .truncate_jpeg import ROWS_BELOW, cut_short
 
 IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
@@ -177,8 +177,7 @@ class Viewer:
         height, width, _ = pixels.shape
         size = np.array([[width, height]])
         box, flip = place(self.augment, np.zeros(1, np.int64), size, seed=0, epoch=0, train=False)
-        views, crop = self.augment.views, self.augment.crop
-        crops = np.empty((views, 3, crop, crop), np.float32)
-        block, out = decoded_block(pixels.reshape(-1), size_row(width, height)), crops.reshape(-1)
-        crop_images(*block, crop, False, 0, out, 0, box, flip, self._mean, self._scale)
+        crop = self.augment.crop
+        crops = np.empty((self.augment.views, 3, crop, crop), np.float32)
+        crop_decoded(pixels, crops, box, flip, self._mean, self._scale)
         return crops if self._image is None else crops - self._image
