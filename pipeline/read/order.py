@@ -40,22 +40,16 @@ def epoch_order(
     return (pieces[0] if len(mine) == 1 else np.concatenate(pieces, axis=1))[:, start : start + share]
 
 
-def shard_steps(ends: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int) -> tuple[ndarray, ndarray]:
+def shard_steps(ends: ndarray, *, batch: int, **settings: int) -> tuple[ndarray, ndarray]:
     """(shards,) int64 each: an epoch's first and last step at which any rank reads from a shard. See epoch_order.
 
     Those of a shard that is not read: the number of steps, and -1.
     """
-    samples = int(ends[-1])
-    steps, piece = samples // batch, batch // partitions
-    first, last = np.full(len(ends), steps), np.full(len(ends), -1)
-    for part in range(partitions):
-        start, end = part * samples // partitions, (part + 1) * samples // partitions
-        done = 0
-        for shards, ids in _groups(ends, start, end, window, **at) if start < end else ():
-            if done // piece < steps:
-                first[shards] = np.minimum(first[shards], done // piece)
-                last[shards] = np.maximum(last[shards], min((done + len(ids) - 1) // piece, steps - 1))
-            done += len(ids)
+    shards = np.searchsorted(ends, epoch_order(ends, batch=batch, **settings), side="right")
+    steps = np.arange(len(shards))[:, None]
+    first, last = np.full(len(ends), len(shards)), np.full(len(ends), -1)
+    np.minimum.at(first, shards, steps)
+    np.maximum.at(last, shards, steps)
     return first, last
 
 
@@ -68,7 +62,7 @@ def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) 
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
         ids, groups = np.arange(start, end), []
     else:
-        groups = [ids for _, ids in _groups(ends, start, end, window, **at)]
+        groups = list(_groups(ends, start, end, window, **at))
         ids, groups = np.concatenate(groups), np.cumsum(list(map(len, groups))).tolist()
     hashes = ids.view(np.uint64)
     chunks = np.array_split(hashes, len(ids) // CACHED + 1)
@@ -81,13 +75,13 @@ def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) 
     return ids
 
 
-def _groups(ends: ndarray, start: int, end: int, window: int, **at: int) -> Iterator[tuple[ndarray, ndarray]]:
-    """(shards, ids) of each group of a partition, in the order in which they are read."""
+def _groups(ends: ndarray, start: int, end: int, window: int, **at: int) -> Iterator[ndarray]:
+    """The ids of each group of shards of a partition, in the order in which they are read."""
     first, last = np.searchsorted(ends, (start, end - 1), side="right")
     bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
     shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
     for group in (shards[i : i + window] for i in range(0, len(shards), window)):
-        yield first + group, np.concatenate([np.arange(*bounds[s : s + 2]) for s in group])
+        yield np.concatenate([np.arange(*bounds[s : s + 2]) for s in group])
 
 
 def replacement(sample: int, partition: range, bad: Container[int]) -> int:

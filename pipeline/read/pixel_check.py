@@ -6,15 +6,15 @@ stream: a crop is copied to pinned memory behind it.
 """
 
 import logging
-import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
 
 from ..decode import decode
-from ..errors import BadSample, ExpressError
+from ..errors import BadSample
 from .backend import HostCopy, Setup, Work
 from .fetch import HEIGHT, WIDTH
 from .kernels import crop_decoded
@@ -40,38 +40,38 @@ class PixelCheck:
         self.output, self.raw, self._reader, self.decoder = setup.output, setup.raw, setup.reader, decoder
         self.different = self.left_out = 0
         self.error: BadSample | None = None
-        self._entries: queue.Queue[tuple[Planned, int, HostCopy] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="express-check", daemon=True)
-        self._thread.start()
+        self._room = threading.Semaphore(WAITING)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="express-check")
         self._reader.stages.add(pixels_checked=0, pixels_different=0)
 
     def add(self, work: Work, images: torch.Tensor) -> None:
         """Queues the chosen crops of a batch: (rows, 3, crop, crop), as the backend made them. Does not wait."""
         views = self.output.views
         for i in np.flatnonzero(work.checked).tolist():
-            if self._entries.qsize() >= WAITING:
+            if not self._room.acquire(blocking=False):
                 self.left_out += 1
                 continue
             image, view = Planned(*[column[i : i + 1] for column in work[:-1]]), int(work.ids[i]) % views
-            self._entries.put((image, view, HostCopy(images[i * views + view])))
+            self._pool.submit(self._check, image, view, HostCopy(images[i * views + view]))
 
     def close(self) -> None:
         """Checks what is waiting, and ends the thread."""
-        self._entries.put(None)
-        self._thread.join()
+        self._pool.shutdown()
 
-    def _run(self) -> None:
-        while (entry := self._entries.get()) is not None:
-            sample = int(entry[0].ids[0])
-            try:
-                difference = self._difference(*entry)
-            except (ExpressError, ValueError) as err:  # the loader reports what it cannot read or decode itself
-                log.info("%s: not checked (%s)", self._reader.describe(sample), err)
-                self.left_out += 1
-                continue
-            self._reader.stages.add(pixels_checked=1)
-            if difference > TOLERANCE:
-                self._report(sample, difference)
+    def _check(self, image: Planned, view: int, crop: HostCopy) -> None:
+        """The thread's task."""
+        sample = int(image.ids[0])
+        try:
+            difference = self._difference(image, view, crop)
+        except Exception as err:  # the loader reports what it cannot read or decode itself
+            log.info("%s: not checked (%s)", self._reader.describe(sample), err)
+            self.left_out += 1
+            return
+        finally:
+            self._room.release()
+        self._reader.stages.add(pixels_checked=1)
+        if difference > TOLERANCE:
+            self._report(sample, difference)
 
     def _difference(self, image: Planned, view: int, crop: HostCopy) -> float:
         """The largest mean difference of a tile, in grey levels."""

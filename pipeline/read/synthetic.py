@@ -5,6 +5,7 @@ Steps, labels and ids are those of the plan. Nothing is read from storage, decod
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,16 +20,17 @@ class Synthetic(Engine):
 
     def __init__(self, setup: Setup) -> None:
         self.output, self.most_crops = setup.output, setup.most_crops
-        self._batches: Iterator[Tensor] | None = None
+
+    @cached_property
+    def _batches(self) -> Iterator[Tensor]:  # not in __init__: the loader of the other split may never be used
+        return itertools.cycle([self._noise(seed) for seed in range(BATCHES)])
 
     def next(self) -> tuple[Work, Tensor]:
-        if self._batches is None:  # not in __init__: the loader of the other split may never be used
-            self._batches = itertools.cycle([self._noise(seed) for seed in range(BATCHES)])
         work = self.source()
         return work, next(self._batches)[: work.flip.size]
 
     def close(self) -> None:
-        self._batches = None
+        vars(self).pop("_batches", None)
 
     def decoder(self) -> str:
         return "none: pixels are noise"

@@ -30,7 +30,7 @@ from .journal import Listed, ShardRecord
 from .manifest_content import Collected, timm_info, write_statistics
 from .plan import Options, Plan, Task
 from .resize import Totals
-from .sources import Items
+from .sources.base import Items
 
 __all__ = ["Options", "Plan", "build", "forecast"]
 

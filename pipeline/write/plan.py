@@ -16,8 +16,7 @@ from ..errors import ConfigError
 from ..files import Json
 from ..settings import BelowOne, Positive, validate
 from .images import Encoding
-from .sources import Item, Items, Source
-from .sources.base import key_hashes
+from .sources.base import Item, Items, Source, key_hashes
 
 
 @dataclass(frozen=True)

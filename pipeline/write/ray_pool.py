@@ -11,7 +11,7 @@ from ..decode import BadImage
 from ..errors import ConfigError, ExpressError, StorageError
 from ..pool import Result, Task
 from ..storage import Folder
-from .sources import Item, Source
+from .sources.base import Item, Source
 
 CONNECT_SECONDS = 10.0
 RETRIES = 3  # of a task whose worker was lost, or that could not read or write

@@ -33,7 +33,7 @@ def run(loader: Loader, steps: int) -> None:
     done = 0
     while done < steps:
         for _ in loader:
-            while loader._check._entries.qsize() > 4:
+            while loader._check._pool._work_queue.qsize() > 4:
                 time.sleep(0.001)
             done += 1
             if done == steps:

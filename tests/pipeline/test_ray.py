@@ -21,7 +21,8 @@ from pipeline.errors import StorageError
 from pipeline.storage import Folder
 from pipeline.write import ray_pool
 from pipeline.write.build import Options, Plan, build
-from pipeline.write.sources import Digits, Item
+from pipeline.write.sources import Digits
+from pipeline.write.sources.base import Item
 from tests.cluster.two import Hosts, a_port
 from tests.conftest import ROOT, run_here
 from tools import make_shards

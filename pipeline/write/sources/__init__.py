@@ -1,14 +1,12 @@
 """Sources of labelled images, by name. CONTRIBUTING.md shows how to add one."""
 
-from .base import Item, Items, Source, UniqueKeys
+from .base import Source
 from .digits import Digits
 from .folders import ImageFolder
 from .hub import HubParquet
 from .imagenet import ImageNet2010, ImageNet2012
 from .tables import CSV, Kaggle, TinyImageNet
 from .tars import WebDataset
-
-__all__ = ["SOURCES", "Digits", "ImageFolder", "Item", "Items", "Source", "UniqueKeys"]
 
 SOURCES: dict[str, type[Source]] = {
     "digits": Digits,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, reading
 from .base import Files, Item, Items, UniqueKeys
 from .folders import ImageFolder, TrainAndVal, readable_key, require_utf8
 from .imagenet import FIRST_CLASS
@@ -76,12 +76,10 @@ def parquet(path: Path) -> Any:
     """The file as pyarrow's ParquetFile. Raises ConfigError without pyarrow, DataError for damage."""
     try:
         from pyarrow.parquet import ParquetFile
-
-        return ParquetFile(open(path, "rb"))  # pyarrow itself opens no name that is not UTF-8
     except ImportError as err:
         raise ConfigError(f"{path}: pyarrow is missing; pip install pyarrow") from err
-    except Exception as err:  # pyarrow has several kinds
-        raise DataError(f"{path}: behind row 0: cannot be read ({err}); copy it again") from err
+    with reading(f"{path}: behind row 0:", "copy it again", Exception):  # pyarrow has several kinds
+        return ParquetFile(open(path, "rb"))  # it opens no name that is not UTF-8 itself
 
 
 def labelled(source: Files, table: Table, split: str) -> Iterator[Item]:
