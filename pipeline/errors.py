@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NoReturn
+
+LOG = logging.getLogger("imagenet_express")  # of the whole package
 
 # The exit codes are an interface that launchers and job scripts build on.
 DONE = 0

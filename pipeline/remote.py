@@ -5,7 +5,6 @@ rejected requests hold signatures and tokens.
 """
 
 import json
-import logging
 import os
 import re
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import ConfigError, DataError, StorageError
+from .errors import LOG, ConfigError, DataError, StorageError
 from .files import atomic_write, locked
 from .shards import Shard, file_sha256
 
@@ -147,7 +146,7 @@ class RemoteFolder:
                 raise StorageError(f"{what}: cannot be {doing}, tried for {waited:.0f} s: {reason}")
             if waited > 2 and time.monotonic() > self._warned + WARN_EVERY:
                 self._warned = time.monotonic()
-                logging.getLogger("imagenet_express").warning("%s: %s; retrying", what, reason)
+                LOG.warning("%s: %s; retrying", what, reason)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def length(self, name: str) -> int:

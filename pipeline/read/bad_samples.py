@@ -5,11 +5,10 @@ when.
 """
 
 import gc
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..errors import BadSample, DataError
+from ..errors import LOG, BadSample, DataError
 
 SHOWN = 10  # ids in a message
 COLLECTED = 16  # bad samples, after which memory is collected: that takes a tenth of a second
@@ -37,7 +36,7 @@ class BadSamples:
         self.unshared += 1
         if len(self.found) % COLLECTED == 0:
             gc.collect()  # tracebacks hold each failed batch in a circle, 0.25 MB of small images
-        logging.getLogger("imagenet_express").warning("bad sample %d of %d: %s", len(self.found), self.limit, err)
+        LOG.warning("bad sample %d of %d: %s", len(self.found), self.limit, err)
         if not self.together and (error := self.error()):
             del self.found[err.sample]  # so that the next try meets it as well, unless it is repaired by then
             raise error from err

@@ -5,7 +5,6 @@ reference is libjpeg-turbo on the whole image, from the bytes as stored. Nothing
 stream: a crop is copied to pinned memory behind it.
 """
 
-import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from ..decode import decode
-from ..errors import BadSample
+from ..errors import LOG, BadSample
 from .backend import HostCopy, Setup, Work
 from .fetch import HEIGHT, WIDTH
 from .kernels import crop_decoded
@@ -26,8 +25,6 @@ TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the
 TOLERANCE = 10.0
 WAITING = 256  # crops, 150 MB at 224 pixels of float32; more are not checked, and counted
 LOGGED = 10  # differences; the rest are counted
-
-log = logging.getLogger("imagenet_express")
 
 
 class PixelCheck:
@@ -64,7 +61,7 @@ class PixelCheck:
         try:
             difference = self._difference(image, view, crop)
         except Exception as err:  # the loader reports what it cannot read or decode itself
-            log.info("%s: not checked (%s)", self._reader.describe(sample), err)
+            LOG.info("%s: not checked (%s)", self._reader.describe(sample), err)
             self.left_out += 1
             return
         finally:
@@ -96,7 +93,7 @@ class PixelCheck:
         self.error = self.error or BadSample(message, sample=sample)
         if self.different <= LOGGED:
             more = "; further ones are counted only" if self.different == LOGGED else ""
-            log.warning("%s%s", message, more)
+            LOG.warning("%s%s", message, more)
 
 
 def largest_tile_mean(difference: np.ndarray) -> float:

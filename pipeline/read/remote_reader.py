@@ -5,7 +5,6 @@ chunk holds, the more of its images lie side by side and share a request. docs/o
 image stays among the bytes of its request until a decoding thread takes it, by compiled code, as it would read a file.
 """
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ import numpy as np
 from numpy import ndarray
 
 from .. import remote
-from ..errors import BadSample, StorageError
+from ..errors import LOG, BadSample, StorageError
 from ..manifest import Split
 from ..shards import crc32
 from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Rows
@@ -240,7 +239,7 @@ class RemoteReader(Reader):
                 image = self._get(shard, start, start + size)
             if not self.verify or crc32(image) == crc:
                 return image
-            logging.getLogger("imagenet_express").warning("%s: wrong checksum; fetched again", self.describe(sample))
+            LOG.warning("%s: wrong checksum; fetched again", self.describe(sample))
         raise self._bad(sample, f"its bytes are not those that were written (checksum), fetched {FETCHES} times")
 
     def describe(self, sample: int) -> str:

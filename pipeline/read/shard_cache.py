@@ -7,7 +7,6 @@ process leaves no lock behind, and the next one continues where the copy ended.
 
 import fcntl
 import hashlib
-import logging
 import os
 import re
 import threading
@@ -20,13 +19,12 @@ from typing import Any
 
 from numpy import ndarray
 
-from ..errors import StorageError
+from ..errors import LOG, StorageError
 from ..files import OpenFile, fsync_path, locked
 from ..manifest import Split
 from ..storage import Copies, file_size
 from .plan import Plan
 
-LOG = logging.getLogger("imagenet_express")
 AT_ONCE = 8  # shards that are copied at a time
 CLAIMED = 2 * AT_ONCE  # shards that are being copied or wait for it, beside those that are needed now
 PIECE = 8 << 20  # bytes of a request
