@@ -29,3 +29,9 @@ def principal_axes(covariance: ndarray) -> tuple[ndarray, ndarray]:
 def centre_offset(length: int | ndarray, part: int | ndarray) -> ndarray:
     """The start of a centred `part` of `length` pixels; a half rounds to even, as torchvision's CenterCrop."""
     return np.asarray(np.rint((np.asarray(length) - part) / 2), np.int64)
+
+
+def centre(pixels: ndarray, side: int) -> ndarray:
+    """(side, side, 3), contiguous: the centre of (h, w, 3). An odd margin is split as by torchvision's CenterCrop."""
+    top, left = centre_offset(np.array(pixels.shape[:2]), side)
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy import ndarray
 
 from ..errors import ConfigError
-from ..geometry import centre_offset, principal_axes, resized
+from ..geometry import centre, centre_offset, principal_axes, resized
 from ..manifest import Dataset, Statistics
 from ..settings import Bounds, InHelp, validate
 from . import rng
@@ -157,7 +157,6 @@ def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Norm
                 f" shard the data with --size {config.resize}, or use normalize=mean"
             )
         # For every crop the same, as in the 2012 code.
-        start = int(centre_offset(config.resize, config.crop))
-        centre = measured.mean_image[start : start + config.crop, start : start + config.crop]
-        mean, image = (0.0, 0.0, 0.0), np.ascontiguousarray(centre.transpose(2, 0, 1))
+        image = np.ascontiguousarray(centre(measured.mean_image, config.crop).transpose(2, 0, 1))
+        mean = (0.0, 0.0, 0.0)
     return Normalisation(np.array(mean, np.float32), std if config.normalize == "mean-std" else (1.0,) * 3, image)

@@ -49,7 +49,8 @@ def works(plan: Plan, reader: Reader, epoch: int, step: int, *, ahead: int) -> G
             yield reading.popleft()
     finally:
         for work in reading:
-            work.read.cancel()
+            for task in work.read.tasks:
+                task.cancel()
 
 
 @dataclass(frozen=True)

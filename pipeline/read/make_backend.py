@@ -3,6 +3,7 @@
 Each is imported when it is used: DALI and Numba's machine code take a while to load.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,18 +33,6 @@ def prepare(backend: Backend, dtype: PixelType, device: torch.device) -> None:
 
 
 def make(backend: Backend, setup: Setup) -> Engine:
-    if backend == "synthetic":
-        from .synthetic import Synthetic
-
-        return Synthetic(setup)
-    if backend == "resident":
-        from .resident import Resident
-
-        return Resident(setup)
-    if backend == "portable":
-        from .portable import Portable
-
-        return Portable(setup)
-    from .dali import Dali
-
-    return Dali(setup)
+    """A backend's module and class have its name: portable.Portable; dali.Dali is dali-gpu and dali-cpu."""
+    name = backend.partition("-")[0]
+    return getattr(import_module(f".{name}", __package__), name.title())(setup)

@@ -72,10 +72,6 @@ class ReadBatch:
         whole, ends = self.buffer.data, self.at + self.rows[:, SIZE]  # half the cost of an array's slices
         return [whole[at:end] for at, end in zip(self.at.tolist(), ends.tolist(), strict=True)]
 
-    def cancel(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-
 
 class Reader:
     """Reads samples of one split by their ids.

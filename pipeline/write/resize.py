@@ -9,7 +9,7 @@ import numpy as np
 from numpy import ndarray
 
 from ..decode import Scratch
-from ..geometry import centre_offset, resized
+from ..geometry import centre, centre_offset, resized
 from ..jit import compiled
 from ..resample import resample, triangle
 
@@ -59,12 +59,6 @@ def resize(pixels: ndarray, short: int, *, square: bool) -> ndarray:
     left, top = centre_offset(w, columns), centre_offset(h, rows)
     _resize(pixels.reshape(-1), width, height, left, top, width / w, height / h, out)
     return out
-
-
-def centre(pixels: ndarray, side: int) -> ndarray:
-    """(side, side, 3), contiguous: the centre of (h, w, 3). An odd margin is split as by torchvision's CenterCrop."""
-    top, left = centre_offset(np.array(pixels.shape[:2]), side)
-    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
 
 
 class Totals(NamedTuple):
