@@ -13,7 +13,7 @@ from simplejpeg import encode_jpeg
 from ..errors import ConfigError
 
 try:
-    from nvidia.dali import fn as fn  # type: ignore[attr-defined]
+    from nvidia.dali import fn as fn
     from nvidia.dali import pipeline_def as pipeline_def
     from nvidia.dali import types as types
 except ImportError as err:
