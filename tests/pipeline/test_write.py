@@ -33,8 +33,7 @@ from pipeline.write import images, resize
 from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits, ImageFolder
-from pipeline.write.sources.base import UniqueKeys
-from pipeline.write.sources.base import PassedOver
+from pipeline.write.sources.base import PassedOver, UniqueKeys
 from pipeline.write.sources.folders import files_of_images
 from tests.conftest import picture
 
