@@ -7,7 +7,7 @@ Evaluation: the samples in stored order, one contiguous slice per rank, each sam
 """
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from itertools import chain
 
 import numpy as np
@@ -40,17 +40,22 @@ def epoch_order(
     return (pieces[0] if len(mine) == 1 else np.concatenate(pieces, axis=1))[:, start : start + share]
 
 
-def shard_steps(ends: ndarray, *, batch: int, **settings: int) -> tuple[ndarray, ndarray]:
+def shard_steps(ends: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int) -> tuple[ndarray, ndarray]:
     """(shards,) int64 each: an epoch's first and last step at which any rank reads from a shard. See epoch_order.
 
     Those of a shard that is not read: the number of steps, and -1.
     """
-    shard_of = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-    shards = shard_of[epoch_order(ends, batch=batch, **settings)].ravel()
-    steps = np.arange(len(shards)) // batch
-    first, last = np.full(len(ends), len(shards) // batch), np.full(len(ends), -1)
-    np.maximum.at(last, shards, steps)
-    np.minimum.at(first, shards, steps)
+    samples = int(ends[-1])
+    steps, piece = samples // batch, batch // partitions
+    first, last = np.full(len(ends), steps), np.full(len(ends), -1)
+    for part in range(partitions):
+        start, end = part * samples // partitions, (part + 1) * samples // partitions
+        done = 0
+        for shards, ids in _groups(ends, start, end, window, **at) if start < end else ():
+            if done // piece < steps:
+                first[shards] = np.minimum(first[shards], done // piece)
+                last[shards] = np.maximum(last[shards], min((done + len(ids) - 1) // piece, steps - 1))
+            done += len(ids)
     return first, last
 
 
@@ -60,22 +65,29 @@ def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) 
     The ids of a group are sorted by their hashes, which are distinct: any correct sort gives the same order. The hashes
     themselves are sorted, in place, and inverted: a fourth of an argsort's time, and a third of its memory.
     """
-    ids, bounds = np.arange(start, end), []
-    if window and start < end:  # a partition is empty if there are fewer samples than partitions
-        first, last = np.searchsorted(ends, (start, end - 1), side="right")
-        shards = np.split(ids, ends[first:last] - start)
-        order = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
-        ids = np.concatenate([shards[i] for i in order])
-        bounds = np.cumsum([len(shards[i]) for i in order])[window - 1 :: window].tolist()
+    if not window or start == end:  # a partition is empty if there are fewer samples than partitions
+        ids, groups = np.arange(start, end), []
+    else:
+        groups = [ids for _, ids in _groups(ends, start, end, window, **at)]
+        ids, groups = np.concatenate(groups), np.cumsum(list(map(len, groups))).tolist()
     hashes = ids.view(np.uint64)
     chunks = np.array_split(hashes, len(ids) // CACHED + 1)
     for chunk in chunks:
         chunk[:] = rng.bits(chunk, stream=rng.ORDER, **at)
-    for group in np.split(hashes, bounds):
+    for group in np.split(hashes, groups):
         group.sort()
     for chunk in chunks:
         rng.ids(chunk, stream=rng.ORDER, **at)
     return ids
+
+
+def _groups(ends: ndarray, start: int, end: int, window: int, **at: int) -> Iterator[tuple[ndarray, ndarray]]:
+    """(shards, ids) of each group of a partition, in the order in which they are read."""
+    first, last = np.searchsorted(ends, (start, end - 1), side="right")
+    bounds = np.clip(np.concatenate([[0], ends])[first : last + 2], start, end)
+    shards = np.argsort(rng.bits(np.arange(first, last + 1), stream=rng.SHARDS, **at))
+    for group in (shards[i : i + window] for i in range(0, len(shards), window)):
+        yield first + group, np.concatenate([np.arange(*bounds[s : s + 2]) for s in group])
 
 
 def replacement(sample: int, partition: range, bad: Container[int]) -> int:

@@ -80,10 +80,9 @@ class ShardCache:
             self._at = plan, epoch, step
             mine = plan.shards()
             if not self._closing.is_set() and not self._whole.union(self._failed).issuperset(mine):
-                away = plan.steps_until(epoch, step)
                 try:
                     with open(self._locked(), "rb"):
-                        self._claim(away, mine, needed)
+                        self._claim(plan.steps_until(epoch, step), mine, needed)
                 except OSError as err:
                     self._give_up(err)
             coming = {shard for shard in needed if wait and (shard in self._claims or _is_locked(self._partial[shard]))}

@@ -4,9 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
-from torch import Tensor
+from typing import Any
 
 NAMES = ("read", "fetch", "cut", "decode", "copy")
 KEYS = ["wait_seconds", "cuts_missed", *(f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes"))]
@@ -26,7 +24,7 @@ class Stages:
         yield
         self.add(**{f"{name}_seconds": time.perf_counter() - started, f"{name}_bytes": size})
 
-    def copied(self, images: Tensor, device: torch.device) -> Tensor:
+    def copied(self, images: Any, device: Any) -> Any:
         """The images on the device; to a GPU they may still be on their way."""
         if images.device == device:
             return images
