@@ -1,15 +1,13 @@
 """The Huffman codes of baseline JPEGs: tables, and the length of a block of codes, without its pixels. For Numba.
 
-A scan may hold the byte 0xFF only with a zero stuffed behind it; `unstuff` removes these, and bit positions count in
+A scan may hold the byte 0xFF only with a zero stuffed behind it; `restuff` removes these, and bit positions count in
 what it returns. Every number comes from a file: nothing is read or written outside of the arrays, whatever it says.
 """
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from numpy import ndarray
 
 from .jit import compiled
@@ -18,7 +16,8 @@ u = np.uintp
 
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
+# they hold; 0: a longer code. For DC, from CODES on are each category's code, 32 times, and its length, and from LONGER
+# on the counts and symbols of a table with codes for every category, if there are enough. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
 # mostly has the same. They decode longer codes.
 LOOK = 10
 MANY, KEPT = 1 << LOOK, 2 << LOOK
@@ -27,6 +26,11 @@ TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
 WINDOW = 57  # bits, at least, of what `window` returns
 SLACK = 8  # bytes that `peek` may read behind the last one
+CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
+CODES, LONGER = MANY, MANY + 256
+ONES = np.uint64((1 << 64) - 1)
+
+_reversed: Any = types.ExternalFunction("llvm.bswap.i64", types.uint64(types.uint64))  # bytes, in one instruction
 
 
 @compiled
@@ -49,9 +53,12 @@ def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> 
             if length <= LOOK:
                 first = base + (code << (LOOK - length))
                 tables[first : first + (1 << (LOOK - length))] = _entry(length, np.int64(data[symbol]))
+            tables[base + CODES + data[symbol]] = code << 5 | length
             code, symbol = code + 1, symbol + 1
     if base >= 2 * TABLE:
         _join(tables, base)
+    else:
+        _lengthen(tables, base, data[at : at + size], code)
     tables[kept : kept + size] = data[at : at + size]
     return size
 
@@ -64,6 +71,19 @@ def _entry(length: int, symbol: int) -> int:
     if size == 0 and run == 0:
         return length << 16 | DONE << 8 | length
     return length << 16 | (run + 1) << 8 | length + size if size or run == 15 else 0
+
+
+@compiled
+def _lengthen(tables: ndarray, base: int, kept: ndarray, code: int) -> None:
+    """Fills a DC table's LONGER: what it was made of, and codes of 16 bits, from `code` on, for missing categories."""
+    longer, end = base + LONGER, base + LONGER + len(kept)
+    tables[longer:end] = kept
+    for category in range(CATEGORIES):
+        # The code of ones alone must stay free; and a count is a byte.
+        if tables[base + CODES + category] == 0 and code < 0xFFFF and tables[longer + 15] < 255:
+            tables[base + CODES + category] = code << 5 | 16
+            tables[end], tables[longer + 15] = category, tables[longer + 15] + 1
+            code, end = code + 1, end + 1
 
 
 @compiled
@@ -81,28 +101,20 @@ def _join(tables: ndarray, base: int) -> None:
         tables[base + MANY + bits] = coefficients << 8 | used
 
 
-def _eight_bytes(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    """Where the array values[0] has those from values[1] on: one instruction loads or stores them."""
-    data = context.make_array(signature.args[0])(context, builder, values[0]).data
-    return builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
+@compiled
+def _load64(data: ndarray, at: int) -> Any:
+    """Eight bytes, the first one at the top. LLVM makes one instruction of the loop."""
+    word = np.uint64(0)
+    for i in range(u(8)):
+        word |= np.uint64(data[at + i]) << np.uint64(8) * np.uint64(i)
+    return _reversed(word)
 
 
-def _load64_code(_: Any, array: Any, at: Any) -> Any:
-    def generate(context: Any, builder: Any, *call: Any) -> Any:
-        return builder.bswap(builder.load(_eight_bytes(context, builder, *call), align=1))
-
-    return types.uint64(array, at), generate
-
-
-def _store64_code(_: Any, array: Any, at: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, *call: Any) -> Any:
-        builder.store(builder.bswap(call[1][2]), _eight_bytes(context, builder, *call), align=1)
-
-    return types.void(array, at, types.uint64), generate
-
-
-_load64: Any = intrinsic(_load64_code)
-store64: Any = intrinsic(_store64_code)
+@compiled
+def store64(data: ndarray, at: int, word: Any) -> None:
+    word = _reversed(word)
+    for i in range(u(8)):
+        data[at + i] = word >> np.uint64(8) * np.uint64(i)
 
 
 @compiled
@@ -177,27 +189,40 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
 
 
 @compiled
-def unstuff(data: ndarray, start: int, end: int, clean: ndarray) -> Any:
-    """Copies the scan data[start:end] up to its first marker, without stuffed zeros.
+def append(clean: ndarray, q: int, word: Any, size: int) -> Any:
+    """Writes the first `size` <= 57 bits of a word, and others behind them, at bit q. Returns the end of the `size`."""
+    at, used = u(q >> 3), np.uint64(q & 7)
+    before = np.uint64(clean[at]) << np.uint64(56) & ~(ONES >> used)
+    store64(clean, at, before | word >> used)
+    return q + size
 
-    Returns the number of bytes, and the position of the marker's second byte, or `end`.
-    clean: at least end - start + SLACK long.
+
+@compiled
+def restuff(data: ndarray, start: int, end: int, out: ndarray, stuffing: bool) -> Any:
+    """Copies data[start:end] to `out`, with a zero behind each 0xFF, or a scan up to its first marker, without those.
+
+    Returns the number of bytes in `out`, and the position of the marker's second byte, or `end`.
+    out: with SLACK behind end - start bytes, or twice as many with zeros.
     """
     p, q = u(start), u(0)
     while p < u(end):
         if p + u(8) <= u(end):
             word = _load64(data, p)
             if not holds_ff(word):
-                store64(clean, q, word)
+                store64(out, q, word)
                 p, q = p + u(8), q + u(8)
                 continue
         byte = data[p]
-        clean[q] = byte
-        p += u(1)
+        out[q] = byte
+        p, q = p + u(1), q + u(1)
         if byte == 0xFF:
-            if p >= u(end) or data[p] != 0:
+            if stuffing:
+                out[q] = 0
+                q += u(1)
+            elif p < u(end) and data[p] == 0:
+                p += u(1)
+            else:
+                q -= u(1)
                 break
-            p += u(1)
-        q += u(1)
-    clean[q : q + u(SLACK)] = 0
+    out[q : q + u(SLACK)] = 0
     return np.int64(q), np.int64(p)

@@ -11,13 +11,13 @@ import numpy as np
 from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, skip_block, unstuff, window
+from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, skip_block, restuff, window
 from .jit import compiled
 
-# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From CODES on
+# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF on
 # are each component's DC and AC table.
-WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, CODES = range(TABLES, TABLES + 9)
-HEADER = CODES + 6
+WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, TABLE_OF = range(TABLES, TABLES + 9)
+HEADER = TABLE_OF + 6
 u = np.uintp
 leading_zeros: Any = numbers.leading_zeros  # one instruction
 
@@ -88,7 +88,7 @@ def _read_scan(image: ndarray, body: int, after: int, header: ndarray, known: in
             return False
         if not known >> dc & known >> ac & 1:
             return False
-        header[CODES + 2 * i], header[CODES + 2 * i + 1] = dc * TABLE, ac * TABLE
+        header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1] = dc * TABLE, ac * TABLE
     return bool(image[after - 3] == 0 and image[after - 2] == 63 and image[after - 1] == 0)
 
 
@@ -111,7 +111,7 @@ def _read_tables(image: ndarray, at: int, after: int, header: ndarray, known: in
 def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarray) -> int:
     """The position after the MCU at `bit`; `values`, its components' DC values before it, become those behind it."""
     for i in range(header[COMPONENTS]):
-        dc, ac, value = header[CODES + 2 * i], header[CODES + 2 * i + 1], values[i]
+        dc, ac, value = header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1], values[i]
         for _ in range(header[BLOCKS] if i == 0 else 1):
             bit, difference = skip_block(clean, bit, end, header, dc, ac)
             value += difference
@@ -142,7 +142,7 @@ def find_places(image: ndarray, header: ndarray) -> ndarray:
     columns, step = -(-header[WIDTH] // header[MCU_WIDTH]), STEP // header[MCU_WIDTH]
     mcus = columns * -(-header[HEIGHT] // header[MCU_HEIGHT])
     clean, places = np.empty(len(image) + SLACK, np.uint8), np.empty((places_in(header), 4), np.int64)
-    n, marker = unstuff(image, header[DATA], len(image), clean)
+    n, marker = restuff(image, header[DATA], len(image), clean, False)
     bit, at, stuffed, found, values = 0, 0, 0, 0, np.zeros(3, np.int64)
     for mcu in range(mcus + 1):
         if mcu % columns % step == 0:
