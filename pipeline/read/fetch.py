@@ -16,7 +16,7 @@ from ..files import OpenFile
 from ..jit import compiled
 from ..shards import INDEX_DTYPE
 from .checksum import crc32
-from .truncate_jpeg import cut_short, is_jpeg_of_size
+from .truncate_jpeg import cut_short, headers_of_size
 
 # The columns of `rows`: (n, 7) int64, a sample a row. One gather takes a sample's numbers from one cache line.
 COLUMNS = INDEX_DTYPE.names or ()
@@ -114,7 +114,8 @@ def fetch_images(
         size, width, height = rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT]
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], size, rows[i, CRC32], verify):
             return i
-        if len(needed) and not (needed[i] < height and cut_short(buffer, at[i], size, width, height, needed[i])):
+        image = buffer[at[i] : at[i] + size]
+        if len(needed) and not (needed[i] < height and cut_short(image, width, height, needed[i])):
             needed[i] = height
     return len(at)
 
@@ -124,7 +125,8 @@ def not_plain_jpegs(buffer: ndarray, at: ndarray, rows: ndarray) -> ndarray:
     """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):
-        odd[i] = not is_jpeg_of_size(buffer, at[i], rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT])
+        image = buffer[at[i] : at[i] + rows[i, SIZE]]
+        odd[i] = headers_of_size(image, rows[i, WIDTH], rows[i, HEIGHT])[0] == 0
     return odd
 
 
