@@ -107,7 +107,7 @@ def cut_jpeg(
     header: by read_header. packed: the image's places, see jpeg.unpack. box: left, top, right and bottom.
     odd: make its width odd, if that loses no pixel of the box, for a decoder whose memory we do not choose: of an even
         width, libjpeg-turbo stores many rows past the caches there, see decode.py. In ours that would cost 2 %.
-    out: it suffices if it has 2 len(image) + EXTRA bytes.
+    out: at least 2 len(image) + EXTRA bytes, which suffice but for images with hundreds of rows of almost no bits.
     placed: (4,) int64, filled with left, top, width and height of what was cut.
     """
     width, height, unit, down = header[WIDTH], header[HEIGHT], header[MCU_WIDTH], header[MCU_HEIGHT]

@@ -16,9 +16,9 @@ u = np.uintp
 
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. For DC, from CODES on are each category's code, 32 times, and its length, and from LONGER
-# on the counts and symbols of a table with codes for every category, if there are enough. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
-# mostly has the same. They decode longer codes.
+# they hold; 0: a longer code. For DC, from CODES on are 32 times each category's code and its length, and from LONGER
+# on 16 counts and the symbols of a table that has the missing categories too, with codes of 16 bits. From KEPT on are
+# those that the table was made of: the next image mostly has the same. They decode longer codes.
 LOOK = 10
 MANY, KEPT = 1 << LOOK, 2 << LOOK
 TABLE = KEPT + 16 + 256
@@ -58,7 +58,14 @@ def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> 
     if base >= 2 * TABLE:
         _join(tables, base)
     else:
-        _lengthen(tables, base, data[at : at + size], code)
+        longer, last = base + LONGER, base + LONGER + size
+        tables[longer:last] = data[at : at + size]
+        for category in range(CATEGORIES):
+            # The code of ones alone must stay free; and a count is a byte.
+            if tables[base + CODES + category] == 0 and code < 0xFFFF and tables[longer + 15] < 255:
+                tables[base + CODES + category] = code << 5 | 16
+                tables[longer + 15], tables[last] = tables[longer + 15] + 1, category
+                code, last = code + 1, last + 1
     tables[kept : kept + size] = data[at : at + size]
     return size
 
@@ -71,19 +78,6 @@ def _entry(length: int, symbol: int) -> int:
     if size == 0 and run == 0:
         return length << 16 | DONE << 8 | length
     return length << 16 | (run + 1) << 8 | length + size if size or run == 15 else 0
-
-
-@compiled
-def _lengthen(tables: ndarray, base: int, kept: ndarray, code: int) -> None:
-    """Fills a DC table's LONGER: what it was made of, and codes of 16 bits, from `code` on, for missing categories."""
-    longer, end = base + LONGER, base + LONGER + len(kept)
-    tables[longer:end] = kept
-    for category in range(CATEGORIES):
-        # The code of ones alone must stay free; and a count is a byte.
-        if tables[base + CODES + category] == 0 and code < 0xFFFF and tables[longer + 15] < 255:
-            tables[base + CODES + category] = code << 5 | 16
-            tables[end], tables[longer + 15] = category, tables[longer + 15] + 1
-            code, end = code + 1, end + 1
 
 
 @compiled

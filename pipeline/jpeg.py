@@ -11,11 +11,11 @@ import numpy as np
 from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, skip_block, restuff, window
+from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, restuff, skip_block, window
 from .jit import compiled
 
-# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF on
-# are each component's DC and AC table.
+# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF
+# on are each component's DC and AC table.
 WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, TABLE_OF = range(TABLES, TABLES + 9)
 HEADER = TABLE_OF + 6
 u = np.uintp
