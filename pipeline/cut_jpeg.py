@@ -19,7 +19,6 @@ from .huffman import (
     SLACK,
     TABLE,
     append,
-    peek,
     read_difference,
     restuff,
     skip_block,
@@ -142,7 +141,7 @@ def cut_jpeg(
         for i in range(header[COMPONENTS]):
             q = _copy(clean, copied, bit, stream, q)
             dc, ac, size = header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1], 0
-            length, difference = read_difference(header, dc, peek(clean, bit))
+            length, difference = read_difference(header, dc, window(clean, bit))
             copied, difference = bit + length, difference + before[i] - written[i]
             for _ in range(header[BLOCKS] if i == 0 else 1):
                 bit = skip_block(clean, bit, bits, header, dc, ac)[0]

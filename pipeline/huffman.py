@@ -25,7 +25,7 @@ TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
 WINDOW = 57  # bits, at least, of what `window` returns
-SLACK = 8  # bytes that `peek` may read behind the last one
+SLACK = 8  # bytes that `window` may read behind the last one
 CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
 CODES, LONGER = MANY, MANY + 256
 ONES = np.uint64((1 << 64) - 1)
@@ -124,21 +124,15 @@ def window(clean: ndarray, bit: int) -> Any:
 
 
 @compiled
-def peek(clean: ndarray, bit: int) -> Any:
-    """32 bits from `bit` on."""
-    return np.int64(window(clean, bit) >> np.uint64(32))
-
-
-@compiled
-def _coded(tables: ndarray, base: int, bits: int) -> Any:
-    """The _entry of the code that 32 bits begin with; 0: there is none."""
-    found = np.int64(tables[u(base) + u(bits >> (32 - LOOK))])
+def _coded(tables: ndarray, base: int, word: Any) -> Any:
+    """The _entry of the code that a word of 64 bits begins with; 0: there is none."""
+    found = np.int64(tables[u(base) + u(word >> np.uint64(64 - LOOK))])
     if found:
         return found
     code, symbol = 0, base + KEPT + 16
     for length in range(1, 17):
         count: Any = np.int64(tables[base + KEPT + length - 1])
-        ahead = (bits >> (32 - length)) - code
+        ahead = np.int64(word >> np.uint64(64 - length)) - code
         if 0 <= ahead < count:
             return _entry(length, np.int64(tables[symbol + ahead]))
         symbol, code = symbol + count, (code + count) << 1
@@ -146,14 +140,14 @@ def _coded(tables: ndarray, base: int, bits: int) -> Any:
 
 
 @compiled
-def read_difference(tables: ndarray, dc: int, bits: int) -> Any:
-    """(number of bits, DC difference) of the code that 32 bits begin with; no bits if there is none."""
-    found = _coded(tables, dc, bits)
+def read_difference(tables: ndarray, dc: int, word: Any) -> Any:
+    """(number of bits, DC difference) of the code that a word begins with; no bits if there is none."""
+    found = _coded(tables, dc, word)
     length, used = found >> 16, found & 0xFF
     size = used - length
     if size > 11 or found >> 8 & 0x7F > 1:  # more than 11 bits, or with zeros before them
         return 0, 0
-    value = (bits << length & 0xFFFFFFFF) >> (32 - size)
+    value = np.int64(word << np.uint64(length) >> np.uint64(1) >> np.uint64(63 - size))
     return used, value if value >= 1 << size >> 1 else value - (1 << size) + 1
 
 
@@ -161,7 +155,7 @@ def read_difference(tables: ndarray, dc: int, bits: int) -> Any:
 def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac: int) -> tuple[int, int]:
     """The position after the block at `bit`, and its DC difference. end + 1 if it cannot be read or passes `end`."""
     word, k = window(clean, bit), 1
-    used, difference = read_difference(tables, dc, np.int64(word >> np.uint64(32)))
+    used, difference = read_difference(tables, dc, word)
     if used == 0:
         return end + 1, 0
     word <<= np.uint64(used)
@@ -174,7 +168,7 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
         found: Any = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
         many = found >> 8
         if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
-            found = _coded(tables, ac, np.int64(word >> np.uint64(32)))
+            found = _coded(tables, ac, word)
             if found == 0:
                 return end + 1, 0
         # Of a shift, processors look at six bits only: this mask costs nothing, a larger one a cycle.
@@ -198,9 +192,9 @@ def restuff(data: ndarray, start: int, end: int, out: ndarray, stuffing: bool) -
     Returns the number of bytes in `out`, and the position of the marker's second byte, or `end`.
     out: with SLACK behind end - start bytes, or twice as many with zeros.
     """
-    p, q = u(start), u(0)
-    while p < u(end):
-        if p + u(8) <= u(end):
+    p, q, last = u(start), u(0), u(end)
+    while p < last:
+        if p + u(8) <= last:
             word = _load64(data, p)
             if not holds_ff(word):
                 store64(out, q, word)
@@ -213,7 +207,7 @@ def restuff(data: ndarray, start: int, end: int, out: ndarray, stuffing: bool) -
             if stuffing:
                 out[q] = 0
                 q += u(1)
-            elif p < u(end) and data[p] == 0:
+            elif p < last and data[p] == 0:
                 p += u(1)
             else:
                 q -= u(1)

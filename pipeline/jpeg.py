@@ -11,7 +11,7 @@ import numpy as np
 from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, restuff, skip_block, window
+from .huffman import SLACK, TABLE, TABLES, WINDOW, read_table, restuff, skip_block, window
 from .jit import compiled
 
 # What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF
@@ -206,7 +206,7 @@ def unpack(packed: ndarray, places: ndarray) -> bool:
                 bit += ones
             if bit + 1 + lower > end:
                 return False
-            value = bit - start << lower | peek(packed, bit + 1) >> (32 - lower)
+            value = bit - start << lower | np.int64(window(packed, bit) >> np.uint64(63 - lower))
             before[column] += value >> 1 ^ -(value & 1) if column else value
             bit += 1 + lower
         places[i] = before

@@ -191,7 +191,7 @@ def test_damaged_places_and_images_never_read_or_write_elsewhere(what):
 )
 def test_a_read_elsewhere_is_an_error():
     with pytest.raises(IndexError):
-        huffman.peek(np.zeros(SLACK, np.uint8), 8)
+        huffman.window(np.zeros(SLACK, np.uint8), 8)
 
 
 @pytest.mark.slow
