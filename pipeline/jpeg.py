@@ -118,11 +118,10 @@ def _read_tables(image: ndarray, at: int, after: int, header: ndarray, known: in
 def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarray) -> int:
     """The position after the MCU at `bit`; `values`, its components' DC values before it, become those behind it."""
     for i in range(header[COMPONENTS]):
-        dc, ac, value = header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1], values[i]
+        dc, ac = header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1]
         for _ in range(header[BLOCKS] if i == 0 else 1):
             bit, difference = skip_block(clean, bit, end, header, dc, ac)
-            value += difference
-        values[i] = value
+            values[i] += difference
     return bit
 
 

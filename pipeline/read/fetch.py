@@ -71,8 +71,13 @@ class Rows:
 
 
 @compiled
-def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool) -> bool:
-    """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs."""
+def fetched(
+    buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool, before: int = 0
+) -> bool:  # fmt: skip
+    """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs.
+
+    before: the CRC-32 of other bytes, from which it continues.
+    """
     if fd == IN_MEMORY:
         return True
     done, address = 0, np.uintp(buffer.ctypes.data + at)
@@ -84,7 +89,7 @@ def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int,
         if got <= 0:
             return False
         done += got
-    return not verify or np.int64(crc32(np.uint32(0), address, np.uint32(size))) == crc
+    return not verify or np.int64(crc32(np.uint32(before), address, np.uint32(size))) == crc
 
 
 @compiled
