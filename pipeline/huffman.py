@@ -112,12 +112,6 @@ def store64(data: ndarray, at: int, word: Any) -> None:
 
 
 @compiled
-def holds_ff(word: Any) -> Any:
-    """Whether one of eight bytes is 0xFF."""
-    return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
-
-
-@compiled
 def window(clean: ndarray, bit: int) -> Any:
     """At least 57 bits from `bit` on, at the top of 64. Reads 8 bytes."""
     return _load64(clean, u(bit) >> u(3)) << np.uint64(bit & 7)
@@ -196,7 +190,7 @@ def restuff(data: ndarray, start: int, end: int, out: ndarray, stuffing: bool) -
     while p < last:
         if p + u(8) <= last:
             word = _load64(data, p)
-            if not holds_ff(word):
+            if (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) == 0:  # no byte is 0xFF
                 store64(out, q, word)
                 p, q = p + u(8), q + u(8)
                 continue
