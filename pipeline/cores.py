@@ -10,8 +10,7 @@ _pinned = False  # whether this process's cores are this rank's alone
 def usable_cores() -> int:
     """The number of cores in the process's affinity, limited by its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_quota()
-    return cores if quota is None else max(1, min(cores, int(quota)))
+    return max(1, min(cores, int(cgroup_quota() or cores)))
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:

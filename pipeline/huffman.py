@@ -1,15 +1,13 @@
 """The Huffman codes of baseline JPEGs: tables, and the length of a block of codes, without its pixels. For Numba.
 
-A scan may hold the byte 0xFF only with a zero stuffed behind it; `unstuff` removes these, and bit positions count in
+A scan may hold the byte 0xFF only with a zero stuffed behind it; `restuff` removes these, and bit positions count in
 what it returns. Every number comes from a file: nothing is read or written outside of the arrays, whatever it says.
 """
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from numpy import ndarray
 
 from .jit import compiled
@@ -18,15 +16,21 @@ u = np.uintp
 
 # Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
 # from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. From KEPT on are the 16 counts and the symbols that the table was made of: the next image
-# mostly has the same. They decode longer codes.
+# they hold; 0: a longer code. For DC, from CODES on are 32 times each category's code and its length, and from LONGER
+# on 16 counts and the symbols of a table that has the missing categories too, with codes of 16 bits. From KEPT on are
+# those that the table was made of: the next image mostly has the same. They decode longer codes.
 LOOK = 10
 MANY, KEPT = 1 << LOOK, 2 << LOOK
 TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
 DONE = 128  # coefficients, that an end of block counts for
 WINDOW = 57  # bits, at least, of what `window` returns
-SLACK = 8  # bytes that `peek` may read behind the last one
+SLACK = 8  # bytes that `window` may read behind the last one
+CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
+CODES, LONGER = MANY, MANY + 256
+ONES = np.uint64((1 << 64) - 1)
+
+_reversed: Any = types.ExternalFunction("llvm.bswap.i64", types.uint64(types.uint64))  # bytes, in one instruction
 
 
 @compiled
@@ -49,9 +53,19 @@ def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> 
             if length <= LOOK:
                 first = base + (code << (LOOK - length))
                 tables[first : first + (1 << (LOOK - length))] = _entry(length, np.int64(data[symbol]))
+            tables[base + CODES + data[symbol]] = code << 5 | length
             code, symbol = code + 1, symbol + 1
     if base >= 2 * TABLE:
         _join(tables, base)
+    else:
+        longer, last = base + LONGER, base + LONGER + size
+        tables[longer:last] = data[at : at + size]
+        for category in range(CATEGORIES):
+            # The code of ones alone must stay free; and a count is a byte.
+            if tables[base + CODES + category] == 0 and code < 0xFFFF and tables[longer + 15] < 255:
+                tables[base + CODES + category] = code << 5 | 16
+                tables[longer + 15], tables[last] = tables[longer + 15] + 1, category
+                code, last = code + 1, last + 1
     tables[kept : kept + size] = data[at : at + size]
     return size
 
@@ -81,34 +95,20 @@ def _join(tables: ndarray, base: int) -> None:
         tables[base + MANY + bits] = coefficients << 8 | used
 
 
-def _eight_bytes(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-    """Where the array values[0] has those from values[1] on: one instruction loads or stores them."""
-    data = context.make_array(signature.args[0])(context, builder, values[0]).data
-    return builder.bitcast(builder.gep(data, [values[1]]), ir.IntType(64).as_pointer())
-
-
-def _load64_code(_: Any, array: Any, at: Any) -> Any:
-    def generate(context: Any, builder: Any, *call: Any) -> Any:
-        return builder.bswap(builder.load(_eight_bytes(context, builder, *call), align=1))
-
-    return types.uint64(array, at), generate
-
-
-def _store64_code(_: Any, array: Any, at: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, *call: Any) -> Any:
-        builder.store(builder.bswap(call[1][2]), _eight_bytes(context, builder, *call), align=1)
-
-    return types.void(array, at, types.uint64), generate
-
-
-_load64: Any = intrinsic(_load64_code)
-store64: Any = intrinsic(_store64_code)
+@compiled
+def _load64(data: ndarray, at: int) -> Any:
+    """Eight bytes, the first one at the top. LLVM makes one instruction of the loop."""
+    word = np.uint64(0)
+    for i in range(u(8)):
+        word |= np.uint64(data[at + i]) << np.uint64(8) * np.uint64(i)
+    return _reversed(word)
 
 
 @compiled
-def holds_ff(word: Any) -> Any:
-    """Whether one of eight bytes is 0xFF."""
-    return (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) != 0
+def store64(data: ndarray, at: int, word: Any) -> None:
+    word = _reversed(word)
+    for i in range(u(8)):
+        data[at + i] = word >> np.uint64(8) * np.uint64(i)
 
 
 @compiled
@@ -118,21 +118,15 @@ def window(clean: ndarray, bit: int) -> Any:
 
 
 @compiled
-def peek(clean: ndarray, bit: int) -> Any:
-    """32 bits from `bit` on."""
-    return np.int64(window(clean, bit) >> np.uint64(32))
-
-
-@compiled
-def _coded(tables: ndarray, base: int, bits: int) -> Any:
-    """The _entry of the code that 32 bits begin with; 0: there is none."""
-    found = np.int64(tables[u(base) + u(bits >> (32 - LOOK))])
+def _coded(tables: ndarray, base: int, word: Any) -> Any:
+    """The _entry of the code that a word of 64 bits begins with; 0: there is none."""
+    found = np.int64(tables[u(base) + u(word >> np.uint64(64 - LOOK))])
     if found:
         return found
     code, symbol = 0, base + KEPT + 16
     for length in range(1, 17):
         count: Any = np.int64(tables[base + KEPT + length - 1])
-        ahead = (bits >> (32 - length)) - code
+        ahead = np.int64(word >> np.uint64(64 - length)) - code
         if 0 <= ahead < count:
             return _entry(length, np.int64(tables[symbol + ahead]))
         symbol, code = symbol + count, (code + count) << 1
@@ -140,14 +134,14 @@ def _coded(tables: ndarray, base: int, bits: int) -> Any:
 
 
 @compiled
-def read_difference(tables: ndarray, dc: int, bits: int) -> Any:
-    """(number of bits, DC difference) of the code that 32 bits begin with; no bits if there is none."""
-    found = _coded(tables, dc, bits)
+def read_difference(tables: ndarray, dc: int, word: Any) -> Any:
+    """(number of bits, DC difference) of the code that a word begins with; no bits if there is none."""
+    found = _coded(tables, dc, word)
     length, used = found >> 16, found & 0xFF
     size = used - length
     if size > 11 or found >> 8 & 0x7F > 1:  # more than 11 bits, or with zeros before them
         return 0, 0
-    value = (bits << length & 0xFFFFFFFF) >> (32 - size)
+    value = np.int64(word << np.uint64(length) >> np.uint64(1) >> np.uint64(63 - size))
     return used, value if value >= 1 << size >> 1 else value - (1 << size) + 1
 
 
@@ -155,7 +149,7 @@ def read_difference(tables: ndarray, dc: int, bits: int) -> Any:
 def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac: int) -> tuple[int, int]:
     """The position after the block at `bit`, and its DC difference. end + 1 if it cannot be read or passes `end`."""
     word, k = window(clean, bit), 1
-    used, difference = read_difference(tables, dc, np.int64(word >> np.uint64(32)))
+    used, difference = read_difference(tables, dc, word)
     if used == 0:
         return end + 1, 0
     word <<= np.uint64(used)
@@ -168,7 +162,7 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
         found: Any = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
         many = found >> 8
         if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
-            found = _coded(tables, ac, np.int64(word >> np.uint64(32)))
+            found = _coded(tables, ac, word)
             if found == 0:
                 return end + 1, 0
         # Of a shift, processors look at six bits only: this mask costs nothing, a larger one a cycle.
@@ -177,27 +171,40 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
 
 
 @compiled
-def unstuff(data: ndarray, start: int, end: int, clean: ndarray) -> Any:
-    """Copies the scan data[start:end] up to its first marker, without stuffed zeros.
+def append(clean: ndarray, q: int, word: Any, size: int) -> Any:
+    """Writes the first `size` <= 57 bits of a word, and others behind them, at bit q. Returns the end of the `size`."""
+    at, used = u(q >> 3), np.uint64(q & 7)
+    before = np.uint64(clean[at]) << np.uint64(56) & ~(ONES >> used)
+    store64(clean, at, before | word >> used)
+    return q + size
 
-    Returns the number of bytes, and the position of the marker's second byte, or `end`.
-    clean: at least end - start + SLACK long.
+
+@compiled
+def restuff(data: ndarray, start: int, end: int, out: ndarray, stuffing: bool) -> Any:
+    """Copies data[start:end] to `out`, with a zero behind each 0xFF, or a scan up to its first marker, without those.
+
+    Returns the number of bytes in `out`, and the position of the marker's second byte, or `end`.
+    out: with SLACK behind end - start bytes, or twice as many with zeros.
     """
-    p, q = u(start), u(0)
-    while p < u(end):
-        if p + u(8) <= u(end):
+    p, q, last = u(start), u(0), u(end)
+    while p < last:
+        if p + u(8) <= last:
             word = _load64(data, p)
-            if not holds_ff(word):
-                store64(clean, q, word)
+            if (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) == 0:  # no byte is 0xFF
+                store64(out, q, word)
                 p, q = p + u(8), q + u(8)
                 continue
         byte = data[p]
-        clean[q] = byte
-        p += u(1)
+        out[q] = byte
+        p, q = p + u(1), q + u(1)
         if byte == 0xFF:
-            if p >= u(end) or data[p] != 0:
+            if stuffing:
+                out[q] = 0
+                q += u(1)
+            elif p < last and data[p] == 0:
+                p += u(1)
+            else:
+                q -= u(1)
                 break
-            p += u(1)
-        q += u(1)
-    clean[q : q + u(SLACK)] = 0
+    out[q : q + u(SLACK)] = 0
     return np.int64(q), np.int64(p)

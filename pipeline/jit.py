@@ -22,13 +22,12 @@ LONGEST = 600.0  # seconds that another process may compile one function
 
 
 def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
-    try:
-        with _set("CACHE_DIR", _cache_folder()):
-            made: Any = numba.njit(nogil=True, fastmath=fastmath, cache=True)(function)
+    made: Any = numba.njit(nogil=True, fastmath=fastmath)(function)
+    # No folder for the machine code: a read-only installation without a home
+    with suppress(RuntimeError), _set("CACHE_DIR", _cache_folder()):
+        made.enable_caching()
         made.compile = partial(_compile, made.compile)
-        return made
-    except RuntimeError:  # no folder for the machine code: a read-only installation without a home
-        return numba.njit(nogil=True, fastmath=fastmath)(function)
+    return made
 
 
 # For floating point with fractions: without fastmath the result is the same on every processor.

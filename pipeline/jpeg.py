@@ -11,13 +11,13 @@ import numpy as np
 from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, WINDOW, peek, read_table, skip_block, unstuff, window
+from .huffman import SLACK, TABLE, TABLES, WINDOW, read_table, restuff, skip_block, window
 from .jit import compiled
 
-# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From CODES on
-# are each component's DC and AC table.
-WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, CODES = range(TABLES, TABLES + 9)
-HEADER = CODES + 6
+# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF
+# on are each component's DC and AC table.
+WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, TABLE_OF = range(TABLES, TABLES + 9)
+HEADER = TABLE_OF + 6
 u = np.uintp
 leading_zeros: Any = numbers.leading_zeros  # one instruction
 
@@ -28,43 +28,49 @@ def number(data: ndarray, at: int) -> int:
 
 
 @compiled
+def find_headers(image: ndarray) -> tuple[int, int]:
+    """Where a JPEG's frame header and its first scan are; (0, 0) if not found.
+
+    Only well-formed segments come before them. The rare JPEG with fill bytes there is for a decoder to judge.
+    """
+    end, at, frame = len(image), 2, 0
+    if end < 4 or image[0] != 0xFF or image[1] != 0xD8:
+        return 0, 0
+    while at + 9 < end and image[at] == 0xFF:
+        marker = image[at + 1]
+        if marker == 0xDA and frame:
+            return frame, at
+        if marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xDA:  # none that has a length, or the scan already
+            return 0, 0
+        if marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC and not frame:
+            frame = at
+        at += 2 + number(image, at + 2)
+    return 0, 0
+
+
+@compiled
 def read_header(image: ndarray, header: ndarray) -> bool:
     """Fills `header` from a JPEG's.
 
     Returns False for all but an RGB or grey baseline JPEG of one scan without restart markers.
     """
-    end, at, known = len(image), 2, 0
+    frame, scan = find_headers(image)
+    at, known = 2, 0
     header[TABLES:] = 0
-    if end < 4 or image[0] != 0xFF or image[1] != 0xD8:
-        return False
-    while at + 4 <= end and image[at] == 0xFF:
-        marker, length = image[at + 1], number(image, at + 2)
-        body, after = at + 4, at + 2 + length
-        if marker == 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or length < 2 or after > end:
-            return False
-        if marker == 0xC0 or marker == 0xC1:
-            if header[FRAME] or not _read_frame(image, at, after, header):
-                return False
-        elif marker == 0xC4:
-            known = _read_tables(image, body, after, header, known)
-            if known < 0:
-                return False
-        elif marker == 0xDD:
-            if length != 4 or number(image, body):
-                return False
-        elif marker == 0xDA:
-            header[DATA] = after
-            return bool(header[FRAME] > 0 and _read_scan(image, body, after, header, known))
-        elif marker < 0xDB:  # other frames, and arithmetic coding
+    while at < scan:
+        marker, after = image[at + 1], at + 2 + number(image, at + 2)
+        if marker == 0xC4:
+            known = _read_tables(image, at + 4, after, header, known)
+        if known < 0 or (marker == 0xDD and number(image, at + 4)):
             return False
         at = after
-    return False
+    return bool(frame > 0 and _read_frame(image, frame, header) and _read_scan(image, scan, header, known))
 
 
 @compiled
-def _read_frame(image: ndarray, at: int, after: int, header: ndarray) -> bool:
-    n = int(image[at + 9]) if after >= at + 10 else 0
-    if (n != 1 and n != 3) or after != at + 10 + 3 * n or image[at + 4] != 8:
+def _read_frame(image: ndarray, at: int, header: ndarray) -> bool:
+    n = int(image[at + 9])
+    if image[at + 1] > 0xC1 or (n != 1 and n != 3) or number(image, at + 2) != 8 + 3 * n or image[at + 4] != 8:
         return False
     if n == 3 and (image[at + 14] != 0x11 or image[at + 17] != 0x11):
         return False
@@ -76,19 +82,20 @@ def _read_frame(image: ndarray, at: int, after: int, header: ndarray) -> bool:
 
 
 @compiled
-def _read_scan(image: ndarray, body: int, after: int, header: ndarray, known: int) -> bool:
+def _read_scan(image: ndarray, at: int, header: ndarray, known: int) -> bool:
     """known: a bit for each table that was read."""
-    n = header[COMPONENTS]
-    if after != body + 4 + 2 * n or image[body] != n:
+    n, after = header[COMPONENTS], at + 2 + number(image, at + 2)
+    if after != at + 8 + 2 * n or after > len(image) or image[at + 4] != n:
         return False
+    header[DATA] = after
     for i in range(n):
-        chosen = int(image[body + 2 + 2 * i])
+        chosen = int(image[at + 6 + 2 * i])
         dc, ac = chosen >> 4, 2 + (chosen & 15)
-        if image[body + 1 + 2 * i] != image[header[FRAME] + 10 + 3 * i] or dc > 1 or ac > 3:
+        if image[at + 5 + 2 * i] != image[header[FRAME] + 10 + 3 * i] or dc > 1 or ac > 3:
             return False
         if not known >> dc & known >> ac & 1:
             return False
-        header[CODES + 2 * i], header[CODES + 2 * i + 1] = dc * TABLE, ac * TABLE
+        header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1] = dc * TABLE, ac * TABLE
     return bool(image[after - 3] == 0 and image[after - 2] == 63 and image[after - 1] == 0)
 
 
@@ -111,11 +118,10 @@ def _read_tables(image: ndarray, at: int, after: int, header: ndarray, known: in
 def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarray) -> int:
     """The position after the MCU at `bit`; `values`, its components' DC values before it, become those behind it."""
     for i in range(header[COMPONENTS]):
-        dc, ac, value = header[CODES + 2 * i], header[CODES + 2 * i + 1], values[i]
+        dc, ac = header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1]
         for _ in range(header[BLOCKS] if i == 0 else 1):
             bit, difference = skip_block(clean, bit, end, header, dc, ac)
-            value += difference
-        values[i] = value
+            values[i] += difference
     return bit
 
 
@@ -142,7 +148,7 @@ def find_places(image: ndarray, header: ndarray) -> ndarray:
     columns, step = -(-header[WIDTH] // header[MCU_WIDTH]), STEP // header[MCU_WIDTH]
     mcus = columns * -(-header[HEIGHT] // header[MCU_HEIGHT])
     clean, places = np.empty(len(image) + SLACK, np.uint8), np.empty((places_in(header), 4), np.int64)
-    n, marker = unstuff(image, header[DATA], len(image), clean)
+    n, marker = restuff(image, header[DATA], len(image), clean, False)
     bit, at, stuffed, found, values = 0, 0, 0, 0, np.zeros(3, np.int64)
     for mcu in range(mcus + 1):
         if mcu % columns % step == 0:
@@ -199,7 +205,7 @@ def unpack(packed: ndarray, places: ndarray) -> bool:
                 bit += ones
             if bit + 1 + lower > end:
                 return False
-            value = bit - start << lower | peek(packed, bit + 1) >> (32 - lower)
+            value = bit - start << lower | np.int64(window(packed, bit) >> np.uint64(63 - lower))
             before[column] += value >> 1 ^ -(value & 1) if column else value
             bit += 1 + lower
         places[i] = before

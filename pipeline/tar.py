@@ -113,17 +113,17 @@ def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
                 name, length = pax.get("path", name), int(pax["size"]) if "size" in pax else length
             elif info.type == tarfile.GNUTYPE_LONGNAME:
                 name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif info.type in _FILES:
-            member = Member(name or info.name, offset, taken)
-            _check_name(at, member.name)
-            if member.name in seen:
-                raise _Damage(at, f"a second {member.name!r}", "write the tar with each file once")
-            seen.add(member.name)
-            yield member
+        elif info.type in _FILES or info.type == tarfile.DIRTYPE:
+            name = name or info.name
+            _check_name(at, name)
+            if info.type == tarfile.DIRTYPE:
+                taken = 0
+            elif name in seen:
+                raise _Damage(at, f"a second {name!r}", "write the tar with each file once")
+            else:
+                seen.add(name)
+                yield Member(name, offset, taken)
             name = length = None
-        elif info.type == tarfile.DIRTYPE:
-            _check_name(at, name or info.name)
-            taken, name, length = 0, None, None
         else:
             what = _KINDS.get(info.type, f"of the unknown kind {info.type!r}")
             raise _Damage(at, f"{name or info.name!r} is {what}", AFRESH)

@@ -19,7 +19,6 @@ from ..huffman import SLACK
 from ..jit import compiled
 from ..manifest import Dataset, Split
 from .byte_source import LocalShards
-from .checksum import crc32
 from .fetch import CRC32, HEIGHT, IN_MEMORY, SHARD, SIZE, WIDTH, Block, fetched
 from .reader import Reader
 
@@ -151,8 +150,7 @@ def cut_images(
         image, (offset, size, crc) = buffer[at[i] : at[i] + rows[i, SIZE]], places[i]
         if (
             fds[i] == IN_MEMORY
-            or not fetched(entries, 0, fds[i], offset, size, 0, False)
-            or np.int64(crc32(np.uint32(rows[i, CRC32]), np.uintp(entries.ctypes.data), np.uint32(size))) != crc
+            or not fetched(entries, 0, fds[i], offset, size, crc, True, rows[i, CRC32])
             or not jpeg.read_header(image, header)
             or header[jpeg.WIDTH] != rows[i, WIDTH]
             or header[jpeg.HEIGHT] != rows[i, HEIGHT]

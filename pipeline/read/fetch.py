@@ -16,7 +16,7 @@ from ..files import OpenFile
 from ..jit import compiled
 from ..shards import INDEX_DTYPE
 from .checksum import crc32
-from .truncate_jpeg import cut_short, is_jpeg_of_size
+from .truncate_jpeg import cut_short, headers_of_size
 
 # The columns of `rows`: (n, 7) int64, a sample a row. One gather takes a sample's numbers from one cache line.
 COLUMNS = INDEX_DTYPE.names or ()
@@ -71,8 +71,13 @@ class Rows:
 
 
 @compiled
-def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool) -> bool:
-    """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs."""
+def fetched(
+    buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool, before: int = 0
+) -> bool:  # fmt: skip
+    """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs.
+
+    before: the CRC-32 of other bytes, from which it continues.
+    """
     if fd == IN_MEMORY:
         return True
     done, address = 0, np.uintp(buffer.ctypes.data + at)
@@ -84,7 +89,7 @@ def fetched(buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int,
         if got <= 0:
             return False
         done += got
-    return not verify or np.int64(crc32(np.uint32(0), address, np.uint32(size))) == crc
+    return not verify or np.int64(crc32(np.uint32(before), address, np.uint32(size))) == crc
 
 
 @compiled
@@ -114,7 +119,8 @@ def fetch_images(
         size, width, height = rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT]
         if not fetched(buffer, at[i], fds[i], rows[i, OFFSET], size, rows[i, CRC32], verify):
             return i
-        if len(needed) and not (needed[i] < height and cut_short(buffer, at[i], size, width, height, needed[i])):
+        image = buffer[at[i] : at[i] + size]
+        if len(needed) and not (needed[i] < height and cut_short(image, width, height, needed[i])):
             needed[i] = height
     return len(at)
 
@@ -124,7 +130,8 @@ def not_plain_jpegs(buffer: ndarray, at: ndarray, rows: ndarray) -> ndarray:
     """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):
-        odd[i] = not is_jpeg_of_size(buffer, at[i], rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT])
+        image = buffer[at[i] : at[i] + rows[i, SIZE]]
+        odd[i] = headers_of_size(image, rows[i, WIDTH], rows[i, HEIGHT])[0] == 0
     return odd
 
 

@@ -146,7 +146,7 @@ class Portable(Engine):
                     return pixels.reshape(-1)
             except ValueError:
                 pass
-            cut_short(image, 0, len(image), width, rows, height)  # as it was
+            cut_short(image, width, rows, height)  # as it was
         return decode(image.data, size=(width, height)).reshape(-1)
 
     def _delivered(self, job: _Job) -> torch.Tensor:

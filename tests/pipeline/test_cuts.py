@@ -47,17 +47,6 @@ from tools import make_shards
 EXAMPLES = 20_000 if "FAULTS" in os.environ else 60
 CANARY = 0xA5
 
-if numba.config.BOUNDSCHECK:  # eight bytes that are loaded at once are not checked
-
-    @numba.njit
-    def load64(clean, at):
-        word = np.uint64(0)
-        for i in range(np.uintp(8)):
-            word = word << np.uint64(8) | np.uint64(clean[at + i])
-        return word
-
-    huffman._load64 = load64
-
 
 def cut(image: bytes, places: bytes, box: tuple[int, int, int, int]) -> tuple[bytes, list[int]]:
     """The cut and its place; nothing but the stated memory is written."""
@@ -202,7 +191,7 @@ def test_damaged_places_and_images_never_read_or_write_elsewhere(what):
 )
 def test_a_read_elsewhere_is_an_error():
     with pytest.raises(IndexError):
-        huffman.peek(np.zeros(SLACK, np.uint8), 8)
+        huffman.window(np.zeros(SLACK, np.uint8), 8)
 
 
 @pytest.mark.slow
