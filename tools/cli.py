@@ -73,9 +73,7 @@ def open_model(path: Path, args: argparse.Namespace) -> Any:
     """The Classifier that a MODEL is, as `Parser.model_options` and --data.shards ask for it."""
     from train.classifier import open_classifier
 
-    return open_classifier(
-        path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=str(args.shards)
-    )
+    return open_classifier(path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=args.shards)
 
 
 def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:

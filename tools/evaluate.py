@@ -132,8 +132,8 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
                 )
                 loaders[pixels] = stack.enter_context(loader)
             nets.setdefault(loaders[pixels], []).append(model.net.to(accelerator.device))
-        progress = Progress("evaluating", loader.samples, enabled=accelerator.is_main_process)
-        stack.callback(progress.close)
+        bar = Progress("evaluating", loader.samples, enabled=accelerator.is_main_process)
+        progress = stack.enter_context(bar)
         step = accelerator.num_processes
         return predict(nets, accelerator, progress=lambda n: progress.update(n * step))
 
