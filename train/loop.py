@@ -164,10 +164,11 @@ def log(t: Trainer) -> None:
         means["overflows"] = state.overflows
     t.record.write("train", state.step, {"epoch": state.epoch + 1, **means})
     busy = f" ({stages.shares(means)})" if means["data_wait"] > SLOW else ""
+    queue = f", queue {means['queue_depth']:.1f}" if "queue_depth" in means else ""
     left = (t.last_step - state.step) / (means["images_per_second"] / t.config.train.batch)
     if t.progress:
         t.progress.note = (
-            f"loss {means['loss']:.4f}, lr {state.rate:.3g}, wait {means['data_wait']:.0%}{busy},"
+            f"loss {means['loss']:.4f}, lr {state.rate:.3g}, wait {means['data_wait']:.0%}{busy}{queue},"
             f" {means['memory_gb']:.1f} GB, run ends in {clock(left)}"
         )
 

@@ -41,6 +41,8 @@ class Meter:
         loss = float(self.accelerator.reduce(self.loss / self.steps, "mean"))
         now, stats = time.perf_counter(), loader.stats()
         wait = stats.pop("wait_seconds")
+        if "queued" in stats:  # a mean over steps and ranks
+            stats["queue_depth"] = stats.pop("queued") / self.steps / self.accelerator.num_processes
         metrics = self._metrics(loss, self.steps, now - self.last, wait)
         if stats:  # counts of checked pixels, over all ranks
             counts = torch.tensor(list(stats.values()), device=self.accelerator.device)

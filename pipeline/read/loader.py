@@ -217,8 +217,9 @@ class Loader(AbstractContextManager["Loader"]):
 
     def stats(self) -> dict[str, float]:
         """Since the last call: seconds that the consumer has waited for batches; images that were decoded whole because
-        their places in the cuts are lost or damaged; seconds of all threads and bytes of each stage (stages.py); if
-        pixels are checked, crops that were checked, and that differed.
+        their places in the cuts are lost or damaged; seconds of all threads and bytes of each stage (stages.py);
+        decoded batches that lay ready each time that one was asked for (queued, portable backend); if pixels are
+        checked, crops that were checked, and that differed.
         """
         return self._reader.stages.take()
 
@@ -247,7 +248,7 @@ class Loader(AbstractContextManager["Loader"]):
         work, images = self._decoded()
         if self._check and not self.bad.error():
             self._check.add(work, images)
-        images = images.to(self.device, non_blocking=True)
+        images = self._reader.stages.copied(images, self.device)
         if self._mean_image is not None:
             images = images - self._mean_image  # from uint8 to float32 in one pass
             if self.augment.colour and self.plan.train:

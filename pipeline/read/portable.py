@@ -56,6 +56,7 @@ class Portable(Engine):
         self._jobs: deque[_Job] = deque()
 
     def next(self) -> tuple[Work, torch.Tensor]:
+        self._reader.stages.add(queued=sum(all(task.done() for task in job.tasks) for job in self._jobs))
         while len(self._jobs) <= self.depth:  # the threads continue while the consumer works on this batch
             self._jobs.append(self._begin(self.source()))
         for task in self._jobs[0].tasks:  # if one fails, the job stays, for stop() to wait for
@@ -154,7 +155,7 @@ class Portable(Engine):
         dtype = getattr(torch, self.output.dtype)
         if self.output.device.type == "cpu":
             return images.to(dtype)
-        images = images.to(self.output.device, non_blocking=True)
+        images = self._reader.stages.copied(images, self.output.device)
         if self.output.device.type == "cuda":
             self._copying.hold(job.crops, self.output.device)
         if self.output.dtype == "uint8":

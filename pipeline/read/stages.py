@@ -5,13 +5,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NAMES = ("read", "fetch", "cut", "decode")
+import torch
+from torch import Tensor
+
+NAMES = ("read", "fetch", "cut", "decode", "copy")
 KEYS = ["wait_seconds", "cuts_missed", *(f"{name}_{unit}" for name in NAMES for unit in ("seconds", "bytes"))]
 
 
 class Stages:
     """read: from files, checksums included, for raw images also the crop. fetch: what comes from a URL, and seconds in
-    which threads that need it wait for it. decode: the crop too."""
+    which threads that need it wait for it. decode: the crop too. copy: to the device, the host's seconds."""
 
     def __init__(self) -> None:
         self._lock, self._sums = threading.Lock(), dict.fromkeys(KEYS, 0.0)
@@ -22,6 +25,13 @@ class Stages:
         started = time.perf_counter()
         yield
         self.add(**{f"{name}_seconds": time.perf_counter() - started, f"{name}_bytes": size})
+
+    def copied(self, images: Tensor, device: torch.device) -> Tensor:
+        """The images on the device; to a GPU they may still be on their way."""
+        if images.device == device:
+            return images
+        with self("copy", images.nbytes):
+            return images.to(device, non_blocking=True)
 
     def add(self, **counts: float) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
@@ -209,6 +210,22 @@ def test_a_delivered_batch_stays_as_it_is(shards, backend):
                 kept.append(batch.images)
                 copies.append(batch.images.clone())
         assert all(torch.equal(a, b) for a, b in zip(kept, copies))
+
+
+def test_batches_that_lay_ready_and_bytes_that_went_to_a_device_are_counted(shards):
+    config = LoaderConfig("portable", prefetch_batches=3)
+    with Loader(shards["jpeg"], batch=4, augment=VIEW, config=config) as loader:
+        assert (loader.stats()["copy_bytes"], loader.stats().get("queued", 0)) == (0, 0)
+        next(batches := iter(loader))
+        wait([task for job in loader._engine._jobs for task in job.tasks])
+        next(batches)
+        stats = loader.stats()
+        assert (stats["queued"], stats["copy_bytes"]) == (3, 0)  # none lay ready for the first
+    with Loader(shards["jpeg"], batch=4, device="meta", augment=VIEW, config=config) as loader:
+        next(iter(loader))
+        stats = loader.stats()
+        assert stats["copy_seconds"] > 0
+        assert stats["copy_bytes"] == 4 * 3 * 224 * 224  # bytes: normalised on the device
 
 
 def test_changed_bytes_reach_the_caller_as_an_error_that_names_the_sample(shards, tmp_path, backend):

@@ -86,6 +86,7 @@ def test_a_run_leaves_its_records(one):
     train = metrics(one, "train")[-1]
     assert train["images_per_second"] > 0
     assert 0 <= train["data_wait"] <= 1
+    assert 0 <= train["queue_depth"] <= 2
     after, evaluated = metrics(one, "train")[STEPS], metrics(one, "val")[0]["time"]
     began = after["time"] - 16 / after["images_per_second"]
     assert began > evaluated - 0.01  # an epoch's rate does not count the evaluation before it

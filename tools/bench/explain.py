@@ -79,11 +79,10 @@ class Stages:
         each = []
         first = works(loader.plan, loader._reader, 0, 0, ahead=0)
         for work in itertools.islice(first, 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
-            loader._reader.ahead(work.read)
-            work.read.wait()
-            work.read.whole = work.read.buffer.copy()
-            if self.engine.raw:
-                work.read.at[:] = 0  # one image for all: in the processor's cache when it is cropped, as in the loader
+            if not self.engine.raw:
+                loader._reader.ahead(work.read)
+                work.read.wait()
+                work.read.whole = work.read.buffer.copy()
             each += [(work, next(places), a, min(a + step, n)) for a in range(0, n, step)]
         self.tasks = itertools.cycle(each)
         loader._reader.done = True  # so that it reads nothing while batches are assembled, even if storage is slow
@@ -91,7 +90,11 @@ class Stages:
 
     def measured(self) -> dict[str, Stage]:
         found = {name: self.read(reader, cold=name == COLD) for name, reader in self.readers.items()}
-        decode = self.by_threads(self.loader.threads, self.engine._decode, restore, self.seconds)
+        before, read = lambda *at: self.engine.raw or restore(*at), found[WARM]
+        decode = self.by_threads(self.loader.threads, self.engine._decode, before, self.seconds)
+        if self.engine.raw:  # one pass reads and crops, which takes less than one after the other: what cropping adds
+            seconds, cost = 1 / decode.rate - 1 / read.rate, decode.cost - read.cost
+            decode = Stage(1 / max(seconds, 1e-9), max(cost, 0.0))
         return found | {DECODE: decode, ASSEMBLE: self.assemble()}
 
     def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
@@ -99,9 +102,9 @@ class Stages:
 
         def evict(work: Work, crops: Any, a: int, b: int) -> None:
             crops[a:b] = 0  # as decoding does, which takes the images out of the processor's cache
-            for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist():
-                if cold:
-                    os.posix_fadvise(reader.source.open(shard).fd, offset, size, os.POSIX_FADV_DONTNEED)
+            for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist() if cold else ():
+                file = reader.source.open(shard)  # it may be this thread's alone, and is open as long as it is known
+                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_DONTNEED)
 
         def read(work: Work, _: Any, a: int, b: int) -> None:
             batch = reads.ReadBatch(work.ids, work.rows)
