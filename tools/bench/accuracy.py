@@ -9,7 +9,6 @@ it. A run that was stopped is resumed; one that is done is not run again.
 
 from pathlib import Path
 
-from pipeline.errors import ConfigError
 from pipeline.files import read_object
 from tools.bench import harness, plots, trained
 from tools.bench.proof.training import times_to
@@ -34,8 +33,6 @@ OPTIONS = {"images": Path, "dir": Path("runs/accuracy"), "epochs": EPOCHS, "widt
 
 
 def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
-    if args.epochs < 1:
-        raise ConfigError(f"--epochs {args.epochs}: at least 1")
     shards = trained.shards(args.images, args.dir, scratch, size=36)
     results = read_object(args.json).get("results", {}) if args.only and args.json else {}
     for name in [args.only] if args.only else RECIPES:
@@ -50,6 +47,6 @@ def run(args: harness.Namespace, record: harness.Record, scratch: Path) -> None:
 
 def flags(name: str, shards: Path, *, epochs: int, width: float) -> list[str]:
     """A recipe as arguments of train/run.py. epochs: of modern; the others get fewer, for about the same time."""
-    epochs = epochs if name == "modern" else max(1, round(epochs / LRN_COSTS))
+    epochs = epochs if name == "modern" else round(epochs / LRN_COSTS)
     own = f"--train.epochs {epochs} --model.width {width} {COMMON} {RECIPES[name]}"
     return [name, "--data.shards", str(shards), *own.split()]

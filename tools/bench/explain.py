@@ -49,7 +49,6 @@ LIMITS = {
     "step": ("the training step", "nothing to do: the loader is faster"),
 }
 SMALLER = dict.fromkeys([("storage", "keep"), ("storage", "raw"), ("decode", "keep")], ", or shards with --encode jpeg")
-NOT_MEASURED = "measured: the backend portable; not measured: dali-cpu, dali-gpu and resident"
 
 Task = Callable[[Work, Any, int, int], None]  # images [a, b) of a batch, and the batch's crops
 
@@ -77,8 +76,8 @@ class Stages:
         crops = np.ones(shape, self.engine.made)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
         each = []
-        first = works(loader.plan, loader._reader, 0, 0, ahead=0)
-        for work in itertools.islice(first, 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)):
+        batches = 1 + int(min(IMAGES, BYTES / self.image_bytes) / n)
+        for work in itertools.islice(works(loader.plan, loader._reader, 0, 0, ahead=0), batches):
             if not self.engine.raw:
                 loader._reader.ahead(work.read)
                 work.read.wait()
@@ -90,11 +89,10 @@ class Stages:
 
     def measured(self) -> dict[str, Stage]:
         found = {name: self.read(reader, cold=name == COLD) for name, reader in self.readers.items()}
-        before, read = lambda *at: self.engine.raw or restore(*at), found[WARM]
-        decode = self.by_threads(self.loader.threads, self.engine._decode, before, self.seconds)
+        decode = self.by_threads(self.loader.threads, self.engine._decode, restore, self.seconds)
         if self.engine.raw:  # one pass reads and crops, which takes less than one after the other: what cropping adds
-            seconds, cost = 1 / decode.rate - 1 / read.rate, decode.cost - read.cost
-            decode = Stage(1 / max(seconds, 1e-9), max(cost, 0.0))
+            added = 1 / decode.rate - 1 / found[WARM].rate
+            decode = Stage(1 / max(added, 1e-9), decode.cost - found[WARM].cost)
         return found | {DECODE: decode, ASSEMBLE: self.assemble()}
 
     def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
@@ -151,8 +149,9 @@ def clocks() -> np.ndarray:
 
 def restore(work: Work, _: Any, a: int, b: int) -> None:
     """The bytes of images [a, b), as if they had just been read: decoding cuts JPEGs short, in place."""
-    there = slice(work.read.at[a], work.read.at[b - 1] + work.rows[b - 1, SIZE])
-    work.read.buffer[there] = work.read.whole[there]
+    if work.read.tasks:
+        there = slice(work.read.at[a], work.read.at[b - 1] + work.rows[b - 1, SIZE])
+        work.read.buffer[there] = work.read.whole[there]
 
 
 def predicted(read: Stage, decode: Stage, assemble: Stage, *, threads: int, cores: int) -> tuple[float, str]:
@@ -178,8 +177,8 @@ def step_rate(preset: str, batch: int, classes: int, seconds: float) -> dict[str
 
 def portable(shards: Path, batch: int, threads: int, preset: str | None = None) -> Loader:
     """The loader that is explained."""
-    options = {"device": DEVICE, "channels_last": True, "augment": PRESETS[preset or "seed"].augment}
-    return Loader(shards, batch=batch, config=LoaderConfig("portable", threads=threads), **options)
+    augment, config = PRESETS[preset or "seed"].augment, LoaderConfig("portable", threads=threads)
+    return Loader(shards, batch=batch, device=DEVICE, channels_last=True, augment=augment, config=config)
 
 
 def middle(rounds: list[dict[str, Stage]]) -> dict[str, Stage]:
@@ -194,8 +193,8 @@ def run(args: harness.Namespace, record: harness.Record) -> None:
     step = args.step_rate
     with portable(args.explain, args.batch, args.threads, args.preset) as loader:
         if args.preset and not step:  # in a process whose threads sleep when they wait, as train/run.py's do
-            net = {"preset": args.preset, "classes": len(loader.dataset.classes)}
-            net |= {"batch": args.batch, "seconds": args.seconds}
+            classes = len(loader.dataset.classes)
+            net = {"preset": args.preset, "classes": classes, "batch": args.batch, "seconds": args.seconds}
             step = harness.run_once(f"{__name__}:step_rate", net, OMP_WAIT_POLICY="passive")["rate"]
         report(Stages(loader, args.seconds), step, args, record)
 
@@ -209,20 +208,21 @@ def report(stages: Stages, step: float, args: harness.Namespace, record: harness
     on = {"threads": stages.loader.threads, "cores": usable_cores()}
     rates = {name: predicted(found[name], found[DECODE], found[ASSEMBLE], **on) for name in (COLD, WARM)}
     rate, which = rates[WARM if stages.stored < psutil.virtual_memory().available else COLD]
-    found |= {STEP: Stage(step, 1 / step)} if step else {}
+    if step:
+        found[STEP] = Stage(step, 1 / step)
     which = "step" if 0 < step <= rate else which
     because, advice = (text.format(**on, most=rate * on["cores"] / on["threads"]) for text in LIMITS[which])
     advice += SMALLER.get((which, stages.loader.dataset.encoding), "")
     if rate < step:
         advice += f"; the step takes {step / rate:.2g} times as many images"
-    size = stages.image_bytes / 1e6
     rows = [
-        {"stage": name, "img/s": s.rate, "MB/s": s.rate * size, "µs an image": 1e6 * s.cost}
+        {"stage": name, "img/s": s.rate, "MB/s": s.rate * stages.image_bytes / 1e6, "µs an image": 1e6 * s.cost}
         for name, s in found.items()
     ]
     print(harness.table(rows))
     print(f"\npredicted: {rate:,.0f} img/s; while nothing is in the page cache {rates[COLD][0]:,.0f}")
-    print(f"limit: {because}\nadvice: {advice}\n{NOT_MEASURED}")
+    print(f"limit: {because}\nadvice: {advice}")
+    print("measured: the backend portable; not measured: dali-cpu, dali-gpu and resident")
     record.keep(
         stages=rows, rounds=rounds, predicted=rate, first_epoch=rates[COLD][0], limit=which, advice=advice, **on
     )
