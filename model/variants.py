@@ -1,6 +1,6 @@
 """The choice of a net, and each AlexNet variant as a table that reads like that of its source."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 IN_HELP = "in the short help"  # as pipeline.settings declares it, which is not imported here
@@ -48,10 +48,9 @@ class ModelConfig:
         if self.freeze != "none" and not self.init:
             raise ValueError(f"model.freeze={self.freeze}: would keep random weights; set model.init too")
         if ":" in self.name:
-            for field in fields(self):
-                value = getattr(self, field.name)
-                if field.name not in ("name", "init", "freeze") and value != field.default:
-                    raise ValueError(f"model.{field.name}={value}: model.name={self.name} has no such switch")
+            for name, value in vars(self).items():
+                if name not in ("name", "init", "freeze") and value != getattr(ModelConfig, name):
+                    raise ValueError(f"model.{name}={value}: model.name={self.name} has no such switch")
         elif self.name not in VARIANTS:
             names = ", ".join([*VARIANTS, "torchvision:NAME", "timm:NAME"])
             raise ValueError(f"model.name={self.name}: choose one of {names}")

@@ -17,9 +17,10 @@ from train import environment
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and whose help begins with what to paste."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, description: str = "", **options: Any) -> None:
         wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
         super().__init__(formatter_class=wide, allow_abbrev=False, **options)
+        self.about = description
 
     def option(self, name: str, default: Any, help: str, **more: Any) -> None:
         """An option of the default's type."""
@@ -47,11 +48,7 @@ class Parser(argparse.ArgumentParser):
         self.option("workers", 0, "processes (default: a core each)", metavar="N")
 
     def format_help(self) -> str:
-        usage, _, rest = super().format_help().partition("\n\n")
-        if not self.description:
-            return f"{usage}\n\n{rest}"
-        description, options = rest[: len(self.description)], rest[len(self.description) :]
-        return f"{description.strip()}\n\n{usage}\n\n{options.strip()}\n"
+        return f"{self.about.strip()}\n\n{super().format_help()}".lstrip()
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message} (see {self.prog} --help)\n")
@@ -76,9 +73,7 @@ def open_model(path: Path, args: argparse.Namespace) -> Any:
     """The Classifier that a MODEL is, as `Parser.model_options` and --data.shards ask for it."""
     from train.classifier import open_classifier
 
-    return open_classifier(
-        path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=str(args.shards)
-    )
+    return open_classifier(path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=args.shards)
 
 
 def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:

@@ -13,7 +13,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import dataclasses
 import os
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from pipeline.errors import BAD_DATA, ConfigError, DataError
 from pipeline.files import Json, write_json
@@ -39,6 +40,7 @@ def main() -> None:
     args = parser().parse_args()
     files = image_files(args.images)
 
+    import numpy as np
     import torch
 
     model = cli.open_model(args.model, args)
@@ -49,14 +51,14 @@ def main() -> None:
     for start in range(0, len(files), AT_ONCE):
         batch = [image for name in files[start : start + AT_ONCE] if (image := read(name, viewer, args.html))]
         if batch:
-            views = torch.stack([torch.from_numpy(image.views) for image in batch]).to(device)
-            found = predicted(model, views, [image.name for image in batch])
+            names, views, shown = zip(*batch, strict=True)
+            found = predicted(model, torch.from_numpy(np.stack(views)).to(device), names)
             for answer in found:
                 print(cli.printable(answer["image"]))
                 for row in answer["best"]:
                     print(f"  {row['probability']:7.2%}  {label_of(row)}")
             answers += found
-            pictures += [image.picture for image in batch]
+            pictures += shown
     if args.json:
         write_json(args.json, {"model": str(model), "views": args.views, "answers": answers})
     if args.html:
@@ -95,20 +97,15 @@ def image_files(names: list[str]) -> list[str]:
     return files
 
 
-class Input(NamedTuple):
-    name: str
-    views: Any  # (views, 3, crop, crop) float32
-    picture: str
-
-
-def read(name: str, viewer: Any, pictured: object) -> Input | None:
-    """None, and a line on stderr, for an image that cannot be read. pictured: whether to keep a picture."""
+def read(name: str, viewer: Any, pictured: object) -> tuple[str, Any, str] | None:
+    """The name, the views (views, 3, crop, crop) float32, and a picture if one is wanted; None, and a line on stderr,
+    for an image that cannot be read."""
     try:
         pixels = decoded(name)
     except DataError as err:
         print(f"error: {cli.printable(str(err))}", file=sys.stderr)
         return None
-    return Input(name, viewer(pixels), thumbnail(pixels, SHOWN) if pictured else "")
+    return name, viewer(pixels), thumbnail(pixels, SHOWN) if pictured else ""
 
 
 def decoded(name: str) -> Any:
@@ -132,7 +129,7 @@ def make_viewer(model: Any, *, views: int, shards: str) -> Any:
     return Viewer(dataclasses.replace(model.card.augment, views=views), model.statistics(dataset))
 
 
-def predicted(model: Any, views: Any, names: list[str]) -> list[Json]:
+def predicted(model: Any, views: Any, names: Sequence[str]) -> list[Json]:
     """views: (n, views, 3, crop, crop)."""
     import torch
 

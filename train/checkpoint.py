@@ -221,7 +221,6 @@ def load(path: Path) -> Saved:
     files = verified(path)
     with reading(f"{path}:", RESUME_ANOTHER, SafetensorError):
         state = json.loads(files[STATE])
-        state.pop("optimizer", None)  # of older checkpoints, always empty
         for name, kind in KINDS.items():
             if not isinstance(state[name], kind):
                 raise ValueError(f"{STATE}: {name}={state[name]!r}")

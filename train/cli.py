@@ -126,7 +126,7 @@ def summary(description: str) -> list[str]:
 def _short_help(preset: str, config: Config) -> str:
     flat = flatten(config) | {"run.dir": f"runs/{preset or 'FILE'}"}
     lines = [f"usage: python {PROG} {preset or '--config FILE'} --data.shards DIR [--group.field VALUE ...]"]
-    lines += ["", *(line.strip() for line in DESCRIPTIONS.get(preset, "").strip().splitlines()), ""]
+    lines += ["", *DESCRIPTIONS.get(preset, "").splitlines(), ""]
     lines += [f"  --{name.replace('_', '-'):<24} {str(flat[name]) or '(none)'}" for name in marked(Config, IN_HELP)]
     return "\n".join([*lines, "", f"all {len(flat)} fields, explained: --help-all; as JSON: --print"])
 

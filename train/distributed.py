@@ -102,7 +102,7 @@ def take_cores(device: torch.device) -> Json:
     """
     ranks = launched("LOCAL_WORLD_SIZE", 1)
     shares = None
-    if device.type == "cuda" and hasattr(os, "sched_setaffinity"):
+    if device.type == "cuda":
         gpus = (torch.cuda.get_device_properties(gpu) for gpu in range(min(ranks, torch.cuda.device_count())))
         near = [
             cores.near_device(f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0")  # type: ignore[attr-defined]

@@ -71,8 +71,7 @@ def memory_gb(device: Any) -> float:
         import torch
 
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
 def command() -> str:
@@ -86,8 +85,8 @@ def command() -> str:
 def git_commit() -> str | None:
     """The commit, with "-dirty" if files differ from it; outside a checkout the one that an image records, or None."""
     try:
-        ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        ask = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("IMAGENET_EXPRESS_COMMIT") or None
 

@@ -66,9 +66,13 @@ class ExitReport:
     def write_page(self) -> None:
         """Lets another process write report.html, which changes nothing about how this one ends."""
         if self.trainer and self.trainer.showcase.writes:
-            report = [sys.executable, str(ROOT / "tools" / "report.py"), str(self.trainer.folder.path)]
             with suppress(OSError, subprocess.SubprocessError):
-                subprocess.run(report, timeout=PAGE_SECONDS, stdin=subprocess.DEVNULL, capture_output=True)
+                subprocess.run(
+                    [sys.executable, ROOT / "tools" / "report.py", self.trainer.folder.path],
+                    timeout=PAGE_SECONDS,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                )
 
     def _as_express_error(self, err: BaseException) -> ExpressError | None:
         """The exception in the user's terms; None: a crash."""

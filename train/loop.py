@@ -58,8 +58,11 @@ def train(t: Trainer) -> Evaluation:
         elif result and result.best.top1 == 1:
             break
     result = result or last_figures(t)
-    if c.overfit:
-        check_overfit(t, result)
+    if c.overfit and result.best.top1 < 1:
+        raise ExpressError(
+            f"after {state.epoch} epochs {result.weights.top1:.1%} of {c.overfit} images are right;"
+            " try more train.epochs or another optim.lr, or look for a mistake in the net"
+        )
     finish_saving(t)
     t.profile.end_run()
     if state.best_step is not None and not c.overfit:
@@ -233,15 +236,6 @@ def last_figures(t: Trainer) -> Evaluation:
     if t.within_epoch:
         record_evaluation(t, result, epoch=t.state.epoch + 1)
     return result
-
-
-def check_overfit(t: Trainer, result: Evaluation) -> None:
-    """Raises ExpressError if an image is still wrong."""
-    if result.best.top1 < 1:
-        raise ExpressError(
-            f"after {t.state.epoch} epochs {result.weights.top1:.1%} of {t.config.overfit} images are right;"
-            " try more train.epochs or another optim.lr, or look for a mistake in the net"
-        )
 
 
 def save(t: Trainer) -> None:

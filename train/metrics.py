@@ -102,10 +102,9 @@ class Record:
             for path in (self.run / METRICS, *(self.run / IDS).glob("rank-*.jsonl")):
                 _trim(path, *resumed_at)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
-            if ids:
-                (self.run / IDS).mkdir(exist_ok=True)
         self.accelerator.wait_for_everyone()
         if ids:
+            (self.run / IDS).mkdir(exist_ok=True)
             path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
             self._ids = open(path, "a")  # noqa: SIM115 (until close)
 
@@ -143,7 +142,7 @@ def _trim(path: Path, step: int, epoch: int) -> None:
     """Removes from a .jsonl what a killed run wrote after the checkpoint that it resumes from; step -1: all lines."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True) if step >= 0 else []
+    lines = path.read_bytes().splitlines(keepends=True)
     with atomic_write(path) as file:
         file.write(b"".join(line for line in lines if _is_before(line, step, epoch)))
 

@@ -28,7 +28,6 @@ class Finite:
 
     def bad_step(self, step: int, loss: Tensor) -> int:
         """The number of `step`, counted from 1, if it was bad, otherwise 0; if late, of the step before."""
-        loss = loss.detach()
         bad = ~torch.isfinite(loss)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:

@@ -70,7 +70,7 @@ def _adapted(w: Tensors, g: Tensors, group: Group) -> Tensor:
     weight, gradient = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
     others = gradient + group["weight_decay"] * weight
     has_scale = (weight > 0) & (others > 0)
-    trust = torch.where(has_scale, group["eta"] * weight / others, torch.full_like(weight, group["eta"]))
+    trust = torch.where(has_scale, group["eta"] * weight / others, group["eta"])
     return trust.clamp(max=group["lr"]) if group["clip"] else trust * group["lr"]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import BAD_DATA, USAGE, ExpressError, StorageError, first_line
-from pipeline.files import Json
+from pipeline.files import Json, read_object
 from pipeline.manifest import Dataset
 from pipeline.settings import PER_HOST, flatten, marked
 
@@ -186,16 +186,9 @@ def _until(condition: Callable[[], bool], *, seconds: float) -> bool:
 # What the hosts share
 
 
-def sees(path: Path, text: str) -> bool:
+def sees(path: Path, values: Json) -> bool:
     """Whether this host can read what another one has written to `path`. NFS may take half a minute to show it."""
-
-    def is_there() -> bool:
-        try:
-            return path.read_text() == text
-        except OSError:
-            return False
-
-    return _until(is_there, seconds=SHARED_SECONDS)
+    return _until(lambda: read_object(path) == values, seconds=SHARED_SECONDS)
 
 
 def name_interface() -> None:

@@ -1,5 +1,6 @@
 """Recipes by name. Each docstring gives the command, what to expect with its source, and on what, in how many hours."""
 
+import inspect
 from typing import Any
 
 from model import ModelConfig
@@ -207,7 +208,7 @@ _ALL = {
     for f in (demo, seed, paper, original, caffe, torchvision, modern, large_batch, finetune, fig1)
 }
 PRESETS = {name: make() for name, make in _ALL.items()}
-DESCRIPTIONS = {name: make.__doc__ or "" for name, make in _ALL.items()}
+DESCRIPTIONS = {name: inspect.getdoc(make) or "" for name, make in _ALL.items()}
 FINETUNE = finetune.__name__
 
 

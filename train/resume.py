@@ -35,7 +35,7 @@ def choose(
     The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
     DataError or StorageError, the same at all ranks.
     """
-    saved, error, claim = None, None, ""
+    saved, error, claim = None, None, Json()
     if agreement.first:
         try:
             claim = folder.claim()
@@ -55,7 +55,7 @@ def choose(
     return saved or (load(path) if path else None)
 
 
-def _check_shared_folder(folder: RunFolder, claim: str, agreement: Agreement) -> None:
+def _check_shared_folder(folder: RunFolder, claim: Json, agreement: Agreement) -> None:
     """Raises ConfigError if a rank's run folder is not the one that rank 0 has claimed, which holds checkpoints and
     heartbeats."""
     seen = agreement.from_all((socket.gethostname(), preflight.sees(folder.path / LOCK, claim)))

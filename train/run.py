@@ -62,11 +62,10 @@ def main(argv: list[str]) -> int:
             if run.accelerator.is_main_process:
                 folder.write_exit(code=DONE, reason="done", step=run.state.step)
                 print(result)
-        heed_no_more()
-        report.write_page()
-        return report.code
     finally:
         heed_no_more()
+    report.write_page()
+    return report.code
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class RunFolder:
     private: bool = False
     is_ours: bool = False
 
-    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> str:
-        """Makes the folder and locks it; returns the lock's text, by which other hosts recognise the folder.
+    def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> Json:
+        """Makes the folder and locks it; returns what the lock holds, by which other hosts recognise the folder.
 
         Raises ConfigError if another run holds it, OSError if it cannot be made.
         """
@@ -58,9 +58,9 @@ class RunFolder:
                     ) from None
                 print(f"{self.path}: waiting for {self._holder()} to end")
         self.is_ours = True  # until the process ends, which closes the descriptor
-        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()})
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(lock, 0)
-        os.pwrite(lock, holder.encode(), 0)
+        os.pwrite(lock, json.dumps(holder).encode(), 0)
         os.fsync(lock)  # other hosts look for it, and NFS may delay what a file that is open holds
         watchdog.clean(self.path)
         with contextlib.suppress(OSError):  # an earlier attempt's end must not pass for ours

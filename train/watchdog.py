@@ -147,7 +147,7 @@ class Watchdog:
         silent = [rank for rank, (_, at) in self._seen.items() if rank != self.rank and now - at > patience]
         reason = describe(beats, silent, seconds=self.hang_seconds, step=self.step)
         with suppress(OSError), open(self.folder / HANG, "x") as file:
-            json.dump({"reason": reason, "silent": silent}, file)
+            json.dump({"reason": reason}, file)
         reason = read_hang(self.folder) or reason
         dump_stacks(self.folder, self.rank, reason)
         reachable = [r for r in beats if r not in silent]
