@@ -223,11 +223,19 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m model.alexnet", description="Prints a variant's layers.")
     p.add_argument("variant", choices=VARIANTS)
     p.add_argument("--crop", type=int, help="pixels along a side of the input (the variant's own)")
+    p.add_argument("--classes", type=int, default=1000, help="(%(default)s)")
+    for name in ("width", "norm", "towers"):
+        own = getattr(ModelConfig, name)
+        p.add_argument(
+            f"--{name}", type=type(own), default=own, help=f"as --model.{name} of train/run.py (%(default)s)"
+        )
+    p.add_argument("--drop", nargs="*", default=[], metavar="CONV", help="convolutions to leave out")
     a = p.parse_args(argv)
     crop = a.crop or VARIANTS[a.variant].crop
     try:
+        config = ModelConfig(a.variant, width=a.width, norm=a.norm, towers=a.towers, drop=tuple(a.drop))
         with torch.device("meta"):
-            net = AlexNet(ModelConfig(a.variant), classes=1000, crop=crop)
+            net = AlexNet(config, classes=a.classes, crop=crop)
     except ValueError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2

@@ -43,6 +43,7 @@ def parser() -> cli.Parser:
     p.option("loader.max-bad-samples", 0, "damaged images to leave out (%(default)s)", dest="max_bad", metavar="N")
     p.option("precision", "trained", "(as %(default)s)", choices=("trained", "fp32", "bf16"))
     p.model_options()
+    p.option("resamples", 1000, "of the bootstrap, 0: none (%(default)s)", metavar="N")
     p.files(
         json="all figures, by class too, with what they depend on",
         csv="each image's label and five predictions",
@@ -53,8 +54,9 @@ def parser() -> cli.Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    if args.batch < 1:
-        raise ConfigError(f"--batch {args.batch}: at least 1")
+    for name, least in (("batch", 1), ("resamples", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
     dataset = open_dataset(args.shards, allow_http=args.allow_http)
     labelled = (dataset.split(args.split).index["label"] >= 0).all()
     if not (labelled or args.submission or args.csv):
@@ -144,7 +146,7 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
 def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse.Namespace, precision: str) -> None:
     from train.evaluation import BEST, summary
 
-    found = summary(predictions, dataset.classes)
+    found = summary(predictions, dataset.classes, resamples=args.resamples)
     for model in models:
         print(f"model   {model}")
     views = "centre crop" if args.views == 1 else "ten views"

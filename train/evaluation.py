@@ -184,7 +184,7 @@ def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices[:, :BEST], found.values[:, :BEST]
 
 
-def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int = 1000) -> Json:
+def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int) -> Json:
     """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
 
     All labels must be known.
@@ -224,7 +224,7 @@ def confusions(labels: ndarray, taken_for: ndarray, classes: Sequence[str]) -> l
 def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:
     """The middle 95 % of each value's mean over resampled images (Efron 1979), by percentiles; {} for one image."""
     table = np.stack(list(values.values())).astype(np.float64)
-    if table.shape[1] < 2:
+    if resamples < 1 or table.shape[1] < 2:
         return {}
     from scipy import stats  # a second to import
 

@@ -273,7 +273,7 @@ def test_intervals_are_percentiles_of_resampled_means():
     expected = np.percentile(means, [2.5, 97.5], axis=0).T
     np.testing.assert_allclose(list(found.values()), expected, rtol=0.01)
     assert bootstrap(values, resamples=3000) == found
-    assert bootstrap({name: v[:1] for name, v in values.items()}, resamples=3000) == {}
+    assert bootstrap(values, resamples=0) == {}
 
 
 def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
@@ -339,7 +339,7 @@ def test_top5_is_shown_if_it_says_anything(classes, shown, monkeypatch, capsys):
     names = [str(number) for number in range(classes)]
     found = {"images": 9, "top1": 0.5, "top5": 1.0, "loss": 1.0, "interval_95": {}, "correct": {}, "confusions": []}
     monkeypatch.setattr("train.evaluation.summary", lambda *_, **__: found)
-    args = Namespace(views=1, shards="s", split="val", json=None)
+    args = Namespace(views=1, shards="s", split="val", resamples=0, json=None)
     dataset = Namespace(classes=names, class_names=names, split=lambda name: Namespace(index=range(9)))
     evaluate.report(None, [], dataset, args, "fp32")
     assert ("top-5   100.00%" in capsys.readouterr().out) is shown
