@@ -96,5 +96,5 @@ def crop_decoded(pixels: ndarray, crops: ndarray, box: ndarray, flip: ndarray, m
 
 def prepare(dtype: str) -> None:
     """Compiles the function for crops of this type, or loads what an earlier process compiled."""
-    box, flip, ones = np.ones((1, 1, 4)), np.zeros((1, 1), np.bool_), np.ones(3, np.float32)
+    box, flip, ones = np.array([[[0.0, 0.0, 1.0, 1.0]]]), np.zeros((1, 1), np.bool_), np.ones(3, np.float32)
     crop_decoded(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 3, 1, 1), dtype), box, flip, ones, ones)
