@@ -14,7 +14,7 @@ import torch
 from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
-from .dali_decoder import ANY_JPEG, Decoder, fn, pipeline_def, types
+from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH, all_end, not_plain_jpegs
 
 CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
@@ -39,9 +39,14 @@ class Graph:
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
         """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
         left, top, wide, high = np.moveaxis(work.box, 2, 0)
-        corners = (top, left), (top + high, left + wide)
-        start, end = (np.stack(each, axis=2).reshape(-1, 2).astype(np.float32) for each in corners)
-        fed = (self._stored(work, images), start, end, work.flip.reshape(-1).astype(np.int32))
+        if self.resized:  # the corners of the box, as (y, x)
+            place = [np.stack([top, left], axis=2), np.stack([top + high, left + wide], axis=2)]
+        else:
+            # DALI wants the position as a fraction of the room, and rounds: whole pixels come back exactly.
+            room = np.maximum(work.rows[:, [WIDTH, HEIGHT]] - self.output.crop, 1)
+            place = [left / room[:, :1], top / room[:, 1:]]
+        first, second = (each.astype(np.float32).reshape(-1, *each.shape[2:]) for each in place)
+        fed = (self._stored(work, images), first, second, work.flip.reshape(-1).astype(np.int32))
         return fed if self.output.dtype == "uint8" else (*fed, work.mean.reshape(-1, 3))
 
     def _stored(self, work: Work, images: list[memoryview]) -> Any:
@@ -67,6 +72,8 @@ class Graph:
 
     def pipeline(self, source: Callable[[], tuple[Any, ...]]) -> Any:
         """A DALI pipeline. `source` returns `inputs(…)` of the next batch."""
+        fn, types, pipeline_def = load_dali()
+        crops_ndim = 1 if self.resized else 0
 
         @pipeline_def(  # type: ignore[untyped-decorator]
             batch_size=self.most_crops,
@@ -76,37 +83,36 @@ class Graph:
         )
         def define() -> Any:
             inputs = 4 if self.output.dtype == "uint8" else 5
-            stored, start, end, mirror, *mean = fn.external_source(
+            stored, a, b, mirror, *mean = fn.external_source(
                 source=source,
                 num_outputs=inputs,
                 batch=True,
                 no_copy=True,  # the loader keeps the bytes until the batch comes out
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.FLOAT][:inputs],
-                ndim=[3 if self.raw else 1, 1, 1, 0, 1][:inputs],
+                ndim=[3 if self.raw else 1, crops_ndim, crops_ndim, 0, 1][:inputs],
             )
-            return self._crops(stored, start, end, mirror, mean[0] if mean else [0.0])
+            return self._crops(stored, a, b, mirror, mean[0] if mean else [0.0])
 
         return define()
 
-    def _crops(self, stored: Any, start: Any, end: Any, mirror: Any, mean: Any) -> Any:
-        """The graph behind the external source, from stored images to what is delivered. start, end: (y, x)."""
+    def _crops(self, stored: Any, a: Any, b: Any, mirror: Any, mean: Any) -> Any:
+        """The graph behind the external source, from stored images to what is delivered."""
+        fn, types, _ = load_dali()
         output, decoding = self.output, self.decoder.options()
-        first, last = (fn.cast(corner, dtype=types.INT32) for corner in (start, end))
-        region = {"start": first, "end": last, "axis_names": "HW"}
+        size = (output.crop, output.crop)
+        where = {"crop": size, "crop_pos_x": a, "crop_pos_y": b}
         if self.resized:
             # Only the crop's source region is resampled. It equals cropping the whole resized image to rounding (one
             # grey level at one pixel in 2,000) and takes a fifth to a quarter less time, with decoding.
             whole = self._on_device(stored) if self.raw else fn.decoders.image(stored, **decoding)
-            crops = fn.resize(
-                whole, size=[output.crop] * 2, roi_start=start, roi_end=end,
-                interp_type=types.INTERP_LINEAR, antialias=True,
-            )  # fmt: skip
+            region = {"size": size, "roi_start": a, "roi_end": b}
+            crops = fn.resize(whole, **region, interp_type=types.INTERP_LINEAR, antialias=True)
         elif self.raw:  # cut on the CPU: what is not needed does not travel
-            crops = self._on_device(fn.slice(stored, **region))
+            crops = self._on_device(fn.crop(stored, **where))
         elif self.whole:
-            crops = fn.slice(fn.decoders.image(stored, **decoding), **region)
-        else:
-            crops = fn.decoders.image_slice(stored, **region, **decoding)
+            crops = fn.crop(fn.decoders.image(stored, **decoding), **where)
+        else:  # decoders.image_slice, which takes corners, ends the process by SIGSEGV on damaged JPEGs (DALI 2.4.0)
+            crops = fn.decoders.image_crop(stored, **where, **decoding)
         dtypes = {"uint8": types.UINT8, "float16": types.FLOAT16}  # DALI makes no bfloat16: float32 until the end
         return fn.crop_mirror_normalize(
             crops,
@@ -131,6 +137,7 @@ class Dali(Engine):
         self._pool = setup.pool
         self._spent = Held()
         self._pipeline: Any = None
+        load_dali()
 
     def start(self, source: Callable[[], Work]) -> None:
         def feed() -> tuple[Any, ...]:

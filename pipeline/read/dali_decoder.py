@@ -12,16 +12,6 @@ from simplejpeg import encode_jpeg
 
 from ..errors import ConfigError
 
-try:
-    from nvidia.dali import fn as fn
-    from nvidia.dali import pipeline_def as pipeline_def
-    from nvidia.dali import types as types
-except ImportError as err:
-    raise ConfigError(
-        f"loader.backend needs NVIDIA DALI ({err}); install it with pip install 'imagenet-express[dali-cu13]'"
-        " (Linux; dali-cu12 for drivers before 580)"
-    ) from err
-
 ANY_JPEG = memoryview(encode_jpeg(np.zeros((16, 16, 3), np.uint8), colorsubsampling="420"))
 
 
@@ -36,6 +26,7 @@ class Decoder:
 
     def options(self) -> dict[str, Any]:
         """Arguments of all decoding operators."""
+        _, types, _ = load_dali()
         on_gpu = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
         return {
             **({"device": "cpu"} if self.device is None else on_gpu),
@@ -46,6 +37,7 @@ class Decoder:
 
     def decoding(self, images: list[memoryview]) -> Any:
         """A pipeline whose each run() decodes one of the encoded images. It raises RuntimeError for one it rejects."""
+        fn, _, pipeline_def = load_dali()
 
         @pipeline_def(  # type: ignore[untyped-decorator]
             batch_size=1, num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1
@@ -114,3 +106,14 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def load_dali() -> tuple[Any, Any, Any]:
+    try:
+        from nvidia.dali import fn, pipeline_def, types  # type: ignore[attr-defined]
+    except ImportError as err:
+        raise ConfigError(
+            f"loader.backend needs NVIDIA DALI ({err}); install it with pip install 'imagenet-express[dali-cu13]'"
+            " (Linux; dali-cu12 for drivers before 580)"
+        ) from err
+    return fn, types, pipeline_def

@@ -140,10 +140,10 @@ class Portable(Engine):
         rows: how many the image has now. is_plain: a JPEG of this size, by its header.
         """
         if is_plain:
+            memory = self._scratch(3 * height * width)  # of all rows, as taps of weight zero may read below the last
             try:  # not strict if it was cut: the rest of the image is what it would complain of
-                pixels: ndarray = decode_jpeg(image, buffer=self._scratch(3 * height * width), strict=rows == height)
-                if pixels.shape == (rows, width, 3):
-                    return pixels.reshape(-1)
+                if decode_jpeg(image, buffer=memory, strict=rows == height).shape == (rows, width, 3):
+                    return memory
             except ValueError:
                 pass
             cut_short(image, width, rows, height)  # as it was
