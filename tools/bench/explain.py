@@ -92,7 +92,7 @@ class Stages:
         decode = self.by_threads(self.loader.threads, self.engine._decode, restore, self.seconds)
         if self.engine.raw:  # one pass reads and crops, which takes less than one after the other: what cropping adds
             added = 1 / decode.rate - 1 / found[WARM].rate
-            decode = Stage(1 / max(added, 1e-9), decode.cost - found[WARM].cost)
+            decode = Stage(1 / max(added, 1e-9), max(decode.cost - found[WARM].cost, 0.0))
         return found | {DECODE: decode, ASSEMBLE: self.assemble()}
 
     def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
