@@ -44,7 +44,7 @@ class Meter:
         if "queued" in stats:  # a mean over steps and ranks
             stats["queue_depth"] = stats.pop("queued") / self.steps / self.accelerator.num_processes
         metrics = self._metrics(loss, self.steps, now - self.last, wait)
-        if stats:  # counts of checked pixels, over all ranks
+        if stats:  # all are sums over the ranks
             counts = torch.tensor(list(stats.values()), device=self.accelerator.device)
             metrics |= dict(zip(stats, self.accelerator.reduce(counts, "sum").tolist()))
         self.all_loss, self.all_wait = self.all_loss + loss * self.steps, self.all_wait + wait
