@@ -39,14 +39,16 @@ class Graph:
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
         """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
         left, top, wide, high = np.moveaxis(work.box, 2, 0)
-        if self.resized:  # the corners of the box, as (y, x)
-            place = [np.stack([top, left], axis=2), np.stack([top + high, left + wide], axis=2)]
+        mirror = work.flip & (not self.resized)
+        if self.resized:  # corners of the box, as (y, x); from right to left, resampling mirrors, at no cost
+            start, end = np.where(work.flip, (left + wide, left), (left, left + wide))
+            place = [np.stack([top, start], axis=2), np.stack([top + high, end], axis=2)]
         else:
             # DALI wants the position as a fraction of the room, and rounds: whole pixels come back exactly.
             room = np.maximum(work.rows[:, [WIDTH, HEIGHT]] - self.output.crop, 1)
             place = [left / room[:, :1], top / room[:, 1:]]
         first, second = (each.astype(np.float32).reshape(-1, *each.shape[2:]) for each in place)
-        fed = (self._stored(work, images), first, second, work.flip.reshape(-1).astype(np.int32))
+        fed = (self._stored(work, images), first, second, mirror.reshape(-1).astype(np.int32))
         return fed if self.output.dtype == "uint8" else (*fed, work.mean.reshape(-1, 3))
 
     def _stored(self, work: Work, images: list[memoryview]) -> Any:
