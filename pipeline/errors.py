@@ -1,7 +1,5 @@
 """Errors that a user can cause, each with the exit code that the command line gives it."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -262,8 +262,8 @@ def _local_manifest(root: Path) -> bytes:
         raise DataError(f"{root}: no such shard folder; make one with tools/make_shards.py")
     if not path.is_file():
         if any(entry.is_dir() and entry.name != PARTS for entry in root.iterdir()):
-            train, more = root / "train", f"--val {root / 'val'}"
-            options = f"{train} {more}" if train.is_dir() else f"{root} --val-fraction 0.1"
+            train = f"{root / 'train'} --val {root / 'val'}"
+            options = train if (root / "train").is_dir() else f"{root} --val-fraction 0.1"
             raise DataError(
                 f"{root}: holds folders, not shards; run python tools/make_shards.py imagefolder --train {options}"
                 " --out SHARDS, and name SHARDS instead"

@@ -14,11 +14,11 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from .errors import LOG, ConfigError, DataError, StorageError
 from .files import atomic_write, locked
 from .shards import Shard, file_sha256
+from .storage import ALLOW, check_url
 
 try:
     import obstore as obstore
@@ -26,7 +26,6 @@ try:
 except ImportError as err:
     raise ConfigError("shards at a URL need obstore: pip install 'imagenet-express[remote]'") from err
 
-SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
 HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?((?:/.*)?)")
 PATIENCE = 180.0  # seconds in which a request is retried
 AT_OPENING = 30.0  # a name that is wrong should not take three minutes to be reported
@@ -35,7 +34,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0
 WARN_EVERY = 30.0
 RETRIED = (408, 425, 429)  # of the answers that blame the request
 BEYOND_END = "416"
-ALLOW = "add --data.allow-http (make_shards.py: --allow-http)"
 # obstore's own: 30 s for a whole request, too short if many share a slow line, and none for a server that stalls.
 TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "20s", "timeout": "600s"}
 
@@ -179,8 +177,7 @@ class RemoteFolder:
 
     def listed(self, below: str = "") -> tuple[dict[str, int], list[str]]:
         """The bytes of each object directly under the URL, or a folder below, and the folders there, by one LIST."""
-        under = lambda store: obstore.list_with_delimiter(store, below)  # noqa: E731
-        found = self.request(self / below, under, doing="listed")
+        found = self.request(self / below, lambda store: obstore.list_with_delimiter(store, below), doing="listed")
         return {meta["path"]: meta["size"] for meta in found["objects"]}, found["common_prefixes"]
 
     @staticmethod
@@ -198,23 +195,6 @@ class RemoteFolder:
                 with atomic_write(path) as file:
                     file.write(self.get(name, stop=stop))
         return path
-
-
-def check_url(url: str, *, allow_http: bool) -> None:
-    """Raises ConfigError for a URL that cannot be read or would show credentials, which the message leaves out."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # a bracket in the host
-        parts = urlsplit("")
-    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-    if parts.scheme not in SCHEMES:
-        raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")
-    if parts.username or parts.password or parts.query or parts.fragment or ".." in parts.path.split("/"):
-        raise ConfigError(f"{shown}: leave user, password, ?, # and .. out; credentials come from the environment")
-    if not parts.hostname:
-        raise ConfigError(f"{shown}: names no bucket or server; write {parts.scheme}://NAME/FOLDER")
-    if parts.scheme == "http" and not allow_http:
-        raise ConfigError(f"{shown}: is not encrypted; use https://, or {ALLOW}")
 
 
 def _profile() -> Any:

@@ -37,8 +37,11 @@ class Bounds(NamedTuple):
         return bool(self.ge <= value <= self.le and self.gt < value < self.lt)
 
     def __str__(self) -> str:
-        words = zip(("of at least", "above", "at most", "below"), self[:4])
-        limits = [f"{word} {limit:g}" for word, limit in words if math.isfinite(limit)]
+        limits = [
+            f"{word} {limit:g}"
+            for word, limit in zip(("of at least", "above", "at most", "below"), self[:4])
+            if math.isfinite(limit)
+        ]
         return f"must be a number {', '.join(limits)}" + (f"; choose {self.choose}" if self.choose else "")
 
 

@@ -14,6 +14,8 @@ from .errors import ConfigError
 from .files import LOCK_SECONDS, atomic_write, locked
 
 Result = TypeVar("Result")
+SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
+ALLOW = "add --data.allow-http (make_shards.py: --allow-http)"
 CREATE_SECONDS = 10.0  # all tasks of a job array may start in one moment
 
 
@@ -26,6 +28,23 @@ def absolute(place: str) -> str:
     if place.startswith("file://"):
         place = unquote(urlsplit(place).path)
     return place if is_url(place) else os.path.abspath(place)
+
+
+def check_url(url: str, *, allow_http: bool) -> None:
+    """Raises ConfigError for a URL that cannot be read or would show credentials, which the message leaves out."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a bracket in the host
+        parts = urlsplit(url.partition("[")[0])
+    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    if parts.scheme not in SCHEMES:
+        raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")
+    if parts.username or parts.password or parts.query or parts.fragment or ".." in parts.path.split("/"):
+        raise ConfigError(f"{shown}: leave user, password, ?, # and .. out; credentials come from the environment")
+    if not parts.hostname:
+        raise ConfigError(f"{shown}: names no bucket or server; write {parts.scheme}://NAME/FOLDER")
+    if parts.scheme == "http" and not allow_http:
+        raise ConfigError(f"{shown}: is not encrypted; use https://, or {ALLOW}")
 
 
 def file_size(path: Path) -> int | None:
@@ -127,7 +146,6 @@ def folder_at(place: str, *, allow_http: bool = False) -> Folder:
     if not is_url(place):
         return Folder(Path(place))
     from .bucket import Bucket, Url
-    from .remote import check_url
 
     check_url(place, allow_http=True)  # first: messages may show it then
     if not place.startswith(("s3:", "gs:", "az:")):

@@ -38,7 +38,7 @@ CHECKS = {
     "idx": "DALI's .idx against the tars' members",
     "label": "labels in the tars",
     "crc32": "samples' checksums",
-    "info": "_info.json, mean image and cuts",
+    "info": "_info.json, mean image, cuts, and no other tars",
     "decode": "every image can be decoded",
     "webdataset": "samples as webdataset itself reads them",
 }
@@ -280,6 +280,10 @@ def _extra_faults(dataset: Dataset) -> Iterator[Fault]:
                 yield manifest.INFO, "differs from the manifest; shard the data again"
         except (OSError, ValueError) as err:
             yield manifest.INFO, f"cannot be read ({err}); shard the data again"
+        named = {shard.name for split in dataset.splits.values() for shard in split.shards}
+        for path in dataset.root.glob("*.tar"):  # as others find shards
+            if path.name not in named:
+                yield path.name, "the manifest does not name it; remove it"
 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:

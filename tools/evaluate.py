@@ -134,10 +134,8 @@ def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, acc
                 )
                 loaders[pixels] = stack.enter_context(loader)
             nets.setdefault(loaders[pixels], []).append(model.net.to(accelerator.device))
-        bar = Progress("evaluating", loader.samples, enabled=accelerator.is_main_process)
-        progress = stack.enter_context(bar)
-        step = accelerator.num_processes
-        return predict(nets, accelerator, progress=lambda n: progress.update(n * step))
+        progress = stack.enter_context(Progress("evaluating", loader.samples, enabled=accelerator.is_main_process))
+        return predict(nets, accelerator, progress=lambda n: progress.update(n * accelerator.num_processes))
 
 
 # Reports

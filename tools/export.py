@@ -148,8 +148,11 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
 
     if args.images:
         viewer = predict.make_viewer(model, views=1, shards=args.shards)
-        files = predict.image_files([str(args.images)])[:COMPARED]
-        return torch.from_numpy(np.concatenate([viewer(predict.decoded(file)) for file in files]))
+        return torch.from_numpy(
+            np.concatenate(
+                [viewer(predict.decoded(file)) for file in predict.image_files([str(args.images)])[:COMPARED]]
+            )
+        )
     shards = args.shards or model.card.recipe.get("config", {}).get("data", {}).get("shards", "")
     if not (shards and (is_url(shards) or Path(shards).is_dir())):
         where = f"its shards {shards} are not here" if shards else "it does not record its shards"

@@ -163,8 +163,7 @@ def cut(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.out}: its images are raw pixels; cuts are for JPEGs")
     images = sum(split.samples for split in dataset.splits.values())
     with Progress("finding cuts", images) as progress:
-        check = CHECKS[args.check_cuts]
-        made = make_cuts(dataset, workers=args.workers, check_one_in=check, progress=progress.update)
+        made = make_cuts(dataset, workers=args.workers, check_one_in=CHECKS[args.check_cuts], progress=progress.update)
     number, size = (sum(file[name] for file in made) for name in ("cut", "bytes"))
     print(f"{args.out}: {number:,} of {images:,} images can be cut; {size / 1e6:,.1f} MB")
 

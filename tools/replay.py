@@ -67,9 +67,12 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     if run.accelerator.is_main_process:
         epoch, within = divmod(args.step - 1, run.steps_per_epoch)
         print(f"step {args.step}: step {within + 1} of {run.steps_per_epoch} of epoch {epoch + 1}, after step {begun}")
-        names = [run.loader.describe(id_) for id_ in found["ids"]]
-        same_ranks = described["ranks"] == run.accelerator.num_processes
-        same = report(found, recorded_loss(args.run, args.step), names, same_ranks=same_ranks)
+        same = report(
+            found,
+            recorded_loss(args.run, args.step),
+            [run.loader.describe(id_) for id_ in found["ids"]],
+            same_ranks=described["ranks"] == run.accelerator.num_processes,
+        )
         if args.json:
             write_json(args.json, {"step": args.step, **found})
     run.close()

@@ -49,7 +49,10 @@ INIT = 1_000_000  # a stream of draws, away from the loader's
 def check_batch(config: Config, dataset: Dataset, *, world: int) -> None:
     """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
     data, train = config.data, config.train
-    samples = config.overfit or dataset.split(data.train_split).samples
+    images = dataset.split(data.train_split).samples
+    if config.overfit > images:
+        raise ConfigError(f"overfit={config.overfit}: the split {data.train_split} has {images} images")
+    samples = config.overfit or images
     order.check_batch(train.batch, samples=samples, world=world, partitions=data.partitions, field="train.batch")
     images = train.batch // world
     if train.accumulate > max(images // 2, 1):
@@ -95,8 +98,9 @@ def build_trainer(config: Config, *, folder: RunFolder, stop: Stop) -> Trainer:
     if reason := reason_for_memory(config, stepper, agreement, loader, val_loader):
         loader.close()
         val_loader.close()
-        in_memory = updated(config, {"loader.backend": "resident"})
-        make_loader, loader, val_loader = make_loaders(in_memory, dataset, accelerator)
+        make_loader, loader, val_loader = make_loaders(
+            updated(config, {"loader.backend": "resident"}), dataset, accelerator
+        )
         loader.backend_reason = reason
     state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:

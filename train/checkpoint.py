@@ -93,8 +93,7 @@ class Checkpoints:
             kept = self._staging.setdefault(file, {})
             for name, tensor in tensors.items():
                 if name not in kept:
-                    pinned = tensor.device.type == "cuda"
-                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 kept[name].copy_(tensor.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -234,8 +233,7 @@ def verified(path: Path) -> dict[str, bytes]:
         raise DataError(f"{path}: no such checkpoint; name a folder checkpoints/step-NNNNNNNN")
     try:
         record = json.loads((path / RECORD).read_bytes())
-        names = FILES + ((AVERAGE,) if AVERAGE in record else ())
-        files = {name: (path / name).read_bytes() for name in names}
+        files = {name: (path / name).read_bytes() for name in (*FILES, *[AVERAGE] * (AVERAGE in record))}
         damaged = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != record[name]]
     except KeyError as err:
         raise DataError(f"{path}: {RECORD} does not list {err.args[0]}; {RESUME_ANOTHER}") from err

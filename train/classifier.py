@@ -153,12 +153,12 @@ def _from_weights(path: Path, preset: str) -> Classifier:
 
 def _card_of_preset(path: Path, preset: str) -> Card:
     """The card of weights that have none."""
+    weights = read_weights(path)
     if not preset:
         raise ConfigError(f"{path}: has no model card; name its net by --preset: {', '.join(PRESETS)}")
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     model, augment = PRESETS[preset].model, PRESETS[preset].augment
-    weights = read_weights(path)
     named = [f"{name}.weight" for name, _ in heads(_new_net(Card(model, augment, None, {"classes": 2})))]
     classes = next((len(weights[name]) for name in named if name in weights and weights[name].dim()), 0)
     if classes == 0:

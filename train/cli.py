@@ -16,6 +16,7 @@ from model import ModelConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import Json
 from pipeline.settings import IN_HELP, declared, did_you_mean, flatten, marked, updated
+from pipeline.storage import absolute, check_url, is_url
 
 from .config import RESUME_NEWEST, Config
 from .presets import DESCRIPTIONS, FINETUNE, PRESETS, overfitting
@@ -66,6 +67,8 @@ def parse(argv: list[str]) -> Config:
         _print_and_exit(json.dumps(dataclasses.asdict(config), indent=1))
     if not config.data.shards:
         raise ConfigError("data.shards is not set; name a folder made by tools/make_shards.py with --data.shards DIR")
+    if is_url(absolute(config.data.shards)):
+        check_url(config.data.shards, allow_http=True)  # before it is printed: it might hold credentials
     return overfitting(config) if config.overfit else config
 
 

@@ -29,8 +29,10 @@ def make_accelerator(config: Config) -> Accelerator:
     handlers: list[Any] = []
     world = world_size()
     if world > 1:  # one process joins no group
-        backend = None if run.ddp_backend == "auto" else run.ddp_backend
-        group = InitProcessGroupKwargs(backend=backend, timeout=patience(config.guard.hang_seconds))
+        group = InitProcessGroupKwargs(
+            backend=None if run.ddp_backend == "auto" else run.ddp_backend,
+            timeout=patience(config.guard.hang_seconds),
+        )
         # Views: gradients are stored in DDP's buffers, which saves a copy and memory of the weights' size.
         hook = DDPCommunicationHookType(NAMES.get(train.compress, train.compress))
         handlers = [group, DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)]

@@ -60,8 +60,7 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
     Ties and NaN count against the net, so that a constant or broken one is never correct by accident, and the result
     does not depend on how a batch is cut.
     """
-    own = logits.gather(1, labels[:, None])
-    return logits.shape[1] - 1 - (logits < own).sum(1)
+    return logits.shape[1] - 1 - (logits < logits.gather(1, labels[:, None])).sum(1)
 
 
 @torch.no_grad()

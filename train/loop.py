@@ -121,8 +121,8 @@ def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
     t.enter_epoch()
     train = t.config.train
     left = (t.steps_per_epoch - t.loader.state_dict()["step"]) * train.batch
-    main = t.accelerator.is_main_process
-    t.progress = Progress(f"epoch {t.state.epoch + 1}/{train.epochs}", left, enabled=main)
+    epoch = f"epoch {t.state.epoch + 1}/{train.epochs}"
+    t.progress = Progress(epoch, left, enabled=t.accelerator.is_main_process)
     t.loader.stats()  # counts from here
     t.meter.begin()
     wait_for_data(t)

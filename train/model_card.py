@@ -4,8 +4,6 @@ It holds the configuration of the net, how it sees images, its inputs, the recip
 that measured it. A run folder keeps the inputs alone, in the same form, as inputs.json.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 from dataclasses import dataclass, field
@@ -42,7 +40,7 @@ class Inputs:
     class_ids: tuple[int, ...] = ()  # the official numbers of ImageNet's kits
 
     @classmethod
-    def of(cls, dataset: Dataset, augment: AugmentConfig) -> Inputs:
+    def of(cls, dataset: Dataset, augment: AugmentConfig) -> "Inputs":
         """Raises DataError if the dataset has no statistics."""
         statistics = IMAGENET_STATISTICS
         if augment.statistics != "imagenet":
@@ -58,7 +56,7 @@ class Inputs:
         )
 
     @classmethod
-    def from_json(cls, values: Json) -> Inputs:
+    def from_json(cls, values: Json) -> "Inputs":
         """Raises ValueError, KeyError or TypeError for values that `as_json` did not return."""
         pixels = None
         if image := values.get("mean_image"):
@@ -107,7 +105,7 @@ class Card:
     accuracy: list[Json] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, values: Any) -> Card:
+    def from_json(cls, values: Any) -> "Card":
         """Raises ValueError, KeyError, TypeError or AttributeError if `values` are no card."""
         if (values["format"], values["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {values['format']!r} version {values['version']!r}")

@@ -53,10 +53,9 @@ def _others_net(name: str, classes: int) -> nn.Module:
         from torchvision import models
 
         known = models.list_models(module=models)
-        # By default these two return more than logits in training.
-        with_aux = which in ("googlenet", "inception_v3")
-        extra = {"aux_logits": False, "init_weights": True} if with_aux else {}
-        make: Callable[..., nn.Module] = partial(models.get_model, **extra)
+        make: Callable[..., nn.Module] = models.get_model
+        if which in ("googlenet", "inception_v3"):  # by default they return more than logits in training
+            make = partial(make, aux_logits=False, init_weights=True)
     elif library == "timm":
         try:
             import timm

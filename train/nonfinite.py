@@ -46,8 +46,8 @@ class Finite:
 
     def mean_loss(self, accelerator: Accelerator) -> float:
         """Over all ranks, of the step that was reported last. Communicates."""
-        loss = torch.tensor(self.loss, device=accelerator.device)  # NCCL takes no host tensors
-        return float(accelerator.reduce(loss, "mean"))
+        # NCCL takes no host tensors
+        return float(accelerator.reduce(torch.tensor(self.loss, device=accelerator.device), "mean"))
 
 
 class LossNotFinite(ExpressError):

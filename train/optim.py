@@ -32,8 +32,12 @@ class _InGroups(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if weights:
-                velocities = [self.state[p]["momentum_buffer"] for p in weights]
-                self.move(group, weights, [p.grad for p in weights], velocities)
+                self.move(
+                    group,
+                    weights,
+                    [p.grad for p in weights],
+                    [self.state[p]["momentum_buffer"] for p in weights],
+                )
 
 
 class Velocity(_InGroups):

@@ -39,16 +39,16 @@ class Graph:
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
         """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
         left, top, wide, high = np.moveaxis(work.box, 2, 0)
-        mirror = work.flip & (not self.resized)
         if self.resized:  # corners of the box, as (y, x); from right to left, resampling mirrors, at no cost
-            start, end = np.where(work.flip, (left + wide, left), (left, left + wide))
+            start, end = left + wide * work.flip, left + wide * ~work.flip
             place = [np.stack([top, start], axis=2), np.stack([top + high, end], axis=2)]
         else:
             # DALI wants the position as a fraction of the room, and rounds: whole pixels come back exactly.
             room = np.maximum(work.rows[:, [WIDTH, HEIGHT]] - self.output.crop, 1)
             place = [left / room[:, :1], top / room[:, 1:]]
         first, second = (each.astype(np.float32).reshape(-1, *each.shape[2:]) for each in place)
-        fed = (self._stored(work, images), first, second, mirror.reshape(-1).astype(np.int32))
+        mirror = work.flip.reshape(-1) & (not self.resized)
+        fed = (self._stored(work, images), first, second, mirror.astype(np.int32))
         return fed if self.output.dtype == "uint8" else (*fed, work.mean.reshape(-1, 3))
 
     def _stored(self, work: Work, images: list[memoryview]) -> Any:
@@ -115,13 +115,13 @@ class Graph:
             crops = fn.crop(fn.decoders.image(stored, **decoding), **where)
         else:  # decoders.image_slice, which takes corners, ends the process by SIGSEGV on damaged JPEGs (DALI 2.4.0)
             crops = fn.decoders.image_crop(stored, **where, **decoding)
-        dtypes = {"uint8": types.UINT8, "float16": types.FLOAT16}  # DALI makes no bfloat16: float32 until the end
         return fn.crop_mirror_normalize(
             crops,
             mirror=mirror,
             mean=mean,
             std=[1.0] if output.dtype == "uint8" else list(output.std),
-            dtype=dtypes.get(output.dtype, types.FLOAT),
+            # DALI makes no bfloat16: float32 until the end
+            dtype={"uint8": types.UINT8, "float16": types.FLOAT16}.get(output.dtype, types.FLOAT),
             output_layout="HWC" if output.channels_last else "CHW",
         )
 

@@ -130,8 +130,7 @@ def not_plain_jpegs(buffer: ndarray, at: ndarray, rows: ndarray) -> ndarray:
     """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):
-        image = buffer[at[i] : at[i] + rows[i, SIZE]]
-        odd[i] = headers_of_size(image, rows[i, WIDTH], rows[i, HEIGHT])[0] == 0
+        odd[i] = headers_of_size(buffer[at[i] : at[i] + rows[i, SIZE]], rows[i, WIDTH], rows[i, HEIGHT])[0] == 0
     return odd
 
 

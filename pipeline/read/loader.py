@@ -8,8 +8,6 @@
 The content of a batch is a function of (dataset, seed, epoch, step, batch) alone; the state is `{"epoch", "step"}`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Generator, Iterator
@@ -268,8 +266,9 @@ class Loader(AbstractContextManager["Loader"]):
                 self._stop()
             try:
                 if self._works is None:
-                    ahead = self.config.prefetch_batches
-                    self._works = works(self.plan, self._reader, self._epoch, self._step, ahead=ahead)
+                    self._works = works(
+                        self.plan, self._reader, self._epoch, self._step, ahead=self.config.prefetch_batches
+                    )
                     self._engine.start(self._works.__next__)
                 return self._engine.next()
             except BaseException as err:

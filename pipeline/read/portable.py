@@ -176,8 +176,9 @@ class Viewer:
     def __call__(self, pixels: ndarray) -> ndarray:
         """(views, 3, crop, crop) float32. pixels: (height, width, 3) uint8, RGB."""
         height, width, _ = pixels.shape
-        size = np.array([[width, height]])
-        box, flip = place(self.augment, np.zeros(1, np.int64), size, seed=0, epoch=0, train=False)
+        box, flip = place(
+            self.augment, np.zeros(1, np.int64), np.array([[width, height]]), seed=0, epoch=0, train=False
+        )
         crop = self.augment.crop
         crops = np.empty((self.augment.views, 3, crop, crop), np.float32)
         crop_decoded(pixels, crops, box, flip, self._mean, self._scale)

@@ -98,9 +98,9 @@ class Reader:
         self.rows, self.closing, self.stages = Rows(split.index), threading.Event(), Stages()
         paths = [split.root / shard.name for shard in split.shards]
         self.source = LocalShards(paths, [copies.path(shard.sha256) for shard in split.shards] if copies else ())
-        reopen = self.source.close  # when they are next read, from copies that exist by then
-        read = original or self.source.read
-        self.cache = ShardCache(copies, split, read, reopen, self.closing) if copies else None
+        self.cache = None
+        if copies:  # files are reopened when they are next read, from copies that exist by then
+            self.cache = ShardCache(copies, split, original or self.source.read, self.source.close, self.closing)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")

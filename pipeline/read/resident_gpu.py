@@ -90,8 +90,7 @@ def gather(pixels: Tensor, numbers: ndarray, work: Work, output: Output) -> Tens
     crops = np.empty((*work.flip.shape, COLUMNS.value))
     crops[..., 0], crops[..., 1:5], crops[..., 5] = numbers[:, None], box, work.flip
     crops[..., 6:9], crops[..., 9:] = work.mean, 1 / np.array(output.std)
-    dtype = getattr(torch, output.dtype)
-    out = torch.empty((work.flip.size, side, side, 3), dtype=dtype, device=pixels.device)
+    out = torch.empty((work.flip.size, side, side, 3), dtype=getattr(torch, output.dtype), device=pixels.device)
     taps, block = 0, BLOCK
     if (box[..., 2:] != side).any():  # otherwise places are whole pixels
         taps, block = math.ceil(2 * max(box[..., 2:].max() / side, 1)), BLOCK_RESIZED

@@ -252,8 +252,7 @@ def _publish_or_find(plan: Plan, folder: Folder) -> Json:
 def _publish(plan: Plan, folder: Folder) -> Json:
     """Index, statistics and, last, the manifest, from the records, which are then removed."""
     source, options, names = plan.source, plan.options, folder.names()
-    records = _records(plan, folder)
-    collected = Collected(records, size=options.encoding.size, max_bad_fraction=options.max_bad_fraction)
+    collected = Collected(_records(plan, folder), size=options.encoding.size, max_bad_fraction=options.max_bad_fraction)
     present = {label for record in collected.of_split.get("train", []) for label in record.rows["label"].tolist()}
     if collected.bad and (emptied := set(range(len(source.classes))) - present):
         raise DataError(

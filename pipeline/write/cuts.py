@@ -100,8 +100,12 @@ def _make_file(folder: Folder, split: Split, number: int, *, check_one_in: int) 
         places = [find(image, check_one_in=check_one_in) for image in _images(split, shard, rows)]
         write_file(folder, name, shard, rows, places)
     content = folder.read(name)
-    sha256 = hashlib.sha256(content).hexdigest()
-    return {"name": name, "bytes": len(content), "sha256": sha256, "cut": sum(map(bool, places))}
+    return {
+        "name": name,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "cut": sum(map(bool, places)),
+    }
 
 
 def _images(split: Split, shard: Shard, rows: np.ndarray) -> Iterator[bytes]:

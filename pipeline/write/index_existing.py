@@ -65,8 +65,7 @@ def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tu
             del rows[image]
     listed = [{"image": _printable(path, member), "reason": str(err)} for member, err in bad.items()]
     shard = Shard(name, len(rows), path.stat().st_size, file_sha256(path))
-    index = np.array(list(rows.values()), dtype=INDEX_DTYPE)
-    return ShardRecord(shard, index, totals, [], listed), passed_over
+    return ShardRecord(shard, np.array(list(rows.values()), INDEX_DTYPE), totals, [], listed), passed_over
 
 
 def _printable(path: Path, member: Member) -> str:

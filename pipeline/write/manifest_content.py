@@ -101,6 +101,7 @@ class Collected:
                 raise DataError(f"{split}: no usable image is left in this split")
             rows = np.concatenate([record.rows for record in records])
             index = f"{dataset}-{split}.index.npy"
-            shards = [record.shard for record in records]
-            splits[split] = manifest.split_record(shards, index, write_array(folder, index, rows))
+            splits[split] = manifest.split_record(
+                [record.shard for record in records], index, write_array(folder, index, rows)
+            )
         return splits

@@ -1,7 +1,5 @@
 """The sharder's inner loops: resizing and adding up, in whole numbers, compiled by Numba."""
 
-from __future__ import annotations
-
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -68,7 +66,7 @@ class Totals(NamedTuple):
     image: ndarray  # (3 · size²,): all squares added up
 
     @staticmethod
-    def zeros(size: int, dtype: Any = np.uint32) -> Totals:
+    def zeros(size: int, dtype: Any = np.uint32) -> "Totals":
         """dtype: of the image. 32 bits are enough for 16 million images."""
         return Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, dtype))
 

@@ -105,6 +105,7 @@ def test_other_damage_is_found_too(whole, tmp_path):
     (root / shards[2]).with_suffix(".idx").write_text("v1.2 0\n")
     (root / "digits-mean.npy").write_bytes(b"")
     (root / "_info.json").write_text("{}")
+    shutil.copy(root / shards[1], root / "left.tar")
     with tarfile.open(root / shards[3]) as tar:
         label = next(m for m in tar if m.name.endswith(".cls"))
     with open(root / shards[3], "r+b") as file:
@@ -119,6 +120,7 @@ def test_other_damage_is_found_too(whole, tmp_path):
         f"{shards[2]}: {shards[2][:-3]}idx does not name",
         "digits-mean.npy: ",
         "_info.json: differs from the manifest",
+        "left.tar: the manifest does not name it",
         f"{shards[3]}: {label.name} has b'",
     ):
         assert said in done.stdout

@@ -295,6 +295,7 @@ def test_a_mean_of_probabilities_keeps_what_float32_would_make_equal():
         (["{trained}"], ["--batch", "0"], 2, "--batch 0: at least 1"),
         (["{trained}"], ["--preset", "seed"], 2, "records its net; leave it out"),
         (["{pth}"], [], 2, "has no model card; name its net by --preset"),
+        ([str(ROOT / "docs" / "seven.png")], [], 65, "seven.png: damaged, or more than weights; nothing of it was run"),
         (["{pth}"], ["--preset", "sead"], 2, "choose one of demo, seed"),
         (["{pth}"], ["--preset", "torchvision"], 65, "holds no output layer of --preset torchvision"),
         (["{pth}"], ["--preset", "fig1"], 65, "it is not of --preset fig1"),

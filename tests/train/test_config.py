@@ -50,6 +50,8 @@ def test_a_bare_resume_means_the_newest():
         (["demo", "--train.batch", "many"], r"--train.batch: invalid literal for int\(\) with base 10: 'many'"),
         (["demo", "--data.shards", "x", "stray"], "stray"),
         (["demo"], "data.shards is not set"),
+        (["demo", "--data.shards", "https://me:secret@h/x"], "^https://h/x: leave user, password"),
+        (["demo", "--data.shards", "https://h/x?sig=secret"], "^https://h/x: leave user, password"),
         (["demo", "--data.shards", "x", "--run.dir", ""], "run.dir is empty"),
         (["demo", "--data.shards", "x", "--run.dir="], "run.dir is empty"),
         (["demo", "--data.shards", "x", "--train.batch", "0"], "train.batch=0: must be a number of at least 1"),

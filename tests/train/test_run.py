@@ -174,8 +174,8 @@ def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, few_digits
     env = os.environ | {"PLANT": f"sleep:0:{STEPS + 6}"}  # so that it does not end before it is killed
     argv = command(SCRIPT, *args, script=PLANTED)
     process = subprocess.Popen(argv, **quiet, cwd="/", env=env, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not (run / "planted").exists():
+    deadline, checkpoint = time.monotonic() + 300, run / "checkpoints" / "step-00000022"
+    while not ((run / "planted").exists() and checkpoint.exists()):  # it is saved in the background
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, few_digits
     process.wait()
     resumed = launch(*args)  # the same command
     assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming from {run / 'checkpoints' / 'step-00000022'}: 1 of 2 epochs done" in resumed.stdout
+    assert f"resuming from {checkpoint}: 1 of 2 epochs done" in resumed.stdout
     assert global_ids(run) == global_ids(one)
     for field in ("step", "lr", "loss"):
         assert [m[field] for m in metrics(run, "train")] == [m[field] for m in metrics(one, "train")]
@@ -299,6 +299,11 @@ def test_gloo_asked_for_by_one_process_is_no_error(few_digits, tmp_path):
             ["demo", "--data.shards", "{few_digits}", "--train.batch", "5000"],
             2,
             "train.batch=5000 is more than the 356",
+        ),
+        (
+            ["demo", "--data.shards", "{few_digits}", "--overfit", "357"],
+            2,
+            "overfit=357: the split train has 356 images",
         ),
         (["demo", "--data.shards", "{few_digits}", "--augment.crop", "8"], 2, "augment.crop=8 is too small"),
         (["demo", "--data.shards", "{few_digits}", "--model.init", "a.onnx"], 65, "a.onnx: ONNX holds no trainable"),

@@ -1,7 +1,5 @@
 """What a source of labelled images is: it lists its items in a fixed order and reads one at a time."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -152,10 +150,9 @@ class Source:
         """Adds the command line's options of this source."""
 
     @classmethod
-    def from_options(cls, args: argparse.Namespace) -> Source:
+    def from_options(cls, args: argparse.Namespace) -> "Source":
         """The options' values go to the dataclass's fields of the same names."""
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        return cls(**{field.name: getattr(args, field.name) for field in fields})
+        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 class Files(Source):

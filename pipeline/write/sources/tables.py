@@ -148,8 +148,10 @@ class Kaggle(Files):
         self.splits = train.splits | {"val": Items(self._validation(self.src / self.table))}
         if self.folders["test"].is_dir():
             unique = UniqueKeys()
-            names = sorted(os.listdir(self.folders["test"]))
-            self.splits["test"] = Items(Item(unique(readable_key(name)), -1, f"test/{name}") for name in names)
+            self.splits["test"] = Items(
+                Item(unique(readable_key(name)), -1, f"test/{name}")
+                for name in sorted(os.listdir(self.folders["test"]))
+            )
         if (words := self.src / self.words).is_file():
             name_of = dict(line.split(maxsplit=1) for line in words.read_text(encoding="utf-8").splitlines() if line)
             self.class_names = [name_of.get(wnid, wnid).strip() for wnid in self.classes]

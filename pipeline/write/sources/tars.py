@@ -22,7 +22,7 @@ from ...decode import BadImage
 from ...errors import ConfigError, DataError
 from ...progress import Progress
 from ...shards import IMAGES, LABELS, label_name, label_text, split_name
-from ...storage import Folder, is_url
+from ...storage import Folder, check_url, is_url
 from ...tar import Member, members
 from .base import Archives, Item, UniqueKeys
 from .folders import TrainAndVal, is_image, litter, require_utf8
@@ -177,7 +177,7 @@ class WebDataset(TrainAndVal, Archives):
         """The tars that a pattern names, local ones now. Raises ConfigError, DataError or StorageError."""
         if not is_url(pattern):
             return expand(pattern)
-        from ...remote import PATIENCE, RemoteFolder, check_url
+        from ...remote import PATIENCE, RemoteFolder
 
         check_url(pattern, allow_http=self.allow_http)
         if (folder := self.fetch) is None:
