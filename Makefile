@@ -3,7 +3,7 @@
 # make test-all   and those that prove a promise a second time (tests/README.md)
 # make docs-test   the commands and scripts of README.md and docs/, as they stand there; make test-all includes it
 # make faults  sharder and training killed 50 times each, and all else that can go wrong
-# make netns-test   two hosts as network namespaces, a cable that is pulled, refusals at start: needs root
+# make netns-test   two hosts as network namespaces, a cable that is pulled, rejections at start: needs root
 # make slurm-test   sharding and training on a real Slurm of two nodes on this machine: needs root and Debian
 # make ray-test   sharding on a Ray cluster of two nodes on this machine, whose workers and drivers are killed
 # make simd    Pillow-SIMD instead of Pillow, for images that are no JPEGs: needs a compiler, headers of libjpeg and zlib

@@ -112,7 +112,7 @@ launch_and_wait() { # RUN_DIR ARGUMENTS_OF_ACCELERATE_LAUNCH... ; exits with the
   launcher=$!
   wait_for_launcher
   [[ $code -eq 0 ]] && exit 0
-  exit_as_told "$run_dir" "$before" "$beat" "$code"
+  exit_as_reported "$run_dir" "$before" "$beat" "$code"
 }
 
 # Signals go to the ranks and not to the launcher: with one process accelerate does not forward them, and torchrun kills
@@ -142,7 +142,7 @@ wait_for_launcher() { # sets code; returns when the launcher and all ranks have 
   while [[ -n $(ranks) ]]; do sleep 0.2; done # a launcher that was killed leaves them behind, and they are saving
 }
 
-exit_as_told() { # RUN_DIR IDENTITIES_BEFORE_OF_EXIT_JSON_AND_HEARTBEAT LAUNCHER_CODE
+exit_as_reported() { # RUN_DIR IDENTITIES_BEFORE_OF_EXIT_JSON_AND_HEARTBEAT LAUNCHER_CODE
   local end=$1/exit.json now tries
   for tries in {1..6}; do # on another machine it may be written a moment later
     now=$(identity "$end")

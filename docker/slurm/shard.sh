@@ -26,7 +26,7 @@ read_arguments() {
   MAKE=("$@")
 }
 
-refuse_nonsense() {
+reject_nonsense() {
   local usage='say shard.sh -n SLICES [sbatch options] -- SOURCE --out DIR [options of make_shards.py]'
   [[ $SLICES =~ ^[1-9][0-9]{0,4}$ ]] || fail "$USAGE" "-n '$SLICES': how many slices, 1 to 99999; $usage"
   [[ ${#MAKE[@]} -gt 0 && ${MAKE[0]} != -* ]] || fail "$USAGE" "no source after --; $usage"
@@ -54,5 +54,5 @@ submit() {
 }
 
 read_arguments "$@"
-refuse_nonsense
+reject_nonsense
 submit

@@ -60,7 +60,7 @@ fingerprint_in() { sed -n 's/^ *"fingerprint": "\([0-9a-f]*\)".*/\1/p' "$1" | ta
 size_of() { stat -L -c %s "$1" 2>/dev/null || echo -1; }
 
 # Exits if the folder holds something else.
-refuse_other() {
+reject_other() {
   local there='' cure='remove it, or choose another folder'
   if [[ -f $TO/manifest.json ]]; then
     there=$(fingerprint_in "$TO/manifest.json")
@@ -151,7 +151,7 @@ publish() {
 }
 
 stage() {
-  refuse_other
+  reject_other
   find "$TO" -name '*.partial' -delete
   find_missing
   if ((${#MISSING[@]} == 0)) && [[ -f $TO/manifest.json ]]; then

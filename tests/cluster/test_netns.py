@@ -30,22 +30,22 @@ def hosts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(few_digits) -> list[object]:
+def flags(few_digits) -> list[object]:
     return [*SMALL, "--data.shards", few_digits, "--train.epochs", 3, "--guard.hang-seconds", HANG]
 
 
 @pytest.fixture(scope="module")
-def one_host(told, tmp_path_factory) -> Path:
+def one_host(flags, tmp_path_factory) -> Path:
     """The same run by two processes of one host, undisturbed."""
-    return run(tmp_path_factory.mktemp("whole") / "run", *told, ranks=2).folder
+    return run(tmp_path_factory.mktemp("whole") / "run", *flags, ranks=2).folder
 
 
 def both_end(jobs: list[Job]) -> list[int]:
     return [job.wait(seconds=150) for job in jobs]
 
 
-def test_two_hosts_train_with_the_ids_and_losses_of_one(hosts, told, one_host, tmp_path):
-    jobs = hosts.start(tmp_path / "run", *told, port=a_port())
+def test_two_hosts_train_with_the_ids_and_losses_of_one(hosts, flags, one_host, tmp_path):
+    jobs = hosts.start(tmp_path / "run", *flags, port=a_port())
     assert both_end(jobs) == [0, 0], jobs[0].said + jobs[1].said
     assert traces(tmp_path / "run") == traces(one_host)
     where = {path.name: path.read_text() for path in (tmp_path / "run" / "heartbeat").glob("*.json")}
@@ -53,8 +53,8 @@ def test_two_hosts_train_with_the_ids_and_losses_of_one(hosts, told, one_host, t
     assert "ie-b" in where["rank-00001.json"]
 
 
-def test_a_short_cut_costs_nothing_but_time(hosts, told, one_host, tmp_path):
-    jobs = hosts.start(tmp_path / "run", *told, port=a_port())
+def test_a_short_cut_costs_nothing_but_time(hosts, flags, one_host, tmp_path):
+    jobs = hosts.start(tmp_path / "run", *flags, port=a_port())
     assert jobs[0].wait_for(lambda: jobs[0].step >= 10)
     hosts.link("down")
     try:
@@ -68,9 +68,9 @@ def test_a_short_cut_costs_nothing_but_time(hosts, told, one_host, tmp_path):
     assert traces(tmp_path / "run") == traces(one_host)
 
 
-def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, told, one_host, tmp_path):
+def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, flags, one_host, tmp_path):
     folder = tmp_path / "run"
-    jobs = hosts.start(folder, *told, port=a_port())
+    jobs = hosts.start(folder, *flags, port=a_port())
     assert jobs[0].wait_for(lambda: jobs[0].step >= 37)  # in the second epoch, after a checkpoint of its own
     hosts.link("down")
     try:
@@ -87,13 +87,13 @@ def test_a_long_cut_ends_in_77_on_both_sides_and_the_job_resumes_exactly(hosts, 
         assert jobs[0].exit["reason"] in job.said
     stacks = sorted(path.name for path in (folder / "stacks").iterdir())
     assert stacks == ["rank-00000.txt", "rank-00001.txt"]
-    jobs = hosts.start(folder, *told, port=a_port())
+    jobs = hosts.start(folder, *flags, port=a_port())
     assert both_end(jobs) == [0, 0], jobs[0].said + jobs[1].said
     assert "resuming from" in jobs[0].said
     assert traces(folder) == traces(one_host)
 
 
-def test_another_version_other_shards_and_another_command_are_refused_by_the_hosts_name(hosts, told, tmp_path):
+def test_another_version_other_shards_and_another_command_are_rejected_by_the_hosts_name(hosts, flags, tmp_path):
     other_code = tmp_path / "checkout"
     for package in ("model", "pipeline", "train"):
         shutil.copytree(ROOT / package, other_code / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -110,7 +110,7 @@ def test_another_version_other_shards_and_another_command_are_refused_by_the_hos
         ({}, {1: other_code / "train" / "run.py"}, "host ie-b differs from host ie-a: the code of pipeline, model", 2),
     ]
     for others, scripts, said, code in cases:
-        jobs = hosts.start(tmp_path / "run", *told, port=a_port(), others=others, scripts=scripts)
+        jobs = hosts.start(tmp_path / "run", *flags, port=a_port(), others=others, scripts=scripts)
         assert all(both_end(jobs)), said
         for job in jobs:
             assert said in the_line(job), job.said
@@ -118,8 +118,8 @@ def test_another_version_other_shards_and_another_command_are_refused_by_the_hos
         assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_that_the_other_host_does_not_share_is_refused(hosts, told, tmp_path):
-    jobs = hosts.start(tmp_path / "run", *told, port=a_port(), folders={1: tmp_path / "own"})
+def test_a_run_folder_that_the_other_host_does_not_share_is_rejected(hosts, flags, tmp_path):
+    jobs = hosts.start(tmp_path / "run", *flags, port=a_port(), folders={1: tmp_path / "own"})
     assert all(both_end(jobs))
     for job in jobs:
         assert "host ie-b does not see what host ie-a writes there; choose a folder on storage" in the_line(job)

@@ -54,7 +54,7 @@ def test_a_field_that_one_version_lacks_and_ranks_of_one_host_are_named():
     assert "; d=x but None and 2 more; " in verdict(ranks({}, many))[1]
 
 
-def test_an_error_of_one_host_is_told_with_its_name_and_of_all_without():
+def test_an_error_of_one_host_is_reported_with_its_name_and_of_all_without():
     bad = {"rank": 1, "host": "h1", "error": "/data: no such shard folder", "code": 65}
     assert verdict([*ranks(FACTS), bad]) == (65, "host h1: /data: no such shard folder")
     assert verdict([{**bad, "rank": i, "host": f"h{i}"} for i in range(3)]) == (65, "/data: no such shard folder")
@@ -127,7 +127,7 @@ def the_line(job: Job) -> str:
 
 
 @pytest.mark.parametrize("packages", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_what_differs_between_hosts_is_refused_by_both_before_anything_is_written(
+def test_what_differs_between_hosts_is_rejected_by_both_before_anything_is_written(
     packages, few_digits, other_digits, tmp_path
 ):
     shown = tmp_path / "site" / "numpy-0.1.dist-info"
@@ -166,7 +166,7 @@ def test_own_affairs_of_a_host_are_left_to_it(few_digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_refusal_is_told_although_launchers_end_the_ranks_that_wait(tmp_path):
+def test_a_rejection_is_reported_although_launchers_end_the_ranks_that_wait(tmp_path):
     """Two ranks a host: when one has ended, its launcher sends SIGTERM to the other, which may be rank 0."""
     folder, port = tmp_path / "run", a_port()
     folder.mkdir()

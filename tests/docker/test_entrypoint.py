@@ -106,7 +106,7 @@ def test_a_run_ends_with_0_in_the_preset_s_folder_and_one_on_missing_shards_with
 
 @pytest.mark.slow
 @LAUNCHES
-def test_a_signal_saves_and_ends_with_75_and_the_same_command_goes_on(launch, few_digits, tmp_path):
+def test_a_signal_saves_and_ends_with_75_and_the_same_command_resumes(launch, few_digits, tmp_path):
     folder, step = tmp_path / "home" / "run", 0
     for name in ("SIGTERM", "SIGINT"):
         job = Container(tmp_path / "home", *small(few_digits), "--run.dir=run", "--train.epochs", 50, launch=launch)
@@ -147,7 +147,7 @@ def test_a_signal_before_there_are_ranks_means_the_same_command_again(begun, few
     assert job.end() == 75, job.said
 
 
-def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(few_digits, forks, tmp_path):
+def test_what_the_ranks_reject_comes_out_although_the_launcher_says_1(few_digits, forks, tmp_path):
     folder = tmp_path / "home" / "run"
     folder.mkdir(parents=True)
     (folder / "exit.json").write_text('{"code": 76, "reason": "an earlier start", "step": 5}')
@@ -157,7 +157,7 @@ def test_what_the_ranks_refuse_comes_out_although_the_launcher_says_1(few_digits
     assert "train.batch=47" in exit_json(folder)["reason"]
 
 
-REFUSED = {
+REJECTED = {
     "unknown field": (["train", "demo", "--optim.speed", 3], "", 2, "unknown field --optim.speed"),
     "no shards": (["train", "demo"], "cpu2", 2, "data.shards is not set"),
     "unknown launch": (["train", "demo", "--data.shards", "x"], "3gpu", 2, "LAUNCH_CONFIG=3gpu"),
@@ -166,19 +166,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_start_is_refused_in_one_line_with_its_own_code(case, forks, tmp_path, monkeypatch):
-    args, launch, code, words = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_what_cannot_start_is_rejected_in_one_line_with_its_own_code(case, forks, tmp_path, monkeypatch):
+    args, launch, code, words = REJECTED[case]
     if "LAUNCH_ARGS" in words:
         monkeypatch.setenv("LAUNCH_ARGS", "--num_processes 2")
         if any(Path("/dev").glob("nvidia*")):
             pytest.skip("there is a GPU here")
-    refused = Container(tmp_path / "home", *args, launch=launch, programs=forks)
-    assert refused.end() == code, refused.said
-    (line,) = refused.said.splitlines()
+    rejected = Container(tmp_path / "home", *args, launch=launch, programs=forks)
+    assert rejected.end() == code, rejected.said
+    (line,) = rejected.said.splitlines()
     assert line.startswith("error: ")
     assert words in line
-    assert sorted(path.name for path in refused.home.iterdir()) in (["log"], ["log", "state"])
+    assert sorted(path.name for path in rejected.home.iterdir()) in (["log"], ["log", "state"])
 
 
 def test_everything_else_passes_through_with_its_arguments_and_its_code(tmp_path):
@@ -202,6 +202,6 @@ def test_smoke_tells_versions_and_devices_and_trains_to_its_end(tmp_path):
     assert '"torch": ' in smoke.said
     assert '"gpus": ' in smoke.said
     assert smoke.said.splitlines()[-1].startswith("val top1=")
-    told = Container(tmp_path / "home", "evaluate", "--help")
-    assert told.end() == 0
-    assert "tools/evaluate.py" in told.said
+    shown = Container(tmp_path / "home", "evaluate", "--help")
+    assert shown.end() == 0
+    assert "tools/evaluate.py" in shown.said

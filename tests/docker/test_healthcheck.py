@@ -64,7 +64,7 @@ def test_a_container_without_training_is_healthy(tmp_path):
     assert probe(tmp_path / "none") == (0, "healthy: no training was started here")
 
 
-def test_limits_can_be_told_as_a_liveness_probe_does(training):
+def test_limits_can_be_set_as_a_liveness_probe_does(training):
     state = training(500, r0=(HERE, 30))
     assert probe(state, "--age", 20)[0] == 1
     assert probe(state, "--age", 40)[0] == 0

@@ -172,7 +172,7 @@ def test_a_disk_that_fills_in_mid_save_ends_with_74_and_the_last_good_checkpoint
         assert traces(small / "run") == traces(clean)
 
 
-def test_a_run_that_may_goes_on_without_saving_and_says_so(clean, few_digits, tmp_path):
+def test_a_run_that_may_continues_without_saving_and_says_so(clean, few_digits, tmp_path):
     with tmpfs(tmp_path / "small", str(int(checkpoint_bytes(clean) * 2.5))) as small:
         done = again(small / "run", few_digits, "--guard.on-save-error", "continue")
         assert losses(small / "run") == losses(clean)
@@ -198,7 +198,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line_with_74(few_digits, tmp
     assert "blocked" in the_error(done)
 
 
-def test_a_branch_goes_on_by_the_same_command(clean, few_digits, tmp_path):
+def test_a_branch_resumes_by_the_same_command(clean, few_digits, tmp_path):
     begun = clean / "checkpoints" / "step-00000024"
     branch = tmp_path / "branch"
     done = again(branch, few_digits, "--resume", begun)

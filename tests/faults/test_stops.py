@@ -198,7 +198,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_leaves_the_folder_f
     assert traces(folder) == traces(clean)
 
 
-def test_a_second_run_in_one_folder_is_refused_and_the_first_goes_on(few_digits, tmp_path):
+def test_a_second_run_in_one_folder_is_rejected_and_the_first_continues(few_digits, tmp_path):
     folder = tmp_path / "run"
     env = os.environ | {"PLANT": "sleep:0:4"}
     argv = [sys.executable, str(PLANTED), str(SCRIPT), *map(str, two(few_digits)), "--run.dir", str(folder)]
@@ -309,9 +309,9 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits,
     assert f"loss {losses(clean)[57]:.9g} (recorded {losses(clean)[57]:.9g}: equal)" in done.stdout
     alone = quiet(replay, clean, 57, "--json", tmp_path / "step.json")
     assert alone.returncode == 0, alone.stderr
-    told = json.loads((tmp_path / "step.json").read_text())
-    assert told["ids"] == global_ids(clean)[57]
-    assert told["loss"] == pytest.approx(losses(clean)[57], abs=1e-4)
+    replayed = json.loads((tmp_path / "step.json").read_text())
+    assert replayed["ids"] == global_ids(clean)[57]
+    assert replayed["loss"] == pytest.approx(losses(clean)[57], abs=1e-4)
     monkeypatch.setenv("PLANT", "nan:0:11")
     folder = tmp_path / "run"
     stopped = quiet(PLANTED, SCRIPT, *two(few_digits), "--run.dir", folder)
@@ -320,9 +320,9 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits,
     assert "loss nan (recorded nan: equal)" in again.stdout, again.stderr
     assert "after step 8" in again.stdout
     for step, message in (("0", "steps count from 1"), ("59", "the run has 58 steps")):
-        refused = quiet(replay, folder, step)
-        assert refused.returncode == 2
-        assert message in the_error(refused)
+        rejected = quiet(replay, folder, step)
+        assert rejected.returncode == 2
+        assert message in the_error(rejected)
     assert "no run folder" in the_error(quiet(replay, tmp_path / "nowhere", 3))
 
 
@@ -331,7 +331,7 @@ CALM = ["--optim.lr", 0.003, "--model.dropout", 0.5]
 
 
 @pytest.mark.parametrize("most", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(most, digits, few_digits, tmp_path):
+def test_other_numbers_of_ranks_resume_with_the_same_ids_and_rates(most, digits, few_digits, tmp_path):
     args = [*two(digits if most == 4 else few_digits), *CALM]
     whole = run(tmp_path / "whole", *args, ranks=most).folder
     folder, begun = tmp_path / "run", 0
@@ -354,7 +354,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_ids_and_rates(most, digits, 
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(few_digits, tmp_path):
+def test_torchrun_resumes_with_fewer_nodes_and_restarts_what_was_killed(few_digits, tmp_path):
     """Two agents on one machine stand for two nodes; one of them is killed with its rank."""
     folder = tmp_path / "run"
     args = [*two(few_digits), *CALM]
@@ -381,7 +381,7 @@ def test_torchrun_goes_on_with_fewer_nodes_and_restarts_what_was_killed(few_digi
     assert traces(folder)["rates"] == traces(whole)["rates"]
 
 
-def test_what_may_change_changes_and_what_may_not_is_refused_by_field(clean, few_digits, tmp_path):
+def test_what_may_change_changes_and_what_may_not_is_rejected_by_field(clean, few_digits, tmp_path):
     folder = shutil.copytree(clean, tmp_path / "run")
     same = [*two(few_digits), "--run.dir", folder]
     allowed = [
@@ -396,14 +396,14 @@ def test_what_may_change_changes_and_what_may_not_is_refused_by_field(clean, few
     ]
     done = quiet(SCRIPT, *same, *allowed)
     assert done.returncode == 0, done.stderr
-    refused = quiet(SCRIPT, *same, "--run.seed", 5, "--model.dropout", 0.25)
-    assert refused.returncode == 2
-    line = the_error(refused)
+    rejected = quiet(SCRIPT, *same, "--run.seed", 5, "--model.dropout", 0.25)
+    assert rejected.returncode == 2
+    line = the_error(rejected)
     assert "model.dropout=0.25 but it was 0.5" in line
     assert "run.seed=5 but it was 0" in line
 
 
-def test_more_epochs_are_refused_where_they_would_have_changed_a_rate(few_digits, tmp_path):
+def test_more_epochs_are_rejected_if_they_would_have_changed_a_rate(few_digits, tmp_path):
     large = [*SMALL, "--train.batch", 89, "--data.shards", few_digits]  # four steps an epoch
     cosine = [*large, "--optim.warmup-epochs", 0, "--run.dir", tmp_path / "cosine"]
     assert quiet(SCRIPT, *cosine, "--train.epochs", 1).returncode == 0

@@ -340,6 +340,6 @@ def test_an_impossible_table_is_one_line(capsys):
         (lambda: meta(ModelConfig("torchvision", norm="lrn")), "model.norm=lrn: model.name=torchvision"),
     ],
 )
-def test_impossible_nets_are_refused_by_field_and_value(make, message):
+def test_impossible_nets_are_rejected_by_field_and_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()

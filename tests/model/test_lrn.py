@@ -107,12 +107,12 @@ def test_spatial_gradients_by_formula_are_those_by_differences(size):
     assert torch.autograd.gradcheck(lambda x: spatial_response_norm(x, size=size, alpha=0.7, beta=0.75, k=1.5), x)
 
 
-def test_channels_that_do_not_divide_are_refused():
+def test_channels_that_do_not_divide_are_rejected():
     with pytest.raises(ValueError, match="towers=2: 3 channels"):
         local_response_norm(torch.zeros(1, 3, 2, 2), size=5, alpha=1.0, beta=0.75, k=2.0, towers=2)
 
 
-def test_an_even_window_is_refused():
+def test_an_even_window_is_rejected():
     with pytest.raises(ValueError, match="size=4: must be odd"):
         local_response_norm(torch.zeros(1, 3, 2, 2), size=4, alpha=1.0, beta=0.75, k=2.0)
 
@@ -124,7 +124,7 @@ def test_nothing_in_is_nothing_out(shape):
     assert spatial_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0).shape == shape
 
 
-def test_a_second_derivative_is_refused_and_not_silently_another_one():
+def test_a_second_derivative_is_rejected_and_not_silently_another_one():
     x = torch.randn(2, 6, 3, 3, dtype=torch.float64, requires_grad=True)
     y = local_response_norm(x, size=5, alpha=0.5, beta=0.75, k=2.0)
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

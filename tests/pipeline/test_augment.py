@@ -103,6 +103,6 @@ def test_bilinear_resize_of_the_sharder_is_torchvisions():
         ({"statistics": "mine"}, "augment.statistics=mine"),
     ],
 )
-def test_impossible_views_are_refused_by_field_and_value(fields, message):
+def test_impossible_views_are_rejected_by_field_and_value(fields, message):
     with pytest.raises(ConfigError, match=message):
         AugmentConfig(**fields)

@@ -102,7 +102,7 @@ def test_an_exception_while_reading_reaches_the_caller(thousand, backend, monkey
             next(iter(loader))
 
 
-def test_what_the_fast_decoder_refuses_is_given_whole_to_pillow(thousand, monkeypatch):
+def test_what_the_fast_decoder_rejects_is_given_whole_to_pillow(thousand, monkeypatch):
     def crops(loader):
         return {i: image for batch in loader for i, image in zip(batch.ids.tolist(), batch.images.numpy())}
 
@@ -110,11 +110,11 @@ def test_what_the_fast_decoder_refuses_is_given_whole_to_pillow(thousand, monkey
     with make() as loader:
         expected = crops(loader)
 
-    def refuse(*args, **kwargs):
+    def reject(*args, **kwargs):
         raise ValueError("on purpose")
 
     for module in ("decode", "read.portable"):
-        monkeypatch.setattr(f"pipeline.{module}.decode_jpeg", refuse)
+        monkeypatch.setattr(f"pipeline.{module}.decode_jpeg", reject)
     with make() as loader:
         got = crops(loader)
     assert got.keys() == expected.keys()

@@ -112,7 +112,7 @@ def test_a_label_too_few_and_a_foreign_one_are_named(tmp_path):
         source(made, 2010)
 
 
-def test_a_first_class_that_is_not_imagenets_is_refused(tmp_path, monkeypatch):
+def test_a_first_class_that_is_not_imagenets_is_rejected(tmp_path, monkeypatch):
     renamed = ["n01500000" if wnid == "n01440764" else wnid for wnid in WNIDS]
     monkeypatch.setattr(archives, "ID_OF", dict(zip(renamed, archives.ID_OF.values())))
     monkeypatch.setattr(archives, "WNIDS", renamed)

@@ -287,14 +287,14 @@ def test_closing_leaves_no_thread_and_no_file_open(shards, backend):
         ({"batch": 4, "config": LoaderConfig(backend="dali-gpu")}, "dali-gpu needs a CUDA device, not cpu"),
     ],
 )
-def test_impossible_loaders_are_refused(shards, kwargs, message):
+def test_impossible_loaders_are_rejected(shards, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         Loader(shards["jpeg"], **kwargs)
 
 
-def test_a_state_outside_the_epoch_is_refused(shards):
-    refused = pytest.raises(ConfigError, match="epoch=0 step=4: an epoch has 4 steps")
-    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, refused:
+def test_a_state_outside_the_epoch_is_rejected(shards):
+    rejected = pytest.raises(ConfigError, match="epoch=0 step=4: an epoch has 4 steps")
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, rejected:
         loader.load_state_dict({"epoch": 0, "step": 4})
 
 
@@ -308,7 +308,7 @@ def test_a_state_outside_the_epoch_is_refused(shards):
         ({"shards": "keep"}, "fingerprint=.* but the loader's state is of fingerprint="),
     ],
 )
-def test_a_state_of_another_order_is_refused_with_both_values(shards, other, message):
+def test_a_state_of_another_order_is_rejected_with_both_values(shards, other, message):
     with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
         state = json.loads(json.dumps(loader.state_dict()))
     kwargs = {"batch": 3} | other
@@ -317,7 +317,7 @@ def test_a_state_of_another_order_is_refused_with_both_values(shards, other, mes
         loader.load_state_dict(state)
 
 
-def test_a_state_goes_on_at_another_world_size(shards):
+def test_a_state_resumes_at_another_world_size(shards):
     with Loader(shards["jpeg"], batch=6, augment=VIEW) as loader:
         first = next(iter(loader))
         state = loader.state_dict()
@@ -368,7 +368,7 @@ def test_partitions_and_windows_see_each_sample_once(shards, partitions, window)
     assert sorted(ids) == list(range(12))
 
 
-def test_worker_processes_are_refused(shards):
+def test_worker_processes_are_rejected(shards):
     with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
         assert len(list(DataLoader(LoaderDataset(loader), batch_size=None))) == 4
         with pytest.raises(ConfigError, match="num_workers must be 0"):
@@ -417,12 +417,12 @@ def test_an_image_that_pillow_takes_and_dali_rejects_gets_pillows_pixels(tmp_pat
 
 
 @pytest.mark.parametrize("state", [{}, {"epoch": 1}])
-def test_half_a_state_is_refused(shards, state):
-    refused = pytest.raises(ConfigError, match="epoch and step are missing")
-    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, refused:
+def test_half_a_state_is_rejected(shards, state):
+    rejected = pytest.raises(ConfigError, match="epoch and step are missing")
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader, rejected:
         loader.load_state_dict(state)
 
 
-def test_an_unknown_dtype_is_refused(shards):
+def test_an_unknown_dtype_is_rejected(shards):
     with pytest.raises(ConfigError, match="dtype='int8': choose one of uint8, float32, float16"):
         Loader(shards["jpeg"], batch=3, dtype="int8")

@@ -34,7 +34,7 @@ def rejected(root, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_folder_and_an_unfinished_one_are_told_apart(copy, tmp_path):
+def test_a_missing_folder_and_an_unfinished_one_are_distinguished(copy, tmp_path):
     rejected(tmp_path / "nowhere", "nowhere: no such shard folder; make one with tools/make_shards.py")
     (copy / "manifest.json").unlink()
     (copy / "parts").mkdir()

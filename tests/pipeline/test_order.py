@@ -110,7 +110,7 @@ def test_evaluation_covers_each_id_once_and_evenly(samples, world):
         (12, 100, 2, 8, "batch=12 does not divide over partitions=8"),
     ],
 )
-def test_a_batch_that_cannot_be_trained_with_is_refused_with_its_value(batch, samples, world, partitions, message):
+def test_a_batch_that_cannot_be_trained_with_is_rejected_with_its_value(batch, samples, world, partitions, message):
     with pytest.raises(ConfigError, match=message):
         order.check_batch(batch, samples=samples, world=world, partitions=partitions)
 

@@ -128,7 +128,7 @@ def test_a_loader_resumes_at_every_step_wherever_the_shards_are(shards, web):
             assert_same(found, wanted[3:] if step == 2 else wanted[step + 1 : 3])
 
 
-def test_the_mean_image_comes_along_and_ranks_are_told_what_makes_fewer_requests(shards, web):
+def test_the_mean_image_comes_along_and_ranks_learn_what_makes_fewer_requests(shards, web):
     view = dataclasses.replace(VIEW, normalize="mean-image")
     wanted = two_epochs(shards["jpeg"], window=16, augment=view, dtype="float32")
     assert_same(two_epochs(opened(web), augment=view, dtype="float32"), wanted)

@@ -119,7 +119,7 @@ def test_a_flipped_bit_is_found_unless_it_is_in_a_member(tmp_path_factory, byte,
         ({"name": "twice.jpg"}, r"a second 'twice\.jpg'"),
     ],
 )
-def test_unsafe_members_are_refused(tmp_path, change, message):
+def test_unsafe_members_are_rejected(tmp_path, change, message):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("twice.jpg"))
         info = tarfile.TarInfo("odd")

@@ -41,7 +41,7 @@ def test_a_single_image_is_seen_as_in_its_shards(shards, encoding, seen, views):
         np.testing.assert_allclose(viewer(pixels), expected, rtol=0, atol=1e-5)
 
 
-def test_statistics_without_a_mean_image_are_refused():
+def test_statistics_without_a_mean_image_are_rejected():
     with pytest.raises(ConfigError, match="hold no mean image"):
         Viewer(AugmentConfig(normalize="mean-image"), Statistics((0, 0, 0), (1, 1, 1)))
 

@@ -274,18 +274,18 @@ GOOD = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64
         (GOOD[:30], "not an image|damaged"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused_with_the_reason(data, reason):
+def test_what_cannot_be_decoded_is_rejected_with_the_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
         prepare(data, Encoding())
 
 
 @given(st.integers(1, len(GOOD) - 3))
-def test_a_jpeg_cut_anywhere_is_refused(length):
+def test_a_jpeg_cut_anywhere_is_rejected(length):
     with pytest.raises(BadImage):
         prepare(GOOD[:length], Encoding())
 
 
-def test_a_decompression_bomb_is_refused_from_its_header():
+def test_a_decompression_bomb_is_rejected_from_its_header():
     header = encoded(Image.new("1", (11_000, 11_000)), "PNG")
     assert len(header) < 200_000
     with pytest.raises(BadImage, match="11000×11000 pixels are over the limit"):
@@ -352,7 +352,7 @@ def test_without_statistics_there_are_none_and_a_normalisation_that_needs_them_s
 
 
 @pytest.mark.parametrize("stats", [True, False])
-def test_a_jpeg_cut_or_damaged_is_refused_with_and_without_statistics(stats):
+def test_a_jpeg_cut_or_damaged_is_rejected_with_and_without_statistics(stats):
     totals = resize.Totals.zeros(256) if stats else None
     assert images.prepare(GOOD, Encoding(), totals).image == GOOD
     for length in range(1, len(GOOD) - 2, 97):
@@ -565,7 +565,7 @@ def test_a_shard_that_lost_all_its_images_leaves_a_dataset_that_opens(tmp_path):
     assert sorted(shard.samples for shard in split.shards) == [0, 1, 1, 1, 1, 1]
 
 
-def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path):
+def test_a_name_that_is_not_utf_8_is_rejected_before_anything_is_written(tmp_path):
     folder = tmp_path / "in" / "a"
     folder.mkdir(parents=True)
     (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(GOOD)
@@ -585,7 +585,7 @@ def stray(jpeg: bytes) -> bytes:
     return jpeg[:end] + b"\0\1\2" + jpeg[end:]
 
 
-def test_a_jpeg_with_stray_bytes_is_converted_since_dali_refuses_it():
+def test_a_jpeg_with_stray_bytes_is_converted_since_dali_rejects_it():
     assert prepare(GOOD, Encoding()).converted is None
     prepared = prepare(stray(GOOD), Encoding())
     assert prepared.converted == "JPEG with stray bytes"

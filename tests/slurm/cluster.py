@@ -31,7 +31,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits as long as a credential is good, two minutes unless told; less than six seconds does not count.
+# A requeued job waits as long as a credential is good, two minutes by default; less than six seconds does not count.
 AuthInfo=socket={root}/munge/socket,cred_expire=6
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
@@ -191,9 +191,9 @@ class BatchJob:
         self.cluster, self.run, self.log = cluster, run, run.with_name(f"{run.name}.log")
         chosen = {"nodes": 2, "output": self.log, **options}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-        told = cluster.env | (env or {})
+        env = cluster.env | (env or {})
         argv = ["sbatch", "--parsable", *flags, ROOT / "docker/slurm/train.sbatch", *args, "--run.dir", run]
-        done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=told, cwd=cluster.folder)
+        done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=env, cwd=cluster.folder)
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()
 

@@ -50,7 +50,7 @@ def shards(tmp_path_factory) -> Path:
     return out
 
 
-def told(shards: Path) -> list[object]:
+def flags(shards: Path) -> list[object]:
     return [*SMALL, "--train.epochs", 2, "--data.shards", shards]
 
 
@@ -58,7 +58,7 @@ def told(shards: Path) -> list[object]:
 def clean(shards, tmp_path_factory) -> Path:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))  # as many as the nodes have
     pinned = ("taskset", "--cpu-list", cores)
-    return run(tmp_path_factory.mktemp("clean") / "run", *told(shards), ranks=2, prefix=pinned).folder
+    return run(tmp_path_factory.mktemp("clean") / "run", *flags(shards), ranks=2, prefix=pinned).folder
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def job(cluster, shards, tmp_path):
     started = []
 
     def start(*args: object, **options) -> BatchJob:
-        started.append(BatchJob(cluster, tmp_path / "run", *(args or told(shards)), **options))
+        started.append(BatchJob(cluster, tmp_path / "run", *(args or flags(shards)), **options))
         return started[-1]
 
     yield start
@@ -103,7 +103,7 @@ def test_an_array_of_slices_with_its_merge_gives_the_bytes_of_a_local_run(cluste
     assert same_files(out, shards)
 
 
-def test_a_slice_that_is_requeued_in_the_middle_goes_on_and_the_merge_waits_for_it(cluster, tmp_path):
+def test_a_slice_that_is_requeued_in_the_middle_resumes_and_the_merge_waits_for_it(cluster, tmp_path):
     make = ["digits", "--side", 260, "--encode", "jpeg", "--size", 256, "--samples-per-shard", 60, "--out"]
     assert run_tool("tools/make_shards.py", *make, tmp_path / "here", "--workers", 1).returncode == 0
     out = tmp_path / "out"
@@ -155,7 +155,7 @@ def test_two_nodes_train_from_staged_shards_as_two_processes_of_one_machine_do(j
 
 
 @pytest.mark.parametrize("how", [[], ["--batch"]], ids=["to steps", "to the script"])
-def test_a_signal_saves_requeues_and_goes_on_exactly(how, cluster, job, clean):
+def test_a_signal_saves_requeues_and_resumes_exactly(how, cluster, job, clean):
     it = job()
     it.wait_for(lambda: max(losses(it.run), default=0) >= 6)
     cluster.call("scancel", "--signal=TERM", *how, it.id)
@@ -209,7 +209,7 @@ def test_what_the_user_has_cancelled_does_not_come_back(cluster, job):
 
 @pytest.mark.parametrize(("code", "early"), [(2, False), (65, False), (65, True), (76, False)])
 def test_what_would_fail_again_is_not_requeued_and_its_code_is_the_jobs(code, early, job, shards, tmp_path):
-    args = told(shards)
+    args = flags(shards)
     if early:  # rejected before there is a run folder
         args += ["--data.shards", tmp_path / "nowhere"]
     elif code == 2:
@@ -229,7 +229,7 @@ def test_what_would_fail_again_is_not_requeued_and_its_code_is_the_jobs(code, ea
         assert ended(it)["code"] == code
 
 
-def test_a_lost_node_costs_what_was_not_saved_and_the_job_goes_on_when_it_is_back(cluster, job, clean):
+def test_a_lost_node_costs_what_was_not_saved_and_the_job_resumes_when_it_is_back(cluster, job, clean):
     it = job()
     it.wait_for(lambda: max(losses(it.run), default=0) >= 10)
     cluster.lose("n2")

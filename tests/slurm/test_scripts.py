@@ -22,8 +22,8 @@ SCRIPTS = ROOT / "docker" / "slurm"
 
 
 def bash(*argv: object, **env: object) -> subprocess.CompletedProcess[str]:
-    told = os.environ | {name: str(value) for name, value in env.items()}
-    return subprocess.run(["bash", *map(str, argv)], capture_output=True, text=True, cwd="/", env=told)
+    merged = os.environ | {name: str(value) for name, value in env.items()}
+    return subprocess.run(["bash", *map(str, argv)], capture_output=True, text=True, cwd="/", env=merged)
 
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -56,7 +56,7 @@ def test_slices_cover_every_shard_once_and_differ_by_one(shards, slices):
 
 
 @pytest.mark.parametrize("text", ["3/3", "-1/3", "1/0", "/2", "1/", "a/b", "1/2/3"])
-def test_other_slices_are_refused(text):
+def test_other_slices_are_rejected(text):
     with pytest.raises(ConfigError, match="write I/N"):
         numbers(text, 10)
 
@@ -71,7 +71,7 @@ def test_more_slices_than_shards_leave_some_without_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "says"),
+    ("flags", "says"),
     [
         ([], "-n ''"),
         (["-n", "0", "--", "digits", "--out", "x"], "-n '0'"),
@@ -82,8 +82,8 @@ def test_more_slices_than_shards_leave_some_without_work(tmp_path):
         (["-n", "4", "--", "index", "*.tar", "--out", "x"], "index reads tars that exist"),
     ],
 )
-def test_shard_sh_refuses_what_it_cannot_submit(told, says):
-    done = bash(SCRIPTS / "shard.sh", *told)
+def test_shard_sh_rejects_what_it_cannot_submit(flags, says):
+    done = bash(SCRIPTS / "shard.sh", *flags)
     assert done.returncode == 2
     assert says in one_error(done)
 
@@ -183,7 +183,7 @@ def test_of_several_that_ask_at_once_one_copies(source, tmp_path):
     assert files(to) == files(source)
 
 
-def test_a_copy_that_was_ended_goes_on(source, tmp_path):
+def test_a_copy_that_was_ended_resumes(source, tmp_path):
     to = tmp_path / "local"
     stage(source, to)
     whole = {p.name: p.stat().st_mtime_ns for p in to.glob("*.tar")}
@@ -210,7 +210,7 @@ def test_a_staged_copy_that_has_lost_a_file_is_no_dataset_until_it_is_whole(sour
 
 
 @pytest.mark.parametrize("left", ["manifest.json", ".staging", "holiday.jpg"])
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(left, source, digits, tmp_path):
+def test_a_folder_that_holds_something_else_is_rejected_and_left_alone(left, source, digits, tmp_path):
     to = tmp_path / "local"
     to.mkdir()
     if left == "manifest.json":
@@ -244,7 +244,7 @@ def test_no_dataset_is_one_line(tmp_path):
     assert not (tmp_path / "local").exists()
 
 
-def test_too_little_room_is_told_before_anything_is_copied(source, tmp_path):
+def test_too_little_room_is_reported_before_anything_is_copied(source, tmp_path):
     with tmpfs(tmp_path / "small", "1m") as small:
         done = stage(source, small / "local")
         assert done.returncode == 74

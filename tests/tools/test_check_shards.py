@@ -84,7 +84,7 @@ def test_damage_to_a_tar_is_found_and_named(whole, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_refuses_damage_of_size_at_opening_and_changed_bytes_at_their_first_read(whole, tmp_path, kind):
+def test_training_rejects_damage_of_size_at_opening_and_changed_bytes_at_their_first_read(whole, tmp_path, kind):
     root, shard, _ = damaged(whole, tmp_path, kind)
     if kind.startswith("cut"):
         with pytest.raises(DataError, match=rf"{shard}: \d+ bytes, \d+ in the manifest"):

@@ -148,8 +148,8 @@ def test_the_same_integers_at_1_2_and_3_ranks_and_in_training(worlds, trained, d
     """Neither two ranks, three ranks nor batches of 50 divide 359 images evenly."""
     results = []
     for ranks in worlds:
-        told = ["--data.shards", digits, "--batch", 50, "--json", tmp_path / f"{ranks}.json", "--checkpoint", "latest"]
-        done = launched(ROOT / EVALUATE, trained, *told, "--csv", tmp_path / f"{ranks}.csv", ranks=ranks)
+        flags = ["--data.shards", digits, "--batch", 50, "--json", tmp_path / f"{ranks}.json", "--checkpoint", "latest"]
+        done = launched(ROOT / EVALUATE, trained, *flags, "--csv", tmp_path / f"{ranks}.csv", ranks=ranks)
         assert done.returncode == 0, done.stderr
         results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
     for found in results:
@@ -216,8 +216,8 @@ def test_a_submission_has_the_official_order_and_numbers(tmp_path):
     card = Card(net.config, augment, Inputs.of(dataset, augment), {"classes": 5})
     weights = tmp_path / "net.safetensors"
     save_file(net.state_dict(), weights, {"card": json.dumps(card.as_json())})
-    told = [weights, "--data.shards", dataset.root, "--data.split", "test"]
-    done = run_tool(EVALUATE, *told, "--submission", tmp_path / "sub.txt", "--csv", tmp_path / "all.csv")
+    flags = [weights, "--data.shards", dataset.root, "--data.split", "test"]
+    done = run_tool(EVALUATE, *flags, "--submission", tmp_path / "sub.txt", "--csv", tmp_path / "all.csv")
     assert done.returncode == 0, done.stderr
     # Numbers from the kit and predictions from the CSV: neither from the code that wrote the submission.
     with tarfile.open(tmp_path / "archives" / "ILSVRC2012_devkit_t12.tar.gz") as kit:
@@ -234,7 +234,7 @@ def test_a_submission_has_the_official_order_and_numbers(tmp_path):
         row = rows[name.removesuffix(".JPEG")]
         assert row["label"] == ""
         assert line.split() == [str(number[row[f"answer{i}"]]) for i in range(1, 6)]
-    assert "test has no labels; --submission" in the_error(run_tool(EVALUATE, *told))
+    assert "test has no labels; --submission" in the_error(run_tool(EVALUATE, *flags))
     assert "no test image" in the_error(run_tool(EVALUATE, weights, "--data.shards", dataset.root, "--submission", "x"))
 
 
@@ -320,7 +320,7 @@ def test_what_cannot_be_measured_is_one_line(
     assert found == code
 
 
-def test_other_classes_of_the_same_number_are_refused(trained, tmp_path):
+def test_other_classes_of_the_same_number_are_rejected(trained, tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in "abcdefghij":

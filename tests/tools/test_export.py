@@ -82,9 +82,9 @@ def test_safetensors_hold_the_weights_bit_for_bit_and_their_card(trained, export
     assert card["accuracy"][0]["top1"] == own["top1"]
     assert card["accuracy"][0]["command"].startswith("train/run.py demo")
     assert (exported / "net.safetensors").stat().st_mode == (exported / "net.json").stat().st_mode
-    told = (exported / "net.md").read_text()
-    assert f"{own['top1']:.2%}" in told
-    assert card["inputs"]["fingerprint"][:16] in told
+    shown = (exported / "net.md").read_text()
+    assert f"{own['top1']:.2%}" in shown
+    assert card["inputs"]["fingerprint"][:16] in shown
 
 
 def test_onnx_answers_as_torch_for_any_number_of_images(trained, exported):
@@ -125,9 +125,9 @@ def test_pth_loads_where_its_layers_come_from(name, kinds, image_folder, tmp_pat
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=1000) if name == "torchvision" else Seed()
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    told = [tmp_path / "theirs.pth", "--preset", name, "--images", image_folder]
+    flags = [tmp_path / "theirs.pth", "--preset", name, "--images", image_folder]
     for kind in kinds:
-        done = run_tool(EXPORT, *told, tmp_path / f"ours.{kind}")
+        done = run_tool(EXPORT, *flags, tmp_path / f"ours.{kind}")
         assert done.returncode == 0, done.stderr
     with torch.device("meta"):  # without the time for random weights
         again = torchvision.models.alexnet(num_classes=1000) if name == "torchvision" else Seed()
@@ -163,7 +163,7 @@ def test_pth_loads_where_its_layers_come_from(name, kinds, image_folder, tmp_pat
         ("seed", {}, "10 classes and augment.crop=224: the seed's class is for 1000 and 224"),
     ],
 )
-def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_folder, tmp_path, monkeypatch, capsys):
+def test_pth_of_other_nets_is_rejected_with_the_reason(name, switch, said, image_folder, tmp_path, monkeypatch, capsys):
     from safetensors.torch import save_file
 
     crop = 32 if name == "small" else 224
@@ -173,8 +173,8 @@ def test_pth_of_other_nets_is_refused_with_the_reason(name, switch, said, image_
         net = AlexNet(config, classes=10, crop=crop)
     weights = {weight: torch.zeros(value.shape) for weight, value in net.state_dict().items()}
     save_file(weights, tmp_path / "a.safetensors", {"card": json.dumps(card.as_json())})
-    told = [tmp_path / "a.safetensors", tmp_path / "b.pth", "--images", image_folder]
-    code, error = run_here(export.main, monkeypatch, capsys, *told)
+    flags = [tmp_path / "a.safetensors", tmp_path / "b.pth", "--images", image_folder]
+    code, error = run_here(export.main, monkeypatch, capsys, *flags)
     assert said in error
     assert code == 2
     assert not list(tmp_path.glob("b*"))
@@ -205,8 +205,8 @@ def test_what_stands_is_not_written_over_unasked(trained, exported, tmp_path):
 )
 def test_what_cannot_be_exported_is_one_line(trained, tmp_path, out, options, said, monkeypatch, capsys):
     (tmp_path / "card.json").write_text("{}")
-    told = [trained, tmp_path / out, *(o.format(root=tmp_path) for o in options)]
-    _, error = run_here(export.main, monkeypatch, capsys, *told)
+    flags = [trained, tmp_path / out, *(o.format(root=tmp_path) for o in options)]
+    _, error = run_here(export.main, monkeypatch, capsys, *flags)
     assert said in error
     assert not list(tmp_path.glob("net*"))
 
@@ -268,8 +268,8 @@ def test_a_card_of_five_classes_leaves_out_top5(measured, tmp_path):
 
 
 def test_a_card_tells_of_evaluations(trained, few_digits, tmp_path):
-    told = ["--data.shards", few_digits, "--views", 10, "--json", tmp_path / "e.json"]
-    done = run_tool("tools/evaluate.py", trained, *told)
+    flags = ["--data.shards", few_digits, "--views", 10, "--json", tmp_path / "e.json"]
+    done = run_tool("tools/evaluate.py", trained, *flags)
     assert done.returncode == 0, done.stderr
     done = run_tool(EXPORT, trained, tmp_path / "net.safetensors", "--evaluation", tmp_path / "e.json")
     assert done.returncode == 0, done.stderr

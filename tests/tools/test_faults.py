@@ -110,7 +110,7 @@ def test_what_is_whole_is_not_touched_again(job, tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_other_options_are_refused_with_both_values(job, tmp_path, finished):
+def test_other_options_are_rejected_with_both_values(job, tmp_path, finished):
     args, clean = job
     out = tmp_path / "d"
     if finished:
@@ -151,7 +151,7 @@ def tmpfs(folder: Path, options: str):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_with_74_and_the_run_goes_on_later(job, tmp_path):
+def test_a_full_disk_is_one_line_with_74_and_the_run_resumes_later(job, tmp_path):
     args, clean = job
     with tmpfs(tmp_path / "small", "size=6m") as small:
         done = run_tool(MAKE, *args, "--out", small / "d", "--workers", 2)

@@ -242,7 +242,7 @@ def test_another_split_of_finished_shards_is_named_by_its_option(image_folder, t
         build(Plan(ImageFolder(image_folder / "train", val_fraction=0.2), Options()), tmp_path, workers=1)
 
 
-def test_report_refuses_what_is_no_run(tmp_path):
+def test_report_rejects_what_is_no_run(tmp_path):
     done = run_tool("tools/report.py", tmp_path)
     assert done.returncode == 65
     assert "name the folder of a run" in the_error(done)

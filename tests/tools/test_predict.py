@@ -33,8 +33,8 @@ def pictures(few_digits, tmp_path_factory):
 
 @pytest.mark.parametrize("views", [1, 10])
 def test_a_file_is_answered_as_in_its_shards(trained, few_digits, pictures, tmp_path, views):
-    told = ["--views", views, "--precision", "fp32"]
-    done = run_tool("tools/evaluate.py", trained, "--data.shards", few_digits, *told, "--csv", tmp_path / "all.csv")
+    flags = ["--views", views, "--precision", "fp32"]
+    done = run_tool("tools/evaluate.py", trained, "--data.shards", few_digits, *flags, "--csv", tmp_path / "all.csv")
     assert done.returncode == 0, done.stderr
     rows = {row["key"]: row for row in csv.DictReader((tmp_path / "all.csv").read_text().splitlines())}
     done = run_tool(PREDICT, trained, pictures, "--views", views, "--json", tmp_path / "p.json")
@@ -123,8 +123,8 @@ def test_a_name_cannot_steer_the_terminal_and_a_closed_pipe_is_no_error(trained,
 )
 def test_what_holds_no_image_is_one_line(trained, tmp_path, images, code, said, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
-    told = [trained, *(i.format(empty=tmp_path / "empty") for i in images)]
-    found, error = run_here(predict.main, monkeypatch, capsys, *told)
+    flags = [trained, *(i.format(empty=tmp_path / "empty") for i in images)]
+    found, error = run_here(predict.main, monkeypatch, capsys, *flags)
     assert said in error
     assert found == code
 

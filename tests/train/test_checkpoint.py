@@ -89,7 +89,7 @@ def test_safetensors_are_written_whole_whatever_their_types_and_shapes(tmp_path_
         assert torch.equal(read[name], value)
 
 
-def test_any_damaged_or_missing_file_is_refused_by_name(saved, tmp_path):
+def test_any_damaged_or_missing_file_is_rejected_by_name(saved, tmp_path):
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         copy = shutil.copytree(saved, tmp_path / "copy")
         data = bytearray((copy / name).read_bytes())
@@ -190,7 +190,7 @@ def test_what_is_saved_is_what_was_given_however_it_changes_meanwhile(tmp_path, 
     assert all(torch.equal(found[name], value) for name, value in before.items())
 
 
-def test_a_full_disk_is_told_when_asked_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_when_asked_and_leaves_no_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=3)
 
     def full(fd):

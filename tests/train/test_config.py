@@ -103,7 +103,7 @@ def test_a_bare_resume_means_the_newest():
         (["demo", "--data.shards", "x", "--profile", "5000"], "profile=5000: .*at most 1000; choose steps"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(argv, message):
+def test_what_cannot_be_is_rejected_in_one_line(argv, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parsed(*argv)
     assert "\n" not in str(caught.value)
@@ -224,7 +224,7 @@ def test_what_print_writes_config_takes_back(preset, capsys, tmp_path):
         ('{"optim": {"lr": 1, "name": "sgd", "lr": 2}}', r"cannot be read as JSON \('lr' is given twice\)"),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line(text, message, tmp_path):
+def test_a_bad_file_is_rejected_in_one_line(text, message, tmp_path):
     file = tmp_path / "c.json"
     file.write_text(text)
     with pytest.raises(ExpressError, match=message) as caught:
@@ -245,7 +245,7 @@ def test_a_file_may_say_what_flags_may(tmp_path):
     assert (config.augment.flip, config.augment.square, config.profile) == (True, False, 3)
 
 
-def test_epochs_that_a_run_does_not_reach_are_told_or_refused():
+def test_epochs_that_a_run_does_not_reach_are_reported_or_rejected():
     with pytest.raises(ConfigError, match=r"train.crop_until=25 45 65, train.epochs=30: augment.crop=224 would never"):
         parsed("modern", "--data.shards", "x", "--train.epochs", "30")
     assert not PRESETS["original"].behind_the_end()

@@ -193,7 +193,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_weights_that_are_none_of_this_net_are_refused_in_one_line(kind, tmp_path):
+def test_weights_that_are_none_of_this_net_are_rejected_in_one_line(kind, tmp_path):
     content, message = ODD[kind]
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(DataError, match=message) as caught:
@@ -202,7 +202,7 @@ def test_weights_that_are_none_of_this_net_are_refused_in_one_line(kind, tmp_pat
 
 
 @given(st.binary(max_size=60), st.booleans())
-def test_bytes_of_any_kind_are_refused_in_one_line(tmp_path_factory, content, as_pickle):
+def test_bytes_of_any_kind_are_rejected_in_one_line(tmp_path_factory, content, as_pickle):
     path = tmp_path_factory.mktemp("any") / "w.pth"
     path.write_bytes(b"\x80\x02" * as_pickle + content)
     with pytest.raises(DataError) as caught:
@@ -214,13 +214,13 @@ EVIL = [b"\x80\x02.", b"\x80\x02RRR.", b"\x80\x02ccollections\nOrderedDict\nK\x0
 
 
 @pytest.mark.parametrize("content", EVIL)
-def test_pickles_that_break_their_reader_are_refused_in_one_line(content, tmp_path):
+def test_pickles_that_break_their_reader_are_rejected_in_one_line(content, tmp_path):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(DataError, match="nothing of it was run"):
         read_weights(tmp_path / "w.pth")
 
 
-def test_a_compressed_file_is_refused_before_it_can_fill_the_memory(tmp_path):
+def test_a_compressed_file_is_rejected_before_it_can_fill_the_memory(tmp_path):
     torch.save(small().state_dict(), tmp_path / "w.pth")
     with zipfile.ZipFile(tmp_path / "w.pth") as source, zipfile.ZipFile(tmp_path / "z.pth", "w") as target:
         for name in source.namelist():
@@ -251,7 +251,7 @@ def test_biases_follow_the_variant_or_the_weights():
         ("torchvision:vit_b_16", 64, "augment.crop=64 does not suit model.name=torchvision:vit_b_16"),
     ],
 )
-def test_other_nets_that_cannot_be_are_refused(name, crop, message):
+def test_other_nets_that_cannot_be_are_rejected(name, crop, message):
     with pytest.raises(ConfigError, match=message):
         create_net(ModelConfig(name), classes=10, crop=crop)
 
@@ -327,7 +327,7 @@ def test_without_a_compiler_nothing_is_compiled_and_the_reason_is_returned(how, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["norm", "model"])
-def test_without_a_compiler_a_line_says_so_and_training_goes_on(how, few_digits, tmp_path):
+def test_without_a_compiler_a_line_says_so_and_training_continues(how, few_digits, tmp_path):
     broken = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     args = ["demo", "--data.shards", few_digits, *FAST, "--train.compile", how, "--run.dir", tmp_path / "run"]
     done = alone(*args, **broken)

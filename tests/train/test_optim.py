@@ -202,7 +202,7 @@ def test_the_papers_form_differs_from_torchs_only_where_the_rate_changes():
 
 
 @pytest.mark.parametrize("name", ["sgd", "velocity", "lars"])
-def test_a_frozen_first_convolution_stays_and_the_rest_goes_on(name):
+def test_a_frozen_first_convolution_stays_and_the_rest_moves(name):
     net = small().float()
     optimizer = make_optimizer(net, OptimConfig(name=name, weight_decay=0.1), first_apart=True)
     set_learning_rate(optimizer, 0.1)
@@ -313,6 +313,6 @@ def test_a_plateau_lowers_the_rate_three_times_at_most():
         ({"norms": "variant"}, "optim.norms=variant"),
     ],
 )
-def test_what_cannot_be_is_refused_with_field_and_value(fields, message):
+def test_what_cannot_be_is_rejected_with_field_and_value(fields, message):
     with pytest.raises(ConfigError, match=message):
         OptimConfig(**fields)

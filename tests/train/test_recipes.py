@@ -107,7 +107,7 @@ def test_an_average_follows_the_weights():
     assert not any(p.requires_grad for p in average.parameters())
 
 
-def test_the_better_of_weights_and_average_is_kept_and_both_are_told(few_digits, tmp_path):
+def test_the_better_of_weights_and_average_is_kept_and_both_are_logged(few_digits, tmp_path):
     run = tmp_path / "run"
     args = ["demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 3, "--regularize.ema", 0.5]
     done = alone(*args, *QUICK, "--run.keep-checkpoints", 1)
@@ -159,7 +159,7 @@ def test_gradients_are_sent_as_asked_for(compress, least, most, tmp_path):
     assert least <= rounding < most
 
 
-def test_the_launchers_own_accumulation_is_refused(few_digits, tmp_path):
+def test_the_launchers_own_accumulation_is_rejected(few_digits, tmp_path):
     args = ["demo", "--data.shards", few_digits, "--run.dir", tmp_path / "run"]
     done = alone(*args, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert done.returncode == 2
@@ -224,12 +224,12 @@ def test_a_run_ends_where_its_figures_are_good_enough_and_the_same_command_says_
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("limit", "told"), [(3, "no profile: it begins after 5 steps"), (8, "profile of 3 steps: ")])
-def test_a_profile_that_is_cut_short_says_so(limit, told, few_digits, tmp_path):
+@pytest.mark.parametrize(("limit", "shown"), [(3, "no profile: it begins after 5 steps"), (8, "profile of 3 steps: ")])
+def test_a_profile_that_is_cut_short_says_so(limit, shown, few_digits, tmp_path):
     args = ["demo", "--data.shards", few_digits, "--run.dir", tmp_path / "run", *QUICK, "--limit-steps", limit]
     done = alone(*args, "--profile", 50)
     assert done.returncode == 0, done.stderr
-    assert told in done.stdout
+    assert shown in done.stdout
     assert (tmp_path / "run" / "profile").exists() == (limit == 8)
 
 
@@ -284,7 +284,7 @@ def test_a_stop_in_the_evaluation_at_the_limit_leaves_it_to_the_next_start(few_d
         ),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(args, message, few_digits, tmp_path):
+def test_a_recipe_that_cannot_be_is_rejected_before_anything_is_written(args, message, few_digits, tmp_path):
     done = alone("demo", "--data.shards", few_digits, "--run.dir", tmp_path / "run", *args)
     assert done.returncode == 2
     assert message in the_error(done)

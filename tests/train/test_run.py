@@ -167,7 +167,7 @@ def test_with_dropout_losses_of_ranks_and_of_compiled_nets_agree(ranks, compiled
     assert_losses_agree(calm, run)
 
 
-def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, few_digits, tmp_path):
+def test_a_killed_run_resumes_with_the_ids_of_an_undisturbed_one(one, few_digits, tmp_path):
     run = tmp_path / "run"
     args = ["demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 2, *EXACT]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_with_the_ids_of_an_undisturbed_one(one, few_digits
     assert finished.stdout.splitlines()[-1] == resumed.stdout.splitlines()[-1]
 
 
-def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one, few_digits, tmp_path):
+def test_a_run_that_is_killed_within_an_epoch_resumes_there_with_fewer_ranks(one, few_digits, tmp_path):
     run = tmp_path / "run"
     args = ["demo", "--data.shards", few_digits, "--run.dir", run, "--train.epochs", 2, "--run.save-every", 5, *EXACT]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -216,7 +216,7 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_there_with_fewer_ranks(one
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], abs=0.03)  # ranks round differently
 
 
-def test_resuming_another_run_is_refused_with_both_values(one, few_digits):
+def test_resuming_another_run_is_rejected_with_both_values(one, few_digits):
     for flag, value, message in (
         ("--train.batch", 32, "train.batch=32 but it was 16"),
         ("--run.seed", 5, "run.seed=5 but it was 0"),
@@ -228,7 +228,7 @@ def test_resuming_another_run_is_refused_with_both_values(one, few_digits):
         assert re.search(message, the_error(done))
 
 
-def test_going_back_in_a_run_folder_is_refused_and_its_end_is_told(one, few_digits, tmp_path):
+def test_going_back_in_a_run_folder_is_rejected_and_its_end_is_reported(one, few_digits, tmp_path):
     run = shutil.copytree(one, tmp_path / "run")
     args = ["demo", "--data.shards", few_digits, "--train.epochs", 2, *EXACT]
     done = alone(*args, "--run.dir", run, "--resume", run / "checkpoints" / "step-00000022")
@@ -340,15 +340,15 @@ def test_each_epoch_tells_its_accuracy_and_the_end_the_best_which_evaluate_and_r
     val = metrics(run, "val")
     best = max(val, key=lambda line: line["top1"])
     checkpoint = run / "checkpoints" / f"step-{best['step']:08d}"
-    *_, told, then, last = alone("demo", "--data.shards", few_digits, "--run.dir", run, *TWICE).stdout.splitlines()
+    *_, shown, then, last = alone("demo", "--data.shards", few_digits, "--run.dir", run, *TWICE).stdout.splitlines()
     assert last.startswith(f"val top1={val[-1]['top1']:.4f} ")
-    assert told == f"best: top-1 {best['top1']:.2%} in epoch {best['epoch']}, {checkpoint}"
+    assert shown == f"best: top-1 {best['top1']:.2%} in epoch {best['epoch']}, {checkpoint}"
     assert then == f"next: python tools/evaluate.py '{run}' --data.shards {few_digits}"
     done = run_tool(*shlex.split(then.removeprefix("next: python ")))
     assert f"model   {checkpoint} (" in done.stdout
     assert f"top-1   {best['top1']:.2%} " in done.stdout
-    told = f"best: top-1 {best['top1']:.2%} on 90 validation images in epoch {best['epoch']}\n"
-    assert told in run_tool("tools/report.py", run).stdout
+    shown = f"best: top-1 {best['top1']:.2%} on 90 validation images in epoch {best['epoch']}\n"
+    assert shown in run_tool("tools/report.py", run).stdout
 
 
 def test_a_second_experiment_is_offered_a_free_folder(one, few_digits, tmp_path):
@@ -375,14 +375,14 @@ def test_a_diverged_run_ends_with_its_own_code(few_digits, tmp_path):
     )
 
 
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused_once(few_digits, tmp_path):
+def test_a_batch_that_does_not_divide_over_the_ranks_is_rejected_once(few_digits, tmp_path):
     done = launch("demo", "--data.shards", few_digits, "--run.dir", tmp_path / "run", "--train.batch", 63, ranks=2)
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ours == ["error: train.batch=63 does not divide over 2 ranks; use a multiple of 2, such as 64"]
 
 
-def test_ranks_that_do_not_know_of_each_other_are_refused(few_digits, tmp_path):
+def test_ranks_that_do_not_know_of_each_other_are_rejected(few_digits, tmp_path):
     done = alone("demo", "--data.shards", few_digits, "--run.dir", tmp_path / "run", WORLD_SIZE="2")
     assert done.returncode == 2
     assert "WORLD_SIZE=2 but Accelerate runs 1 process" in the_error(done)
