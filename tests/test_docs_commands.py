@@ -61,6 +61,8 @@ NOT_RUN = {
     "make gpu-proof": "needs a GPU, or minutes without one; .ci/run",
     "python tools/gpu_proof.py --steps": "needs a GPU; tests/tools/test_gpu_proof.py",
     "python tests/tools/explain_pairs.py": "takes minutes; its parts: tests/tools/test_explain.py",
+    "git worktree add --detach ../before 702004f": "needs the history of this repository",
+    "python tests/tools/cuts_pairs.py": "takes a quarter of an hour; tests/pipeline/test_cuts.py",
     "python tests/tools/remote_rates.py": "takes minutes; tests/pipeline/test_remote.py, tests/pipeline/test_copies.py",
     "python tools/bench": "takes minutes to hours; tests/tools/test_bench.py, tests/test_environments.py",
     "accelerate launch --config_file docker/accelerate/8gpu.yaml": "needs eight GPUs; tests/docker/test_image_files.py",
