@@ -71,7 +71,7 @@ class StorageError(ExpressError):
 
 
 def first_line(err: BaseException) -> str:
-    """What a library says in an exception, as far as it goes into a message; its class if it says nothing."""
+    """The first line of an exception's text, for a message; its class if it has none."""
     return next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
 
 

@@ -84,7 +84,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Publishes `text`. What is no UTF-8, in the name of a file, is escaped."""
+    """Publishes `text`. Bytes of a file's name that are no UTF-8 are escaped."""
     with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 

@@ -165,7 +165,7 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
             found = _coded(tables, ac, word)
             if found == 0:
                 return end + 1, 0
-        # Of a shift, processors look at six bits only: this mask costs nothing, a larger one a cycle.
+        # Processors use only six bits of a shift: this mask costs nothing, a larger one a cycle.
         word, used, k = word << np.uint64(found & 63), used + (found & 0xFF), k + (found >> 8 & 0xFF)
     return min(bit + used, end + 1) if k == 64 or k >= DONE else end + 1, difference
 

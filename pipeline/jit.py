@@ -36,7 +36,7 @@ exactly_compiled = partial(compiled, fastmath=False)
 
 @lru_cache
 def _cache_folder() -> str:
-    """Where machine code is kept: one folder for each name of this package and version of its compiled modules.
+    """The folder of machine code: one for each name of this package and version of its compiled modules.
 
     Machine code finds its module by name: `pipeline` beside the tools, `imagenet_express.pipeline` in an own script.
     Numba itself looks at the time of a function's own file only, and would keep machine code that contains an older

@@ -14,8 +14,8 @@ from numpy import ndarray
 from .huffman import SLACK, TABLE, TABLES, WINDOW, read_table, restuff, skip_block, window
 from .jit import compiled
 
-# What is read from a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF
-# on are each component's DC and AC table.
+# The content of a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF on
+# are each component's DC and AC table.
 WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, TABLE_OF = range(TABLES, TABLES + 9)
 HEADER = TABLE_OF + 6
 u = np.uintp
@@ -29,7 +29,7 @@ def number(data: ndarray, at: int) -> int:
 
 @compiled
 def find_headers(image: ndarray) -> tuple[int, int]:
-    """Where a JPEG's frame header and its first scan are; (0, 0) if not found.
+    """The positions of a JPEG's frame header and of its first scan; (0, 0) if not found.
 
     Only well-formed segments come before them. The rare JPEG with fill bytes there is for a decoder to judge.
     """

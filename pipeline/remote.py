@@ -148,7 +148,7 @@ class RemoteFolder:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def length(self, name: str) -> int:
-        """Of an object, in bytes. Raises as `get` does."""
+        """The size of an object, in bytes. Raises as `get` does."""
         try:
             # Not HEAD: the storage that the Hub redirects to may answer GET alone.
             first = lambda store: obstore.get(store, name, options={"range": (0, 1)})  # noqa: E731
@@ -182,7 +182,7 @@ class RemoteFolder:
 
     @staticmethod
     def copy(name: str, *, sha256: str) -> Path:
-        """Where this machine keeps a copy of a file."""
+        """The path of this machine's copy of a file."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         return home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
 

@@ -68,7 +68,7 @@ class Copies:
     wait: bool = True
 
     def path(self, sha256: str) -> Path:
-        """Of a shard's copy, which gets this name once it is whole."""
+        """The path of a shard's copy, which gets this name once it is whole."""
         return self.folder / f"{sha256}.tar"
 
 

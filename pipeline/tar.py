@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """What `size` bytes take in a tar."""
+    """The bytes that a file of `size` bytes occupies in a tar."""
     return -(-size // BLOCK) * BLOCK
 
 

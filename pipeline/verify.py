@@ -78,7 +78,7 @@ class Copy:
 
 @dataclass
 class Report:
-    """What was checked and what was found."""
+    """All that was checked and found."""
 
     root: str
     dataset: str

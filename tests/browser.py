@@ -97,13 +97,13 @@ class Browser(contextlib.AbstractContextManager["Browser"]):
             self.events.append(self._read())
 
     def value(self, script: str) -> Any:
-        """What an expression or promise of the page gives."""
+        """The value of an expression or promise of the page."""
         found = self("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def errors(self) -> list[str]:
-        """What the console shows as an error, and exceptions."""
+        """The errors and exceptions that the console shows."""
         kinds = {"Log.entryAdded": "entry", "Runtime.exceptionThrown": "exceptionDetails"}
         found = [event["params"][kinds[event["method"]]] for event in self.events if event.get("method") in kinds]
         calls = [e["params"] for e in self.events if e.get("method") == "Runtime.consoleAPICalled"]

@@ -39,6 +39,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(linked.read_text()), target
 
 
+def test_a_docstring_begins_with_a_verb_or_a_noun():
+    for path in (ROOT / top for top in ("docker", "model", "pipeline", "tests", "tools", "train")):
+        for file in path.rglob("*.py"):
+            openings = re.findall(r'^ *"""((?:What|Of|Where) .*)', file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert not openings, file
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_flags_and_targets_exist(page):
     text = PAGES[page]

@@ -213,7 +213,7 @@ def things(tmp_path_factory, digits, few_digits, trained) -> dict[str, Path]:
 
 
 def checkout(root: Path, things: dict[str, Path], given: dict[str, str]) -> None:
-    """A clone after `make demo`, with what the page takes for granted. What commands change is a copy."""
+    """A clone after `make demo`, with all that the page takes for granted. Commands change a copy."""
     for name in ("pipeline", "model", "train", "tools", "docker", "tests", "Makefile", "pyproject.toml"):
         (root / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs", root / "docs")

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def print_report(report: verify.Report) -> None:
-    """What the folder holds, what was checked, what was found."""
+    """Prints the folder's content, the checks and the findings."""
     print(f"{report.root}: {report.dataset}, fingerprint {report.fingerprint[:16]}")
     for name, split in report.splits.items():
         used = [count for count in split.histogram if count]
@@ -84,7 +84,7 @@ def print_report(report: verify.Report) -> None:
 
 
 def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
-    """What the page shows beside the report. Of a split whose index is damaged there is nothing."""
+    """All that the page shows beside the report; nothing about a split whose index is damaged."""
     picture = partial(picture_of, dataset)
     splits, names, mean = [dataset.splits[name] for name in report.splits], dataset.class_names, []
     with contextlib.suppress(DataError):  # it was not measured

@@ -1,4 +1,4 @@
-"""What every tool shares: one-line errors and exit codes."""
+"""The command line of every tool: one-line errors and exit codes."""
 
 import argparse
 import os

@@ -146,7 +146,7 @@ def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left
     record = {"seconds": ran["seconds"], "limit_seconds": round(limit, 1)}
     if "passed" in ran["answer"]:
         return record | ran["answer"] | ({"after_the_answer": ran["ended"]} if ran["ended"] else {})
-    # What the step has kept stays.
+    # The figures that the step has kept stay.
     failure = {"passed": False, "error": ran["ended"] or "returned without an answer", "output_tail": ran["tail"]}
     return record | failure | ran["answer"]
 

@@ -62,8 +62,8 @@ def check_batch(config: Config, dataset: Dataset, *, world: int) -> None:
 
 
 def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
-    """What pixels a net is given. On a GPU, bf16 and fp16 nets get float16: their first layer rounds further, and the
-    pixels are half the bytes. On a CPU pixels stay float32, so that runs keep their bits."""
+    """The type of the pixels that a net is given. On a GPU, bf16 and fp16 nets get float16: their first layer rounds
+    further, and the pixels are half the bytes. On a CPU pixels stay float32, so that runs keep their bits."""
     return "float16" if device.type == "cuda" and mixed_precision in ("bf16", "fp16") else "float32"
 
 
@@ -168,7 +168,7 @@ def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *l
     images, lacking = agreement.largest(images, -free_memory(accelerator.device, 1))
     if images > -lacking * share:  # before the pass below, which takes memory from DALI
         return ""
-    # What a step needs at its peak stays allocated. Not compiled, since the first crop may be smaller and would be
+    # The memory of a step's peak stays allocated. Not compiled, since the first crop may be smaller and would be
     # compiled again; that may need more memory, even too much. Without other ranks, which must not wait then.
     with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager"), accelerator.no_sync(stepper.net):
         stepper.settle_buckets(loaders[0], config.augment.crop)

@@ -79,7 +79,7 @@ def open_classifier(
 
 
 def recorded(path: Path) -> tuple[Json, Inputs | None]:
-    """What a run, a checkpoint or weights with a model card record: fields of model and augment by flat names, inputs.
+    """The record in a run, a checkpoint or a model card: fields of model and augment by flat names, and the inputs.
 
     ({}, None) for weights without a card. Raises DataError for what cannot be read.
     """

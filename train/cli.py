@@ -206,13 +206,13 @@ def _tyro(flags: list[str], base: Config, **options: Any) -> Config:
 
 
 class _Box(io.StringIO):
-    """What tyro prints into: without an encoding it draws frames of dashes."""
+    """A stream for tyro's messages: without an encoding it draws frames of dashes."""
 
     encoding = "utf-8"
 
 
 def _first_sentence(box: str) -> str:
-    """What stands between the title and the next rule, on one line; with or without a frame, as the locale allows."""
+    """The text between the title and the next rule, on one line; with or without a frame, as the locale allows."""
     sections = re.split(r"^[│ ]*[─-]{3,}.*$", box, flags=re.MULTILINE)
     body = sections[0].partition("\n")[2].strip() or sections[1 % len(sections)]
     return " ".join(line.strip("│ ") for line in body.splitlines()).strip()

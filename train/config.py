@@ -69,7 +69,7 @@ class TrainConfig:
     precision: InHelp[Literal["launcher", "fp32", "tf32", "bf16", "fp16"]] = "launcher"
     """launcher: as given by accelerate launch --mixed_precision. tf32: fp32 with rounded products, on NVIDIA GPUs."""
     compile: InHelp[Literal["auto", "off", "norm", "model"]] = "auto"
-    """What torch.compile gets: the whole model (auto on a GPU), response normalisation (auto elsewhere), nothing."""
+    """The part that is compiled: the whole model (auto on a GPU), response normalisation (auto elsewhere), none."""
     compress: Literal["none", "bf16", "fp16"] = "none"
     """Type in which ranks exchange gradients: half the bytes, rounded."""
     crop_sizes: tuple[int, ...] = ()
@@ -159,7 +159,7 @@ class RegularizeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run is kept and how it reports."""
+    """The run folder, and how the run reports."""
 
     dir: InHelp[PerHost[str]] = ""
     """Run folder; default: runs/<preset>."""
@@ -188,7 +188,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What a run does when something goes wrong; see docs/failures.md."""
+    """The reaction of a run to errors; see docs/failures.md."""
 
     on_bad_numbers: Literal["stop", "skip"] = "stop"
     """A non-finite loss or gradient: stop exits with 76, skip omits the update and waits for a GPU at each step."""

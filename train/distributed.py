@@ -92,7 +92,7 @@ def set_products(precision: str) -> None:
 
 
 def resolved_precision(precision: str, accelerator: Accelerator) -> str:
-    """What train.precision resolves to: the launcher may decide."""
+    """The precision that train.precision resolves to: the launcher may decide."""
     mixed = accelerator.mixed_precision
     return "tf32" if precision == "tf32" else {"no": "fp32"}.get(mixed, mixed)
 

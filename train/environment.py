@@ -1,4 +1,4 @@
-"""What a result depends on beside the code: hardware, versions, commit and command, for every record we keep."""
+"""All that a result depends on beside the code: hardware, versions, commit and command, for every record we keep."""
 
 import os
 import platform

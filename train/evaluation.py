@@ -102,7 +102,7 @@ def evaluate(
 
 
 class Predictions(NamedTuple):
-    """Of n images, in stored order without bad samples; k is 5, or the number of classes if that is less."""
+    """Predictions for n images, in stored order without bad samples; k is 5, or the number of classes if less."""
 
     labels: ndarray  # (n,) int64; -1: unknown
     ranks: ndarray  # (n,) int64: rank_of_label; 0 if the label is unknown

@@ -60,7 +60,7 @@ class Meter:
     def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
         return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}
 
-    # What was added and not yet read outlives the process: a resumed run records the same means.
+    # Losses that were added and not yet read outlive the process: a resumed run records the same means.
 
     def state_dict(self) -> Json:
         """Asks all ranks."""
@@ -82,7 +82,7 @@ METRICS, IDS = "metrics.jsonl", "ids"
 class Record:
     """The run's records; only the main rank writes metrics, every rank writes its ids.
 
-    log: prints a line at the main rank. What cannot be written is kept in `error`, once, for the run to decide about;
+    log: prints a line at the main rank. The first error of writing is kept in `error`, for the run to decide about;
     nothing is raised for it.
     """
 

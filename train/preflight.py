@@ -64,7 +64,7 @@ def report_rejection(err: ExpressError) -> None:
 
 
 def facts(config: Config, dataset: Dataset) -> Json:
-    """What decides which numbers a rank computes, by the name that messages use."""
+    """All that decides which numbers a rank computes, by the name that messages use."""
     return {
         FINGERPRINT: dataset.fingerprint,
         "imagenet-express": environment.version("imagenet-express"),
@@ -78,7 +78,7 @@ def facts(config: Config, dataset: Dataset) -> Json:
 
 
 def code_digest() -> str:
-    """Of all our code that a run executes, committed or not."""
+    """A hash of all our code that a run executes, committed or not."""
     digest = hashlib.sha256()
     for package in ("model", "pipeline", "train"):
         for path in sorted((environment.ROOT / package).rglob("*.py")):
@@ -183,7 +183,7 @@ def _until(condition: Callable[[], bool], *, seconds: float) -> bool:
     return True
 
 
-# What the hosts share
+# The storage and the network that hosts share
 
 
 def sees(path: Path, values: Json) -> bool:

@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: torch's profiler, and waiting for data against computing."""
+"""The time of a few steps, divided: torch's profiler, and waiting for data against computing."""
 
 import contextlib
 import time

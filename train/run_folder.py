@@ -79,7 +79,7 @@ class RunFolder:
         write_json(self.path / EXIT, facts)
 
 
-# What a run has recorded, read without claiming its folder
+# The records of a run, read without claiming its folder
 
 
 def read_json(path: Path, *, cure: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a report shows beside figures, kept in the run folder: training crops, kernels, predictions and confusions.
+"""Pictures for a report, kept in the run folder: training crops, kernels, predictions and confusions.
 
 Rank 0 writes it at each evaluation, all of it, in at most 20 MB. It changes nothing that the run computes, and a disk
 that is full is left to checkpoints and metrics to report. Pictures are PNGs, in base64.

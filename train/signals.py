@@ -104,7 +104,7 @@ def heed_no_more() -> None:
 
 
 def describe(encoded: int, *, world: int) -> str:
-    """What `Stop.encoded` stands for, with the rank if only one of several has the signal."""
+    """The meaning of `Stop.encoded`, with the rank if only one of several has the signal."""
     code, rank = divmod(encoded, RANKS)
     return name(code) + (f" at rank {rank}" if code < FILE and world > 1 else "")
 

@@ -1,4 +1,4 @@
-"""What one step does to the net: forward, backward, update. When, and what about failures, is the loop's business."""
+"""One step of the net: forward, backward, update. The loop decides when, and handles failures."""
 
 import contextlib
 import itertools
@@ -78,7 +78,7 @@ class Stepper:
         return torch.cat(losses)
 
     def logits(self, images: Tensor, ids: np.ndarray, *, step: int, part: int = 0) -> Tensor:
-        """Of the training net, with the dropout of step `step`."""
+        """The logits of the training net, with the dropout of step `step`."""
         seed = self.config.run.seed
         if isinstance(self.bare, AlexNet):  # masks from coordinates: the same at any world size
             rows = rng.bits(ids, seed=seed, epoch=step, stream=rng.DROPOUT)
@@ -116,7 +116,7 @@ class Stepper:
             self.optimizer.zero_grad()
             self.put_back(buffers)
 
-    # What the forward pass itself changes: a batch that is left out must not stay in averages
+    # Buffers, which the forward pass itself changes: a batch that is left out must not stay in averages
 
     def buffers(self) -> list[Tensor]:
         return [b.clone() for b in self.bare.buffers()]

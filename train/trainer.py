@@ -1,4 +1,4 @@
-"""What a run consists of, and one step of it. When steps, evaluations and checkpoints happen: loop.py."""
+"""The parts of a run, and one step of it. When steps, evaluations and checkpoints happen: loop.py."""
 
 import math
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class TrainState:
 
 @dataclass
 class Trainer:
-    """What a run consists of, made by `build_trainer`.
+    """The parts of a run, made by `build_trainer`.
 
     fixed: the settings that a run must have in common with its checkpoints. make_loader: makes a training loader with
     the given `augment`. optim: config.optim, its rates scaled to the batch.

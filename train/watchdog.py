@@ -34,7 +34,7 @@ SAVING_FACTOR = 10  # a disk may be slow, and what is being written would be los
 DATA, FORWARD, BACKWARD, EVALUATING, SAVING = PHASES = (
     "waiting for data", "in the forward pass", "in the backward pass", "evaluating", "saving",
 )  # fmt: skip
-# Of a rank whose heartbeat cannot be read
+# The heartbeat of a rank whose file cannot be read
 UNKNOWN: Json = {"step": 0, "phase": DATA, "host": "an unknown host", "pid": "unknown", "started": "", "time": 0}
 
 

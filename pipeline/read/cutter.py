@@ -28,7 +28,7 @@ FETCHED_AT_ONCE = 4  # files, from a URL
 
 
 class Cut(NamedTuple):
-    """What an image was cut to: `data`, or none if it was not cut, and its place in the image, in pixels."""
+    """An image's cut: `data`, empty if it was not cut, and its place in the image, in pixels."""
 
     data: ndarray
     left: int

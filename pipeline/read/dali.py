@@ -37,7 +37,7 @@ class Graph:
         self.whole = device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
 
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
-        """What `pipeline`'s source returns for one batch: an image, a crop and what to subtract for each crop."""
+        """One batch for `pipeline`: each crop's image and place, whether to mirror it, and the values to subtract."""
         left, top, wide, high = np.moveaxis(work.box, 2, 0)
         if self.resized:  # corners of the box, as (y, x); from right to left, resampling mirrors, at no cost
             start, end = left + wide * work.flip, left + wide * ~work.flip

@@ -35,7 +35,7 @@ ALL_ROWS = np.zeros(0, np.int64)
 
 
 class Block(NamedTuple):
-    """Where n images are and where they go: the first arguments of the compiled functions."""
+    """The places of n images and of their bytes in memory: the first arguments of the compiled functions."""
 
     buffer: ndarray  # flat uint8
     at: ndarray  # (n,) int64: the image's first byte in the buffer

@@ -123,7 +123,7 @@ class Reader:
             yield step
 
     def cost(self, plan: Plan) -> str:
-        """What an epoch costs, for the log, if bytes and requests are worth counting."""
+        """An epoch's bytes and requests, for the log; "" if they are not worth counting."""
         always = plan.train and not plan.window
         more = "; with window=0 all are read all the time, from their source until copied" if always else ""
         return f"shards are copied to {self.cache.place.folder}{more}" if self.cache else ""

@@ -32,7 +32,7 @@ SMALL = 128  # the short side that a message suggests
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """What a rank holds of a split. All loaders of a process that read the same images share it."""
+    """The images of a split that a rank holds. All loaders of a process that read the same images share it."""
 
     ids: range
     shape: tuple[int, int, int]  # height, width, 3
@@ -45,10 +45,10 @@ class Images:
         return len(self.ids) * math.prod(self.shape)
 
     def numbers(self, ids: ndarray) -> ndarray:
-        """Where images are in `pixels`. Raises BadSample for one that cannot be read."""
+        """The positions of images in `pixels`. Raises BadSample for one that cannot be read."""
         for sample in self.bad.keys() & ids.tolist() if self.bad else ():
             raise self.bad[sample]
-        # What another rank holds only stands in for a bad sample of an evaluation.
+        # An image that another rank holds only stands in for a bad sample of an evaluation.
         return np.clip(ids - self.ids.start, 0, len(self.ids) - 1)
 
 
@@ -91,7 +91,7 @@ class Resident(Portable):
         return work, gather(self._images.pixels, self._images.numbers(work.ids), work, self.output)
 
     def decoder(self) -> str:
-        """Of both splits, as a run logs it before it loads them."""
+        """The decoder, with the memory of both splits: a run logs it before it loads them."""
         return f"{super().decoder()}; all are decoded once and take {self._memory}"
 
     def _loaded(self) -> Tensor:
@@ -153,7 +153,7 @@ class Resident(Portable):
 
 
 def bytes_held(plan: Plan) -> int:
-    """What a rank's images take. Raises ConfigError if they are of several sizes."""
+    """The bytes of a rank's images. Raises ConfigError if they are of several sizes."""
     return len(plan.held) * math.prod(image_shape(plan.split))
 
 

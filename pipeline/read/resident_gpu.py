@@ -26,14 +26,14 @@ WHOLE = tl.constexpr(1.5 * 2.0**52)  # adding and subtracting it rounds a double
 
 @triton.jit
 def _height(at, length, centre, scale):
-    """Of the filter's triangle at source pixels `at`; 0 beyond the image."""
+    """The height of the filter's triangle at source pixels `at`; 0 beyond the image."""
     spread = tl.maximum(scale, 1.0)
     return tl.where(at < length, tl.maximum(1.0 - tl.abs((at - centre + 0.5) * (1.0 / spread)), 0.0), 0.0)
 
 
 @triton.jit
 def _taps(place, scale, offset, length, TAPS: tl.constexpr):
-    """Of resampled pixels `place`: their first source pixel, the centre, and the factor of heights."""
+    """The first source pixel of resampled pixels `place`, their centre, and the factor of heights."""
     spread = tl.maximum(scale, 1.0)
     centre = (offset / scale + place + 0.5) * scale
     low = tl.minimum(tl.maximum((centre - spread + 0.5).to(tl.int32), 0), length - 1)

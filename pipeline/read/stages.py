@@ -44,7 +44,7 @@ class Stages:
 
 
 def shares(sums: dict[str, float]) -> str:
-    """What fraction of their time the threads spend in each stage, for the log."""
+    """The fraction of their time that the threads spend in each stage, for the log."""
     seconds = {name: sums[f"{name}_seconds"] for name in NAMES}
     total = sum(seconds.values())
     return ", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items() if part > total / 200)

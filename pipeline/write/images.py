@@ -78,7 +78,8 @@ def _reject_slivers(pixels: ndarray, short: int) -> None:
 
 
 def _foreign(data: bytes) -> str | None:
-    """What must be re-encoded, since not every decoder takes it: all but RGB and grey JPEG without stray bytes."""
+    """The kind of an image that must be re-encoded, since not every decoder takes it: all but RGB and grey JPEGs
+    without stray bytes."""
     image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         return untidy(data)

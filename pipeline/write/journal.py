@@ -28,7 +28,7 @@ Listed = list[dict[str, str]]  # images by name, each with its reason or its kin
 
 
 class ShardRecord(NamedTuple):
-    """What became of one shard's images."""
+    """The result of one shard: its record, its rows of the index, and the images that were converted or left out."""
 
     shard: Shard
     rows: np.ndarray  # (n,) INDEX_DTYPE

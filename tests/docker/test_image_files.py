@@ -1,4 +1,4 @@
-"""What the image is made from: the lock, the context, the Dockerfile, launch configurations, what a host lends."""
+"""The sources of the image: the lock, the context, the Dockerfile, launch configurations, what a host lends."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_there_is_a_test_of_each_configuration():
 
 
 def lend(out: Path, **env: str) -> dict[str, str]:
-    """What tests/docker/lend.py finds on a host that has only `env`."""
+    """The result of tests/docker/lend.py on a host that has only `env`."""
     out.mkdir()
     plain = {"PATH": str(Path(sys.executable).parent), "HOME": str(out), "XDG_CONFIG_DIRS": str(out)}
     done = subprocess.run(

@@ -232,7 +232,8 @@ def test_a_compiled_model_has_the_gradients_of_an_eager_one(save_scale, compiler
 
 
 def graph_of(x, save_scale):
-    """What torch.compile traces of a norm and a pool, and what its partitioner saves for the backward pass."""
+    """The graph that torch.compile traces of a norm and a pool, and the values that its partitioner saves for the
+    backward pass."""
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 

@@ -300,7 +300,7 @@ def test_cuts_change_nothing_else_and_are_the_same_bytes_each_time(folder, with_
 
 
 def made_by(monkeypatch, *args: object) -> dict[str, bytes]:
-    """What tools/make_shards.py writes into the folder that --out or the last argument names."""
+    """The files that tools/make_shards.py writes into the folder that --out or the last argument names."""
     monkeypatch.setattr("sys.argv", ["make_shards.py", *map(str, args)])
     make_shards.main()
     return {path.name: path.read_bytes() for path in args[-1].iterdir() if path.is_file()}

@@ -1,4 +1,4 @@
-"""What people see while they wait: a bar that fits their terminal, or a line now and then."""
+"""Progress: a bar that fits their terminal, or a line now and then."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def terminal() -> Iterator[Callable[[], list[str]]]:
 
 
 def read_all(outside: int, inside: int) -> str:
-    """What was written to a terminal, which passes it on a moment later: up to a bell, which is rung now."""
+    """The text written to a terminal, which passes it on a moment later: up to a bell, which is rung now."""
     os.write(inside, b"\a")
     written = b""
     while not written.endswith(b"\a"):

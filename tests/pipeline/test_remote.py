@@ -586,7 +586,7 @@ def test_a_source_that_is_lost_ends_a_run_with_74_and_no_secret_is_shown(few_dig
 
 
 def train(shards: object, *args: object, code: int = 0) -> str:
-    """What a run prints."""
+    """The output of a run."""
     done = run_tool("train/run.py", "demo", "--data.shards", shards, "--data.allow-http", *args)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr

@@ -57,7 +57,7 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> list[str]:
-    """What is missing to start a cluster; empty if nothing is."""
+    """The programs that a cluster lacks; empty if it can start."""
     found = [] if os.geteuid() == 0 else ["root"]
     return found + [name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")]
 

@@ -24,7 +24,7 @@ READ, DECODE, ASSEMBLE = Stage(90_000.0, 2e-5), Stage(1000.0, 2e-3), Stage(400_0
 
 @pytest.fixture
 def explained(tmp_path, monkeypatch, capsys):
-    """What it reports of shards on a machine of two cores, and what it records."""
+    """Its report on shards on a machine of two cores, and its record."""
     monkeypatch.setattr(explain, "usable_cores", lambda: 2)
 
     def run(shards, *options: object, threads: int = 2, batch: int = 128) -> tuple[str, dict]:

@@ -335,7 +335,7 @@ def test_a_run_folder_that_cannot_be_looked_at_is_one_line(few_digits, tmp_path)
 
 
 def test_each_epoch_tells_its_accuracy_and_the_end_the_best_which_evaluate_and_report_take(one, few_digits, tmp_path):
-    """Of the run of two epochs; it is over, so that only its last figures are counted again."""
+    """Uses the run of two epochs; it is over, so that only its last figures are counted again."""
     run = shutil.copytree(one, tmp_path / "my run")
     val = metrics(run, "val")
     best = max(val, key=lambda line: line["top1"])

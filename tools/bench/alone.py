@@ -66,7 +66,7 @@ def end_with_parent() -> None:
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """What it returns, or its error: whatever it is, others still have figures to give."""
+    """The function's result, or its error: whatever it is, others still have figures to give."""
     try:
         return function()
     except Exception as err:

@@ -1,4 +1,4 @@
-"""What rates do not show: the first batch of a large dataset, memory over many epochs, the planner's time."""
+"""Figures that rates do not show: the first batch of a large dataset, memory over many epochs, the planner's time."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What all benchmarks share: options, rounds of cells in processes of their own, the JSON record, tables, scratch.
+"""The parts that all benchmarks share: options, rounds of cells in processes of their own, JSON records, tables.
 
 Imports only the standard library, pipeline's errors and files: tools/gpu_proof.py must start without any package.
 """

@@ -104,7 +104,7 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 
 def milliseconds(prepare: Prepare, seconds: float, device: torch.device) -> dict[str, float]:
-    """Of one item, measured for `seconds` after a warm-up."""
+    """The seconds of one item, measured for `seconds` after a warm-up."""
     return {"milliseconds": 1e3 * median_seconds(prepare(), seconds, device)}
 
 

@@ -63,7 +63,7 @@ def reject_another(run: Path, command: list[str]) -> None:
 
 
 def table(results: harness.Json) -> str:
-    """What runs came to; seconds: with evaluation, of a run that was never resumed."""
+    """The results of runs; seconds: with evaluation, of a run that was never resumed."""
     fields = ("epochs", "images_per_second", "seconds_training_and_evaluating")
     return harness.table(
         [{"run": name, "top1": r["last"]["top1"], **{f: r.get(f) for f in fields}} for name, r in results.items()]

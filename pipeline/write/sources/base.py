@@ -1,4 +1,4 @@
-"""What a source of labelled images is: it lists its items in a fixed order and reads one at a time."""
+"""The protocol of a source of labelled images: it lists its items in a fixed order and reads one at a time."""
 
 import argparse
 import contextlib

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. What exists under the very name goes first.
+    """The files that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. A file of this very name goes first.
 
     Raises ConfigError for what is no pattern, DataError if a file is missing.
     """

@@ -18,7 +18,7 @@ LARGEST = 100_000_000  # bytes of a decoded image; memory that no image reaches 
 
 
 def sizes(loader: Iterable[Any]) -> Iterator[int]:
-    """Of a loader's batches of (images, labels), epoch after epoch."""
+    """The sizes of a loader's batches of (images, labels), epoch after epoch."""
     for images, *_ in itertools.chain.from_iterable(itertools.repeat(loader)):
         yield len(images)
 

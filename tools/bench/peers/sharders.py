@@ -1,4 +1,4 @@
-"""What makes shards: ours, the least that it costs, and the resizers of its pixels, each on images in class folders."""
+"""Programs that make shards: ours, the least that it costs, and resizers of its pixels, each on class folders."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What a step is given, and how it runs other programs."""
+"""The arguments of a step, and how it runs other programs."""
 
 import os
 import subprocess

@@ -80,6 +80,6 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
 
 
 def median(values: Iterable[str]) -> float | None:
-    """Of the values that are numbers, as "[N/A]" is none."""
+    """The mean of the values that are numbers, as "[N/A]" is none."""
     numbers = [float(value) for value in values if value.isdigit()]
     return statistics.median(numbers) if numbers else None

@@ -70,7 +70,7 @@ def noise_index(proof: Proof) -> Path:
 
 
 def synthetic(proof: Proof, full_batch: int) -> Json:
-    """What the network does alone."""
+    """The rate of the network alone."""
     return speed(proof, noise_index(proof), batch=proof.batch(full_batch), backend="synthetic")
 
 
