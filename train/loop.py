@@ -115,7 +115,7 @@ def is_over(t: Trainer) -> bool:
 
 
 def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
-    """Returns the remaining batches of the epoch; none if only its evaluation is missing."""
+    """Yields the remaining batches of the epoch; none if only its evaluation is missing."""
     if t.evaluation_is_missing:
         return
     t.enter_epoch()

@@ -30,7 +30,7 @@ class Meter:
         self.all_loss = self.all_wait = 0.0
 
     def begin(self) -> None:
-        """Starts the clock: call it when evaluation and saving are over and the first batch has arrived."""
+        """Starts the clock. Call it before waiting for the first batch, when evaluation and saving are over."""
         self.started = self.last = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
