@@ -69,7 +69,7 @@ class TrainConfig:
     precision: InHelp[Literal["launcher", "fp32", "tf32", "bf16", "fp16"]] = "launcher"
     """launcher: as set by accelerate launch --mixed_precision. tf32: fp32 with TF32 products, on NVIDIA GPUs."""
     compile: InHelp[Literal["auto", "off", "norm", "model"]] = "auto"
-    """What to compile: the whole model (auto on a GPU), response normalisation (auto elsewhere), nothing."""
+    """The part to compile: the whole model (auto on a GPU), response normalisation (auto elsewhere), none."""
     compress: Literal["none", "bf16", "fp16"] = "none"
     """Type in which ranks exchange gradients: half the bytes, rounded."""
     crop_sizes: tuple[int, ...] = ()

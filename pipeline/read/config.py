@@ -22,7 +22,7 @@ Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "resident", "synth
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The location of the images, and how they are fetched."""
+    """The images' location, and how they are fetched."""
 
     shards: InHelp[PerHost[str]] = ""
     """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, hf://, https:// (docs/remote.md). May
