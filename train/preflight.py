@@ -56,7 +56,7 @@ def open_alike(config: Config) -> Dataset:
 
 
 def report_rejection(err: ExpressError) -> None:
-    """Tells the other hosts, whose command lines may be valid, that this rank was rejected and will not join."""
+    """Reports to the other hosts, whose command lines may be valid, that this rank was rejected and will not join."""
     if _alone() or not _several_hosts():
         return  # the ranks of one host read the same line
     with suppress(Exception):  # only spares the others a long wait; this rank's own line says all

@@ -212,7 +212,7 @@ def clean(folder: Path) -> None:
 
 
 def _started(pid: int) -> str:
-    """Returns the kernel's start time of a process, which tells it from another process with a reused id."""
+    """Returns the kernel's start time of a process, which distinguishes it from a process with a reused id."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[19]
