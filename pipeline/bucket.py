@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from . import pool, remote
-from .remote import obstore  # its error says how to install a missing package
+from .remote import obstore  # its error names the package to install
 from .storage import Folder, Result
 
 
