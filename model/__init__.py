@@ -11,7 +11,7 @@ __all__ = ["AlexNet", "ModelConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: `python -m model.alexnet` must not find itself imported already, and a configuration needs no torch.
+    # Lazy: `python -m model.alexnet` must not find model.alexnet already imported, and a configuration needs no torch.
     if name == "AlexNet":
         from .alexnet import AlexNet
 

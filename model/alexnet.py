@@ -35,11 +35,11 @@ Weighted = list[tuple[nn.Conv2d | nn.Linear, Conv | Linear]]
 
 
 class AlexNet(nn.Module):
-    """The variant of `config` for square crops of `crop` pixels.
+    """The AlexNet variant of `config`, for square crops of `crop` pixels.
 
     forward: images (N, 3, crop, crop) float, rows (N,) int32 or None → (N, classes) logits. rows: hashes from which
-    dropout's masks are made, see model.dropout; None: torch's generator. If the source has a net, names and positions
-    of weights are its own: a `state_dict` of torchvision's AlexNet or of the seed's net loads strictly.
+    dropout masks are computed, see model.dropout; None: torch's generator. If the variant's source has a net, weights
+    have its names and order: a `state_dict` of torchvision's AlexNet or of the seed's net loads with strict=True.
     Raises ValueError with field and value if the crop is too small for the pools, or sizes do not divide.
     """
 
@@ -78,7 +78,7 @@ class AlexNet(nn.Module):
 
 
 class _Builder:
-    """Turns a table into named modules; tracks the shape, so that each layer fits the one before.
+    """Builds named modules from a table; tracks the shape, so that each layer fits the previous one.
 
     modules: by name, in order. weighted: those with weights, in order, each with its row of the table.
     """
@@ -90,13 +90,13 @@ class _Builder:
         places = {"none": True, "lrn": any(isinstance(row, Norm) for row in self.variant.layers)}
         if not places.get(self.norm, BatchNorm in self.variant.layers):
             raise ValueError(f"model.norm={self.norm}: model.name={config.name} has no place for it")
-        self.channels, self.side, self.units = 3, crop, 0  # of the last layer's output; units: once it is flat
-        self.counts = Counter(fc=5, drop=5)  # fully connected layers count on from the convolutions: fc6, fc7, fc8
+        self.channels, self.side, self.units = 3, crop, 0  # of the last layer's output; units: after flattening
+        self.counts = Counter(fc=5, drop=5)  # the numbers of fully connected layers follow conv5: fc6, fc7, fc8
         self.modules: dict[str, nn.Module] = {}
         self.weighted: Weighted = []
 
     def build(self, classes: int) -> None:
-        left_out = False  # whether the last convolution was, and its activation must be
+        left_out = False  # whether the last convolution was left out, and its activation must be too
         for row in self.variant.layers:
             if isinstance(row, Conv):
                 self.counts["conv"] += 1
@@ -188,8 +188,8 @@ ACTIVATIONS: dict[str, Any] = {"relu": partial(nn.ReLU, inplace=True), "tanh": n
 
 
 class PoolToFit(nn.AdaptiveAvgPool2d):
-    """Averages any size down to side × side, and leaves that size alone: its backward pass on a GPU has no
-    deterministic kernel."""
+    """Averages any size down to side × side. Returns inputs of that size unchanged, since the backward pass has no
+    deterministic kernel on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[-2] == x.shape[-1] == self.output_size else super().forward(x)
@@ -209,8 +209,8 @@ def _initialise(weighted: Weighted, scheme: str) -> None:
         std, bias = row.std, row.bias
         if scheme == "he":
             # He et al. 2015: N(0, sqrt(2 / fan-in)), and zero biases. The loss starts at log(classes) instead of above
-            # it, and the first gradients are small: a ReLU that rounding flips then moves the loss by 1e-6 and not by
-            # 1e-3, so that runs on one and two ranks stay comparable.
+            # it, and the first gradients are small: if rounding flips a ReLU, the loss changes by 1e-6 instead of 1e-3,
+            # so that runs on one and two ranks stay comparable.
             std = 0.0 if module is weighted[-1][0] else math.sqrt(2 / module.weight[0].numel())
             bias = 0.0
         if scheme != "torch":

@@ -1,23 +1,23 @@
-"""Dropout whose masks come from coordinates: the same on one rank and on eight, and no generator's state to save."""
+"""Dropout with masks that are hashes of coordinates: the same on one rank and on eight, with no generator state."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # Wellons's lowbias32, as int32: products wrap on every device
-_LAYER = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio: the units of two layers lie far apart
+_LAYER = 0x9E3779B9 - (1 << 32)  # 2^32 / golden ratio: keeps the units of two layers apart
 
 
 def keep_mask(rows: Tensor, units: int, *, layer: int, p: float) -> Tensor:
-    """(N, units) bool: which units live, each with probability 1 - p, by a hash of (row, layer, unit).
+    """Returns (N, units) bool, True for units that are kept, with probability 1 - p, by a hash of (row, layer, unit).
 
-    rows: (N,) int32, a hash of (seed, step, sample id) for each row, so that equal rows have equal masks on every
-    rank. p is rounded to a multiple of 2^-32.
+    rows: (N,) int32, for each row a hash of (seed, step, sample id): equal rows have equal masks on every rank.
+    p is rounded to a multiple of 2^-32.
     """
-    # int64 holds the sum, and wraps when it becomes int32.
+    # The sum is computed in int64 and wraps when it is converted to int32.
     unit = _scrambled((torch.arange(units, device=rows.device) + layer * _LAYER).to(torch.int32))
     unit = unit ^ _shifted(unit, 16)
-    # The sum with the row omits the hash's last step, which changes low bits only: they hardly affect the comparison.
+    # The hash's last step is omitted: it changes only low bits, which hardly affect the comparison.
     return _scrambled(rows[:, None] ^ unit[None, :]) >= min(round(p * (1 << 32)), (1 << 32) - 1) - (1 << 31)
 
 
@@ -28,15 +28,15 @@ def _scrambled(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """To the right, zeros coming in, since torch does not shift unsigned numbers on every device."""
+    """A logical right shift, filling with zeros: torch does not shift unsigned numbers on every device."""
     return (x >> by) & ((1 << (32 - by)) - 1)
 
 
 class Dropout(nn.Module):
     """Zeroes units with probability p while training and scales the others by 1 / (1 - p).
 
-    forward: x (N, ...), rows (N,) int32 or None. With rows the mask is `keep_mask`'s, without it is torch's dropout.
-    layer: a number that differs between a net's dropout layers, and so do their masks.
+    forward: x (N, ...), rows (N,) int32 or None. With rows, the mask is `keep_mask`'s; without, torch's dropout.
+    layer: a number that is different for each dropout layer of a net, so that their masks differ.
     """
 
     def __init__(self, p: float, *, layer: int) -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Window(NamedTuple):
-    """Which neighbours are added up, and what comes of the sum s: x · (k + alpha · s)^-beta."""
+    """The neighbours whose squares are summed, and the parameters of x · (k + alpha · s)^-beta, where s is the sum."""
 
     size: int
     dims: tuple[int, ...]
@@ -40,7 +40,7 @@ def local_response_norm(
     """
     if x.shape[1] % towers:
         raise ValueError(f"towers={towers}: {x.shape[1]} channels do not divide")
-    # As the memory lies, so that padding and sums go along whole lines: channels last is a contiguous (N, H, W, C).
+    # Uses the memory layout, so that padding and sums run along whole lines: channels last is contiguous (N, H, W, C).
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     lying, channels = (x.permute(0, 2, 3, 1), 3) if last else (x, 1)
     window = Window(size, (channels + 1,), alpha / size, beta, k)
@@ -50,7 +50,7 @@ def local_response_norm(
 
 
 def spatial_response_norm(x: Tensor, *, size: int, alpha: float, beta: float, k: float, **how: Any) -> Tensor:
-    """The same within each channel, over `size` × `size` pixels: as the original code does after its second LRN.
+    """Normalises within each channel, over `size` × `size` pixels, as the original code does after its second LRN.
 
     x: (N, C, H, W). alpha is divided by size². Raises ValueError when size is even.
     """
@@ -63,21 +63,21 @@ def saves_scale(device: torch.device) -> bool:
     CPU: yes; recomputing takes 1.2 to 1.4 times as long, eager and compiled, and 1.04 to 1.24 times in a compiled model
     (64 × 96 × 55 × 55 and 64 × 256 × 27 × 27, float32 and bfloat16, forward and backward; medians of 15 in turn, two
     busy cores).
-    CUDA: no; decided by step 3 of `make gpu-proof`, not measured yet. Until then by memory traffic: in bfloat16 a
-    compiled model keeps 2 bytes an element between the passes (x) instead of 6.2 (x and padded float32 squares, which
-    torch.compile saves instead of s).
+    CUDA: no; step 3 of `make gpu-proof` will decide, not measured yet. Chosen by memory traffic until then: in bfloat16
+    a compiled model keeps 2 bytes per element between the passes (x) instead of 6.2 (x and padded float32 squares,
+    which torch.compile saves instead of s).
     """
     return device.type == "cpu"
 
 
 def _normalise(x: Tensor, window: Window, *, compiled: bool = False, save_scale: bool | None = None) -> Tensor:
-    """compiled: by torch.compile, if it works. save_scale: what the backward pass reads; None: as `saves_scale` says.
-    Raises ValueError when the window's size is even."""
+    """Applies the formula. compiled: use torch.compile, if it works. save_scale: save s for the backward pass; None:
+    as `saves_scale` returns. Raises ValueError when the window's size is even."""
     if window.size < 1 or window.size % 2 == 0:
         raise ValueError(f"size={window.size}: must be odd, so that a channel is the middle of its neighbours")
     save_scale = saves_scale(x.device) if save_scale is None else save_scale
     arguments = (x, window, compiled and torch.is_grad_enabled(), save_scale)
-    # Autocast would put the casts elsewhere: the function does its own.
+    # Without autocast, which would cast at other places: the function casts itself.
     device = "cpu" if x.is_meta else x.device.type
     with torch.autocast(device, enabled=False):
         if torch.compiler.is_compiling() and not save_scale:
@@ -91,7 +91,7 @@ class _Normalise(torch.autograd.Function):
     """y = x · s^-β with s = k + α Σ x², the sum over a window.
 
     dx = g · s^-β - 2αβ x Σ (g · x · s^(-β-1)): the window is symmetric, so the sum's transpose is the sum itself.
-    torch's own goes through square, pad, avg_pool3d, pow and div, and keeps all of them for the backward pass.
+    torch's own runs square, pad, avg_pool3d, pow and div, and saves all of their results for the backward pass.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _Normalise(torch.autograd.Function):
         return _cast(y, x.dtype)
 
     @staticmethod
-    @once_differentiable  # the sum s is a constant here: a second derivative would silently be another one
+    @once_differentiable  # s is treated as a constant here: a second derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *scale = ctx.saved_tensors
         grad_, x_ = _readable(grad, ctx.compiled), _readable(x, ctx.compiled)
@@ -133,10 +133,10 @@ def scale_of(x: Tensor, window: Window) -> Tensor:
 
 
 def window_sum(x: Tensor, window: Window) -> Tensor:
-    """Sums each element with its size // 2 neighbours on either side; there are none beyond the edges."""
+    """Sums each element and its size // 2 neighbours on either side, with zeros beyond the edges."""
     for dim in window.dims:
         reach, length = max(0, min(window.size // 2, x.shape[dim] - 1)), x.shape[dim]
-        # Slices of a padded copy, not sums in place: a compiler joins them into one loop.
+        # Slices of a padded copy, not in-place sums: a compiler fuses them into one loop.
         padded = F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [reach, reach])
         total = padded.narrow(dim, 0, length)
         for shift in range(1, 2 * reach + 1):
@@ -146,15 +146,15 @@ def window_sum(x: Tensor, window: Window) -> Tensor:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), never called if it would return x itself.
+    """Returns x.to(dtype), but does not call `to` if x has that dtype.
 
-    Under torch 2.11, one such call in a compiled autograd.Function's forward makes its gradient zero, without an error.
+    In torch 2.11, one such call in a compiled autograd.Function's forward makes its gradient zero, without an error.
     """
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def inverse_power(scale: Tensor, beta: float) -> Tensor:
-    """scale^-beta; the paper's 0.75 by square roots, which cost a tenth of a power."""
+    """Returns scale^-beta; for the paper's beta of 0.75 by square roots, which cost a tenth of a power."""
     if beta != 0.75:
         return scale.pow(-beta)
     root = scale.rsqrt()
@@ -162,18 +162,18 @@ def inverse_power(scale: Tensor, beta: float) -> Tensor:
 
 
 def _readable(x: Tensor, compiled: bool) -> Tensor:
-    """x, or x in float32 if the compiler's loops for a CPU take half precision element by element.
+    """Returns x, or x in float32 if compiled CPU loops would process half precision element by element.
 
-    They do for what is left of a line after whole vectors, once for each neighbour: with 24 channels four times the
-    time of float32. A line of whole vectors is faster as it is, since fresh float32 memory costs more than the casts.
+    They do so for the rest of a line after whole vectors, once per neighbour: with 24 channels, four times float32's
+    time. Lines of whole vectors are faster without the copy: fresh float32 memory costs more than the casts.
     """
     slow = compiled and x.device.type == "cpu" and x.dtype.itemsize == 2 and x.shape[-1] % 16
     return x.float() if slow else x
 
 
 def _form(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    # Inside a compiled model the formula is traced like everything else. For evaluation, whose batches differ in size,
-    # nothing is compiled: each size would be a kernel of its own.
+    # Inside a compiled model the formula is traced with the rest. In evaluation, nothing is compiled: batches differ in
+    # size, and each size would compile a kernel of its own.
     return _compiled(function) if compiled and not torch.compiler.is_compiling() else function
 
 
@@ -181,7 +181,7 @@ _compiled = cache(partial(torch.compile, dynamic=False))
 
 
 class ResponseNorm(nn.Module):
-    """A response norm as a layer: `options` are those of `function`. compiled: by torch.compile, if it works."""
+    """A response norm as a layer. options: those of `function`. compiled: use torch.compile, if it works."""
 
     function: Callable[..., Tensor]
 

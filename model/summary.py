@@ -11,14 +11,14 @@ HEADER = ("layer", "kind", "output", "parameters", "multiply-adds", "receptive f
 
 
 def count_parameters(net: nn.Module) -> int:
-    """Trainable numbers."""
+    """The number of trainable parameters."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def table(net: nn.Module, crop: int) -> str:
-    """A line for each layer of a net on the meta device, for one image; the last line holds the sums.
+    """Returns a line for each layer of a net on the meta device, for one image; the last line holds the sums.
 
-    receptive field: pixels of the image along a side that reach one of the layer's outputs.
+    receptive field: image pixels along a side that influence one output of the layer.
     """
     x, receptive, jump, lines = torch.empty(1, 3, crop, crop, device="meta"), 1, 1, [HEADER]
     neurons = multiply_adds = 0

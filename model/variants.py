@@ -1,14 +1,14 @@
-"""The choice of a net, and each AlexNet variant as a table that reads like that of its source."""
+"""The configuration of a net, and each AlexNet variant as a table that reads like the one in its source."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-IN_HELP = "in the short help"  # as pipeline.settings declares it, which is not imported here
+IN_HELP = "in the short help"  # the value in pipeline.settings, which is not imported here
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The net, its width and its initialisation. The data give the number of classes, the crop the input size."""
+    """The net, its width and its initialisation. The data set the number of classes, the crop the input size."""
 
     name: Annotated[str, IN_HELP] = "seed"
     """A variant: seed, paper, original, caffe, torchvision, modern, small and fig1 (for crops of about 32 pixels); or
@@ -30,7 +30,7 @@ class ModelConfig:
     """variant: as in its source; he: for any width, biases and output layer zero; torch: torch's defaults."""
     init: Annotated[str, IN_HELP] = ""
     """Weights to start from: a .pth or .safetensors file, a checkpoint folder, or a run folder for its best checkpoint.
-    An output layer of another number of classes, or of other classes, is initialised from scratch."""
+    An output layer for another number of classes, or other classes, is initialised from scratch."""
     freeze: Literal["none", "features"] = "none"
     """features: all layers before the fully connected ones keep their weights; in other libraries' nets, all layers but
     the last."""
@@ -60,11 +60,11 @@ class ModelConfig:
 
 
 class Conv(NamedTuple):
-    """A convolution. across: it sees the channels of all towers; otherwise those of its own, or the whole image.
+    """A convolution. across: its input is the channels of all towers; otherwise those of its own, or the whole image.
 
-    padding: zeros on each side; None: as many as keep the size, for an odd kernel without a stride.
-    std, bias: of its initial weights and biases. ceil: zeros are added to the right and below until the last window
-    fits, as the original code counts its modules.
+    padding: zeros on each side; None: as many as keep the size, for an odd kernel with stride 1.
+    std: standard deviation of the initial weights. bias: initial biases. ceil: zeros are added to the right and below
+    until the last window fits, so the output size is rounded up, as in the original code.
     """
 
     channels: int
@@ -96,7 +96,7 @@ class Norm(NamedTuple):
 
 
 class SpatialNorm(NamedTuple):
-    """The same over size × size pixels of a channel; alpha is divided by size²."""
+    """Local response normalisation over size × size pixels of a channel; alpha is divided by size²."""
 
     size: int = 5
     alpha: float = 1e-3
@@ -112,7 +112,7 @@ class Pool(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A layer without numbers of its own."""
+    """A layer without settings of its own."""
 
     what: str
 
@@ -124,7 +124,7 @@ Layer = Conv | Linear | Norm | SpatialNorm | Pool | Place
 class Variant(NamedTuple):
     """A net from the image to the last hidden layer, with its source's initialisation and treatment of biases.
 
-    crop: the input it is made for. names: of its weights: the seed's, torchvision's, or by layer.
+    crop: the input size it is made for. names: whose names its weights have: the seed's, torchvision's, or by layer.
     bias_lr, bias_decay: factors of the biases' learning rate and weight decay.
     """
 
@@ -159,7 +159,7 @@ VARIANTS: dict[str, Variant] = {
         Drop, Linear(4096), Act,
         Drop, Linear(4096), Act,
     ], names="seed", weight_init="torch"),
-    # Krizhevsky et al. 2012, section 3 and 5. Its formula of LRN has alpha on the sum, and over all maps.
+    # Krizhevsky et al. 2012, sections 3 and 5. Its LRN formula multiplies the sum by alpha, and sums across towers.
     "paper": Variant([
         Conv(96, 11, stride=4, padding=0, ceil=True), Act, Norm(alpha=5e-4), Pool(),  # 96 × 27 × 27
         Conv(256, 5, bias=1), Act, Norm(alpha=5e-4), Pool(),  # 256 × 13 × 13
@@ -199,8 +199,8 @@ VARIANTS: dict[str, Variant] = {
         Drop, Linear(4096), Act,
         Drop, Linear(4096), Act,
     ], names="torchvision", norm="none", weight_init="torch"),
-    # One tower, any size of image; LRN in the paper's places, or batch normalisation after ReLU and pool, none in the
-    # fully connected layers, as the large-batch recipes have it.
+    # One tower, any image size; LRN at the paper's places, or batch normalisation after ReLU and pool, but not in the
+    # fully connected layers, as in the large-batch recipes.
     "modern": Variant([
         Conv(96, 11, stride=4, padding=2), Act, Norm(), Pool(), BatchNorm,  # 96 × 27 × 27
         Conv(256, 5), Act, Norm(), Pool(), BatchNorm,  # 256 × 13 × 13
@@ -220,7 +220,7 @@ VARIANTS: dict[str, Variant] = {
         Drop, Linear(4096, bias=1), Act,
         Drop, Linear(4096, bias=1), Act,
     ], crop=32),
-    # The four layers of the paper's figure 1, which does not give their sizes: those of its author's CIFAR-10 nets.
+    # The four layers of the paper's figure 1, which does not give sizes: these are of its author's CIFAR-10 nets.
     "fig1": Variant([
         Conv(32, 5), Act, Pool(),  # 32 × 15 × 15
         Conv(32, 5, across=True), Act, Pool(),  # 32 × 7 × 7

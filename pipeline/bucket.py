@@ -1,8 +1,8 @@
-"""A folder of an object store that a sharding writes: s3:// or gs://, by the methods of a local folder.
+"""A folder in an object store (s3:// or gs://) to which shards are written, with the methods of a local folder.
 
-An object appears whole or not at all, since each is one PUT: an upload in parts would leave parts behind if it were
-killed. Object stores have no locks, and need none here: two runs of one plan write the same bytes, and the first of two
-plans keeps the other out by a conditional write.
+Each object is written by one PUT, so it appears whole or not at all; a multipart upload that is killed would leave
+parts behind. Object stores have no locks, and need none here: two runs of one plan write the same bytes, and the first
+of two different plans excludes the second by a conditional write.
 """
 
 import io
@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from . import pool, remote
-from .remote import obstore  # it says how to install what is missing
+from .remote import obstore  # its error names the package to install
 from .storage import Folder, Result
 
 
 class Url(str):
-    """Is joined with names as a Path is."""
+    """A URL that supports `url / name`, as a Path does."""
 
     def __truediv__(self, name: str) -> str:
         return f"{self}/{name}"
@@ -26,7 +26,7 @@ class Url(str):
 
 @dataclass
 class Bucket(Folder):
-    """See Folder. allow_http: also without encryption. A process connects when it first reads or writes."""
+    """See Folder. allow_http: also allow http://. Each process connects when it first reads or writes."""
 
     path: Url  # type: ignore[assignment]
     allow_http: bool = False
@@ -50,7 +50,7 @@ class Bucket(Folder):
         if not below:
             self._sizes = sizes
         found = (path.removeprefix(below).strip("/") for path in (*sizes, *folders))
-        return sorted(filter(None, found))  # without the object that a console makes for the folder itself
+        return sorted(filter(None, found))  # without the empty object that a web console creates for the folder itself
 
     def size(self, name: str) -> int | None:
         if size := getattr(self, "_sizes", {}).get(name):

@@ -14,7 +14,7 @@ def usable_cores() -> int:
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that the control groups of this process allow; None without a limit."""
+    """Returns the CPU quota of this process's control groups, in cores; None without a limit."""
     quotas = []
     for line in _read(process).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -39,7 +39,7 @@ def _read(path: Path) -> str:
 
 
 def threads_per_rank(local_world: int) -> int:
-    """The cores that this process may use, shared by the ranks of this machine unless it was pinned to its own."""
+    """The number of usable cores divided by the machine's ranks; all of them if the process is pinned to its own."""
     return usable_cores() if _pinned else max(1, usable_cores() // local_world)
 
 
@@ -52,9 +52,9 @@ def near_device(pci: str, devices: Path = Path("/sys/bus/pci/devices")) -> list[
 
 
 def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list[list[int]] | None:
-    """Each local rank's cores: those near its device that are allowed, divided among the ranks near the same cores.
+    """Returns each local rank's cores: the allowed cores near its device, divided among the ranks near the same cores.
 
-    near: of each local rank, the cores near its device. None if any is unknown or has too few allowed ones.
+    near: for each local rank, the cores near its device. Returns None if any of them is unknown or too few are allowed.
     """
     groups = [tuple(sorted(set(cores or ()) & set(allowed))) for cores in near]
     shares = []
@@ -68,7 +68,7 @@ def divide(near: Sequence[Sequence[int] | None], allowed: Sequence[int]) -> list
 
 
 def pin(cores: Sequence[int]) -> None:
-    """Keeps this process, and all threads that it starts from now on, on these cores, which are no other rank's."""
+    """Pins this process, and all threads that it starts from now on, to `cores`, which no other rank uses."""
     global _pinned
     os.sched_setaffinity(0, cores)
     _pinned = True

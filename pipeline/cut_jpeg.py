@@ -1,8 +1,8 @@
-"""A JPEG of only those MCUs that a crop needs, cut out of the bits of the whole one: no pixel is decoded for it.
+"""Cuts the MCUs that a crop needs out of a JPEG's bits, as a smaller JPEG, without decoding any pixel.
 
-Runs of Huffman codes are copied. Only the first DC code of each component in a row of MCUs is encoded again: it is
-a difference to the MCU before it. The pixels of the cut are those of the whole image, to the last bit: it has a margin
-of a pixel, which the decoder's interpolation of colours at half the resolution looks at.
+Runs of Huffman codes are copied. Only the first DC code of each component in a row of MCUs is re-encoded, since it is
+a difference from the previous MCU. The cut decodes to exactly the same pixels as the whole image: it has a margin of
+one pixel, which the decoder reads when it upsamples the chroma.
 """
 
 from typing import Any
@@ -42,15 +42,15 @@ from .jpeg import (
     unpack,
 )
 
-EXTRA = 1024  # bytes of three DC tables with their segments: a cut has these, and twice its image's at most
-ROW_EXTRA = 16  # bytes that a row of MCUs can take beside its own
+EXTRA = 1024  # bytes of three DC tables with their segments: a cut has at most these and twice its image's bytes
+ROW_EXTRA = 16  # bytes by which a re-encoded row of MCUs can be longer than the original
 u = np.uintp
 
 
 @compiled
 def _copy(clean: ndarray, bit: int, end: int, stream: ndarray, q: int) -> Any:
-    """Appends the bits [bit, end)."""
-    if end - bit >= 64:  # most of them seven bytes at a time, to whole bytes, from those bits on that are there already
+    """Appends the bits [bit, end) of `clean` to `stream` at bit q; returns the new end."""
+    if end - bit >= 64:  # once the output is aligned to a byte, most bits are copied seven bytes at a time
         append(stream, q, window(clean, bit), 56)
         start = 56 - (q & 7)
         bit, q = bit + start, q + start
@@ -66,19 +66,19 @@ def _copy(clean: ndarray, bit: int, end: int, stream: ndarray, q: int) -> Any:
 
 @compiled
 def _covering(low: int, high: int, unit: int, length: int) -> tuple[int, int]:
-    """The MCUs of an axis that hold the pixels [low, high) and, of colours at half the resolution, their neighbours."""
+    """The MCUs of an axis that hold the pixels [low, high) and, for subsampled chroma, their neighbours."""
     units, margin = -(-length // unit), 1 if unit > 8 else 0
     first = min(max(low - margin, 0) // unit, units - 1)
     last = min(max(-(-(high + margin) // unit), first + 1), units)
-    # Colours at most two pixels wide are interpolated in another way.
+    # Chroma that is at most two pixels wide is upsampled in another way.
     return max(first - 1, 0) if margin and first == units - 1 else first, last
 
 
 @compiled
 def _write_header(image: ndarray, header: ndarray, placed: ndarray, out: ndarray) -> Any:
-    """Copies the header, with the new size, and longer DC tables before the scan's, which count instead of the old.
+    """Copies the header with the new size, and adds longer DC tables before the scan, which replace the old ones.
 
-    Returns its end.
+    Returns the end of the header in `out`.
     """
     q = scan = header[DATA] - 8 - 2 * header[COMPONENTS]
     out[:scan] = image[:scan]
@@ -100,14 +100,14 @@ def cut_jpeg(
     image: ndarray, header: ndarray, packed: ndarray, box: ndarray, odd: bool,
     out: ndarray, placed: ndarray,
 ) -> Any:  # fmt: skip
-    """Writes a JPEG of the pixels `box` of a JPEG into `out`; returns its size.
+    """Writes the pixels `box` of a JPEG into `out` as a smaller JPEG; returns its size in bytes.
 
-    0 if it is not possible: the image is to be decoded whole then, and its places are wrong or it is damaged.
-    header: by read_header. packed: the image's places, see jpeg.unpack. box: left, top, right and bottom.
-    odd: make its width odd, if that loses no pixel of the box, for a decoder whose memory we do not choose: of an even
-        width, libjpeg-turbo stores many rows past the caches there, see decode.py. In ours that would cost 2 %.
-    out: at least 2 len(image) + EXTRA bytes, which suffice but for images with hundreds of rows of almost no bits.
-    placed: (4,) int64, filled with left, top, width and height of what was cut.
+    Returns 0 if the places are wrong, the image is damaged or `out` is too small: decode the whole image then.
+    header: filled by read_header. packed: the image's places, see jpeg.unpack. box: left, top, right and bottom.
+    odd: make the width odd, if that loses no pixel of the box. For decoders whose memory we do not choose: with an even
+        width, libjpeg-turbo writes many rows past the caches, see decode.py. In our own memory it would cost 2 %.
+    out: at least 2 len(image) + EXTRA bytes, enough for all images but those with hundreds of almost empty rows.
+    placed: (4,) int64, filled with left, top, width and height of the cut.
     """
     width, height, unit, down = header[WIDTH], header[HEIGHT], header[MCU_WIDTH], header[MCU_HEIGHT]
     places = np.empty((places_in(header), 4), np.int64)
@@ -123,20 +123,20 @@ def cut_jpeg(
     placed[2] -= odd and placed[2] % 2 == 0 and placed[0] + placed[2] > box[2]
     per_row, step, q = -(-width // STEP), STEP // unit, 0
     clean = np.empty(len(image) + SLACK, np.uint8)
-    stream = np.empty(len(image) + ROW_EXTRA * (bottom - top + 1), np.uint8)  # of the cut, without stuffed zeros
+    stream = np.empty(len(image) + ROW_EXTRA * (bottom - top + 1), np.uint8)  # the cut's scan, without stuffed zeros
     before, written = np.zeros(3, np.int64), np.zeros(3, np.int64)
     for row in range(per_row * top, per_row * bottom, per_row):
-        # The entries before the row's first MCU, before its end and, at the latest, there.
+        # The entries at or before the row's first MCU, at or before its end, and at or after its end.
         first, last, behind = row + left // step, row + right // step, row - (-right // step)
         if right * unit >= width:
             last = behind
-        # Its bits, up to the entry before its end and from there on: its last byte may have a zero behind it.
+        # The row's bits, first up to the entry before its end, then from there on: a zero may follow the last byte.
         n = restuff(image, starts[first] >> 3, starts[last] >> 3, clean, False)[0]
         bits = 8 * (n + restuff(image, starts[last] >> 3, (starts[behind] >> 3) + 2, clean[n:], False)[0])
         bit, before[:] = starts[first] & 7, places[first, 1:]
         for _ in range(left % step):
             bit = skip_mcu(clean, bit, bits, header, before)
-        # The first MCU, whose differences are to other values now.
+        # The first MCU: its DC differences now refer to other values.
         copied = bit
         for i in range(header[COMPONENTS]):
             q = _copy(clean, copied, bit, stream, q)
@@ -154,7 +154,7 @@ def cut_jpeg(
             if difference < 0:
                 difference += (1 << size) - 1
             q = append(stream, q, np.uint64(code >> 5 << size | difference) << np.uint64(64 - length), length)
-        # The others, up to the end of the run.
+        # The row's other MCUs.
         end, written[:] = 8 * n + (starts[last] & 7), places[last, 1:]
         for _ in range(right % step if last < behind else 0):
             end = skip_mcu(clean, end, bits, header, written)

@@ -1,7 +1,7 @@
-"""The places of the MCUs of a data set's JPEGs, so that a loader cuts out those that a crop needs: docs/cuts.md.
+"""The places of the MCUs in a dataset's JPEGs, with which a loader cuts out those that a crop needs: docs/cuts.md.
 
-A file for each shard lies beside the manifest, which does not name it: order, resume and fingerprint stay as they are.
-`cuts.json` names all of them, and is written last. The tars themselves may lie elsewhere.
+Each shard has one file, beside the manifest. The manifest does not name it, so order, resume and fingerprint do not
+change. `cuts.json` names all of these files and is written last. The tars themselves may lie elsewhere.
 """
 
 import io
@@ -20,8 +20,8 @@ from .storage import Folder
 NAME = "cuts.json"
 CURE = "make it again with tools/make_shards.py cuts"
 
-# A file is a header, the packed places of all images, and a table with a row for each: where its places begin behind
-# the header, their size (0: the image cannot be cut), and their checksum, continued from the image's.
+# A file is a header, the packed places of all images, and a table with a row for each image: the offset of its places
+# after the header, their size (0: the image cannot be cut), and their CRC-32, which continues the image's.
 MAGIC = b"IXCUTS02"
 HEADER_BYTES = len(MAGIC) + 32
 TABLE_DTYPE = np.dtype([("offset", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
@@ -32,14 +32,14 @@ def header(shard: Shard) -> bytes:
 
 
 def file_name(split: str, number: int) -> str:
-    """Tars that exist already may lie elsewhere, read-only, and share a name."""
+    """Numbered, since existing tars may lie in several folders and share a name."""
     return f"{split}-{number:06d}.cuts"
 
 
 def table(path: Any, shard: Shard, content: BinaryIO | None = None) -> np.ndarray:
-    """(samples,) TABLE_DTYPE. Raises DataError if the file is not this shard's, or cut short.
+    """Returns a file's table, (samples,) TABLE_DTYPE. Raises DataError if the file is not this shard's or is truncated.
 
-    content: the file's, if it was read already.
+    content: the file's content, if it was read already.
     """
     with reading(f"{path}", CURE, OSError), content or open(path, "rb") as file:
         if file.read(HEADER_BYTES) != header(shard):
@@ -55,7 +55,7 @@ def table(path: Any, shard: Shard, content: BinaryIO | None = None) -> np.ndarra
 
 
 def read(folder: Folder, name: str, shard: Shard, rows: np.ndarray) -> list[bytes]:
-    """The packed places of each sample. rows: of the index. Raises DataError if any byte of them changed."""
+    """Returns each sample's packed places. rows: the shard's index. Raises DataError if a checksum is wrong."""
     path = folder.path / name
     with reading(f"{path}", CURE, OSError):
         content = folder.read(name)
@@ -67,10 +67,10 @@ def read(folder: Folder, name: str, shard: Shard, rows: np.ndarray) -> list[byte
 
 
 def open_cuts(dataset: Dataset, split: Split) -> list[tuple[Path, str]]:
-    """The split's files in the order of its shards, and their sha256; none is read. Empty if there are none.
+    """Returns path and sha256 of each of the split's files, in the order of its shards; [] if there are none.
 
-    For a dataset at a URL: where their copies are, or will be. Raises DataError if they are of another data set or have
-    another size; StorageError.
+    Reads none of them. For a dataset at a URL, the paths are those of local copies, which need not exist yet.
+    Raises DataError if the files are of another dataset or have another size; StorageError.
     """
     remote = dataset.remote
     try:
@@ -84,7 +84,7 @@ def open_cuts(dataset: Dataset, split: Split) -> list[tuple[Path, str]]:
             raise ValueError("of another data set")
         made = []
         for name, file in zip(names, record["splits"][split.name], strict=True):
-            int(file["sha256"], 16)  # the name of a copy
+            int(file["sha256"], 16)  # must be hexadecimal: a copy has it as its name
             path = remote.copy(name, sha256=file["sha256"]) if remote else dataset.root / name
             if not remote and path.stat().st_size != file["bytes"]:
                 raise ValueError(f"{name} has not {file['bytes']} bytes")
@@ -93,7 +93,7 @@ def open_cuts(dataset: Dataset, split: Split) -> list[tuple[Path, str]]:
 
 
 def faults(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it); every byte is read."""
+    """Yields (file, what is wrong with it). Reads every byte."""
     for split in dataset.splits.values():
         try:
             for path, sha256 in open_cuts(dataset, split):

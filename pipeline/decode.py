@@ -26,10 +26,10 @@ class BadImage(ValueError):
 
 
 class Scratch(threading.local):
-    """Memory that one image after another reuses, for each thread: fresh pages cost more than filling them.
+    """Memory of each thread that all its images reuse: fresh pages cost more than filling them.
 
-    Its address is odd: rows of pixels at multiples of 32 bytes are written by libjpeg-turbo past the processor's
-    caches, which costs a tenth of decoding and then the reads of the crop.
+    Its address is odd: libjpeg-turbo writes rows at multiples of 32 bytes past the processor's caches, which costs a
+    tenth of the decoding time and makes the crop read from main memory.
     """
 
     _memory = np.empty(0, np.uint8)
@@ -42,9 +42,9 @@ class Scratch(threading.local):
 
 
 def decode(data: bytes | memoryview, *, size: tuple[int, int] | None = None, memory: Scratch | None = None) -> ndarray:
-    """(height, width, 3) uint8, RGB: colours as stored, without transparency and EXIF's orientation; the first frame.
+    """Returns the first frame, (height, width, 3) uint8, RGB as stored; ignores transparency and EXIF orientation.
 
-    size: (width, height) that the image must have. memory: where it may go. Raises BadImage with the reason.
+    size: (width, height) that the image must have. memory: for the pixels, if possible. Raises BadImage.
     """
     if size:  # first: a damaged header may name any size
         _check_size(image_size(data), size)
@@ -65,12 +65,12 @@ def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """(width, height) from the header. Raises BadImage if that is enough to reject the image."""
+    """(width, height) from the header. Raises BadImage if the header is enough to reject the image."""
     return plain_jpeg_size(data) or open_image(data).size
 
 
 def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(width, height) of a JPEG that every decoder takes: RGB or grey, of a size that is allowed, and tidy."""
+    """(width, height) of a JPEG that every decoder accepts (RGB or grey, allowed size, not `untidy`); else None."""
     try:
         height, width, colours, _ = decode_jpeg_header(data)
     except ValueError:
@@ -81,7 +81,7 @@ def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def open_image(data: bytes | memoryview) -> Image.Image:
-    """The image with its header read. Raises BadImage if that is enough to reject it."""
+    """Opens an image and reads its header only. Raises BadImage if the header is enough to reject it."""
     if not len(data):
         raise BadImage("empty file")
     try:
@@ -90,7 +90,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
         raise BadImage("not an image that Pillow reads") from err
     if fault := _size_fault(*image.size):
         raise BadImage(fault)
-    # Only a PGM is opened as 32-bit integers though it has 16 bits.
+    # Mode I is accepted only for PGM, whose 16 bits Pillow opens as 32-bit integers.
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         kind = "floats" if image.mode == "F" else "signed or 32-bit integers"
         raise BadImage(f"{image.format} of {kind}, which have no fixed white; save it with 8 or 16 bits a channel")
@@ -98,7 +98,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
 
 
 def pillows_pixels(image: Image.Image) -> ndarray:
-    """(height, width, 3) uint8, RGB. 16 bits keep their upper byte; Pillow alone would clip grey ones to white."""
+    """(height, width, 3) uint8, RGB. 16-bit values keep their upper byte; Pillow would clip grey ones to white."""
     shift = 4 if "I;12" in str(getattr(image, "tile", "")) else 8
     try:
         image.load()
@@ -118,7 +118,7 @@ def _size_fault(width: int, height: int) -> str | None:
 
 
 def untidy(data: bytes | memoryview) -> str | None:
-    """A JPEG with stray bytes between its segments: libjpeg skips them, DALI's decoders reject the whole image."""
+    """Reports stray bytes between a JPEG's segments, else None. libjpeg skips them, DALI rejects the image."""
     if bytes(data[:2]) != b"\xff\xd8":
         return None
     at = 2

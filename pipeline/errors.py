@@ -22,11 +22,11 @@ HANG = 77
 
 
 class ExpressError(Exception):
-    """One line for the user: names the thing and the cure.
+    """An error whose message is one line for the user: what is wrong and what to do.
 
-    code: exit code of the process. together: whether all ranks raise it at one step, so that one line is enough.
-    here: False if another rank met it and reports it. facts: what exit.json says of it beside code and reason.
-    One error can have attributes of its own: ExpressError(message, code=HANG).
+    code: exit code of the process. together: whether all ranks raise it at the same step, so that one line is enough.
+    here: False if another rank met the error and reports it. facts: fields of exit.json beside code and reason.
+    Keyword arguments set these attributes for one error: ExpressError(message, code=HANG).
     """
 
     code = CHECK_FAILED
@@ -64,20 +64,20 @@ class StorageError(ExpressError):
 
     @classmethod
     def of(cls, err: OSError | ExpressError, path: object) -> ExpressError:
-        """`path`: what was read or written, if the error does not name it. An error of ours is returned as it is."""
+        """Converts an OSError; returns an ExpressError unchanged. path: used if the error names no file."""
         if isinstance(err, ExpressError):
             return err
         return cls(f"{os.fsdecode(err.filename or str(path))}: {err.strerror or err}")
 
 
 def first_line(err: BaseException) -> str:
-    """The first line of an exception's text, for a message; its class if it has none."""
+    """The first line of an exception's text, for a message; the name of its class if the text is empty."""
     return next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
 
 
 @contextlib.contextmanager
 def reading(what: str, cure: str, *also: type[Exception]) -> Iterator[None]:
-    """Raises DataError for whatever values of another form than expected raise, and for the exceptions of `also`."""
+    """Turns exceptions that values of an unexpected form raise, and those of `also`, into DataError."""
     expected: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError, RecursionError, *also)
     try:
         yield
@@ -89,7 +89,7 @@ def leave(code: int) -> NoReturn:
     """Ends the process with `code`. If it is one of several ranks, it skips Python's own clean-up.
 
     gloo's threads may still hold tensors, and freeing them after the interpreter has ended raises
-    SIGABRT, once in some hundred times (pytorch/pytorch#179291).
+    SIGABRT, about once in a hundred runs (pytorch/pytorch#179291).
     """
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         for stream in (sys.stdout, sys.stderr):

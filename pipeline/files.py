@@ -27,16 +27,16 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file that takes the name `path` when the block ends well: partial → fsync → rename.
+    """Yields a file that is renamed to `path` when the block succeeds: partial → fsync → rename.
 
-    After an exception, what was at `path` before is unchanged. Raises StorageError if another process is writing the
+    After an exception, an earlier file at `path` is unchanged. Raises StorageError if another process is writing the
     same file.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
         with open(locked(partial), "wb") as file:
             try:
-                file.truncate()  # what a killed process left
+                file.truncate()  # left by a killed process
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -44,17 +44,17 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-    except OSError as err:  # of a full disk: it names no file
+    except OSError as err:  # the error of a full disk names no file
         err.filename = err.filename or str(path)
         raise
     fsync_path(path.parent)
 
 
 def locked(path: Path, *, shared: bool = False, wait_seconds: float = LOCK_SECONDS) -> int:
-    """A descriptor of the file, made if need be, that holds its lock until it is closed.
+    """Creates the file if needed, locks it and returns its descriptor; closing the descriptor releases the lock.
 
-    Raises StorageError if another process holds it for longer than `wait_seconds`. On a filesystem without locks, the
-    file is not locked.
+    Raises StorageError if another process holds the lock for longer than `wait_seconds`. On a filesystem without locks,
+    the file is not locked.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -78,13 +78,13 @@ def locked(path: Path, *, shared: bool = False, wait_seconds: float = LOCK_SECON
 
 
 def json_bytes(value: Any) -> bytes:
-    """Indented JSON. A file's name that is no UTF-8 comes back from it unchanged."""
-    # Such a byte is a surrogate in Python's strings, whose replacement by a backslash is JSON's own way to write it.
+    """Returns indented JSON. File names that are not UTF-8 survive the round trip."""
+    # Python keeps their bytes as surrogates, and backslashreplace writes these as JSON's own escapes.
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Publishes `text`. Bytes of a file's name that are no UTF-8 are escaped."""
+    """Publishes `text`. Bytes of file names that are not UTF-8 are escaped."""
     with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
@@ -96,7 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_object(path: Path) -> Json:
-    """The object in a JSON file; empty if there is none, or if it was not written to its end."""
+    """The object in a JSON file; {} if the file is missing or was not written completely."""
     with suppress(OSError, ValueError):
         if isinstance(value := json.loads(path.read_bytes()), dict):
             return value
@@ -104,7 +104,7 @@ def read_object(path: Path) -> Json:
 
 
 class OpenFile:
-    """A descriptor that is closed when nobody refers to it any more."""
+    """A file descriptor that is closed when its last reference is deleted."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

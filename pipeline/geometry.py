@@ -1,4 +1,4 @@
-"""Sizes and offsets in whole pixels, and the axes of colours: one rule for the sharder and every loader backend."""
+"""Sizes and offsets in whole pixels, and principal axes: the same rules for the sharder and every loader backend."""
 
 from typing import TypeVar
 
@@ -9,25 +9,25 @@ Pixels = TypeVar("Pixels", int, ndarray)
 
 
 def resized(width: Pixels, height: Pixels, short: int) -> tuple[Pixels, Pixels]:
-    """(width, height) after the short side became `short`; scalars or arrays alike.
+    """Returns (width, height) after resizing the short side to `short`; for scalars or arrays.
 
-    The long side is cut to whole pixels, as torchvision's Resize does, and never below one.
+    The long side is rounded down to whole pixels, as in torchvision's Resize, and is at least 1.
     """
     shorter = np.minimum(width, height)
     return short * width // shorter, short * height // shorter
 
 
 def principal_axes(covariance: ndarray) -> tuple[ndarray, ndarray]:
-    """Its eigenvalues, ascending, and in columns its eigenvectors, of unit length.
+    """Returns the eigenvalues, ascending, and the unit eigenvectors as columns.
 
-    An eigenvector may point either way, and libraries differ: here its largest component is positive.
+    The sign of an eigenvector is arbitrary and differs between libraries: here its largest component is positive.
     """
     values, axes = np.linalg.eigh(covariance)
     return values, axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(len(values))])
 
 
 def centre_offset(length: int | ndarray, part: int | ndarray) -> ndarray:
-    """The start of a centred `part` of `length` pixels; a half rounds to even, as torchvision's CenterCrop."""
+    """The start of `part` centred pixels in `length`; a half is rounded to even, as in torchvision's CenterCrop."""
     return np.asarray(np.rint((np.asarray(length) - part) / 2), np.int64)
 
 

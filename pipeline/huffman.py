@@ -1,7 +1,7 @@
-"""The Huffman codes of baseline JPEGs: tables, and the length of a block of codes, without its pixels. For Numba.
+"""The Huffman codes of baseline JPEGs: tables, and the length of a block's codes, without decoding pixels. For Numba.
 
-A scan may hold the byte 0xFF only with a zero stuffed behind it; `restuff` removes these, and bit positions count in
-what it returns. Every number comes from a file: nothing is read or written outside of the arrays, whatever it says.
+In a scan, a zero is stuffed after every byte 0xFF; `restuff` removes these zeros, and bit positions refer to its
+output. All numbers come from a file, so nothing is read or written outside the arrays for any content of the file.
 """
 
 from typing import Any
@@ -14,19 +14,20 @@ from .jit import compiled
 
 u = np.uintp
 
-# Huffman tables, (TABLES,) int32, zeros at first: DC 0 and 1, AC 0 and 1, TABLE numbers each. LOOK bits of a scan find,
-# from 0 on, what _entry makes of the code that they begin with, and from MANY on, for AC, what all codes come to that
-# they hold; 0: a longer code. For DC, from CODES on are 32 times each category's code and its length, and from LONGER
-# on 16 counts and the symbols of a table that has the missing categories too, with codes of 16 bits. From KEPT on are
-# those that the table was made of: the next image mostly has the same. They decode longer codes.
+# Huffman tables: (TABLES,) int32, initially zeros: DC 0, DC 1, AC 0, AC 1, each of TABLE numbers. In each table:
+#   0 …       indexed by the next LOOK bits of a scan: _entry of their first code; 0: the code is longer.
+#   MANY …    (AC) the same index: the sum over all codes in these bits, see _join; 0: the first code is longer.
+#   CODES …   (DC) for each category, 32 · its code + the code's length.
+#   LONGER …  (DC) 16 counts and the symbols of a table with the missing categories too, as codes of 16 bits.
+#   KEPT …    the 16 counts and symbols in the file: they decode longer codes, and most images have the same ones.
 LOOK = 10
 MANY, KEPT = 1 << LOOK, 2 << LOOK
 TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
-DONE = 128  # coefficients, that an end of block counts for
-WINDOW = 57  # bits, at least, of what `window` returns
-SLACK = 8  # bytes that `window` may read behind the last one
-CATEGORIES = 12  # of DC differences of 8 bits a sample: 0 to 11 bits
+DONE = 128  # an end of block counts as this many coefficients
+WINDOW = 57  # `window` returns at least this many valid bits
+SLACK = 8  # bytes that `window` may read after the last one
+CATEGORIES = 12  # of DC differences at 8 bits per sample: 0 to 11 bits
 CODES, LONGER = MANY, MANY + 256
 ONES = np.uint64((1 << 64) - 1)
 
@@ -35,19 +36,19 @@ _reversed: Any = types.ExternalFunction("llvm.bswap.i64", types.uint64(types.uin
 
 @compiled
 def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> Any:
-    """Fills the table at `base` from its 16 counts at data[at] and the symbols behind them; their size, or -1."""
+    """Fills the table at `base` from 16 counts at data[at] and the symbols after them; returns their size, or -1."""
     size, kept = 16 + np.int64(data[at : at + 16].sum()), base + KEPT
     if size > 16 + 256 or at + size > end:
         return -1
     if (tables[kept : kept + size] == data[at : at + size]).all():
         return size
     tables[base : base + TABLE] = 0
-    tables[kept] = -1  # until it is whole
+    tables[kept] = -1  # marks the table as invalid until it is complete
     code, symbol = 0, at + 16
     for length in range(1, 17):
         code <<= 1
         count = np.int64(data[at + length - 1])
-        if code + count >= 1 << length:  # the code of ones alone must stay free
+        if code + count >= 1 << length:  # the code of all ones is reserved
             return -1
         for _ in range(count):
             if length <= LOOK:
@@ -61,7 +62,7 @@ def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> 
         longer, last = base + LONGER, base + LONGER + size
         tables[longer:last] = data[at : at + size]
         for category in range(CATEGORIES):
-            # The code of ones alone must stay free; and a count is a byte.
+            # The code of all ones is reserved, and a count is one byte.
             if tables[base + CODES + category] == 0 and code < 0xFFFF and tables[longer + 15] < 255:
                 tables[base + CODES + category] = code << 5 | 16
                 tables[longer + 15], tables[last] = tables[longer + 15] + 1, category
@@ -72,8 +73,8 @@ def read_table(data: ndarray, at: int, end: int, tables: ndarray, base: int) -> 
 
 @compiled
 def _entry(length: int, symbol: int) -> int:
-    """2¹⁶ times the code's length, 256 times the coefficients that it stands for, and its length with its coefficient's
-    bits. 0: not in a baseline JPEG."""
+    """2¹⁶ · the code's length + 2⁸ · the number of coefficients that it stands for + the length of the code and its
+    coefficient's bits. 0: not allowed in a baseline JPEG."""
     run, size = symbol >> 4, symbol & 15
     if size == 0 and run == 0:
         return length << 16 | DONE << 8 | length
@@ -82,7 +83,7 @@ def _entry(length: int, symbol: int) -> int:
 
 @compiled
 def _join(tables: ndarray, base: int) -> None:
-    """Fills an AC table's MANY: the coefficients and bits of all codes that LOOK bits hold, to the end of a block."""
+    """Fills an AC table from MANY on: 2⁸ · coefficients + bits of all whole codes in LOOK bits, up to a block's end."""
     for bits in range(1 << LOOK):
         used, coefficients = 0, 0
         while used < LOOK:
@@ -97,7 +98,7 @@ def _join(tables: ndarray, base: int) -> None:
 
 @compiled
 def _load64(data: ndarray, at: int) -> Any:
-    """Eight bytes, the first one at the top. LLVM makes one instruction of the loop."""
+    """Loads eight bytes, big-endian. LLVM compiles the loop to one instruction."""
     word = np.uint64(0)
     for i in range(u(8)):
         word |= np.uint64(data[at + i]) << np.uint64(8) * np.uint64(i)
@@ -113,13 +114,13 @@ def store64(data: ndarray, at: int, word: Any) -> None:
 
 @compiled
 def window(clean: ndarray, bit: int) -> Any:
-    """At least 57 bits from `bit` on, at the top of 64. Reads 8 bytes."""
+    """Returns at least 57 bits from `bit` on, as the most significant bits of a uint64. Reads 8 bytes."""
     return _load64(clean, u(bit) >> u(3)) << np.uint64(bit & 7)
 
 
 @compiled
 def _coded(tables: ndarray, base: int, word: Any) -> Any:
-    """The _entry of the code that a word of 64 bits begins with; 0: there is none."""
+    """The _entry of the first code in a 64-bit word; 0 if there is none."""
     found = np.int64(tables[u(base) + u(word >> np.uint64(64 - LOOK))])
     if found:
         return found
@@ -135,11 +136,11 @@ def _coded(tables: ndarray, base: int, word: Any) -> Any:
 
 @compiled
 def read_difference(tables: ndarray, dc: int, word: Any) -> Any:
-    """(number of bits, DC difference) of the code that a word begins with; no bits if there is none."""
+    """(number of bits, DC difference) of the first code in a 64-bit word; (0, 0) if there is none."""
     found = _coded(tables, dc, word)
     length, used = found >> 16, found & 0xFF
     size = used - length
-    if size > 11 or found >> 8 & 0x7F > 1:  # more than 11 bits, or with zeros before them
+    if size > 11 or found >> 8 & 0x7F > 1:  # more than 11 bits, or a run of zeros
         return 0, 0
     value = np.int64(word << np.uint64(length) >> np.uint64(1) >> np.uint64(63 - size))
     return used, value if value >= 1 << size >> 1 else value - (1 << size) + 1
@@ -147,7 +148,8 @@ def read_difference(tables: ndarray, dc: int, word: Any) -> Any:
 
 @compiled
 def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac: int) -> tuple[int, int]:
-    """The position after the block at `bit`, and its DC difference. end + 1 if it cannot be read or passes `end`."""
+    """Returns the position after the block at `bit`, or end + 1 if the block is invalid or passes `end`; and its DC
+    difference."""
     word, k = window(clean, bit), 1
     used, difference = read_difference(tables, dc, word)
     if used == 0:
@@ -161,7 +163,7 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
             word = window(clean, bit)
         found: Any = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
         many = found >> 8
-        if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # codes of the next block are among them
+        if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # a longer code, or one of the next block
             found = _coded(tables, ac, word)
             if found == 0:
                 return end + 1, 0
@@ -172,7 +174,7 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
 
 @compiled
 def append(clean: ndarray, q: int, word: Any, size: int) -> Any:
-    """Writes the first `size` <= 57 bits of a word, and others behind them, at bit q. Returns the end of the `size`."""
+    """Writes the first `size` <= 57 bits of a word at bit q, and undefined bits after them. Returns q + size."""
     at, used = u(q >> 3), np.uint64(q & 7)
     before = np.uint64(clean[at]) << np.uint64(56) & ~(ONES >> used)
     store64(clean, at, before | word >> used)
@@ -181,10 +183,11 @@ def append(clean: ndarray, q: int, word: Any, size: int) -> Any:
 
 @compiled
 def restuff(data: ndarray, start: int, end: int, out: ndarray, stuffing: bool) -> Any:
-    """Copies data[start:end] to `out`, with a zero behind each 0xFF, or a scan up to its first marker, without those.
+    """Copies data[start:end] to `out`. stuffing: adds a zero after each 0xFF. Otherwise removes these zeros, and stops
+    at the first marker.
 
     Returns the number of bytes in `out`, and the position of the marker's second byte, or `end`.
-    out: with SLACK behind end - start bytes, or twice as many with zeros.
+    out: at least end - start bytes, twice as many with stuffing, and SLACK bytes more.
     """
     p, q, last = u(start), u(0), u(end)
     while p < last:

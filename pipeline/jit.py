@@ -1,4 +1,4 @@
-"""How the inner loops are compiled: by Numba, once for a machine, without the GIL."""
+"""Compiles the inner loops with Numba, once per machine; they run without the GIL."""
 
 import hashlib
 import os
@@ -30,17 +30,17 @@ def compiled(function: Callable[..., Any], *, fastmath: bool = True) -> Any:
     return made
 
 
-# For floating point with fractions: without fastmath the result is the same on every processor.
+# For floating-point results that must be the same on every processor: without fastmath.
 exactly_compiled = partial(compiled, fastmath=False)
 
 
 @lru_cache
 def _cache_folder() -> str:
-    """The folder of machine code: one for each name of this package and version of its compiled modules.
+    """The folder for machine code: one for each name of this package and each version of its compiled modules.
 
-    Machine code finds its module by name: `pipeline` beside the tools, `imagenet_express.pipeline` in an own script.
-    Numba itself looks at the time of a function's own file only, and would keep machine code that contains an older
-    version of another file's function.
+    Machine code refers to its module by name: `pipeline` in the tools, `imagenet_express.pipeline` in a user's script.
+    Numba checks only the modification time of a function's own file, and would reuse machine code that contains an
+    older version of a function from another file.
     """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -58,7 +58,7 @@ def _cache_folder() -> str:
 
 @contextmanager
 def _set(name: str, value: Any) -> Iterator[None]:
-    """Numba's setting for a while."""
+    """Changes one of Numba's settings inside the block."""
     before = getattr(NUMBA, name)
     setattr(NUMBA, name, value)
     try:
@@ -71,22 +71,22 @@ _lock, _held = threading.RLock(), list[OpenFile | None]()
 
 
 def _compile(compile: Callable[..., Any], *args: Any) -> Any:
-    """Compiles or loads a function while no other process does: of ranks that start together, one compiles.
+    """Compiles or loads a function under a lock between processes: if ranks start together, only one compiles.
 
-    Compiling a function compiles those that it calls, under the same lock.
+    The functions that it calls are compiled under the same lock.
     """
     with _lock:
         if _held:
             return compile(*args)
         _held.append(_locked())
         try:
-            with _set("SLP_VECTORIZE", 1):  # straight-line code, which Numba leaves as it is: 4 times as fast in crops
+            with _set("SLP_VECTORIZE", 1):  # off by default in Numba; makes crops 4 times as fast
                 return compile(*args)
         finally:
             _held.clear()
 
 
 def _locked() -> OpenFile | None:
-    with suppress(OSError, StorageError):  # without a lock, two may compile the same
+    with suppress(OSError, StorageError):  # without a lock, two processes may compile the same function
         return OpenFile(locked(Path(_cache_folder(), "lock"), wait_seconds=LONGEST))
     return None

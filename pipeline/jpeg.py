@@ -1,8 +1,8 @@
-"""Baseline JPEGs as far as their Huffman codes: the header, and which bits of the scan belong to which MCU. For Numba.
+"""Parses baseline JPEGs down to their Huffman codes: the header, and which bits belong to which MCU. For Numba.
 
 An MCU is the smallest unit of a scan: 8 × 8 pixels of a grey or 4:4:4 image, 16 × 16 of a 4:2:0 one. Its first
-component has BLOCKS blocks, each other one has one. A position in the scan that is behind its end says that something
-before could not be read; functions that get such a position return it.
+component has BLOCKS blocks, the others one each. A position after the end of the scan means that earlier bits could not
+be read; functions that receive such a position return it.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from numpy import ndarray
 from .huffman import SLACK, TABLE, TABLES, WINDOW, read_table, restuff, skip_block, window
 from .jit import compiled
 
-# The content of a header, (HEADER,) int32, zeros at first: the Huffman tables, and then these numbers. From TABLE_OF on
-# are each component's DC and AC table.
+# The content of a header: (HEADER,) int32, initially zeros: the Huffman tables, then these numbers. From TABLE_OF on:
+# the positions of each component's DC and AC table.
 WIDTH, HEIGHT, FRAME, DATA, COMPONENTS, BLOCKS, MCU_WIDTH, MCU_HEIGHT, TABLE_OF = range(TABLES, TABLES + 9)
 HEADER = TABLE_OF + 6
 u = np.uintp
@@ -31,7 +31,7 @@ def number(data: ndarray, at: int) -> int:
 def find_headers(image: ndarray) -> tuple[int, int]:
     """The positions of a JPEG's frame header and of its first scan; (0, 0) if not found.
 
-    Only well-formed segments come before them. The rare JPEG with fill bytes there is for a decoder to judge.
+    All segments before them must be well-formed. For the rare JPEG with fill bytes there, it also returns (0, 0).
     """
     end, at, frame = len(image), 2, 0
     if end < 4 or image[0] != 0xFF or image[1] != 0xD8:
@@ -40,7 +40,7 @@ def find_headers(image: ndarray) -> tuple[int, int]:
         marker = image[at + 1]
         if marker == 0xDA and frame:
             return frame, at
-        if marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xDA:  # none that has a length, or the scan already
+        if marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xDA:  # has no length, or is the scan
             return 0, 0
         if marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC and not frame:
             frame = at
@@ -50,9 +50,9 @@ def find_headers(image: ndarray) -> tuple[int, int]:
 
 @compiled
 def read_header(image: ndarray, header: ndarray) -> bool:
-    """Fills `header` from a JPEG's.
+    """Fills `header` from a JPEG's header.
 
-    Returns False for all but an RGB or grey baseline JPEG of one scan without restart markers.
+    Returns False unless it is an RGB or grey baseline JPEG with one scan and without restart markers.
     """
     frame, scan = find_headers(image)
     at, known = 2, 0
@@ -74,7 +74,7 @@ def _read_frame(image: ndarray, at: int, header: ndarray) -> bool:
         return False
     if n == 3 and (image[at + 14] != 0x11 or image[at + 17] != 0x11):
         return False
-    sampling = int(image[at + 11]) if n == 3 else 0x11  # alone, a component has one block an MCU
+    sampling = int(image[at + 11]) if n == 3 else 0x11  # a single component has one block per MCU
     across, down = sampling >> 4, sampling & 15
     header[FRAME], header[HEIGHT], header[WIDTH] = at, number(image, at + 5), number(image, at + 7)
     header[COMPONENTS], header[BLOCKS], header[MCU_WIDTH], header[MCU_HEIGHT] = n, across * down, 8 * across, 8 * down
@@ -83,7 +83,7 @@ def _read_frame(image: ndarray, at: int, header: ndarray) -> bool:
 
 @compiled
 def _read_scan(image: ndarray, at: int, header: ndarray, known: int) -> bool:
-    """known: a bit for each table that was read."""
+    """Reads the scan header. known: a bit for each table that was read."""
     n, after = header[COMPONENTS], at + 2 + number(image, at + 2)
     if after != at + 8 + 2 * n or after > len(image) or image[at + 4] != n:
         return False
@@ -101,7 +101,7 @@ def _read_scan(image: ndarray, at: int, header: ndarray, known: int) -> bool:
 
 @compiled
 def _read_tables(image: ndarray, at: int, after: int, header: ndarray, known: int) -> int:
-    """The tables of one segment; returns `known` with their bits, or -1."""
+    """Reads the tables of one segment; returns `known` with their bits set, or -1."""
     while at < after:
         chosen = int(image[at])
         if chosen & 0xEE or at + 17 > after:
@@ -116,7 +116,7 @@ def _read_tables(image: ndarray, at: int, after: int, header: ndarray, known: in
 
 @compiled
 def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarray) -> int:
-    """The position after the MCU at `bit`; `values`, its components' DC values before it, become those behind it."""
+    """Returns the position after the MCU at `bit`; updates `values`, each component's latest DC value, in place."""
     for i in range(header[COMPONENTS]):
         dc, ac = header[TABLE_OF + 2 * i], header[TABLE_OF + 2 * i + 1]
         for _ in range(header[BLOCKS] if i == 0 else 1):
@@ -125,10 +125,10 @@ def skip_mcu(clean: ndarray, bit: int, end: int, header: ndarray, values: ndarra
     return bit
 
 
-# Places: where MCUs begin. An entry every STEP pixels of each of their rows, and a last one. An entry is four numbers:
-# the bit of the scan, which has stuffed zeros, and the components' latest DC values.
+# Places: positions of MCUs. Every row of MCUs has an entry every STEP pixels, and the end of the scan has one. An entry
+# is four numbers: the bit in the scan, stuffed zeros included, and each component's latest DC value.
 STEP = 32
-LONGEST = 17  # bits of a packed number's lower part
+LONGEST = 17  # bits of a packed number's lower part, at most
 
 
 @compiled
@@ -138,9 +138,9 @@ def places_in(header: ndarray) -> Any:
 
 @compiled
 def find_places(image: ndarray, header: ndarray) -> ndarray:
-    """(n, 4) int64: the entries of a JPEG. None if it cannot be cut.
+    """Returns the entries of a JPEG, (n, 4) int64; n is 0 if it cannot be cut.
 
-    That includes every damaged one: each MCU is read, and the last one ends the image.
+    A damaged JPEG cannot be cut: every MCU is read, and the scan must end after the last one.
     """
     none = np.empty((0, 4), np.int64)
     if not read_header(image, header):
@@ -165,10 +165,10 @@ def find_places(image: ndarray, header: ndarray) -> ndarray:
 
 @compiled
 def pack(places: ndarray) -> ndarray:
-    """The entries as differences to those before them, in Rice codes, a quarter of the size; nothing if there are none.
+    """Encodes differences between entries as Rice codes, a quarter of the size; returns no bytes for no entries.
 
-    A number's upper part is as many ones and a zero; its lower bits follow, whose number is that of its column:
-    the first four bytes.
+    A number's upper bits are written in unary, ones and a zero, and its lower bits follow. The first four bytes hold
+    the number of lower bits of each column.
     """
     if not len(places):
         return np.empty(0, np.uint8)
@@ -193,7 +193,8 @@ def pack(places: ndarray) -> ndarray:
 
 @compiled
 def unpack(packed: ndarray, places: ndarray) -> bool:
-    """Fills `places` from their packed form, with SLACK bytes behind it. False: these are not as many."""
+    """Fills `places` from `packed`, which has SLACK bytes at its end. Returns False if it does not hold exactly as many
+    entries."""
     bit, end, before = 32, 8 * (len(packed) - SLACK), np.zeros(4, np.int64)
     if end < bit or packed[:4].max() > LONGEST:
         return False

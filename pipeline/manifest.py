@@ -28,10 +28,10 @@ FORMAT = "imagenet-express"
 VERSION = 1
 NAME = "manifest.json"
 INFO = "_info.json"  # read by timm's reader_wds
-PARTS = "parts"  # the folder that a sharding keeps its records in until the manifest is written
+PARTS = "parts"  # the folder for the records of shards until the manifest is written
 FETCH_MEMORY = 2000  # MB
 REMOTE_WINDOW = 16  # shards
-CHECKED = 1 << 16  # samples whose numbers fit into the processor's cache
+CHECKED = 1 << 16  # samples checked at a time: their numbers fit into the processor's cache
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Split:
 
     @cached_property
     def index(self) -> ndarray:
-        """(n,) INDEX_DTYPE, read-only, within the bounds of shards and classes. Raises DataError."""
+        """(n,) INDEX_DTYPE, read-only. Raises DataError if it is damaged or exceeds the bounds of shards or classes."""
         path = _local(self.root, self.remote, self.index_name, self.index_sha256)
         index: Any = read_array(path, "index", sha256=self.index_sha256)
         if index.dtype != INDEX_DTYPE or index.ndim != 1:
@@ -69,12 +69,12 @@ class Split:
         return list(accumulate(shard.samples for shard in self.shards))
 
     def rows(self, number: int) -> ndarray:
-        """Those of the index that belong to a shard: they lie side by side."""
+        """The rows of the index that belong to shard `number`, which are contiguous."""
         end = self._ends[number]
         return self.index[end - self.shards[number].samples : end]
 
     def column(self, name: str) -> ndarray:
-        """(n,) of the index, a copy: the whole file does not stay in this process's memory."""
+        """Returns a copy of one column of the index, (n,), so that the whole file does not stay in memory."""
         index: Any = self.index
         column = index[name].copy()
         index.base.madvise(mmap.MADV_DONTNEED)
@@ -94,14 +94,14 @@ class Split:
         return keys
 
     def stored(self, sample: int) -> bytes:
-        """A sample's image as its shard, on this machine, has it."""
+        """A sample's image bytes, from its shard on this machine."""
         row = self.index[sample]
         with open(self.root / self.shards[row["shard"]].name, "rb") as file:
             file.seek(row["offset"])
             return file.read(row["size"])
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """(file, what is wrong with it) of shards that are missing or too short, and of an index that does not fit.
+        """Yields (file, what is wrong) for shards that are missing or too short, and for an index that does not fit.
 
         Reads no image.
         """
@@ -118,7 +118,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of the training images, with which all inputs of a net are normalised."""
+    """The statistics of the training images, which normalise all inputs of a net."""
 
     mean: tuple[float, float, float]  # per channel, grey levels 0..255
     std: tuple[float, float, float]
@@ -127,9 +127,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset. `manifest` is the parsed file, `splits` its typed part.
+    """An opened dataset. manifest: the parsed file. splits: its splits, as typed objects.
 
-    remote: where it is, if not in `root`.
+    remote: the location of the dataset, if it is not in `root`.
     """
 
     root: Path
@@ -140,7 +140,7 @@ class Dataset:
 
     @property
     def place(self) -> Path | RemoteFolder:
-        """For messages."""
+        """The folder or URL, for messages."""
         return self.remote or self.root
 
     @property
@@ -171,7 +171,7 @@ class Dataset:
 
     @cached_property
     def covariance(self) -> ndarray:
-        """(3, 3) float64, of red, green and blue over the training split, in grey levels."""
+        """(3, 3) float64: of red, green and blue over the training split, in squared grey levels."""
         return np.array(self._measured("covariance"))
 
     @cached_property
@@ -216,11 +216,11 @@ def open_dataset(
     fetch_memory: float = FETCH_MEMORY,
     copies: Copies | None = None,
 ) -> Dataset:
-    """Opens a shard folder, or one at a URL; every shard's presence and size is checked, no image is read.
+    """Opens a folder of shards or a URL of one; checks that every shard exists and has its size, and reads no image.
 
-    check_splits: False leaves the shards unchecked. For URLs, see docs/remote.md. allow_http: also without encryption.
-    fetch_memory: MB that a loader of training and one of evaluation may fetch ahead, together. copies: of whole shards.
-    Raises DataError if the folder is missing, unfinished, damaged or of another kind.
+    check_splits: False leaves the shards unchecked. For URLs, see docs/remote.md: allow_http: also allow http://.
+    fetch_memory: MB that a training and an evaluation loader together may fetch ahead. copies: local ones of shards.
+    Raises DataError if the folder is missing, unfinished, damaged or not a dataset.
     """
     root = absolute(str(root)) if is_url(root) else root
     remote = None
@@ -276,7 +276,7 @@ def _local_manifest(root: Path) -> bytes:
 
 
 def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Json:
-    """A split's part of the manifest."""
+    """The manifest's entry for a split."""
     return {
         "samples": sum(shard.samples for shard in shards),
         "index": index_name,
@@ -286,7 +286,7 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Jso
 
 
 def fingerprint(manifest: Json) -> str:
-    """Names the content: two folders with the same fingerprint hold the same bytes in the same order."""
+    """A hash of the content: two folders with the same fingerprint hold the same bytes in the same order."""
     content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Checks of the values that a manifest.json and an index hold: anybody may have written them."""
+"""Checks the values in a manifest.json and an index, which are untrusted input."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from .files import Json
 from .shards import Shard
 from .tar import BLOCK
 
-EXISTING = "existing webdataset tars"  # the kind of a source whose tars stay where they are: apart from the manifest
+EXISTING = "existing webdataset tars"  # the kind of a source whose tars are not copied to the manifest's folder
 
 
 def check_types(manifest: Json) -> None:
-    """Raises ValueError, or what Python raises, for values that no sharding writes: anybody may have made them."""
+    """Raises ValueError, or whatever exception a wrong type causes, for values that the sharder never writes."""
     classes, statistics = manifest["classes"], manifest["statistics"]
     numbers = [statistics[name] for name in ("mean", "std") if name in statistics] + statistics.get("covariance", [])
     lists = {
@@ -33,7 +33,7 @@ def check_types(manifest: Json) -> None:
         files.append((statistics["mean_image"]["file"], statistics["mean_image"].get("sha256", "0")))
     for name, sha256 in files:
         _check_name(name)
-        int(sha256, 16)  # a file's name, for remote shards
+        int(sha256, 16)  # must be hexadecimal: the name of a file, for remote shards
     manifest.get("options", {}).get("encoding", {}).get("kind")
 
 
@@ -49,7 +49,7 @@ def checked_shards(manifest: Json, split: Json) -> tuple[Shard, ...]:
 
 
 def bounds(index: ndarray, sizes: ndarray, classes: int) -> Iterator[tuple[str, ndarray]]:
-    """(field, whether each sample's is possible): compiled code reads where the index says. sizes: of all shards."""
+    """Yields (field, whether each sample's value is possible): compiled code trusts the index. sizes: of all shards."""
     yield "shard", index["shard"] < len(sizes)
     yield "label", (index["label"] >= -1) & (index["label"] < classes)
     yield "width", index["width"] > 0

@@ -24,10 +24,10 @@ Result = TypeVar("Result")
 def run(
     function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, place: object
 ) -> Iterator[Iterator[Result]]:
-    """Opens an iterator over function(task) of each task, in order; in this process if one worker is enough.
+    """Opens an iterator over function(task) for each task, in order; runs in this process if one worker is enough.
 
-    If the block raises, or a task does, the workers end at once. Raises StorageError, which names `place`, if a worker
-    was killed.
+    If the block or a task raises, the workers end at once. Raises StorageError, which names `place`, if a worker was
+    killed.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
@@ -45,7 +45,7 @@ def _forked(
     others = set(active_children())
     fork = get_context("fork")  # the function is inherited: sending ImageNet's plan would cost 100 MB
     with ProcessPoolExecutor(workers, mp_context=fork, initializer=_follow_parent, initargs=(function,)) as pool:
-        # A worker that has no handler yet would be killed by the signal: it waits until there is one.
+        # The signal would kill a worker that has no handler yet: it is blocked until the worker has one.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
         try:
             results = pool.map(_call, tasks)  # forks
@@ -58,12 +58,12 @@ def _forked(
             for worker in set(active_children()) - others:
                 if worker.pid and worker.is_alive():
                     os.kill(worker.pid, STOP)
-            pool.shutdown(cancel_futures=True)  # waits until they have removed what is half written
+            pool.shutdown(cancel_futures=True)  # waits until the workers have removed their half-written files
             raise
 
 
 def apart(function: Callable[[], Result], *, place: object) -> Result:
-    """function() in a forked process: what has threads there does not keep this one from forking. Raises as `run`."""
+    """Calls function() in a forked process, so that its threads cannot break later forks. Raises as `run` does."""
     with _forked(lambda _: function(), [None], workers=1, place=place) as results:
         return next(results)
 
@@ -83,7 +83,7 @@ class _Worker:
 
 
 def _follow_parent(function: Callable[[Any], Any]) -> None:
-    """Leaves Ctrl-C to the parent, and exits if the parent was killed, which the executor's queue does not show."""
+    """Leaves Ctrl-C to the parent, and exits if the parent was killed, which the executor would not notice."""
     _Worker.function = staticmethod(function)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -100,10 +100,8 @@ def _follow_parent(function: Callable[[Any], Any]) -> None:
 
 
 def _stop(*_: object) -> None:
-    """Ends the task, so that its half-written files are removed, but never while a result is being sent.
-
-    The parent would wait forever for the rest of that result.
-    """
+    """Ends the task, so that its half-written files are removed, but not while a result is being sent: the parent would
+    wait forever for the rest of that result."""
     _Worker.stopped = True
     if _Worker.working:
         raise SystemExit

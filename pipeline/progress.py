@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a plain line now and then elsewhere."""
+"""Shows progress: a bar on a terminal, otherwise a plain line from time to time."""
 
 import sys
 import time

@@ -28,20 +28,20 @@ except ImportError as err:
 
 HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?((?:/.*)?)")
 PATIENCE = 180.0  # seconds in which a request is retried
-AT_OPENING = 30.0  # a name that is wrong should not take three minutes to be reported
-REJECTED = 5.0  # for a request that lacks permission: credentials may just be renewed
+AT_OPENING = 30.0  # the same when a dataset is opened: a wrong name should be reported sooner
+REJECTED = 5.0  # the same for a request without permission: credentials may be in renewal
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 15.0
 WARN_EVERY = 30.0
-RETRIED = (408, 425, 429)  # of the answers that blame the request
+RETRIED = (408, 425, 429)  # the 4xx status codes that are retried
 BEYOND_END = "416"
-# obstore's own: 30 s for a whole request, too short if many share a slow line, and none for a server that stalls.
+# obstore's default is 30 s for a whole request, too short on a slow shared line, and none for a server that stalls.
 TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "20s", "timeout": "600s"}
 
 
 class RemoteFolder:
     """The objects under a URL. Thread-safe.
 
-    allow_http: also without encryption. fetch_memory: MB that a rank may hold of what it fetches ahead.
+    allow_http: also allow http://. fetch_memory: MB of images that a rank may fetch ahead.
     Raises ConfigError for a URL that cannot work.
     """
 
@@ -50,7 +50,7 @@ class RemoteFolder:
         self.url, self.allow_http, self.fetch_memory = url.rstrip("/"), allow_http, fetch_memory
         options: dict[str, Any] = TIMEOUTS | ({"allow_http": True} if allow_http else {})
         more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
-        # Its retries keep the signature of the first attempt, and end with a body that was cut: `get` has its own.
+        # obstore's retries reuse the first attempt's signature and stop at a truncated body: `request` retries instead.
         retries = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
         make: Any = from_url  # its types have a signature for each kind of URL
 
@@ -73,7 +73,7 @@ class RemoteFolder:
         self._store = connected(address)
 
     def _pinned(self) -> str:
-        """The folder's path on the Hub, in the commit that its branch has now; from here on, the URL names it."""
+        """Returns the folder's path on the Hub at the branch's current commit, and puts that commit into the URL."""
         found = HUB.fullmatch(self.url)
         if not found:
             raise ConfigError(f"{self.url}: write hf://datasets/OWNER/NAME/FOLDER, or NAME@REVISION")
@@ -92,9 +92,9 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def get(self, name: str, start: int = 0, end: int = 0, *, size: int = 0, **options: Any) -> Any:
-        """The bytes [start, end) of an object, all if `end` is 0, as a buffer.
+        """Returns the bytes [start, end) of an object as a buffer; all bytes if `end` is 0.
 
-        size: bytes that the object must have. options: see `request`.
+        size: the size in bytes that the object must have. options: see `request`.
         Raises StorageError if it cannot be read; DataError if it is missing, was replaced, or has another size.
         """
         what = self / name
@@ -150,7 +150,7 @@ class RemoteFolder:
     def length(self, name: str) -> int:
         """The size of an object, in bytes. Raises as `get` does."""
         try:
-            # Not HEAD: the storage that the Hub redirects to may answer GET alone.
+            # Not HEAD: the storage to which the Hub redirects may accept only GET.
             first = lambda store: obstore.get(store, name, options={"range": (0, 1)})  # noqa: E731
             return self.request(self / name, first).meta["size"]
         except FileNotFoundError:
@@ -164,7 +164,7 @@ class RemoteFolder:
             raise DataError(f"{self / name}: was replaced while it was in use; start again with shards that stay")
 
     def size(self, shard: Shard) -> int | None:
-        """In bytes; None if it is missing. A web server lists nothing: what the manifest says, until it is read."""
+        """The shard's size in bytes; None if it is missing. Web servers have no listing: the manifest's size."""
         if shard.name.startswith("../"):
             raise DataError(f"{self.url}: its tars lie outside it ({shard.name}); copy shards and tars to this machine")
         if self.url.startswith(("http", "hf")) or "/" in shard.name:
@@ -176,7 +176,7 @@ class RemoteFolder:
         return self.listed()[0]
 
     def listed(self, below: str = "") -> tuple[dict[str, int], list[str]]:
-        """The bytes of each object directly under the URL, or a folder below, and the folders there, by one LIST."""
+        """Returns {object: bytes} and the folders directly under the URL, or under the folder `below`, by one LIST."""
         found = self.request(self / below, lambda store: obstore.list_with_delimiter(store, below), doing="listed")
         return {meta["path"]: meta["size"] for meta in found["objects"]}, found["common_prefixes"]
 
@@ -187,7 +187,7 @@ class RemoteFolder:
         return home / "imagenet-express" / f"{sha256}{Path(name).suffix}"
 
     def cached(self, name: str, *, sha256: str, stop: threading.Event | None = None) -> Path:
-        """A copy of a file on this machine; it is fetched if there is none with this sha256. stop: see get."""
+        """Returns the path of a local copy of a file; fetches it if no copy has this sha256. stop: see request."""
         path = self.copy(name, sha256=sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(locked(path.with_suffix(".lock"), wait_seconds=PATIENCE), "rb"):
@@ -198,7 +198,7 @@ class RemoteFolder:
 
 
 def _profile() -> Any:
-    """boto3's credentials: profiles, SSO and roles, renewed before they expire."""
+    """A credential provider by boto3, for profiles, SSO and roles; it renews credentials before they expire."""
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as err:
@@ -211,7 +211,7 @@ def _profile() -> Any:
 
 
 def _why(err: Exception) -> tuple[str, float]:
-    """The reason of a failed request, in words that hold no secret, and for how many seconds to retry."""
+    """Returns the reason of a failed request, without secrets, and for how many seconds to retry."""
     text = str(err)
     if isinstance(err, obstore.exceptions.NotSupportedError):
         return "the server ignores Range; use another server, or copy the shards", 0.0

@@ -1,9 +1,9 @@
-"""Antialiased bilinear resampling in whole numbers, row by row: for the sharder and the portable backend.
+"""Antialiased bilinear resampling with integer arithmetic, row by row: for the sharder and the portable backend.
 
-Weights are those of Pillow's triangle filter, rounded to whole numbers of 1/ONE, and a line is rounded to grey levels
-between the two directions, as in Pillow. The result is Pillow's within one grey level (of noise, two at one value in a
-million), and the same on every processor: floating point differs if one processor joins a product and a sum and another
-does not. The whole numbers are kept in float32, which vectors multiply twice as fast as integers.
+Weights are those of Pillow's triangle filter, rounded to multiples of 1/ONE; a line is rounded to grey levels between
+the two directions, as in Pillow. The result is within one grey level of Pillow's (on noise, two at one value in a
+million), and the same on every processor: floating-point results depend on whether a processor fuses a product and a
+sum. The integers are kept in float32, which vector units multiply twice as fast as integers.
 
 Arrays are flat and indices unsigned: a slice costs Numba an atomic operation, a signed index a test for wrapping.
 """
@@ -16,13 +16,13 @@ from numpy import ndarray
 from .jit import compiled, exactly_compiled
 
 ONE = 1 << 15  # sums of bytes with these weights have 23 bits, and float32 holds 24
-LANES = 4  # taps are summed in groups of so many; their number is padded with zero weights
+LANES = 4  # taps are summed in groups of this size; their number is padded with zero weights
 HALF = np.float32(0.5)
 u = np.uintp
 
 
 class Taps(NamedTuple):
-    """The source pixels that each resampled pixel of an axis is the sum of."""
+    """The source pixels and weights whose sum is each resampled pixel of an axis."""
 
     first: ndarray  # (count,) int64: its first source pixel
     weights: ndarray  # (count · taps,) float32
@@ -31,9 +31,9 @@ class Taps(NamedTuple):
 
 @exactly_compiled
 def triangle(offset: float, scale: float, length: int, count: int, reverse: bool) -> Taps:
-    """Taps of pixels [offset, offset + count) of an axis of `length` pixels that is resampled by `scale`.
+    """Returns the taps of resampled pixels [offset, offset + count) of an axis of `length` source pixels.
 
-    offset: in resampled pixels, not necessarily whole. reverse: the last pixel comes first.
+    scale: source pixels per resampled pixel. offset: in resampled pixels, may be fractional. reverse: mirrors the axis.
     """
     spread = max(scale, 1.0)
     taps = (int(np.ceil(2 * spread)) + LANES - 1) // LANES * LANES
@@ -61,10 +61,10 @@ def _blend_rows(
     pixels: ndarray, start: int, pitch: int, rows: int, top: int, weights: ndarray, w: int, taps: int,
     line: ndarray, n: int,
 ) -> None:  # fmt: skip
-    """line[:n] = the weighted sum of `taps` rows from `top` on, of the n bytes of each from pixels[start] on."""
+    """Sets line[:n] to the weighted sum of `taps` rows from row `top` on; n bytes of each, from pixels[start] on."""
     last = rows - 1
     for k in range(0, taps, LANES):
-        # Read once: what is written might be what they are in, as far as LLVM knows.
+        # Weights are read once: LLVM must assume that `line` and `weights` overlap.
         four = weights[w + k], weights[w + k + 1], weights[w + k + 2], weights[w + k + 3]
         for j in range(u(n)):
             blended = np.float32(0)
@@ -77,9 +77,9 @@ def _blend_rows(
 
 @compiled
 def _blend_columns(line: ndarray, a: int, first: ndarray, weights: ndarray, taps: int, sums: ndarray) -> None:
-    """sums[3 i : 3 i + 3] = the weighted sum of taps pixels of a line that begins at byte `a`.
+    """Sets sums[3 i : 3 i + 3] to the weighted sum of `taps` pixels of a line that begins at byte `a`.
 
-    Four floats at a time, the fourth of which belongs to the next pixel and is overwritten by it: a vector's width.
+    Writes four floats at a time, a vector's width: the fourth belongs to the next pixel, which overwrites it.
     """
     w = q = u(0)
     for i in range(u(len(first))):
@@ -100,7 +100,7 @@ def _blend_columns(line: ndarray, a: int, first: ndarray, weights: ndarray, taps
 
 @compiled
 def _finished(value: int, mean: float, scale: float, plain: bool) -> Any:
-    """A value as it goes into `out`. plain: known when this is compiled, and so without a cost."""
+    """Converts a value to its form in `out`. plain: a compile-time constant, so it costs nothing."""
     return value if plain else (np.float32(value) - mean) * scale
 
 
@@ -135,16 +135,16 @@ def resample(
     pixels: ndarray, base: int, pitch: int, width: int, height: int, x: Taps, y: Taps,
     out: ndarray, start: int, packed: bool, mean: ndarray, m: int, scale: ndarray,
 ) -> None:  # fmt: skip
-    """The image that begins at pixels[base], width × height RGB, resampled by the taps and stored from out[start] on.
+    """Resamples the RGB image of width × height that begins at pixels[base], and stores the result at out[start:].
 
-    pitch: pixels from one row to the next. The rest: see `store`.
+    pitch: pixels from one row to the next. x, y: taps of the columns and rows. The rest: see `store`.
     """
     # Arrays are taken out of the tuples once: Numba counts references by atomic operations.
     (x_first, x_weights, x_taps), (y_first, y_weights, y_taps) = x, y
     columns, rows = len(x_first), len(y_first)
     leftmost, rightmost = min(x_first[0], x_first[-1]), max(x_first[0], x_first[-1])
     size = 3 * (min(rightmost + x_taps, width) - leftmost)
-    # Zeros, since weights of zero meet what stands beyond a line's end, and 0 · NaN is not 0.
+    # Zeros, since zero weights are multiplied with values beyond the line's end, and 0 · NaN is not 0.
     line = np.zeros(3 * (rightmost - leftmost + x_taps) + LANES, np.float32)
     sums, row = np.empty(3 * columns + 1, np.float32), np.empty(3 * columns, np.uint8)
     a = 3 * leftmost

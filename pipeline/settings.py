@@ -1,10 +1,10 @@
-"""Declarations of configuration fields beside their type, and the functions that use them.
+"""Metadata of configuration fields, declared in their types, and the functions that use it.
 
     batch: InHelp[Positive] = 128
     dir: PerHost[str] = ""
 
-Type aliases hold bounds, `MayChange`, `PerHost` and `InHelp` the rest. A group of fields is a dataclass NAMEConfig; a
-declaration on a group holds for all its fields. Flat names are those of the flags: "train.batch".
+Type aliases such as `Positive` hold bounds; `MayChange`, `PerHost` and `InHelp` hold the rest. A group of fields is a
+dataclass NAMEConfig; a declaration on a group holds for all its fields. Flat names are those of flags: "train.batch".
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ BelowOne = Annotated[float, Bounds(ge=0, lt=1)]
 
 @cache
 def declared(config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """{flat name: (type, what is declared beside it)} of all fields, those of groups included."""
+    """Returns {flat name: (type, its declarations)} for all fields, including those of groups."""
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     for name, hint in get_type_hints(config, include_extras=True).items():
         kind, marks = (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
@@ -70,7 +70,7 @@ def marked(config: type, mark: str) -> list[str]:
 
 
 def validate(config: Any) -> None:
-    """Raises ConfigError for a value of the group's own fields that is not one of its choices or out of its bounds."""
+    """Raises ConfigError if one of the group's own fields is not one of its choices or is out of its bounds."""
     group = type(config).__name__.removesuffix("Config").lower()
     fields = declared(type(config))  # type: ignore[arg-type]
     for name, value in vars(config).items():
@@ -95,7 +95,7 @@ def flatten(values: Any, name: str = "") -> Json:
 
 
 def updated(config: T, values: Json) -> T:
-    """`config` with `values`, flat or nested as JSON returns them. Ignores names of no field, as of other versions.
+    """Returns `config` with `values`, flat or nested, from JSON. Ignores unknown names, such as other versions' fields.
 
     Raises ConfigError if they set a removed field.
     """
@@ -116,7 +116,7 @@ REMOVED = {"regularize.mixup": 0.0, "regularize.cutmix": 0.0, "model.lrn_alpha":
 
 
 def check_removed(saved: Json, source: str) -> None:
-    """Raises ConfigError if saved values, by flat name, set a removed field."""
+    """Raises ConfigError if saved values, by flat name, set a removed field to a value that had an effect."""
     for name, unused in REMOVED.items():
         if (value := saved.get(name, unused)) != unused:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""The shard format: a USTAR tar that webdataset reads, DALI's .idx beside it, and one array index a split.
+"""The shard format: a USTAR tar that webdataset reads, DALI's .idx beside it, and one array index per split.
 
 A sample is two members, `<key>.cls` (ASCII label) and `<key>.jpg` (or `.raw`), in this order. Everything a loader needs
-to fetch a sample is in the array index, a NumPy array of INDEX_DTYPE: 28 bytes a sample, 36 MB for ImageNet, opened
+to fetch a sample is in the array index, a NumPy array of INDEX_DTYPE: 28 bytes per sample, 36 MB for ImageNet, opened
 by mmap.
 """
 
@@ -24,14 +24,14 @@ from .storage import Folder
 from .tar import BLOCK, RECORD, Member, padded
 
 try:
-    from zlib_ng.zlib_ng import crc32 as crc32  # 2 µs a 256-side JPEG
+    from zlib_ng.zlib_ng import crc32 as crc32  # 2 µs for a JPEG of side 256
 except ImportError:  # no wheel for this platform
     from zlib import crc32 as crc32  # the same polynomial at a thirteenth of the speed
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")  # extensions, by preference if a sample has several
 LABELS = ("cls", "json")
 
-# width and height stand here, so that a crop is planned in whole pixels before the image is decoded.
+# Width and height are part of the index, so that a crop is planned in whole pixels before the image is decoded.
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the image's first byte in its tar
@@ -67,7 +67,7 @@ class Shard:
 
 @lru_cache(1)
 def _blank_header() -> tuple[bytes, int]:
-    """A member's header as webdataset's TarWriter(mtime=0) writes it, without name and size; and its bytes' sum."""
+    """A member's header as webdataset's TarWriter(mtime=0) writes it, without name and size, and its byte sum."""
     info = tarfile.TarInfo("")
     info.mode, info.uname, info.gname = 0o444, "bigdata", "bigdata"
     header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
@@ -77,7 +77,7 @@ def _blank_header() -> tuple[bytes, int]:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: USTAR, nothing in them but name and size."""
+    """The 512-byte USTAR header of a member, with nothing but name and size set."""
     blank, total = _blank_header()
     encoded, digits = name.encode("ascii"), b"%011o" % size
     assert len(encoded) <= 100
@@ -128,14 +128,14 @@ def dali_index(samples: Sequence[Iterable[Member]]) -> list[str]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member, as webdataset has it: the key ends at the first dot behind the folder."""
+    """(key, extension) of a member, as in webdataset: the key ends at the first dot after the folder."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def label_name(extensions: Collection[str], kinds: Sequence[str] = LABELS) -> str:
-    """Which of a sample's extensions is its label: cls, or the only one like output.cls; else json alike. "": none."""
+    """Returns the extension of a sample's label: cls, or the only one like output.cls; else json alike; else ""."""
     for kind in kinds:
         if found := [name for name in extensions if name.rpartition(".")[2] == kind]:
             return kind if kind in found else found[0] if len(found) == 1 else ""
@@ -157,7 +157,7 @@ def label_text(fields: Mapping[str, bytes], kinds: Sequence[str] = LABELS) -> st
 
 
 def class_number(text: str) -> int:
-    """The class of a label's text; -1: not known. Raises DataError with the reason."""
+    """Returns the class that a label's text names; -1: unknown. Raises DataError with the reason."""
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise DataError(f"has the label {text[:40]!r}; class numbers from 0 are read")
     return int(text)
@@ -176,7 +176,7 @@ def file_sha256(path: Path) -> str:
 
 
 def file_digest(path: Path, digest: Any, progress: Callable[[int], None] = lambda count: None) -> str:
-    """progress: called with numbers of bytes."""
+    """Returns the file's hex digest. progress: called with the number of bytes of each chunk read."""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
@@ -185,9 +185,9 @@ def file_digest(path: Path, digest: Any, progress: Callable[[int], None] = lambd
 
 
 def read_array(path: Path, what: str, *, sha256: str) -> ndarray:
-    """The array of an .npy file as a read-only memory map; nothing is unpickled.
+    """Returns the array of an .npy file as a read-only memory map; unpickles nothing.
 
-    Raises DataError, which calls it `what`, if it is not what was written.
+    what: names the array in errors. Raises DataError if the file is missing, has another sha256 or is not an array.
     """
     if not path.is_file():
         raise DataError(f"{path}: the {what} is missing; copy it again or shard the data again")
@@ -195,7 +195,7 @@ def read_array(path: Path, what: str, *, sha256: str) -> ndarray:
         raise DataError(f"{path}: the {what} is damaged (its sha256 differs); copy it again or shard the data again")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as err:  # a header is parsed as Python, which raises many kinds
+    except Exception as err:  # NumPy parses the header as Python, which raises many kinds
         raise DataError(f"{path}: cannot be read as an array ({err}); shard the data again") from err
 
 

@@ -1,4 +1,4 @@
-"""The folder that a sharding writes, and URLs. bucket.py has the same methods for an object store."""
+"""The folder to which shards are written, and checks of URLs. bucket.py has the same methods for an object store."""
 
 import math
 import os
@@ -24,14 +24,14 @@ def is_url(place: object) -> bool:
 
 
 def absolute(place: str) -> str:
-    """A folder's absolute path, or a URL as it is; file:// names a folder."""
+    """Returns a folder's absolute path, or a URL unchanged; file:// becomes a path."""
     if place.startswith("file://"):
         place = unquote(urlsplit(place).path)
     return place if is_url(place) else os.path.abspath(place)
 
 
 def check_url(url: str, *, allow_http: bool) -> None:
-    """Raises ConfigError for a URL that cannot be read or would show credentials, which the message leaves out."""
+    """Raises ConfigError for a URL that cannot be read or contains credentials, which the message omits."""
     try:
         parts = urlsplit(url)
     except ValueError:  # a bracket in the host
@@ -48,7 +48,7 @@ def check_url(url: str, *, allow_http: bool) -> None:
 
 
 def file_size(path: Path) -> int | None:
-    """In bytes; None if there is no such file."""
+    """The file's size in bytes; None if there is no such file."""
     try:
         return path.stat().st_size if path.is_file() else None
     except FileNotFoundError:  # it was just renamed or deleted
@@ -57,10 +57,10 @@ def file_size(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Copies:
-    """A folder of this machine for copies of whole shards, made in the order in which they are read: docs/remote.md.
+    """A local folder for copies of whole shards, made in the order in which they are read: docs/remote.md.
 
-    bytes: that all copies there may take. wait: images are taken from copies alone, as far as they fit; otherwise from
-    the shards themselves, as long as there is no copy.
+    bytes: limit for all copies together. wait: images are read only from copies, as far as the copies fit; otherwise
+    they are read from the shards themselves until a copy exists.
     """
 
     folder: Path
@@ -83,20 +83,20 @@ class Folder:
         return str(self.path)
 
     def apart(self, function: Callable[[], Result]) -> Result:
-        """function(), before workers are forked."""
+        """Returns function(); for calls that are made before workers are forked."""
         return function()
 
     def is_visible(self) -> bool:
         return self.path.is_dir()
 
     def names(self, below: str = "") -> list[str]:
-        """All files and folders in it, or in a folder of it, sorted. Makes the folder."""
+        """Returns the sorted names of files and folders in it, or in its folder `below`. Creates the folder."""
         path = self.path / below
         path.mkdir(parents=True, exist_ok=True)
         return sorted(os.listdir(path))
 
     def size(self, name: str) -> int | None:
-        """In bytes; None if there is no such file."""
+        """The file's size in bytes; None if there is no such file."""
         return file_size(self.path / name)
 
     def read(self, name: str) -> bytes:
@@ -111,7 +111,7 @@ class Folder:
             file.write(data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Writes a file that no other process has written."""
+        """Writes a file unless it exists."""
         with self.lock(f"{name}.lock", wait_seconds=CREATE_SECONDS):
             if self.size(name) is None:
                 self.write(name, data)
@@ -125,9 +125,9 @@ class Folder:
             path.unlink(missing_ok=True)
 
     def lock(self, name: str, *, shared: bool = False, wait_seconds: float = LOCK_SECONDS) -> BinaryIO:
-        """While the returned file is open, no other process holds the lock; those that ask for a shared one may.
+        """Locks a file; the lock is held while the returned file is open. shared: other shared locks are allowed.
 
-        Raises StorageError if another process does not release it within `wait_seconds`.
+        Raises StorageError if another process does not release the lock within `wait_seconds`.
         """
         while True:
             try:
@@ -147,7 +147,7 @@ def folder_at(place: str, *, allow_http: bool = False) -> Folder:
         return Folder(Path(place))
     from .bucket import Bucket, Url
 
-    check_url(place, allow_http=True)  # first: messages may show it then
+    check_url(place, allow_http=True)  # first, so that later messages may show the URL
     if not place.startswith(("s3:", "gs:", "az:")):
         raise ConfigError(f"{place}: shards are written to a folder, or to s3://, gs:// or az://")
     return Bucket(Url(place.rstrip("/")), allow_http)

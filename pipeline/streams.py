@@ -1,4 +1,4 @@
-"""Standard streams that end no program: closed ones, encodings that lack a character, readers that are gone."""
+"""Makes standard streams safe: closed ones, encodings that lack a character and readers that exit end no program."""
 
 import io
 import os
@@ -6,16 +6,15 @@ import sys
 
 
 def prepare(*, outlive_readers: bool) -> None:
-    """Mends this process's standard streams; to be called first, before anything opens a file.
+    """Repairs this process's standard streams. Call it first, before anything opens a file.
 
-    outlive_readers: whether output that cannot be written (`| head`, a terminal that was closed, a full disk) is
-    dropped, for programs whose work matters more. Otherwise print() raises OSError. Messages on stderr are dropped
-    always.
+    outlive_readers: drop output that cannot be written (`| head`, a terminal that was closed, a full disk), for
+    programs whose work matters more. Otherwise print() raises OSError. On stderr such output is always dropped.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # closed by whoever started us: the next file would get its number, and be printed into
+        except OSError:  # closed by the parent process: the next opened file would get its number and be printed to
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (as long as the process)
@@ -31,13 +30,13 @@ def prepare(*, outlive_readers: bool) -> None:
 
 
 def clear_line() -> None:
-    """Removes a bar, and the ^C that a terminal shows behind it, from the line before a message is printed."""
+    """Clears the line of a progress bar, and the ^C that a terminal shows after it, before a message is printed."""
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
 
 
 class _Heedless(io.FileIO):
-    """Drops what cannot be written: nobody reads it, or the disk of a log is full."""
+    """A raw stream that drops output which cannot be written: nobody reads it, or the log's disk is full."""
 
     def write(self, data: object) -> int:
         try:

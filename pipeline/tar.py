@@ -1,6 +1,6 @@
-"""The members of a tar, strictly: raises an error for damage, cuts and unsafe names at which tarfile stops silently.
+"""Reads the members of a tar strictly: raises an error for damage, truncation and unsafe names; tarfile stops silently.
 
-Headers are decoded by the standard library's tarfile; the walk from header to header is our own.
+The standard library's tarfile decodes headers; the walk from header to header is our own.
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from .errors import DataError
 
-BLOCK = 512  # a header's size, and what members are padded to
-RECORD = 20 * BLOCK  # what a tar's size is a multiple of
+BLOCK = 512  # size of a header; members are padded to a multiple of it
+RECORD = 20 * BLOCK  # a tar's size is a multiple of this
 _ZEROS = bytes(BLOCK)
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _NO_MEMBERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"V")
-_MAX_HEADER = 1 << 20  # bytes of a header that only names
+_MAX_HEADER = 1 << 20  # bytes of an extended header, which only holds names
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -35,7 +35,7 @@ _COMPRESSED = {
     b'\x04"M\x18': "lz4",
     b"\x1f\x9d": "compress",
 }
-_NO_TARS = {  # what people have under the name of a tar, by its first bytes
+_NO_TARS = {  # first bytes of other kinds of files that users name .tar
     **{magic: f"compressed by {name}; decompress it first ({name} -dc)" for magic, name in _COMPRESSED.items()},
     b"PK": "a ZIP archive; write its files into a tar",
     b"7z\xbc\xaf": "a 7-Zip archive; write its files into a tar",
@@ -60,10 +60,10 @@ def padded(size: int) -> int:
 
 
 def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """The files of an uncompressed tar, or of the one that fills `size` bytes from `start` of another, in order.
+    """Yields the files in an uncompressed tar, in order; with start and size, in a tar that is a member of another tar.
 
-    Raises DataError at the first header that is damaged, at a member that does not fit, is a link, a device or has an
-    unsafe or repeated name, and if there is no end mark at the end.
+    Raises DataError for a damaged header, for a member that does not fit, is a link or a device, or has an unsafe or
+    repeated name, and if the end mark is missing.
     """
     with open(path, "rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size if size is None else start + size
@@ -74,14 +74,14 @@ def members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Mem
 
 
 class _Damage(Exception):
-    """The byte's position, what is wrong there, and the cure."""
+    """Damage in a tar: the position in bytes, what is wrong there, and the cure."""
 
     def __init__(self, at: int, what: str, cure: str = "download or copy it again") -> None:
         super().__init__(f"{at}: {what}; {cure}")
 
 
 def _header(fd: int, at: int, start: int, end: int) -> tarfile.TarInfo | None:
-    """None for the end mark."""
+    """The header at byte `at`; None for the end mark."""
     header = os.pread(fd, BLOCK, at)
     if header == _ZEROS:
         return None
@@ -132,7 +132,7 @@ def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
 
 
 def _pax(at: int, data: bytes) -> dict[str, str]:
-    """An extended header's records, "length key=value" and a line feed each."""
+    """Returns an extended header's records by key; each is stored as "length key=value" and a line feed."""
     records = {}
     try:
         while data:

@@ -28,7 +28,7 @@ from .write.cuts import find
 from .write.manifest_content import timm_info
 
 STORED = (*IMAGES, "raw")
-MANY = 20  # findings of one kind that a shard names
+MANY = 20  # findings of one kind that are listed for a shard
 
 CHECKS = {
     "size": "shards exist, at their full size",
@@ -49,7 +49,7 @@ Fault = tuple[str, str]  # the check or the file, and what is wrong
 
 @dataclass
 class Finding:
-    """Something wrong. check: which of CHECKS."""
+    """A problem that was found. check: one of CHECKS."""
 
     check: str
     file: str
@@ -69,7 +69,7 @@ class SplitReport:
 
 @dataclass
 class Copy:
-    """One of several samples with the same bytes. sample: its number in the split."""
+    """One of several samples with the same bytes. sample: its index in the split."""
 
     split: str
     sample: int
@@ -96,7 +96,7 @@ class Report:
 def check(
     dataset: Dataset, *, deep: bool = False, workers: int = 1, progress: Callable[[int], None] = lambda samples: None
 ) -> Report:
-    """Checks everything, whatever is found on the way. dataset: opened without checks of its splits.
+    """Runs all checks and collects all findings. dataset: opened with check_splits=False.
 
     deep: also decode every image, and read the tars with webdataset. progress: called with numbers of samples.
     """
@@ -122,12 +122,12 @@ def check(
 
 
 def _is_ours(dataset: Dataset) -> bool:
-    """Whether the sharder made the tars; otherwise other people did, and `make_shards.py index` found them."""
+    """Whether our sharder wrote the tars; otherwise they existed, and `make_shards.py index` indexed them."""
     return "plan" in dataset.manifest
 
 
 def _summary(split: Split) -> SplitReport:
-    """Raises DataError if the index cannot be read."""
+    """Summarises a split's index. Raises DataError if it cannot be read."""
     index = split.index
     known = index["label"][index["label"] >= 0]
     histogram = np.bincount(known, minlength=split.classes).tolist()
@@ -161,7 +161,7 @@ def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> lis
     findings = []
     for check in CHECKS:
         whats = [what for kind, what in faults if kind == check]
-        if len(whats) > MANY:  # a shard of zeros needs no thousand lines
+        if len(whats) > MANY:  # a shard of zeros would give a thousand lines
             whats[MANY:] = [f"and {len(whats) - MANY} more"]
         findings += [Finding(check, shard.name, what) for what in whats]
     return findings
@@ -171,7 +171,7 @@ def _compare_samples(
     fd: int, rows: np.ndarray, inside: dict[int, Member], places: list[bytes], dataset: Dataset, deep: bool
 ) -> Iterator[Fault]:
     images = sum(split_name(member.name)[1] in STORED for member in inside.values())
-    if _is_ours(dataset) and images > len(rows):  # tars of other people may hold images that were left out
+    if _is_ours(dataset) and images > len(rows):  # existing tars may hold images that were left out
         yield "index", f"{images} images in the tar, {len(rows)} in the index"
     by_name, last = {member.name: member for member in inside.values()}, max(inside, default=-1)
     for (offset, size, _, label, crc, width, height), stored in zip(rows.tolist(), places):
@@ -231,7 +231,7 @@ def _compare_dali_index(path: Path, inside: dict[int, Member]) -> Iterator[Fault
 
 
 class _Seen(NamedTuple):
-    """A sample as it is compared."""
+    """The fields of a sample that are compared."""
 
     key: str
     label: int | None
@@ -267,7 +267,7 @@ def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Mem
 
 
 def _extra_faults(dataset: Dataset) -> Iterator[Fault]:
-    """(file, what is wrong with it) of the files beside shards and indices."""
+    """Yields (file, what is wrong with it) for all files except shards and indices."""
     if image := dataset.manifest["statistics"].get("mean_image"):
         try:
             dataset.mean_image  # noqa: B018
@@ -287,7 +287,7 @@ def _extra_faults(dataset: Dataset) -> Iterator[Fault]:
 
 
 def _duplicates(splits: list[Split]) -> list[list[Copy]]:
-    """Samples with the same bytes: those of one checksum and size are compared by sha256."""
+    """Returns groups of samples with the same bytes: if checksum and size are equal, their sha256 are compared."""
     keys = [split.index["crc32"].astype(np.uint64) << 32 | split.index["size"] for split in splits]
     values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *keys]), return_counts=True)
     groups: dict[str, list[Copy]] = defaultdict(list)

@@ -84,7 +84,7 @@ def print_report(report: verify.Report) -> None:
 
 
 def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
-    """All that the page shows beside the report; nothing about a split whose index is damaged."""
+    """Returns the page's content besides the report; omits splits whose index is damaged."""
     picture = partial(picture_of, dataset)
     splits, names, mean = [dataset.splits[name] for name in report.splits], dataset.class_names, []
     with contextlib.suppress(DataError):  # it was not measured
@@ -108,7 +108,7 @@ def facts(dataset: manifest.Dataset, report: verify.Report) -> Json:
 
 
 def converted(dataset: manifest.Dataset, splits: list[manifest.Split]) -> Iterator[tuple[Json, str]]:
-    """Images that were converted, each with the picture whose key was made from its name."""
+    """Yields converted images, each with the picture whose key was made from its name."""
     listed = dataset.manifest.get("converted", [])[:LISTED]
     found = {}
     with contextlib.suppress(OSError):  # a shard that is missing

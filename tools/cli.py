@@ -15,7 +15,7 @@ from train import environment
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose help begins with what to paste."""
+    """An ArgumentParser whose errors are one line, and whose help begins with a command to paste."""
 
     def __init__(self, description: str = "", **options: Any) -> None:
         wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(f"--{name}", action="store_true", help=help)
 
     def path(self, name: str, metavar: str, help: str, **more: Any) -> None:
-        """An option or argument that names what exists."""
+        """Adds an option or argument that names an existing path."""
         self.add_argument(name, type=Path, metavar=metavar, help=help, **more)
 
     def files(self, **helps: str) -> None:
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", type=new_file, metavar="FILE", help=text)
 
     def model_options(self) -> None:
-        """How a MODEL is meant, of every tool that takes one."""
+        """Adds the options of every tool with a MODEL argument."""
         self.option("checkpoint", "best", "of a run (%(default)s)", choices=("best", "latest"))
         self.flag("raw", "the weights themselves, even if their average was kept")
         self.option("preset", "", "what weights without a model card are of", metavar="NAME")
@@ -65,21 +65,21 @@ def new_file(name: str) -> Path:
 
 
 def printable(name: str) -> str:
-    """A file's name on one line, without what would steer a terminal."""
+    """Returns a file's name on one line, without terminal control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def open_model(path: Path, args: argparse.Namespace) -> Any:
-    """The Classifier that a MODEL is, as `Parser.model_options` and --data.shards ask for it."""
+    """Opens a MODEL as a Classifier, with the options of `Parser.model_options` and --data.shards."""
     from train.classifier import open_classifier
 
     return open_classifier(path, preset=args.preset, which=args.checkpoint, averaged=not args.raw, shards=args.shards)
 
 
 def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
-    """Runs a tool: an error of the user's is one line and its exit code.
+    """Runs a tool: a user's error becomes one line and an exit code.
 
-    ranks: whether launchers may start several processes of it. Local rank 0 reports what all of them find wrong.
+    ranks: whether launchers may start it as several processes. Errors that all have are reported by local rank 0.
     """
     streams.prepare(outlive_readers=False)
     try:
@@ -89,7 +89,7 @@ def run(main: Callable[[], None], *, ranks: bool = False) -> NoReturn:
             main()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ExpressError, OSError) as err:

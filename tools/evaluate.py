@@ -107,7 +107,7 @@ def check_classes(model: Any, dataset: Dataset) -> None:
 
 
 def predicted(models: list[Any], dataset: Dataset, args: argparse.Namespace, accelerator: Any) -> Any:
-    """The Predictions of the mean of all models."""
+    """Returns the Predictions of all models' mean."""
     from pipeline.read.config import LoaderConfig
     from pipeline.read.loader import Loader
     from train.build import of_this_rank
@@ -205,7 +205,7 @@ def write_csv(path: Path, predictions: Any, dataset: Dataset, split: str) -> Non
 
 
 def submission_order(dataset: Dataset, split: str) -> list[int]:
-    """Positions in the order of the official numbers. Raises DataError if these are not ImageNet's whole test split."""
+    """Returns the ids in the order of the official numbers. Raises DataError unless these are ImageNet's test split."""
     if "class_ids" not in dataset.manifest:
         raise DataError(f"{dataset.place}: its manifest has no official class numbers; shard ImageNet's archives again")
     found = {}

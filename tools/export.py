@@ -25,7 +25,7 @@ from tools.page import write_page
 
 KINDS = (".safetensors", ".onnx", ".pth")
 COMPARED = 16  # images
-# Fields of model.* that make another net of the same weights, or weights of other shapes.
+# Fields of model.* that change the net for the same weights, or the shapes of weights.
 FORM = ("width", "norm", "activation", "overlapping_pool", "towers", "drop")
 ONNX_CLOSE = 1e-4  # greatest difference of logits, relative to the greatest logit; other formats must be equal
 OPSET = 18
@@ -87,7 +87,7 @@ def check_exportable(model: Any, kind: str) -> None:
 
 
 def no_pth(model: Any) -> str:
-    """Why neither torchvision's class nor the seed's would be this net; "" if one is."""
+    """Returns why neither torchvision's class nor the seed's is this net; "" if one is."""
     from model import AlexNet, ModelConfig
 
     config, name, crop = model.card.model, model.card.model.name, model.card.augment.crop

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# Nothing that a machine may lack is imported here: a missing package costs only the steps that need it.
+# No optional package is imported here, so that a missing package affects only the steps that need it.
 from pipeline.errors import ConfigError, ExpressError
 from pipeline.files import read_object, write_json
 from tools import cli
@@ -32,7 +32,7 @@ from tools.bench.proof.steps import STEPS
 from train import environment
 
 DEADLINE_SECONDS = {"A": 300.0, "B": 240.0}
-TINY_LIMITS = 2.0  # times the limits: they are made for a machine with a GPU and 16 cores, and a tiny walk is not
+TINY_LIMITS = 2.0  # factor for a tiny walk's limits, which are set for a machine with a GPU and 16 cores
 LEAST_SECONDS = 10.0  # with less time left, a step is not started
 TAIL_LINES = 40
 ENVIRONMENT = "environment"  # no step of the registry: hardware and versions, which take an import of torch
@@ -51,7 +51,7 @@ def parser() -> cli.Parser:
     p.add_argument("--deadline", type=float, metavar="SECONDS", help="for all steps together (A: 300, B: 240)")
     p.option("out", Path("runs/gpu-proof"), "folder for the JSON (%(default)s)")
     p.path("--tables", "PAGE", "write the tables into this page, and run no step")
-    # How the script runs itself for one step: its name, the file of its answer, the scratch folder, its seconds.
+    # With --one the script runs itself for one step: its name, the result file, the scratch folder, the time limit.
     p.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     return p
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def answer(args: argparse.Namespace, name: str, file: str, scratch: str, limit: str) -> None:
-    """Runs one step and writes its answer."""
+    """Runs one step and writes its result."""
     end_with_parent()
     path = Path(file)
     if name == ENVIRONMENT:
@@ -80,7 +80,7 @@ def answer(args: argparse.Namespace, name: str, file: str, scratch: str, limit: 
     proof = Proof(args.device, args.tiny, *where, limit_seconds=float(limit), answer=path)
     try:
         result = {"passed": True, "result": STEPS[name].run(proof)}
-    except Exception as err:  # whatever it is, it is this step's answer, beside what the step has kept
+    except Exception as err:  # any error is the step's result, beside the results that it has kept
         result = read_object(path) | {"passed": False, "error": f"{type(err).__name__}: {err}"}
     write_json(path, result)
 
@@ -140,7 +140,7 @@ def why_skipped(name: str, args: argparse.Namespace, seconds_left: float) -> str
 
 
 def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left: float) -> Json:
-    """The step's record, whether it returned, died or was ended."""
+    """Runs a step; returns its record, whether it returned, crashed or was ended."""
     limit = min(STEPS[name].limit_seconds * (TINY_LIMITS if args.tiny else 1), seconds_left)
     ran = run_process(name, scratch, limit=limit)
     record = {"seconds": ran["seconds"], "limit_seconds": round(limit, 1)}
@@ -152,7 +152,7 @@ def run_step(name: str, args: argparse.Namespace, scratch: Path, *, seconds_left
 
 
 def run_process(name: str, scratch: Path, *, limit: float) -> Json:
-    """Runs this script for one step, for at most `limit` seconds, and then ends all that it has started."""
+    """Runs this script for one step, for at most `limit` seconds, then ends all processes that it has started."""
     path, log = scratch / f"{name}.json", scratch / f"{name}.log"
     command = [sys.executable, *sys.argv, "--one", name, str(path), str(scratch), str(limit)]
     started, ended = time.monotonic(), ""

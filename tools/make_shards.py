@@ -185,7 +185,7 @@ def class_names(path: Path) -> list[str]:
 
 
 def make(args: argparse.Namespace) -> dict | None:
-    """The manifest; None if it was not to be written."""
+    """Makes the shards; returns the manifest, or None if it was not to be written."""
     if args.shards and args.merge:
         raise ConfigError("--merge: leave out --shards; merging makes no shard")
     options = Options(
@@ -226,7 +226,7 @@ def make(args: argparse.Namespace) -> dict | None:
 
 
 def print_decoders(*, trusted: bool) -> None:
-    """Rejects old decoders: Pillow-SIMD lags behind Pillow, and then has faults that whoever made an image may know."""
+    """Rejects old decoders: Pillow-SIMD lags behind Pillow, and then has known faults that an image could exploit."""
     simd = ".post" in PIL.__version__
     name = f"{'Pillow-SIMD' if simd else 'Pillow'} {PIL.__version__}"
     if tuple(int(part) for part in PIL.__version__.split(".")[:2]) < PILLOW and not trusted:
@@ -238,7 +238,7 @@ def print_decoders(*, trusted: bool) -> None:
 
 
 def print_forecast(plan: Plan, only: range, out: Folder, workers: int) -> None:
-    """--dry-run: what would be written, its size, and the time it takes."""
+    """Prints what --dry-run would write, its size, and the time it would take."""
     record, seconds = forecast(plan, only)
     tried = record.shard.samples + len(record.bad)
     factor = plan.images(only) / tried

@@ -1,4 +1,4 @@
-"""Pages that hold all they need: style, scripts and pictures, so that no request leaves them. Also model cards."""
+"""Writes model cards, and self-contained pages with style, scripts and pictures, which make no requests."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ def plotly() -> str:
     """Plotly's JavaScript."""
     from plotly.offline import get_plotlyjs
 
-    # Beside lines, plotly registers bars and then 45 kinds of plots that no page has: most of its time to start.
+    # Plotly registers lines, bars and then 45 kinds of plots that no page uses, most of its start-up time.
     return re.sub(r"(register\(\[[\w$]+\(\)),[^]]*", r"\1", get_plotlyjs())
 
 

@@ -98,8 +98,8 @@ def image_files(names: list[str]) -> list[str]:
 
 
 def read(name: str, viewer: Any, pictured: object) -> tuple[str, Any, str] | None:
-    """The name, the views (views, 3, crop, crop) float32, and a picture if one is wanted; None, and a line on stderr,
-    for an image that cannot be read."""
+    """Returns the name, the views, (views, 3, crop, crop) float32, and a picture if `pictured`. If the image cannot be
+    read, prints a line on stderr and returns None."""
     try:
         pixels = decoded(name)
     except DataError as err:
@@ -121,7 +121,7 @@ def decoded(name: str) -> Any:
 
 
 def make_viewer(model: Any, *, views: int, shards: str) -> Any:
-    """A function that makes the net's input of decoded pixels."""
+    """Returns a function from decoded pixels to the net's input."""
     from pipeline.manifest import open_dataset
     from pipeline.read.portable import Viewer
 
@@ -130,7 +130,7 @@ def make_viewer(model: Any, *, views: int, shards: str) -> Any:
 
 
 def predicted(model: Any, views: Any, names: Sequence[str]) -> list[Json]:
-    """views: (n, views, 3, crop, crop)."""
+    """Returns a row of predictions per image. views: (n, views, 3, crop, crop)."""
     import torch
 
     from train.evaluation import best_classes, logits_by_view, mean_scores

@@ -119,7 +119,7 @@ def report(found: Json, recorded: float | None, names: list[str], *, same_ranks:
 
 
 def recorded_loss(folder: Path, step: int) -> float | None:
-    """The step's own loss: that of a step that ended the run or was left out, or of any, if every step was recorded."""
+    """The step's own loss: for a step that ended the run or was skipped, or if the previous step is recorded too."""
     from train.run_folder import EXIT, read_metrics
 
     try:

@@ -26,7 +26,7 @@ from train.run_folder import CONFIG, EXIT, SHOWCASE, read_config, read_json, rea
 
 
 def draw(path: Path, *panels: tuple[Json, list[tuple[Any, ...]]]) -> None:
-    """Panels side by side as PNG: of each, labels as Axes.set takes them, and curves as (x, y, style, name)."""
+    """Draws panels side by side as a PNG. panels: (arguments of Axes.set, curves as (x, y, style, name)) each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +64,7 @@ POINTS = 2000  # of a curve on a page
 
 def curves_of(lines: dict[str, list[Json]], panel: list[tuple[str, ...]]) -> Iterator[tuple[Any, ...]]:
     """(epochs, values, style, name) of each curve of a panel that the run has."""
-    steps_per_epoch = max(line["step"] / line["epoch"] for line in lines["train"])  # less until an epoch's end
+    steps_per_epoch = max(line["step"] / line["epoch"] for line in lines["train"])  # the ratio is lower within an epoch
     for kind, field, *style in panel:
         points = [(line["step"] / steps_per_epoch, line[field]) for line in lines[kind] if field in line]
         if points and (field != "top5" or min(points, key=lambda point: point[1])[1] < 1):  # of five classes always 1
@@ -87,7 +87,7 @@ def draw_curves(lines: dict[str, list[Json]], best: Json | None, path: Path) -> 
 
 
 def read(path: Path) -> Json:
-    """All that the page shows of a run; what it has not recorded is empty."""
+    """Returns all data of a run that the page shows; fields that were not recorded are empty."""
     lines = read_metrics(path)
     if not lines["train"]:
         raise DataError(f"{path}: no epoch was finished yet; draw it when one is")
@@ -114,7 +114,7 @@ def plot(title: str, runs: list[Json]) -> Json:
 
 
 def reduced(values: np.ndarray) -> list[int]:
-    """Places of at most POINTS values: of each stretch the least and the greatest, so that no peak is lost."""
+    """Returns the indices of at most POINTS values: minimum and maximum of each section, so that no peak is lost."""
     stretches = np.array_split(np.arange(len(values)), min(POINTS // 2, len(values)))
     return sorted({int(s[end(values[s])]) for s in stretches for end in (np.argmin, np.argmax)})
 

@@ -1,4 +1,4 @@
-"""Saving in the background: how a run learns of failed saves, and what it does about them."""
+"""Saves checkpoints in the background, and reports failed saves to all ranks."""
 
 import sys
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from .metrics import Record
 
 @dataclass
 class Saver:
-    """Checkpoints of a run, written by rank 0; all ranks learn of failed writes.
+    """Writes a run's checkpoints at rank 0; failed writes are reported to all ranks.
 
-    on_error: whether a run stops, or continues and retries at its next save.
+    on_error: "stop" ends the run; "continue" retries at the next save.
     """
 
     checkpoints: Checkpoints
@@ -24,7 +24,7 @@ class Saver:
     _error: str = ""  # this rank's last
 
     def save(self, step: int, **what: Any) -> None:
-        """At rank 0: copies the arguments of Checkpoints.save, and returns while they are being written."""
+        """Copies the arguments of Checkpoints.save and returns while they are being written. Call it at rank 0."""
         self.settle()
         self.checkpoints.save(step, **what)
 
@@ -40,7 +40,7 @@ class Saver:
             print(f"could not save: {self._error}; {last}", file=sys.stderr)
 
     def is_broken(self, record: Record) -> int:
-        """1 if this rank has met an error that must stop the run. Prints any error."""
+        """Returns 1 if this rank has an error that must stop the run, otherwise 0. Prints any error."""
         if record.error is not None:
             self._error, record.error = str(StorageError.of(record.error, record.run)), None
             print(f"could not record: {self._error}", file=sys.stderr)

@@ -42,12 +42,12 @@ from .step import Stepper
 from .trainer import Trainer, TrainState
 from .watchdog import Watchdog
 
-LEAST_EPOCHS = 3  # in which decoding all images once saves more than it costs
-INIT = 1_000_000  # a stream of draws, away from the loader's
+LEAST_EPOCHS = 3  # from here on, decoding all images once saves more than it costs
+INIT = 1_000_000  # a random stream that the loader does not use
 
 
 def check_batch(config: Config, dataset: Dataset, *, world: int) -> None:
-    """Raises ConfigError for a batch that cannot be cut into ranks and micro-batches."""
+    """Raises ConfigError for a batch that cannot be divided into ranks and micro-batches."""
     data, train = config.data, config.train
     images = dataset.split(data.train_split).samples
     if config.overfit > images:
@@ -62,8 +62,8 @@ def check_batch(config: Config, dataset: Dataset, *, world: int) -> None:
 
 
 def pixel_type(mixed_precision: str, device: torch.device) -> PixelType:
-    """The type of the pixels that a net is given. On a GPU, bf16 and fp16 nets get float16: their first layer rounds
-    further, and the pixels are half the bytes. On a CPU pixels stay float32, so that runs keep their bits."""
+    """Returns the dtype of the input images. On a GPU, bf16 and fp16 nets get float16, half the bytes: their first
+    layer rounds at least as much. On a CPU, float32, so that runs stay bit-identical."""
     return "float16" if device.type == "cuda" and mixed_precision in ("bf16", "fp16") else "float32"
 
 
@@ -154,7 +154,7 @@ def build_trainer(config: Config, *, folder: RunFolder, stop: Stop) -> Trainer:
 
 
 def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *loaders: Loader) -> str:
-    """Why `auto` keeps a run's images in GPU memory, the same at all ranks; "" if it does not."""
+    """Returns the reason why `auto` keeps a run's images in GPU memory, the same at all ranks; "" if it does not."""
     accelerator, auto = stepper.accelerator, config.loader.backend == "auto" and not config.limit_steps
     if not auto or accelerator.device.type != "cuda" or config.train.epochs < LEAST_EPOCHS:
         return ""
@@ -168,11 +168,11 @@ def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *l
     images, lacking = agreement.largest(images, -free_memory(accelerator.device, 1))
     if images > -lacking * share:  # before the pass below, which takes memory from DALI
         return ""
-    # The memory of a step's peak stays allocated. Not compiled, since the first crop may be smaller and would be
-    # compiled again; that may need more memory, even too much. Without other ranks, which must not wait then.
+    # A step's peak memory stays allocated after it. Not compiled, since the first crop may be smaller and would compile
+    # again; eager mode may need more memory, even too much. no_sync, so that no rank waits for one that ran out of it.
     with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager"), accelerator.no_sync(stepper.net):
         stepper.settle_buckets(loaders[0], config.augment.crop)
-    velocities = sum(p.nbytes for p in stepper.bare.parameters())  # the first update makes them
+    velocities = sum(p.nbytes for p in stepper.bare.parameters())  # allocated by the first update
     images, lacking = agreement.largest(images, velocities - free_memory(accelerator.device, 1))
     if images > -lacking * share:
         return ""
@@ -180,7 +180,7 @@ def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *l
 
 
 def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, loader: Loader) -> None:
-    """Sets everything to what the checkpoint holds. Raises DataError if it is of another net."""
+    """Restores all state from a checkpoint. Raises DataError if it is of another net."""
     kept, scaler, average = saved.state, stepper.accelerator.scaler, stepper.average
     try:
         stepper.bare.load_state_dict(saved.model)
@@ -199,7 +199,7 @@ def restore(saved: Saved, state: TrainState, *, stepper: Stepper, meter: Meter, 
 
 
 def of_this_rank(accelerator: Accelerator) -> Json:
-    """The arguments of a Loader that feeds a net on this rank's device."""
+    """Returns the Loader arguments for a net on this rank's device."""
     return {
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
@@ -213,7 +213,7 @@ def of_this_rank(accelerator: Accelerator) -> Json:
 def make_loaders(
     config: Config, dataset: Dataset, accelerator: Accelerator
 ) -> tuple[Callable[..., Loader], Loader, Loader]:
-    """A function that makes training loaders with a given `augment`, its first, and the validation loader."""
+    """Returns a function `augment` → training loader, the first training loader, and the validation loader."""
     data, train = config.data, config.train
     make = partial(
         Loader,
@@ -231,7 +231,7 @@ def make_loaders(
 
 
 def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.Module:
-    """On the host, initialised from the seed. Raises ConfigError for a net that cannot be."""
+    """Makes the net on the host, initialised from the seed. Raises ConfigError for a net that cannot work."""
     torch.manual_seed(rng.key(config.run.seed, INIT) >> 1)
     crop, model = config.augment.crop, config.model
     net = create_net(model, classes=classes, crop=crop, crop_sizes=config.train.crop_sizes)
@@ -241,5 +241,5 @@ def make_net(config: Config, *, classes: int, say: Callable[[str], None]) -> nn.
     for module in net.modules() if config.overfit else ():
         if isinstance(module, Dropout | nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    # Channels last is what convolutions like best, on tensor cores and on the CPU alike.
+    # Convolutions are fastest with channels last, on tensor cores and on the CPU.
     return net.to(memory_format=torch.channels_last)

@@ -52,7 +52,7 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run folder. One process writes them, in the background.
 
-    run: the run folder. keep: how many of the newest stay, beside the best.
+    run: the run folder. keep: how many of the newest are kept, in addition to the best.
     """
 
     run: Path
@@ -78,17 +78,17 @@ class Checkpoints:
     ) -> None:
         """Copies the arguments and publishes them in the background as the checkpoint of `step`.
 
-        optimizer: its `state_dict()`. average: of the weights, if they are averaged. state: JSON; the checkpoint of
-        its "best_step", if set, is kept. An existing checkpoint of `step` is left as it is: the run resumed from it, or
-        wrote it. Raises OSError if the previous save failed; `wait` raises the error of this one.
+        model, average: state_dicts; average: only if weights are averaged. optimizer: its `state_dict()`. state: JSON;
+        the checkpoint of state["best_step"] is kept. An existing checkpoint of `step` is not rewritten: the run resumed
+        from it or wrote it. Raises OSError if the previous save failed; `wait` raises the error of this one.
         """
         self.wait()
-        if self.path(step).is_dir():  # saved in the middle of the evaluation, which is over now
+        if self.path(step).is_dir():  # saved during the evaluation, which has ended
             self._pending = self._writer.submit(self._remove_old, step, state.get("best_step"))
             return
         moments = {f"{p}.{name}": v for p, values in optimizer["state"].items() for name, v in values.items()}
         files = {MODEL: model, OPTIMIZER: moments} | ({AVERAGE: average} if average else {})
-        # To the host, into memory that is kept: fresh pages cost more than the copy itself.
+        # Copied into host memory that is reused: fresh pages cost more than the copy itself.
         for file, tensors in files.items():
             kept = self._staging.setdefault(file, {})
             for name, tensor in tensors.items():
@@ -114,7 +114,7 @@ class Checkpoints:
         """Temporary folder → fsync → rename; only then are old ones removed."""
         path = self.path(step)
         partial = path.with_name(path.name + PARTIAL)
-        for stale in self.folder.glob(f"step-*{PARTIAL}"):  # of a killed run, as large as a checkpoint
+        for stale in self.folder.glob(f"step-*{PARTIAL}"):  # left by a killed run, as large as a checkpoint
             _remove(stale)
         partial.mkdir(parents=True)
         try:
@@ -125,7 +125,7 @@ class Checkpoints:
             fsync_path(partial)
             os.rename(partial, path)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # or a full disk would stay full
+            shutil.rmtree(partial, ignore_errors=True)  # otherwise a full disk would stay full
             raise
         fsync_path(self.folder)
         write_text(self.folder / LATEST, f"{path.name}\n")
@@ -138,7 +138,7 @@ class Checkpoints:
             write_text(self.folder / BEST, f"{kept[-1].name}\n")
         aside = [p for p in self.folder.glob(f"step-*{DAMAGED}") if _step(p) <= step]
         for old in [p for p in self.all() if p not in kept] + aside:
-            gone = old.with_name(old.name + PARTIAL)  # half removed, it must not look like a damaged one
+            gone = old.with_name(old.name + PARTIAL)  # a half-removed folder must not look like a damaged checkpoint
             os.rename(old, gone)
             _remove(gone)
 
@@ -148,11 +148,11 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def all(self) -> list[Path]:
-        """All that were published, oldest first, whole or not."""
+        """The paths of all published checkpoints, oldest first, including damaged ones."""
         return sorted((p for p in self.folder.glob("step-*") if NAME.fullmatch(p.name) and p.is_dir()), key=_step)
 
     def newest(self, *, before: float = math.inf) -> tuple[Saved | None, list[str]]:
-        """The newest that verifies, of the steps below `before`, and a line for each newer one that does not."""
+        """Returns the newest checkpoint of a step below `before` that verifies, and an error for each newer one."""
         damaged: list[str] = []
         for path in reversed(self.all()):
             if _step(path) < before:
@@ -172,7 +172,7 @@ class Checkpoints:
 
 
 def find(path: Path, which: str = BEST) -> tuple[Path, Saved]:
-    """The run folder and the checkpoint in it that `path`, one of the two, names. which: best or latest, of a run."""
+    """Returns the run folder and the checkpoint. path: either of them. which: best or latest, if it is a run folder."""
     if (path / RECORD).is_file():
         return path.resolve().parent.parent, load(path)
     checkpoints = Checkpoints(path, keep=1)
@@ -228,7 +228,7 @@ def load(path: Path) -> Saved:
 
 
 def verified(path: Path) -> dict[str, bytes]:
-    """The bytes of its files. Raises DataError if they are not those that were written."""
+    """Returns {file name: bytes} of a checkpoint. Raises DataError if a file's sha256 is not the recorded one."""
     if not path.is_dir():
         raise DataError(f"{path}: no such checkpoint; name a folder checkpoints/step-NNNNNNNN")
     try:
@@ -247,10 +247,10 @@ def verified(path: Path) -> dict[str, bytes]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Weights) -> None:
-    """Loads the state; groups stay as configured, since the schedule sets their lr at every step.
+    """Loads the optimiser's state. Its groups stay as configured, since the schedule sets their lr at every step.
 
-    Momenta take the memory format of their parameters, which files do not keep: torch's fused updates assume that both
-    are equal, and would silently mix up the momenta of a channels-last net.
+    Momenta get the memory format of their parameters, which files do not record: torch's fused updates assume that both
+    are equal, and would silently permute the momenta of a channels-last net.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Weights] = {}

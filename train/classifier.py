@@ -40,7 +40,7 @@ class Classifier(NamedTuple):
         return self.card.weights["classes"]
 
     def statistics(self, dataset: Dataset | None) -> Statistics:
-        """The statistics that normalise its images. Raises ConfigError if neither the card nor `dataset` has them."""
+        """The statistics that normalise its input. Raises ConfigError if neither card nor dataset has them."""
         if self.card.inputs:
             return self.card.inputs.statistics
         if self.card.augment.statistics == "imagenet":
@@ -79,9 +79,9 @@ def open_classifier(
 
 
 def recorded(path: Path) -> tuple[Json, Inputs | None]:
-    """The record in a run, a checkpoint or a model card: fields of model and augment by flat names, and the inputs.
+    """Returns the fields of model and augment, by flat names, and the inputs that a run, checkpoint or card records.
 
-    ({}, None) for weights without a card. Raises DataError for what cannot be read.
+    Returns ({}, None) for weights without a card. Raises DataError if the path cannot be read.
     """
     if path.is_dir():
         run, saved = find(path)
@@ -126,7 +126,7 @@ def _inputs_from_shards(run: Path, shards: str, config: Config, flat: Json) -> I
 
 
 def _validated(run: Path, config: Config, weights: Json, recipe: Json) -> list[Json]:
-    """The accuracy of these weights that training itself has recorded, as a row of the card."""
+    """Returns the accuracy that training recorded for these weights, as a row of the card."""
     try:
         lines = read_metrics(run)["val of average" if weights["averaged"] else "val"]
     except DataError:
@@ -152,7 +152,7 @@ def _from_weights(path: Path, preset: str) -> Classifier:
 
 
 def _card_of_preset(path: Path, preset: str) -> Card:
-    """The card of weights that have none."""
+    """Makes the card of weights that have none."""
     weights = read_weights(path)
     if not preset:
         raise ConfigError(f"{path}: has no model card; name its net by --preset: {', '.join(PRESETS)}")
@@ -180,7 +180,7 @@ def _card(path: Path, text: str | None = None) -> Card | None:
             reading(damaged, "copy or export it again", OverflowError, MemoryError, RecursionError),
             open(path, "rb") as file,
         ):
-            # By hand: the library opens no path that is not UTF-8.
+            # Read directly, since safetensors opens no path that is not UTF-8.
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             text = header.get("__metadata__", {}).get(METADATA)
     with reading(f"{path}: its model card", "export the weights again"):

@@ -78,7 +78,7 @@ def _configured(base: Config, file: Path | None, flags: list[str]) -> Config:
 
 
 def _as_trained(base: Config, weights: Path) -> Config:
-    """`base` with the net of weights that record theirs, and the size and normalisation of the images that it saw."""
+    """Returns `base` with net, image size and normalisation as recorded with the weights."""
     from .classifier import recorded  # imports torch: wrong flags are reported before
 
     view = ("augment.resize", "augment.crop", "augment.normalize", "augment.statistics")
@@ -87,7 +87,7 @@ def _as_trained(base: Config, weights: Path) -> Config:
 
 
 def _take_own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options that are no fields, and the flags for tyro: it has no optional values, so --resume gets its own."""
+    """Returns the options that are not fields, and the flags for tyro; --resume gets a value, since tyro needs one."""
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     p.add_argument("--config", type=Path)
     p.add_argument("--print", action="store_true")
@@ -140,7 +140,7 @@ def _short_help(preset: str, config: Config) -> str:
 def _read_config(file: Path, base: Config) -> Config:
     """`base` with the values of a JSON file: of --print, or a run folder's config.json."""
     try:
-        # UTF-8 or UTF-16, with a mark of it or without
+        # UTF-8 or UTF-16, with or without a byte order mark
         values = json.loads(file.read_bytes(), object_pairs_hook=_distinct)
     except FileNotFoundError as err:
         raise DataError(f"--config {file}: no such file") from err
@@ -174,11 +174,11 @@ def _as_flags(name: str, value: Any) -> list[str]:
         raise ConfigError(f"{name}={json.dumps(value)}: give {wanted}")
     if isinstance(value, list):
         return [flag, *map(str, value)]
-    return [f"{flag}={value}"]  # in one, so that it may begin with a dash
+    return [f"{flag}={value}"]  # one argument, so that the value may begin with a dash
 
 
 def _kind_of(name: str, shown: str = "") -> Any:
-    """A field's type. Raises ConfigError, with the nearest known name, for no field."""
+    """Returns a field's type. Raises ConfigError, with the nearest known name, for an unknown field."""
     fields = declared(Config)
     if name in fields:
         return fields[name][0]

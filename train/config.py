@@ -59,7 +59,7 @@ class TrainConfig:
     batch: InHelp[Positive] = 128
     """Global batch: images per update, over all ranks."""
     accumulate: InHelp[MayChange[Positive]] = 1
-    """Micro-batches of a rank's slice of the batch, for less memory; ids, rates and mean gradient stay."""
+    """Micro-batches per rank and step, for less memory; ids, rates and mean gradient are unchanged."""
     eval_batch: MayChange[Positive] = 256
     """Images per evaluation step, over all ranks; changes nothing but memory and speed."""
     eval_every: Positive = 1
@@ -67,9 +67,9 @@ class TrainConfig:
     stop_at: MayChange[Fraction] = 0.0
     """End as soon as an evaluation's top-1 reaches this fraction; 0: train all epochs."""
     precision: InHelp[Literal["launcher", "fp32", "tf32", "bf16", "fp16"]] = "launcher"
-    """launcher: as given by accelerate launch --mixed_precision. tf32: fp32 with rounded products, on NVIDIA GPUs."""
+    """launcher: as set by accelerate launch --mixed_precision. tf32: fp32 with TF32 products, on NVIDIA GPUs."""
     compile: InHelp[Literal["auto", "off", "norm", "model"]] = "auto"
-    """The part that is compiled: the whole model (auto on a GPU), response normalisation (auto elsewhere), none."""
+    """The part to compile: the whole model (auto on a GPU), response normalisation (auto elsewhere), none."""
     compress: Literal["none", "bf16", "fp16"] = "none"
     """Type in which ranks exchange gradients: half the bytes, rounded."""
     crop_sizes: tuple[int, ...] = ()
@@ -149,7 +149,7 @@ class RegularizeConfig:
     """Against overfitting, beside dropout, weight decay and crops."""
 
     label_smoothing: BelowOne = 0.0
-    """Fraction of the target that is spread over all classes."""
+    """Label smoothing: fraction spread over all classes."""
     ema: BelowOne = 0.0
     """Decay, at each update, of a moving average of the weights, which is evaluated and saved too; 0: none."""
 
@@ -174,7 +174,7 @@ class RunConfig:
     record_ids: MayChange[bool] = False
     """Write each rank's sample ids of every step to ids/, to compare runs."""
     report: MayChange[bool] = True
-    """Keep what report.html shows beside figures in showcase.json, and write the page when the run ends."""
+    """Keep report.html's pictures in showcase.json, and write that page when the run ends."""
     ddp_backend: MayChange[Literal["auto", "nccl", "gloo"]] = "auto"
     """auto: NCCL between GPUs, gloo between CPUs; gloo also joins two ranks on one GPU."""
     deterministic: bool = False
@@ -195,7 +195,7 @@ class GuardConfig:
     max_bad_steps: NonNegative = 10
     """Batches that skip may leave out over the run."""
     hang_seconds: NonNegativeFloat = 600.0
-    """A rank that makes no step for so long is named, all stacks are written, the run exits with 77; 0: never."""
+    """If a rank makes no step for so long, name it, write all stacks and exit with 77; 0: never."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """A checkpoint or record that cannot be written: stop exits with 74, continue reports it and retries next time."""
 
@@ -205,14 +205,14 @@ class GuardConfig:
             raise ConfigError(f"guard.hang_seconds={self.hang_seconds:g}: must be at least 2, or 0 to wait for ever")
 
 
-RESUME_NEWEST = "newest"  # what a bare --resume means
+RESUME_NEWEST = "newest"  # the value of --resume without an argument
 FewImages = Annotated[int, Bounds(ge=0, le=100_000, choose="images to train on, such as 64, or 0 for a real run")]
 FewSteps = Annotated[int, Bounds(ge=0, le=1000, choose="steps to trace, such as 10, or 0 for none")]
 
 
 @dataclass(frozen=True)
 class Config:
-    """All of a run."""
+    """The configuration of a run."""
 
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -253,14 +253,14 @@ class Config:
             raise ConfigError(f"{sizes}: model.name={model} takes one size; use modern")
 
     def scaled_optim(self) -> OptimConfig:
-        """`optim` with the rates that its rule of scaling gives for the global batch."""
+        """Returns `optim` with its learning rates scaled to the global batch by `scale_lr`."""
         optim = self.optim
         factor = self.train.batch / optim.base_batch if optim.scale_lr == "linear" else 1.0
         lr, warmup_from = optim.lr * factor, optim.warmup_from * factor
         return dataclasses.replace(optim, lr=lr, warmup_from=warmup_from, scale_lr="none")
 
     def behind_the_end(self) -> list[str]:
-        """A line for each field that names an epoch which the run does not reach."""
+        """Returns a line for each field whose epoch the run does not reach."""
         optim, end = self.optim, self.train.epochs
         epochs: dict[str, list[float]] = {
             "optim.milestones": [m for m in optim.milestones if m >= end and optim.schedule == "step"],

@@ -16,12 +16,12 @@ from pipeline.files import Json
 from .config import Config
 from .environment import launched, world_size
 
-# Our names of precisions and hooks that have others in Accelerate
+# Accelerate's names for our precisions and hooks, if they differ
 NAMES = {"launcher": None, "fp32": "no", "tf32": "no", "none": "no"}
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Makes Accelerate's object, after `check_launch`. Raises ConfigError if ranks do not know of each other."""
+    """Makes the Accelerator, after `check_launch`. Raises ConfigError if ranks do not form one process group."""
     train, run = config.train, config.run
     precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
@@ -55,13 +55,13 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     set_products(train.precision)
     check_scaler(accelerator)
-    if (parts := accelerator.gradient_accumulation_steps) != 1:  # it would divide what is divided already
+    if (parts := accelerator.gradient_accumulation_steps) != 1:  # it would divide the loss a second time
         raise ConfigError(f"the launcher's gradient_accumulation_steps={parts}: use --train.accumulate {parts} instead")
     return accelerator
 
 
 def _accelerator(chosen: str, **options: Any) -> Accelerator:
-    """Raises ConfigError for what Accelerate cannot do, which its launcher may have asked for by the environment."""
+    """Makes an Accelerator. Raises ConfigError for options, or the launcher's environment, that Accelerate rejects."""
     try:
         return Accelerator(**options)
     except (ValueError, ImportError) as err:
@@ -70,7 +70,7 @@ def _accelerator(chosen: str, **options: Any) -> Accelerator:
 
 
 def make_plain_accelerator(precision: str) -> Accelerator:
-    """For tools that only evaluate: fp32 or bf16, whatever the launcher asks for; after `check_launch`."""
+    """Makes an Accelerator for evaluation: fp32 or bf16, whatever the launcher sets. Call it after `check_launch`."""
     accelerator = _accelerator(f"--precision {precision}", mixed_precision=NAMES.get(precision, precision))
     set_products(precision)
     return accelerator
@@ -83,24 +83,24 @@ def check_scaler(accelerator: Accelerator) -> None:
 
 
 def set_products(precision: str) -> None:
-    """Sets how precise float32 products are on NVIDIA GPUs. Call it after Accelerate, which sets its own choice.
+    """Sets the precision of float32 products on NVIDIA GPUs. Call it after Accelerate, which sets it too.
 
-    torch's default rounds in convolutions and not elsewhere, Accelerate's depends on the launcher's compiler.
+    torch's default is TF32 in convolutions only; Accelerate's depends on the launcher's compiler setting.
     """
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
 def resolved_precision(precision: str, accelerator: Accelerator) -> str:
-    """The precision that train.precision resolves to: the launcher may decide."""
+    """Returns the precision in use: train.precision, or what the launcher has set."""
     mixed = accelerator.mixed_precision
     return "tf32" if precision == "tf32" else {"no": "fp32"}.get(mixed, mixed)
 
 
 def take_cores(device: torch.device) -> Json:
-    """Pins this rank to its share of the cores near its GPU, if they are known, and lets torch use all of them.
+    """Pins this rank to its fraction of the cores near its GPU, if they are known, and lets torch use all of these.
 
-    Launchers set one thread a rank, which starves a CPU. Returns what was done, for config.json.
+    Launchers set one thread per rank, too few for training on a CPU. Returns a description for config.json.
     """
     ranks = launched("LOCAL_WORLD_SIZE", 1)
     shares = None
@@ -121,7 +121,7 @@ def take_cores(device: torch.device) -> Json:
 class Agreement:
     """Exchanges small values between the ranks' hosts, without waiting for the devices' queued work.
 
-    A call costs 0.2 ms between processes of one machine. timeout: how long a rank waits for another. first: whether
+    A call costs 0.2 ms between processes on one machine. timeout: how long a rank waits for another. first: whether
     this is rank 0.
     """
 
@@ -138,7 +138,7 @@ class Agreement:
         return tensor.tolist()
 
     def from_all(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, at every rank."""
+        """Returns the list of all ranks' values, by rank, at every rank (all-gather)."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * dist.get_world_size(self.group)
@@ -147,5 +147,5 @@ class Agreement:
 
 
 def patience(hang_seconds: float) -> datetime.timedelta:
-    """How long a rank waits for another: longer than the watchdog, which can name the cause. 0: a year."""
+    """The timeout of collectives: longer than the watchdog's, which can name the cause. hang_seconds=0: a year."""
     return datetime.timedelta(seconds=max(1800.0, 20 * hang_seconds) if hang_seconds else 365 * 86400.0)

@@ -38,9 +38,9 @@ def describe() -> Json:
 
 
 def check_launch() -> None:
-    """Removes empty variables of launchers, which torch and Accelerate would read as numbers.
+    """Removes empty launcher variables, which torch and Accelerate would parse as numbers.
 
-    Raises ConfigError for values that no launcher sets. They are removed too: what reports the error runs alone.
+    Raises ConfigError for values that no launcher sets. It removes these too: the error is reported by one process.
     """
     for name, value in list(os.environ.items()):
         if not value.strip() and name.startswith((*LAUNCHERS, "MASTER_", "ACCELERATE_")):
@@ -66,7 +66,7 @@ def world_size() -> int:
 
 
 def memory_gb(device: Any) -> float:
-    """The greatest use so far: of the GPU's memory by tensors, or of this process's."""
+    """Peak memory so far, in GB: of tensors on the GPU, or of this process."""
     if device.type == "cuda":
         import torch
 
@@ -76,7 +76,7 @@ def memory_gb(device: Any) -> float:
 
 
 def command() -> str:
-    """The command line, its program named as seen from the repository; the launcher's own options are not known."""
+    """The command line, with the program's path relative to the repository, without the launcher's own options."""
     program = os.path.abspath(sys.argv[0])
     inside = os.path.relpath(program, ROOT)
     launcher = "accelerate launch " if "ACCELERATE_MIXED_PRECISION" in os.environ else ""
@@ -84,7 +84,7 @@ def command() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit, with "-dirty" if files differ from it; outside a checkout the one that an image records, or None."""
+    """The commit, with "-dirty" if files differ from it; outside a checkout, the one recorded in the image, or None."""
     try:
         ask = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

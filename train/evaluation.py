@@ -55,10 +55,10 @@ class Evaluation(NamedTuple):
 
 
 def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) how many classes score at least as high as the labelled one, itself not counted.
+    """Returns how many other classes score at least as high as the labelled one, (N,).
 
-    Ties and NaN count against the net, so that a constant or broken one is never correct by accident, and the result
-    does not depend on how a batch is cut.
+    Ties and NaN count against the net, so that a constant or broken net is never correct by accident, and the result
+    does not depend on how samples are batched.
     """
     return logits.shape[1] - 1 - (logits < logits.gather(1, labels[:, None])).sum(1)
 
@@ -72,10 +72,10 @@ def evaluate(
     between: Callable[[], None],
     see: Callable[[Batch, Tensor, Loader], None],
 ) -> Result:
-    """Runs `net` over this rank's images and sums over the ranks.
+    """Evaluates `net` on this rank's images and sums the counts over the ranks.
 
-    between: called after each batch that all ranks have; it may use collectives, and end the evaluation by raising.
-    see: called with each batch and its float32 logits.
+    between: called after each batch that all ranks have; it may call collectives, or raise to end the evaluation.
+    see: called with each batch, its float32 logits and the loader.
     """
     training = [module for module in net.modules() if module.training]  # frozen layers are not
     net.eval()
@@ -116,9 +116,9 @@ class Predictions(NamedTuple):
 def predict(
     nets: dict[Loader, list[nn.Module]], accelerator: Accelerator, *, progress: Callable[[int], None]
 ) -> Predictions:
-    """Runs all nets, each on the images of its loader, over this rank's images and gathers all ranks' predictions.
+    """Evaluates all nets on this rank's images, each with its own loader, and gathers all ranks' predictions.
 
-    Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: receives counts of images.
+    Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: called with image counts.
     Raises DataError if more samples are bad, over all ranks, than a loader's limit.
     """
     rows: list[Predictions] = []
@@ -142,14 +142,14 @@ def predict(
         progress(len(labels))
     for loader in nets:
         loader.bad.share(lambda found: gather_object([found]))
-    # Consecutive ranks have consecutive images, so their rows are in stored order one after another.
+    # Consecutive ranks have consecutive images, so that their concatenated rows are in stored order.
     predictions = Predictions(*(np.concatenate(column) for column in zip(*gather_object(rows), strict=True)))
     assert loader.bad.limit or len(predictions.labels) == loader.samples
     return predictions
 
 
 def in_common(batches: Sequence[Batch]) -> list[Batch]:
-    """One step's batches of several loaders, without samples that are bad for one of them."""
+    """Returns one step's batches of several loaders, without samples that are bad in any of them."""
     ids = torch.from_numpy(reduce(np.intersect1d, [batch.ids.numpy() for batch in batches]))
     kept = [torch.isin(batch.ids, ids) for batch in batches]
     return [b if k.all() else Batch(*(each[k] for each in b)) for b, k in zip(batches, kept, strict=True)]
@@ -167,9 +167,9 @@ def logits_by_view(
 
 
 def mean_scores(logits: Sequence[Tensor]) -> Tensor:
-    """(n, classes): the logits if they are of one net, else the logarithm of the mean probabilities.
+    """Returns (n, classes): the logits themselves if there is one view of one net, else the log of mean probabilities.
 
-    Logarithms, since a float32 probability is 0 for all that is far from the best, and such ties would cost ranks.
+    Logarithms, since float32 probabilities far below the best are 0, and such ties would worsen ranks.
     """
     if len(logits) == 1:
         return logits[0]
@@ -178,13 +178,13 @@ def mean_scores(logits: Sequence[Tensor]) -> Tensor:
 
 
 def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, k) classes and probabilities, the greatest first; of equal ones the first class, on every device."""
+    """Returns classes and probabilities, both (n, k), in descending order; ties go to the lower class on any device."""
     found = scores.softmax(1).sort(descending=True, stable=True)
     return found.indices[:, :BEST], found.values[:, :BEST]
 
 
 def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int) -> Json:
-    """Accuracy in whole numbers and fractions with 95 % intervals, by class, and the pairs confused most.
+    """Returns accuracy as counts and fractions with 95 % intervals, per-class accuracy, and the pairs confused most.
 
     All labels must be known.
     """
@@ -209,7 +209,7 @@ def summary(predictions: Predictions, classes: Sequence[str], *, resamples: int)
 
 
 def confusions(labels: ndarray, taken_for: ndarray, classes: Sequence[str]) -> list[Json]:
-    """The pairs confused most. taken_for: (n,) the class that each image is taken for; its own: none."""
+    """The pairs confused most. taken_for: (n,) the class predicted for each image, or its own if not confused."""
     images = np.bincount(labels, minlength=len(classes)).tolist()
     wrong = taken_for != labels
     pairs, counts = np.unique([labels[wrong], taken_for[wrong]], axis=1, return_counts=True)
@@ -221,7 +221,7 @@ def confusions(labels: ndarray, taken_for: ndarray, classes: Sequence[str]) -> l
 
 
 def bootstrap(values: dict[str, ndarray], *, resamples: int) -> dict[str, list[float]]:
-    """The middle 95 % of each value's mean over resampled images (Efron 1979), by percentiles; {} for one image."""
+    """Returns a 95 % bootstrap percentile interval of each value's mean (Efron 1979); {} for one image."""
     table = np.stack(list(values.values())).astype(np.float64)
     if resamples < 1 or table.shape[1] < 2:
         return {}

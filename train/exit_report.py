@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # these import torch: a mistyped preset is reported before th
     from .config import Config
     from .trainer import Trainer
 
-PAGE_SECONDS = 10.0  # that the page may take, at most
-LOST_SECONDS = 1.0  # that a rank waits for the one that reports an error, in exit.json or on the screen
+PAGE_SECONDS = 10.0  # time limit for writing the page
+LOST_SECONDS = 1.0  # time that a rank gives another one to report an error, in exit.json or on the screen
 
 
 class Interrupted(ExpressError):
@@ -30,14 +30,14 @@ class Interrupted(ExpressError):
 
 
 class LostRank(ExpressError):
-    """Another rank ended, which reports why."""
+    """Another rank ended; that rank reports the reason."""
 
 
 @dataclass
 class ExitReport:
-    """A context around a run, from its command line on: whatever is raised in it becomes `code`, a line and exit.json.
+    """A context manager around a run: turns an exception raised in it into `code`, a line on stderr and exit.json.
 
-    A crash passes on with its traceback, after exit.json has named it.
+    An unexpected exception (a crash) is written to exit.json and propagates with its traceback.
     """
 
     code: int = DONE
@@ -64,7 +64,7 @@ class ExitReport:
             self.folder.write_exit(code=code, reason=reason, **{"step": step, **facts})
 
     def write_page(self) -> None:
-        """Lets another process write report.html, which changes nothing about how this one ends."""
+        """Writes report.html in another process, which cannot change how this one ends."""
         if self.trainer and self.trainer.showcase.writes:
             with suppress(OSError, subprocess.SubprocessError):
                 subprocess.run(
@@ -75,7 +75,7 @@ class ExitReport:
                 )
 
     def _as_express_error(self, err: BaseException) -> ExpressError | None:
-        """The exception in the user's terms; None: a crash."""
+        """Converts an exception to an ExpressError; returns None for a crash."""
         if isinstance(err, KeyboardInterrupt):  # signals.Stop raises it until training begins
             return Interrupted("stopped before training began; the same command starts again")
         if isinstance(err, OSError | ExpressError):
@@ -96,7 +96,7 @@ class ExitReport:
 
     def _end(self, err: ExpressError) -> int:
         before_training = self.trainer is None or isinstance(err, Interrupted)
-        if before_training:  # how the other ranks end, and what launchers then send, changes nothing
+        if before_training:  # further signals, which launchers send when other ranks end, are ignored
             signals.heed_no_more()
         if self.folder and isinstance(err, LostRank) and (hang := watchdog.read_hang(self.folder.path)):
             # The other rank was lost because it hung, and the rank that noticed has reported it.
@@ -121,7 +121,7 @@ class ExitReport:
         return err.code
 
     def _write_end(self, err: ExpressError, folder: RunFolder, *, only_rank0: bool) -> None:
-        """exit.json, by the rank that knows; a folder that another run holds stays as it is."""
+        """Writes exit.json at the rank that has the error; does not touch a folder that another run holds."""
         if isinstance(err, signals.Preempted) or not err.here or (launched("RANK") and (only_rank0 or err.facts)):
             return  # written already, or another rank writes it
         with suppress(OSError, ExpressError):  # the folder may be what failed; line and code remain
@@ -135,7 +135,7 @@ class ExitReport:
 
 
 def is_lost_connection(err: RuntimeError) -> bool:
-    """Whether a collective failed because its peer is gone; torch has no class of error for gloo's."""
+    """Whether a collective failed because its peer has exited; torch has no exception class for gloo's errors."""
     if world_size() == 1:
         return False
     from torch.distributed import DistError

@@ -24,13 +24,13 @@ from .signals import Preempted
 from .trainer import Trainer
 from .watchdog import DATA, EVALUATING, SAVING
 
-SLOW = 0.05  # of the time spent waiting for data: above it, the line says what the loader's threads do
+SLOW = 0.05  # fraction of time waiting for data above which the log line shows what the loader's threads do
 
 
 def train(t: Trainer) -> Evaluation:
-    """Trains what is left, evaluates as train.eval_every says, and saves; returns the last figures.
+    """Trains the remaining steps, evaluates every train.eval_every epochs, and saves; returns the last evaluation.
 
-    Raises Preempted after a request to stop, when the step is saved; LossNotFinite; StorageError; ExpressError if
+    Raises Preempted after a request to stop, once the step is saved; LossNotFinite; StorageError; ExpressError if
     --overfit fails.
     """
     state, c, result = t.state, t.config, None
@@ -115,7 +115,7 @@ def is_over(t: Trainer) -> bool:
 
 
 def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
-    """The batches that the epoch still has; none if only its evaluation is missing."""
+    """Yields the remaining batches of the epoch; none if only its evaluation is missing."""
     if t.evaluation_is_missing:
         return
     t.enter_epoch()
@@ -123,7 +123,7 @@ def rest_of_epoch(t: Trainer) -> Iterator[Batch]:
     left = (t.steps_per_epoch - t.loader.state_dict()["step"]) * train.batch
     epoch = f"epoch {t.state.epoch + 1}/{train.epochs}"
     t.progress = Progress(epoch, left, enabled=t.accelerator.is_main_process)
-    t.loader.stats()  # counts from here
+    t.loader.stats()  # resets the counters
     t.meter.begin()
     wait_for_data(t)
     for batch in t.loader:
@@ -138,7 +138,7 @@ def wait_for_data(t: Trainer) -> None:
 
 
 def end_epoch(t: Trainer) -> None:
-    """Logs the losses that were not read yet, also of a run that was stopped just before, and the epoch's means."""
+    """Logs losses that were not read yet, including those restored by a resumed run, and the epoch's means."""
     if t.progress:
         t.progress.close()
     t.profile.end_epoch()
@@ -157,7 +157,7 @@ def end_epoch(t: Trainer) -> None:
 
 
 def log(t: Trainer) -> None:
-    """Records the means since the last reading. The host waits for the device here, and at no other step."""
+    """Records the means since the last reading. Only here does the host wait for the device."""
     state, means = t.state, t.meter.read(t.loader) | {"bad_samples": len(t.loader.bad.found)}
     means |= {"lr": state.rate, "memory_gb": environment.memory_gb(t.accelerator.device)}
     if t.accelerator.scaler is not None:
@@ -174,7 +174,7 @@ def log(t: Trainer) -> None:
 
 
 def evaluate_epoch(t: Trainer) -> Evaluation | None:
-    """Evaluates the epoch that was trained, if train.eval_every says so; then the epoch is done."""
+    """Evaluates after an epoch, if it is due by train.eval_every, and counts the epoch as done."""
     state, number = t.state, t.state.epoch + 1
     on_schedule = number % t.config.train.eval_every == 0
     is_due = on_schedule or number >= t.config.train.epochs
@@ -239,7 +239,7 @@ def last_figures(t: Trainer) -> Evaluation:
 
 
 def save(t: Trainer) -> None:
-    """Copies what is to be saved; it is written while training continues."""
+    """Copies the state to save; the copy is written while training continues."""
     t.tick(SAVING)
     t.raise_if_bad(t.finite.rest())
     meter, scaler, average = t.meter.state_dict(), t.accelerator.scaler, t.stepper.average
@@ -269,7 +269,7 @@ def finish_saving(t: Trainer) -> None:
 
 
 def save_and_stop(t: Trainer, stop: int) -> None:
-    """Saves, waits until that is on the disk, and raises Preempted; all ranks are at the same step."""
+    """Saves, waits until the checkpoint is on the disk, and raises Preempted; all ranks are at the same step."""
     save(t)
     finish_saving(t)
     reason = f"stopped by {signals.describe(stop, world=t.accelerator.num_processes)}"

@@ -19,7 +19,8 @@ from .config import Config
 
 
 class Meter:
-    """Loss, rate and waiting since the last reading, and over the whole epoch. Reading it waits for the device."""
+    """Loss, images per second and waiting time, since the last reading and over the epoch. Reading waits for the
+    device."""
 
     def __init__(self, accelerator: Accelerator, batch: int) -> None:
         self.accelerator, self.batch = accelerator, batch
@@ -29,7 +30,7 @@ class Meter:
         self.all_loss = self.all_wait = 0.0
 
     def begin(self) -> None:
-        """Counts seconds from here: the first batch is waited for, evaluation and saving are over."""
+        """Starts the clock. Call it before waiting for the first batch, when evaluation and saving are over."""
         self.started = self.last = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
@@ -52,7 +53,7 @@ class Meter:
         return metrics
 
     def whole(self) -> dict[str, float]:
-        """The same over all readings, and their seconds."""
+        """Returns the means over all readings, and their seconds."""
         seconds = self.last - self.started
         means = self._metrics(self.all_loss / self.all_steps, self.all_steps, seconds, self.all_wait)
         return means | {"seconds": seconds}
@@ -60,15 +61,15 @@ class Meter:
     def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
         return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}
 
-    # Losses that were added and not yet read outlive the process: a resumed run records the same means.
+    # The state holds losses that were added but not read yet, so that a resumed run records the same means.
 
     def state_dict(self) -> Json:
-        """Asks all ranks."""
+        """Gathers the unread losses of all ranks: a collective call."""
         losses = self.accelerator.gather(torch.as_tensor(self.loss).reshape(1)).tolist() if self.steps else []
         return {"steps": self.steps, "losses": losses}
 
     def load_state_dict(self, state: Json) -> None:
-        """If another number of ranks saved it, each takes the mean, so that the next reading's is right."""
+        """Restores the unread losses. If the number of ranks has changed, each takes their mean."""
         self.steps, losses = state["steps"], state["losses"]
         if self.steps:
             same = len(losses) == self.accelerator.num_processes
@@ -80,17 +81,16 @@ METRICS, IDS = "metrics.jsonl", "ids"
 
 
 class Record:
-    """The run's records; only the main rank writes metrics, every rank writes its ids.
+    """The run's records: the main rank writes metrics, every rank writes its ids.
 
-    log: prints a line at the main rank. The first error of writing is kept in `error`, for the run to decide about;
-    nothing is raised for it.
+    log: prints a line at the main rank. The first write error is stored in `error` and not raised: the run decides.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, *, resumed_at: tuple[int, int]) -> None:
-        """resumed_at: step and epoch; what was written of later ones is forgotten."""
+        """resumed_at: (step, epoch); records of later steps and epochs are deleted."""
         self.run, ids = Path(config.run.dir), config.run.record_ids
         self.accelerator, self.log = accelerator, accelerator.on_main_process(print)
-        # TensorBoard's events lie in the run folder, beside the configuration; other trackers get that too.
+        # TensorBoard's events are in the run folder, beside the configuration; other trackers receive it.
         alone = config.run.trackers == ("tensorboard",)
         values = None if alone else {name: str(value) for name, value in flatten(config).items()}
         accelerator.init_trackers("tensorboard" if alone else "imagenet-express", config=values)
@@ -98,7 +98,7 @@ class Record:
         self._metrics: Any = None
         self._ids: Any = None
         if accelerator.is_main_process:
-            # Also of ranks that there are no more: a run may resume on fewer.
+            # Includes ids of ranks that no longer exist: a run may resume on fewer.
             for path in (self.run / METRICS, *(self.run / IDS).glob("rank-*.jsonl")):
                 _trim(path, *resumed_at)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
@@ -139,7 +139,7 @@ class Record:
 
 
 def _trim(path: Path, step: int, epoch: int) -> None:
-    """Removes from a .jsonl what a killed run wrote after the checkpoint that it resumes from; step -1: all lines."""
+    """Removes the lines that a killed run wrote to a .jsonl after its last checkpoint; step -1: all lines."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -153,4 +153,4 @@ def _is_before(line: bytes, step: int, epoch: int) -> bool:
         is_done = not values.get("kind", "").startswith("val") or int(values["epoch"]) <= epoch
         return line.endswith(b"\n") and int(values["step"]) <= step and is_done
     except (ValueError, KeyError, TypeError, AttributeError):
-        return False  # the line that a kill cut in two
+        return False  # a line truncated by a kill

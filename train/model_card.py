@@ -27,7 +27,7 @@ INPUTS = "inputs.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The training data, as far as a trained net depends on it. Fields have the names of the JSON.
+    """The properties of the training data on which a trained net depends. Fields have the names of the JSON.
 
     statistics: the statistics of the training images that `augment.normalize` needs; in JSON: mean, std, mean_image.
     """
@@ -79,7 +79,7 @@ class Inputs:
 
 
 def read_inputs(run: Path) -> Inputs | None:
-    """The inputs of a run; None if it was started before runs kept them. Raises DataError if they are damaged."""
+    """The inputs of a run; None for runs of older versions, which did not keep them. Raises DataError if damaged."""
     path, cure = run / INPUTS, "start or resume the run again, which writes it"
     values = read_json(path, cure=cure)
     with reading(f"{path}:", cure):

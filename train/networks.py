@@ -23,10 +23,10 @@ from .checkpoint import Weights, find
 
 
 def create_net(config: ModelConfig, *, classes: int, crop: int, crop_sizes: tuple[int, ...] = ()) -> nn.Module:
-    """The net of `config`, newly initialised, in training mode, frozen as config.freeze says.
+    """Makes the net of `config`, newly initialised, in training mode, with layers frozen by config.freeze.
 
-    crop_sizes: others that it must be able to take.
-    forward: (N, 3, crop, crop) float → (N, classes) logits. Raises ConfigError for nets that cannot be.
+    crop_sizes: other crops that it must accept.
+    forward: (N, 3, crop, crop) float → (N, classes) logits. Raises ConfigError for a net that cannot work.
     """
     alexnet = ":" not in config.name
     field = "augment.crop"
@@ -47,7 +47,7 @@ def create_net(config: ModelConfig, *, classes: int, crop: int, crop_sizes: tupl
 
 
 def _others_net(name: str, classes: int) -> nn.Module:
-    """torchvision:NAME or timm:NAME, with weights of its own initialisation."""
+    """Makes torchvision:NAME or timm:NAME, with that library's initialisation."""
     library, _, which = name.partition(":")
     if library == "torchvision":
         from torchvision import models
@@ -86,11 +86,11 @@ OTHER_NET = "it holds another net's weights; choose its model.name and width"
 
 
 def load_weights(net: nn.Module, path: Path, *, other_classes: bool = False, cure: str = OTHER_NET) -> str | None:
-    """Loads weights of the same net; if the number of classes differs, or they are other ones, the output layer stays
-    new.
+    """Loads weights of the same net. The output layer keeps its new weights if the number of classes differs, or with
+    other_classes.
 
-    Returns a note about that, or None. Raises DataError, with the cure, if names, shapes or kinds of numbers differ
-    otherwise.
+    Returns a note in that case, or None. Raises DataError, with the cure, if other names, shapes or kinds of dtype
+    differ.
     """
     weights, wanted = read_weights(path), net.state_dict()
     note = None
@@ -120,7 +120,7 @@ def load_weights(net: nn.Module, path: Path, *, other_classes: bool = False, cur
 
 
 def _classes_of(weights: Weights, layer: Any, head: str) -> int:
-    """The number of classes of the output layer in the file if nothing but that can differ; else 0."""
+    """The number of classes in the file's output layer, if the layer differs in nothing else; otherwise 0."""
     weight, bias = weights.get(f"{head}.weight"), weights.get(f"{head}.bias")
     if weight is None or weight.shape[1:] != layer.weight.shape[1:]:
         return 0
@@ -128,9 +128,9 @@ def _classes_of(weights: Weights, layer: Any, head: str) -> int:
 
 
 def read_weights(path: Path) -> Weights:
-    """Names and tensors of a run's best checkpoint, a checkpoint, a .safetensors file or a state_dict that torch saved.
+    """Reads {name: tensor} from a run's best checkpoint, a checkpoint, a .safetensors file or a torch.save state_dict.
 
-    Nothing is unpickled but tensors. Raises DataError for anything else.
+    Unpickles nothing but tensors. Raises DataError for anything else.
     """
     try:
         saved = _read(path)
@@ -165,7 +165,7 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: ONNX holds no trainable net; give the checkpoint or .safetensors that it was made of")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # torch.save never compresses; what inflates to more than the file may be more than the memory.
+            # torch.save never compresses; a compressed file could expand to more than the memory.
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise DataError(f"{path}: is compressed, which torch.save does not do; save the weights again")
     with warnings.catch_warnings():
@@ -182,12 +182,12 @@ def _why_unreadable(err: Exception) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line, without escape sequences of a terminal."""
+    """Returns the text on one line, without terminal escape sequences."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text).encode("unicode_escape").decode()
 
 
 def heads(net: nn.Module) -> list[tuple[str, Any]]:
-    """Names and modules of the output layers: what timm calls a net's classifier, else the last layer with weights."""
+    """Names and modules of the output layers: timm's classifier of the net, else the last layer with weights."""
     weighted = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     named: Any = getattr(net, "get_classifier", tuple)()
     named = named if isinstance(named, tuple | list) else (named,)
@@ -195,8 +195,8 @@ def heads(net: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _freeze(net: nn.Module) -> None:
-    """Freezes an AlexNet's layers before the fully connected ones; of others all but the last. Their batch
-    normalisation keeps its statistics."""
+    """Freezes an AlexNet's layers before the fully connected ones, or all but the last layer of another net. Frozen
+    batch normalisation keeps its statistics."""
     frozen, trained = [net], [head for _, head in heads(net)]
     if isinstance(net, AlexNet):
         frozen, trained = net.feature_layers(), []
@@ -208,7 +208,7 @@ def _freeze(net: nn.Module) -> None:
 
 
 def compile_net(net: nn.Module, how: str, device: torch.device, *, world: int = 1) -> str:
-    """Compiles in place as train.compile says. Returns what was done, or why not. world: ranks, joined by DDP."""
+    """Compiles the net in place. how: train.compile. world: number of DDP ranks. Returns what was done, or why not."""
     if how == "auto":
         how = "model" if device.type == "cuda" else "norm"
     why = ""
@@ -228,7 +228,7 @@ def compile_net(net: nn.Module, how: str, device: torch.device, *, world: int = 
 
 
 def no_compiler(device: torch.device) -> str | None:
-    """Why torch.compile cannot work, by trying it on the smallest of functions."""
+    """Returns the reason why torch.compile does not work here, or None; tries it on a tiny function."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as err:  # of many kinds: a compiler that is missing, old, or not allowed to write its cache

@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite: how it is found without waiting for the device, and what follows."""
+"""Detects a loss or gradient that is NaN or infinite, without waiting for the device."""
 
 import math
 from collections import deque
@@ -13,9 +13,9 @@ from pipeline.read.backend import HostCopy
 
 
 class Finite:
-    """Checks each step's loss, and the gradients of `parameters`: none if a loss scaler handles infinite ones.
+    """Checks each step's loss and the gradients of `parameters`, which are none if a loss scaler handles infinities.
 
-    late: report a step exactly one step later, on every rank, after its update. A check at once would wait for the
+    late: report a step exactly one step later, on every rank, after its update. An immediate check would wait for the
     step's backward pass, and the device would then wait for the host: a fifth to a third of a step on a fast GPU
     (estimated, not measured).
     """
@@ -27,7 +27,7 @@ class Finite:
         self._unread: deque[tuple[int, HostCopy]] = deque()  # steps that are not reported yet
 
     def bad_step(self, step: int, loss: Tensor) -> int:
-        """The number of `step`, counted from 1, if it was bad, otherwise 0; if late, of the step before."""
+        """Returns `step`, counted from 1, if it was bad, otherwise 0; with `late`, the same for the previous step."""
         bad = ~torch.isfinite(loss)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:
@@ -37,7 +37,7 @@ class Finite:
         return self.rest(unread=self.late)
 
     def rest(self, *, unread: int = 0) -> int:
-        """The last step's number if it was bad and is not reported yet, otherwise 0. unread: steps that can wait."""
+        """Reports the oldest unread step: its number if it was bad, otherwise 0. unread: steps that may stay unread."""
         if len(self._unread) <= unread:
             return 0
         step, numbers = self._unread.popleft()
@@ -45,7 +45,7 @@ class Finite:
         return step if bad else 0
 
     def mean_loss(self, accelerator: Accelerator) -> float:
-        """Over all ranks, of the step that was reported last. Communicates."""
+        """The mean over all ranks of the loss of the last reported step: a collective call."""
         # NCCL takes no host tensors
         return float(accelerator.reduce(torch.tensor(self.loss, device=accelerator.device), "mean"))
 

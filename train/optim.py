@@ -17,10 +17,10 @@ Group = dict[str, Any]  # of parameters that an update treats alike, as in torch
 
 
 class _InGroups(torch.optim.Optimizer):
-    """SGD with momentum that updates a group by a few calls over all its tensors: one by one, a GPU would wait for the
-    host to start some 60 small kernels.
+    """SGD with momentum that updates all tensors of a group by a few calls: with one call per tensor, a GPU would wait
+    for the host to launch some 60 small kernels.
 
-    move: updates weights and velocities by the gradients."""
+    move: updates weights and velocities from the gradients."""
 
     move: Callable[..., None]
 
@@ -41,7 +41,7 @@ class _InGroups(torch.optim.Optimizer):
 
 
 class Velocity(_InGroups):
-    """SGD whose velocity holds the rate: v ← m·v − λ·lr·w − lr·g, w ← w + v (Krizhevsky et al. 2012, section 5).
+    """SGD whose velocity includes the rate: v ← m·v − λ·lr·w − lr·g, w ← w + v (Krizhevsky et al. 2012, section 5).
 
     torch's keeps the rate outside; the two differ for some steps after each change of it. If lr is 0 nothing moves.
     """
@@ -70,7 +70,7 @@ class Lars(_InGroups):
 
 
 def _adapted(w: Tensors, g: Tensors, group: Group) -> Tensor:
-    """(n,) lr·t of n layers, on the device: the host does not wait for it."""
+    """Returns the rates r of n layers, (n,), on the device, without waiting for it."""
     weight, gradient = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
     others = gradient + group["weight_decay"] * weight
     has_scale = (weight > 0) & (others > 0)
@@ -83,7 +83,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser of `config` over the net's trainable parameters, in `param_groups`.
 
-    first_apart: the first convolution can be frozen by `set_learning_rate`. scaled: gradients are a loss scaler's.
+    first_apart: lets `set_learning_rate` freeze the first convolution. scaled: a loss scaler scales the gradients.
     """
     groups = param_groups(net, config, first_apart=first_apart)
     common: Any = {"lr": config.lr, "momentum": config.momentum}
@@ -97,10 +97,10 @@ def make_optimizer(
 
 
 def param_groups(net: nn.Module, config: OptimConfig, *, first_apart: bool = False) -> list[Group]:
-    """The trainable parameters by how they are treated: kind is "weight", "bias" or "norm" (normalisation's own).
+    """Groups the trainable parameters by treatment: kind is "weight", "bias" or "norm" (normalisation's parameters).
 
-    lr_scale multiplies the run's learning rate. first_apart: the first convolution's parameters are in groups of their
-    own, with `first`, so that they can be frozen by their rate.
+    lr_scale multiplies the run's learning rate. first_apart: puts the first convolution's parameters into groups of
+    their own, marked `first`, so that a rate of 0 can freeze them.
     """
     bias_lr, bias_decay = 1.0, float(config.biases != "no-decay")
     if config.biases == "variant" and isinstance(net, AlexNet):
@@ -140,7 +140,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, *, freeze_f
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps_per_epoch: int, total_steps: int, drops: int = 0) -> float:
-    """The rate of update `step`, counted from 0 over the whole run. drops: how often a plateau has lowered it."""
+    """Returns the rate of update `step`, counted from 0 over the run. drops: how often a plateau lowered it."""
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
         return config.warmup_from + (config.lr - config.warmup_from) * min((step + 1) / warmup, 1.0)

@@ -1,8 +1,8 @@
-"""Compares what all ranks of a run must have in common before they join: data, configuration, code and versions.
+"""Checks that all ranks of a run have the same data, configuration, code and versions, before they form a group.
 
-Each rank sends its facts to rank 0 through the launcher's store. Rank 0 compares them, and either all ranks continue or
-all exit with one line that names the host and what differs there. Nothing was written by then, and no collective waits
-for a rank that will not come. Costs two messages a rank.
+Each rank sends its facts to rank 0 through the launcher's store. Rank 0 compares them; then all ranks continue, or all
+exit with one line that names the host and what differs there. Nothing has been written at that point, and no collective
+waits for a missing rank. Costs two messages per rank.
 """
 
 import datetime
@@ -30,16 +30,16 @@ from .config import Config
 from .environment import launched, world_size
 from .signals import heed_no_more
 
-START_SECONDS = 600.0  # for all ranks to come: the first start of a host reads torch from a slow disk
+START_SECONDS = 600.0  # time for all ranks to start: on a host's first start, torch is read from a slow disk
 NOTICE_SECONDS = 20.0
-ACK_SECONDS = 10.0  # that rank 0, whose launcher may hold the store, waits until the others know why it ends
+ACK_SECONDS = 10.0  # rank 0, whose launcher may hold the store, waits this long for the others to read the verdict
 SHARED_SECONDS = 35.0
 FINGERPRINT = "the dataset's fingerprint"
 CURE = "start the same command, with the same versions and shards, on every host"
 
 
 def open_alike(config: Config) -> Dataset:
-    """Opens the dataset, after all ranks have shown that they start the same run. Raises ExpressError, at all alike."""
+    """Opens the dataset and checks that all ranks start the same run. Raises ExpressError, the same at all ranks."""
     if _alone():
         return config.data.open()
     name_interface()
@@ -56,7 +56,7 @@ def open_alike(config: Config) -> Dataset:
 
 
 def report_rejection(err: ExpressError) -> None:
-    """Reports to the other hosts, whose command lines may be sound, that this rank was rejected and will not come."""
+    """Reports to the other hosts, whose command lines may be valid, that this rank was rejected and will not join."""
     if _alone() or not _several_hosts():
         return  # the ranks of one host read the same line
     with suppress(Exception):  # only spares the others a long wait; this rank's own line says all
@@ -64,7 +64,7 @@ def report_rejection(err: ExpressError) -> None:
 
 
 def facts(config: Config, dataset: Dataset) -> Json:
-    """All that decides which numbers a rank computes, by the name that messages use."""
+    """Returns everything that determines the numbers a rank computes, by the names used in messages."""
     return {
         FINGERPRINT: dataset.fingerprint,
         "imagenet-express": environment.version("imagenet-express"),
@@ -107,7 +107,7 @@ def verdict(ranks: list[Json]) -> tuple[int, str]:
 
 
 def _name(rank: Json, ranks: list[Json]) -> str:
-    """The host; with the rank if ranks of this host, or hosts of this name, have found different things."""
+    """Returns the host's name, with the rank if ranks on this host, or hosts of this name, have different facts."""
     same_host = [r for r in ranks if r["host"] == rank["host"]]
     apart = any({**r, "rank": 0} != {**rank, "rank": 0} for r in same_host)
     return f"rank {rank['rank']} of host {rank['host']}" if apart else f"host {rank['host']}"
@@ -117,7 +117,7 @@ def _name(rank: Json, ranks: list[Json]) -> str:
 
 
 def _alone() -> bool:
-    """Whether there is one process, or no way to the others; make_accelerator reports what is wrong with the launch."""
+    """Whether there is only one process, or no connection to the others, which make_accelerator reports."""
     return world_size() == 1 or not {"MASTER_ADDR", "RANK"} <= os.environ.keys()
 
 
@@ -126,13 +126,13 @@ def _several_hosts() -> bool:
 
 
 def _meet(found: Json) -> None:
-    """Rank 0 reads what each rank has found, and publishes its verdict. Raises ExpressError if they differ."""
+    """Exchanges facts: rank 0 reads each rank's and publishes its verdict. Raises ExpressError if they differ."""
     import torch.distributed
 
     dist: Any = torch.distributed
     rank, world, (code, reason) = launched("RANK"), world_size(), (0, "")
     found |= {"rank": rank, "host": socket.gethostname()}
-    # A key of this start: after a restart by torchrun the store still holds the last one's.
+    # A new key for each start: after a restart by torchrun the store still holds the previous keys.
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")
     prefix = "/".join(["imagenet-express", *(os.environ.get(name, "") for name in names)])
     try:
@@ -145,7 +145,7 @@ def _meet(found: Json) -> None:
         elif not found.get("leaves"):
             code, reason = _awaited(own, "verdict", "rank 0")
         if code:
-            heed_no_more()  # whoever reads the verdict ends, and launchers then end the other ranks
+            heed_no_more()  # a rank that reads the verdict exits, and launchers then signal the other ranks
         if rank:
             own.add("read", 1)
         else:
@@ -164,7 +164,7 @@ _keep: list[Any] = []
 
 
 def _awaited(store: Any, key: str, who: str) -> Any:
-    """A key's value, waited for in short sleeps, in which a signal is handled."""
+    """Waits for a key's value, in short sleeps, so that signals are handled."""
 
     if not _until(lambda: store.check([key]), seconds=NOTICE_SECONDS):
         print(f"waiting for {who} of {world_size()} to start", file=sys.stderr)
@@ -183,19 +183,19 @@ def _until(condition: Callable[[], bool], *, seconds: float) -> bool:
     return True
 
 
-# The storage and the network that hosts share
+# The hosts' shared storage and network
 
 
 def sees(path: Path, values: Json) -> bool:
-    """Whether this host can read what another one has written to `path`. NFS may take half a minute to show it."""
+    """Whether this host can read `values`, which another host wrote to `path`. NFS may take half a minute."""
     return _until(lambda: read_object(path) == values, seconds=SHARED_SECONDS)
 
 
 def name_interface() -> None:
     """Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if unset, to the interface that leads to rank 0's host.
 
-    Only for several hosts. Gloo would take the interface of the host's own name, on many machines the loopback; NCCL
-    the first one it finds, which another host may not reach. If only gloo's is set, NCCL gets the same interface.
+    Only for several hosts. By default, gloo uses the interface of the host's own name, often the loopback, and NCCL the
+    first one it finds, which other hosts may not reach. If only gloo's is set, NCCL gets the same interface.
     """
     if not _several_hosts():
         return
@@ -208,7 +208,7 @@ def name_interface() -> None:
 
 
 def interface_to(host: str, port: int) -> str | None:
-    """The interface that packets to `host` leave by; None if that is the loopback or unknown."""
+    """Returns the network interface used for packets to `host`; None if it is the loopback or unknown."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing
         address = probe.getsockname()[0]

@@ -1,4 +1,4 @@
-"""The time of a few steps, divided: torch's profiler, and waiting for data against computing."""
+"""Measures a few steps: torch's profiler, and the time spent waiting for data and computing."""
 
 import contextlib
 import time
@@ -21,8 +21,8 @@ class Profile:
     Call `waits` before waiting for a batch, and use `step` around its step. The time between them, such as saving,
     counts as neither waiting nor computing.
 
-    Leaves RUN/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and table.txt, the ten slowest operations,
-    which `log` receives too. Not by torch.profiler.schedule: its step marks would be the slowest rows of the table.
+    Writes RUN/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and table.txt, the ten slowest operations,
+    which are also logged. Does not use torch.profiler.schedule: its step marks would be the table's slowest rows.
     """
 
     run: Path

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether it is of the same run: settings that are fixed on resume."""
+"""Chooses the checkpoint from which a run resumes, and checks that the settings fixed on resume are the same."""
 
 import contextlib
 import json
@@ -29,11 +29,11 @@ def choose(
     checkpoints: Checkpoints,
     agreement: Agreement,
 ) -> Saved | None:
-    """The checkpoint to resume from, which rank 0 chooses for all; None: from the start.
+    """Returns the checkpoint to resume from, which rank 0 chooses for all; None: start from scratch.
 
     fixed: the run's `invariants`.
-    The folder is made and claimed only here, so that a run rejected before leaves nothing behind. Raises ConfigError,
-    DataError or StorageError, the same at all ranks.
+    The folder is created and claimed only here, so that a run that was rejected earlier leaves no files. Raises
+    ConfigError, DataError or StorageError, the same at all ranks.
     """
     saved, error, claim = None, None, Json()
     if agreement.first:
@@ -73,7 +73,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
     if asked and asked != RESUME_NEWEST:
         named = Path(asked)
         if named.resolve().parent != checkpoints.folder.resolve():
-            return saved or load(named)  # a branch that was begun here resumes
+            return saved or load(named)  # a branch that was started in this folder resumes
         if saved and saved.path.name > named.name:
             # Going back would leave two runs' checkpoints in one folder, and the next start would take the other one's.
             raise ConfigError(
@@ -89,7 +89,7 @@ def _choose(asked: str, checkpoints: Checkpoints) -> Saved | None:
 
 
 def with_window(config: Config, dataset: Dataset, checkpoints: Checkpoints, agreement: Agreement) -> Config:
-    """`config` with the window that it leaves open: of the checkpoint to resume from, otherwise of the data."""
+    """Returns `config` with data.window resolved: to that of the checkpoint to resume from, otherwise the data's."""
     if config.data.window >= 0:
         return config
     window = dataset.window
@@ -104,7 +104,7 @@ def with_window(config: Config, dataset: Dataset, checkpoints: Checkpoints, agre
 
 
 def invariants(config: Json, dataset: Dataset, *, precision: str) -> Json:
-    """Settings that a checkpoint and the run that resumes from it have in common.
+    """Returns the settings that must be equal in a checkpoint and the run that resumes from it.
 
     config: by flat names. precision: the value of train.precision after the launcher's is applied.
     """
@@ -113,7 +113,7 @@ def invariants(config: Json, dataset: Dataset, *, precision: str) -> Json:
 
 
 def check_same_run(now: Json, saved: Saved) -> None:
-    """Raises ConfigError that names every field whose value would make this another run, with both values."""
+    """Raises ConfigError if settings fixed on resume differ; names each field with both values."""
     before = saved.state["config"]
     check_removed(before, str(saved.path))
     before = flatten(Config()) | before  # fields that are new had their default

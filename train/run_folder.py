@@ -18,11 +18,11 @@ from pipeline.files import Json, locked, read_object, write_json
 from . import watchdog
 
 CONFIG, EXIT, LOCK, SHOWCASE = "config.json", "exit.json", "run.lock", "showcase.json"
-WAIT_SECONDS = 20.0  # ranks whose launcher was killed live until they have saved
+WAIT_SECONDS = 20.0  # ranks whose launcher was killed run until they have saved
 
 
 def another(run: Path) -> str:
-    """The option that starts another run than that of the folder `run`."""
+    """Returns the option that starts a new run instead of the one in the folder `run`."""
     names = (f"{run}-{number}" for number in itertools.count(2))
     return f"--run.dir {shlex.quote(next(name for name in names if not os.path.lexists(name)))}"
 
@@ -31,7 +31,7 @@ def another(run: Path) -> str:
 class RunFolder:
     """A run's claim on its folder, held by rank 0 until the process ends.
 
-    private: each rank has a folder of its own, as tools do that only replay a run. is_ours: whether it is claimed.
+    private: each rank has a folder of its own, for tools that only replay a run. is_ours: whether it is claimed.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class RunFolder:
     is_ours: bool = False
 
     def claim(self, *, wait_seconds: float = WAIT_SECONDS) -> Json:
-        """Makes the folder and locks it; returns what the lock holds, by which other hosts recognise the folder.
+        """Creates and locks the folder; returns the lock file's content, by which other hosts recognise the folder.
 
         Raises ConfigError if another run holds it, OSError if it cannot be made.
         """
@@ -61,9 +61,9 @@ class RunFolder:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time_ns()}
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(holder).encode(), 0)
-        os.fsync(lock)  # other hosts look for it, and NFS may delay what a file that is open holds
+        os.fsync(lock)  # other hosts read it, and NFS may delay the content of an open file
         watchdog.clean(self.path)
-        with contextlib.suppress(OSError):  # an earlier attempt's end must not pass for ours
+        with contextlib.suppress(OSError):  # must not be mistaken for the exit of this attempt
             (self.path / EXIT).unlink()
         return holder
 

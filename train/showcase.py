@@ -1,7 +1,7 @@
 """Pictures for a report, kept in the run folder: training crops, kernels, predictions and confusions.
 
-Rank 0 writes it at each evaluation, all of it, in at most 20 MB. It changes nothing that the run computes, and a disk
-that is full is left to checkpoints and metrics to report. Pictures are PNGs, in base64.
+Rank 0 rewrites the file at each evaluation, at most 20 MB. It changes nothing that the run computes, and ignores a full
+disk, which checkpoints and metrics report. Pictures are PNGs, in base64.
 """
 
 import base64
@@ -25,14 +25,14 @@ from pipeline.read.loader import Batch, Loader
 from .evaluation import best_classes, confusions
 from .run_folder import SHOWCASE
 
-EPOCHS = 3  # whose crops of the same images are kept
+EPOCHS = 3  # epochs whose crops of the same images are kept
 IMAGES = 12
 CROP_BYTES = 15_000_000  # of all crops
 SIDE = 256  # of a validation image's thumbnail
 
 
 class Showcase:
-    """on: whether anything is kept. step: of the checkpoint that the run resumes from; -1: of none."""
+    """on: whether anything is kept. step: of the checkpoint from which the run resumes; -1: none."""
 
     def __init__(self, run: Path, accelerator: Accelerator, *, on: bool, step: int) -> None:
         self.path, self.accelerator, self.on = run / SHOWCASE, accelerator, on
@@ -62,7 +62,7 @@ class Showcase:
             )
 
     def begin(self) -> None:
-        """Forgets what `see` has seen of another net, or of an evaluation that was stopped."""
+        """Discards the predictions of another net, or of an evaluation that was stopped."""
         self._seen: list[Tensor] = []
         self._predictions: list[Json] = []
 
@@ -78,7 +78,7 @@ class Showcase:
             self._predictions.append({"label": int(batch.labels[row]), "best": best, "png": picture})
 
     def store(self, net: nn.Module, loader: Loader, *, epoch: int, step: int) -> None:
-        """Writes what was seen of the last net that was evaluated. All ranks take part. loader: that of training."""
+        """Writes the pictures, with the predictions of the last evaluated net. Collective. loader: for training."""
         if not self.on:
             return
         labels, best = np.concatenate(gather_object([seen.cpu().numpy() for seen in self._seen]), axis=1)
@@ -107,7 +107,7 @@ class Showcase:
 
 
 def in_every_epoch(loader: Loader) -> np.ndarray:
-    """Some images that this rank gets in each of the first epochs, in the order of the first."""
+    """Returns ids that this rank gets in each of the first EPOCHS epochs, in the order of the first."""
     third, second, first = (
         np.concatenate([loader.ids(epoch, step) for step in range(len(loader))]) for epoch in reversed(range(EPOCHS))
     )
@@ -137,7 +137,7 @@ def kernels(net: nn.Module) -> np.ndarray:
 
 
 def png(pixels: np.ndarray, *, side: int = 1 << 16) -> str:
-    """side: of a larger picture, which is made smaller."""
+    """Returns a PNG in base64. side: largest side; a larger picture is scaled down."""
     image, file = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "PNG")

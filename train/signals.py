@@ -18,27 +18,27 @@ from pipeline.errors import PREEMPTED, ExpressError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 COPY_SECONDS = 2.0  # a launcher's copy of a signal arrives within milliseconds
-FILE_SECONDS = 1.0  # between two looks for the stop file
+FILE_SECONDS = 1.0  # between two checks for the stop file
 STOP_FILE = "stop"
 FILE, ORPHAN = 100, 101  # reasons beside the signals' numbers, which are below
-RANKS = 1 << 20  # a code and the rank that has it travel as one number
+RANKS = 1 << 20  # a code and its rank are sent as one number, code · RANKS + rank
 
 
 class Preempted(ExpressError):
-    """Stopped on request; what was trained is saved."""
+    """Stopped on request, after saving a checkpoint."""
 
     code, together = PREEMPTED, True
 
 
-# Without repr: signal.signal() makes that of the handler it replaces, and of all tensors it reaches, for a second.
+# Without repr: signal.signal() computes the repr of the previous handler and all tensors it references, for a second.
 @dataclass(repr=False)
 class Stop:
     """This process's request to stop. `code` is 0 until there is one; `name` puts it into words."""
 
     code: int = 0
     at: float = 0.0  # of the first signal
-    at_second: Callable[[str], None] = lambda reason: None  # what must be done before the process ends at once
-    running: bool = False  # before, a signal breaks off what is being done
+    at_second: Callable[[str], None] = lambda reason: None  # called before a second signal ends the process at once
+    running: bool = False  # False: a signal raises KeyboardInterrupt
     _looked: float = 0.0
 
     def install(self) -> None:
@@ -48,17 +48,17 @@ class Stop:
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup ignores it
                 signal.signal(number, self._interrupt)
-        # Handlers in Python wait for the end of a call into C, which may be a collective that never ends; the
-        # number of the signal comes through this descriptor at once.
+        # Python's handlers run only after the current C call, which may be a collective that never ends; through this
+        # descriptor, the signal's number arrives at once.
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._sockets = (mine, theirs)
         threading.Thread(target=self._listen, args=(mine,), name="signals", daemon=True).start()
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        # Not counted: the thread has heard of it already, and after a long call into C it would pass for a second one.
+        # Not counted here: the thread has counted it, and after a long C call it would look like a second signal.
         self.code = self.code or number
         if not self.running:
-            self.running = True  # once: what ends must not be broken off again
+            self.running = True  # raise only once, so that the shutdown is not interrupted
             raise KeyboardInterrupt
 
     def _listen(self, mine: socket.socket) -> None:
@@ -89,7 +89,7 @@ class Stop:
                 self.request(FILE)
 
     def encoded(self, rank: int) -> int:
-        """The request as one number, the greatest of which all ranks follow; 0: none."""
+        """Encodes the request as one number; 0: none. All ranks follow the greatest number of all ranks."""
         return self.code * RANKS + rank if self.code else 0
 
 

@@ -24,7 +24,7 @@ from .optim import make_optimizer
 
 
 def micro_batches(images: int, count: int) -> list[slice]:
-    """`count` consecutive slices of a rank's images, of two images at least: batch normalisation needs two."""
+    """Returns at most `count` consecutive slices, each of at least two images: batch normalisation needs two."""
     pairs = math.ceil(images / 2)
     ends = [min(2 * (pairs * i // count), images) for i in range(count + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(ends) if b > a]
@@ -33,8 +33,8 @@ def micro_batches(images: int, count: int) -> list[slice]:
 class Stepper:
     """The net, its optimiser and the average of its weights.
 
-    net: as Accelerate wraps it; bare: itself; nets: that and its average, if there is one. compiled: what
-    train.compile resolved to.
+    net: wrapped by Accelerate; bare: the unwrapped net; nets: bare and its average, if there is one. compiled: the
+    resolved train.compile.
     """
 
     def __init__(self, net: nn.Module, config: Config, accelerator: Accelerator) -> None:
@@ -57,17 +57,17 @@ class Stepper:
         self.bare: nn.Module = accelerator.unwrap_model(self.net)
 
     def backward(self, batch: Batch, *, step: int, between: Callable[[], None] = lambda: None) -> Tensor:
-        """Adds the gradients of step `step`, from 0; returns the loss of each of this rank's images, (n,).
+        """Accumulates the gradients of step `step`, counted from 0; returns each of this rank's images' loss, (n,).
 
         between: called after the last forward pass, before the ranks wait for each other.
         """
-        ids = batch.ids.numpy()  # on the host: asking the device for them would wait for all that it has to do
+        ids = batch.ids.numpy()  # on the host already: a copy from the device would wait for its queued work
         smoothing = self.config.regularize.label_smoothing
         parts = micro_batches(len(ids), self.config.train.accumulate)
         losses = []
         for number, part in enumerate(parts):
             last = part is parts[-1]
-            # Ranks add up their gradients once, after the last micro-batch.
+            # Gradients are all-reduced once, after the last micro-batch.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 logits = self.logits(batch.images[part], ids[part], step=step, part=number)
                 each = F.cross_entropy(logits, batch.labels[part], reduction="none", label_smoothing=smoothing)
@@ -100,10 +100,10 @@ class Stepper:
         return moved
 
     def settle_buckets(self, loader: Loader, crop: int) -> None:
-        """A pass over zeros of so many pixels a side, before the first step.
+        """Runs a forward and backward pass over zeros of crop × crop pixels, before the first step.
 
-        After its first backward pass DDP reorders its buckets. A resumed run has another first step, and would add
-        up gradients in another order than an undisturbed one: at three and more ranks that gives other bits.
+        After its first backward pass DDP reorders its buckets. A resumed run has another first step and would reduce
+        gradients in another order than an uninterrupted run, with other rounding at three and more ranks.
         """
         ids, dtype = loader.ids(0, 0), getattr(torch, loader.dtype)
         ids = ids[micro_batches(len(ids), self.config.train.accumulate)[0]]
@@ -116,7 +116,7 @@ class Stepper:
             self.optimizer.zero_grad()
             self.put_back(buffers)
 
-    # Buffers, which the forward pass itself changes: a batch that is left out must not stay in averages
+    # The forward pass updates buffers: a skipped batch must not stay in running statistics
 
     def buffers(self) -> list[Tensor]:
         return [b.clone() for b in self.bare.buffers()]

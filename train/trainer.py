@@ -1,4 +1,4 @@
-"""The parts of a run, and one step of it. When steps, evaluations and checkpoints happen: loop.py."""
+"""The components of a run, and one step of it. loop.py decides when to step, evaluate and save."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ MOST_OVERFLOWS = 60  # in a row: the scale has fallen from 2^16 to 2^-44, and gr
 
 @dataclass
 class TrainState:
-    """All that changes from step to step, beside weights and optimiser. A checkpoint holds each field by its name."""
+    """The state that changes from step to step, except weights and optimiser. Checkpoints store each field by name."""
 
     step: int = 0  # steps done
     epoch: int = 0  # epochs done, including their evaluation
@@ -45,7 +45,7 @@ class TrainState:
 
 @dataclass
 class Trainer:
-    """The parts of a run, made by `build_trainer`.
+    """The components of a run, made by `build_trainer`.
 
     fixed: the settings that a run must have in common with its checkpoints. make_loader: makes a training loader with
     the given `augment`. optim: config.optim, its rates scaled to the batch.
@@ -81,7 +81,7 @@ class Trainer:
 
     @property
     def within_epoch(self) -> int:
-        """Steps done of the epoch that is being trained; 0 at its end."""
+        """Steps done in the current epoch; 0 at its end."""
         return self.state.step % self.steps_per_epoch
 
     @property
@@ -101,7 +101,7 @@ class Trainer:
         return self.loader.ids(*divmod(number - 1, self.steps_per_epoch), whole=True).tolist()
 
     def enter_epoch(self) -> None:
-        """Replaces the loader if the epoch that it stands in has other crops or colours."""
+        """Replaces the loader if its current epoch has other crop sizes or colour shifts."""
         at = self.loader.state_dict()
         augment = self.config.augment_at(at["epoch"])
         if augment != self.loader.augment:
@@ -111,7 +111,7 @@ class Trainer:
             self.loader.load_state_dict(at)
 
     def step(self, batch: Batch) -> int:
-        """Runs one step, with its update if its numbers are finite; returns any rank's request to stop, or 0."""
+        """Runs one step, with an update if loss and gradients are finite; returns any rank's request to stop, or 0."""
         self.tick(FORWARD)
         self._set_rate()
         state, number, skips = self.state, self.state.step + 1, self.config.guard.on_bad_numbers == "skip"
@@ -170,7 +170,7 @@ class Trainer:
         self.record.log(f"step {bad}: {nonfinite.describe(loss)}; its update is left out")
 
     def raise_if_bad(self, bad: int, why: str = "") -> None:
-        """Raises LossNotFinite, at all ranks, if the step that `bad` names was not finite; 0: none was at this rank."""
+        """Raises LossNotFinite, at all ranks, if any rank has a bad step. bad: this rank's bad step; 0: none."""
         bad = self.agreement.largest(bad)[0] if self.finite.late else bad
         if bad:
             loss = self.finite.mean_loss(self.accelerator)
@@ -182,7 +182,7 @@ class Trainer:
             )
 
     def stop_request(self) -> int:
-        """This rank's, as one number; 0: none."""
+        """Returns this rank's request to stop, encoded as one number; 0: none."""
         if self.accelerator.is_main_process:
             self.stop.look_for_file(self.folder.path)
         return self.stop.encoded(self.accelerator.process_index)

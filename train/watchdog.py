@@ -27,8 +27,8 @@ from .signals import ORPHAN, Stop
 
 HEARTBEAT, STACKS, HANG = "heartbeat/rank-{:05d}.json", "stacks/rank-{:05d}.txt", "hang.json"
 LOOK_SECONDS = 0.5
-DUMP_SECONDS = 2.0  # that the first rank to notice waits for the others' stacks
-ORPHAN_SECONDS = 20.0  # that a rank without a launcher may take to save
+DUMP_SECONDS = 2.0  # time that the first rank to notice waits for the others' stacks
+ORPHAN_SECONDS = 20.0  # time that a rank without a launcher may take to save
 PAUSE_SECONDS = 1.0
 SAVING_FACTOR = 10  # a disk may be slow, and what is being written would be lost
 DATA, FORWARD, BACKWARD, EVALUATING, SAVING = PHASES = (
@@ -69,11 +69,11 @@ class Watchdog:
         self._thread.start()
 
     def tick(self, step: int, phase: str) -> None:
-        """A step was made, or the next part of one begins."""
+        """Records progress: the rank is at `step`, and `phase` of it begins."""
         self.step, self.phase, self._at = step, phase, time.monotonic()
 
     def close(self) -> None:
-        """If it is just ending a hang, that goes first: it may have a silent rank to kill."""
+        """Stops the watchdog. If it is handling a hang, waits for it: it may have to kill a silent rank."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(timeout=2 * DUMP_SECONDS)
@@ -89,7 +89,7 @@ class Watchdog:
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
             if (paused := now - before - LOOK_SECONDS) > PAUSE_SECONDS:
-                # The whole process stood still, as jobs do that are suspended: that is no hang of its own.
+                # The whole process was suspended, as schedulers may do: the pause does not count as a hang.
                 self._at += paused
                 self._seen.clear()
             before = now
@@ -141,7 +141,7 @@ class Watchdog:
         return beats
 
     def _declare(self, now: float) -> None:
-        """This rank is the first to notice, unless another one is as quick."""
+        """Declares a hang and ends the run: this rank is the first to notice, or one of the first."""
         beats = self._listen(now)
         patience = min(max(3 * self.beat_seconds, 1.5), self.hang_seconds / 3)
         silent = [rank for rank, (_, at) in self._seen.items() if rank != self.rank and now - at > patience]
@@ -195,24 +195,24 @@ def dump_stacks(folder: Path, rank: int, reason: str, *, error: BaseException | 
             print(reason, file=file)
             if error is not None:
                 traceback.print_exception(error, file=file)
-            file.flush()  # the next writes behind Python's back
+            file.flush()  # the next call bypasses Python's buffer
             faulthandler.dump_traceback(file, all_threads=True)
 
 
 def read_hang(folder: Path) -> str:
-    """The hang that a rank has declared; empty: none."""
+    """Returns the reason of a hang that a rank has declared; "" if there is none."""
     return read_object(folder / HANG).get("reason", "")
 
 
 def clean(folder: Path) -> None:
-    """Removes what an earlier start left: a rank must not be judged by it."""
+    """Removes the files of an earlier start, so that they do not count for this one."""
     for path in [folder / HANG, *folder.glob("heartbeat/rank-*"), *folder.glob("stacks/rank-*")]:
         with suppress(OSError):
             path.unlink()
 
 
 def _started(pid: int) -> str:
-    """When a process began, as the kernel counts: a number that was used again is another process."""
+    """Returns the kernel's start time of a process, which distinguishes it from a process with a reused id."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[19]
@@ -221,7 +221,7 @@ def _started(pid: int) -> str:
 
 
 def _kill(beat: Json) -> None:
-    """Ends the process of a heartbeat if it runs here: one that is stopped handles no other signal."""
+    """Sends SIGKILL to a heartbeat's process if it runs on this host: a stopped process handles no other signal."""
     pid, ours = beat["pid"], beat["host"] == socket.gethostname() and beat["pid"] != os.getpid()
     if ours and beat["started"] and _started(pid) == beat["started"]:
         with suppress(OSError):

@@ -13,9 +13,9 @@ from ..manifest import Dataset, Statistics
 from ..settings import Bounds, InHelp, validate
 from . import rng
 
-# 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225 of 255, as the seed and torchvision use them
+# 255 times 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225, as used by the seed and torchvision
 IMAGENET_STATISTICS = Statistics((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-TRIES = 10  # draws of a random rectangle until it lies inside the image, as torchvision's RandomResizedCrop
+TRIES = 10  # attempts to draw a random rectangle inside the image, as in torchvision's RandomResizedCrop
 
 
 Pixels = Annotated[int, Bounds(ge=1, le=8192)]
@@ -32,9 +32,9 @@ class AugmentConfig:
     square: bool = True
     """Take training crops and ten views from the centre square only, as the paper does, not from the whole image."""
     scale_jitter: tuple[float, float] | None = None
-    """Random resized crop in training: the smallest and largest fraction of the image's area; None: a fixed size."""
+    """Random resized crop in training: smallest and largest fraction of the image's area; None: a fixed size."""
     aspect_jitter: tuple[float, float] = (3 / 4, 4 / 3)
-    """Its smallest and largest width / height."""
+    """Its smallest and largest aspect ratio."""
     flip: bool = True
     """Mirror half of the training images."""
     views: Literal[1, 10] = 1
@@ -63,7 +63,7 @@ class AugmentConfig:
 
 
 class Placement(NamedTuple):
-    """The places of the crops of n images. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
+    """The crop boxes of n images. A crop is a rectangle of the stored image, resampled to crop × crop pixels.
 
     Its box is the crop's box in the resized image, scaled back to the stored image. Resampling the box gives the pixels
     of resizing the whole image and cropping, up to rounding, at a fraction of the cost.
@@ -74,9 +74,10 @@ class Placement(NamedTuple):
 
 
 def place(config: AugmentConfig, ids: ndarray, size: ndarray, *, train: bool, **at: int) -> Placement:
-    """The crops of images `ids`, at seed and epoch; a function of its arguments alone.
+    """Returns the crops of images `ids`; a pure function of its arguments.
 
-    size: (n, 2) int64, width and height as stored. In evaluation `config.views` crops of each image, otherwise one.
+    size: (n, 2) int64, width and height as stored. at: seed and epoch. One crop per image in training, `config.views`
+    in evaluation.
     """
     scaled, crop = np.stack(resized(size[:, 0], size[:, 1], config.resize), axis=1), config.crop
     scale = size / scaled
@@ -96,7 +97,7 @@ def place(config: AugmentConfig, ids: ndarray, size: ndarray, *, train: bool, **
         if config.views == 10:
             places = [first + room * corner for corner in ([0, 0], [1, 0], [0, 1], [1, 1])] + places
         flip = np.tile(np.arange(config.views) >= len(places), (len(ids), 1))  # the mirror images come last
-    # Whole pixels of the resized image as a rectangle of the stored one, which is `scale` times as large.
+    # Boxes in whole pixels of the resized image become boxes of the stored image, which is `scale` times as large.
     boxes = np.stack([np.concatenate([place * scale, crop * scale], axis=1) for place in places], axis=1)
     return Placement(np.tile(boxes, (1, flip.shape[1] // len(places), 1)), flip)
 
@@ -104,10 +105,10 @@ def place(config: AugmentConfig, ids: ndarray, size: ndarray, *, train: bool, **
 def _jittered(
     least: float, most: float, narrow: float, wide: float, size: ndarray, u: ndarray, where: ndarray
 ) -> ndarray:
-    """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and shape are drawn until the
-    rectangle fits; after TRIES it is the largest centred one of an allowed shape. Whole pixels.
+    """Random resized crops (Szegedy et al. 2014; torchvision's RandomResizedCrop): area and aspect ratio are drawn
+    until the rectangle fits; after TRIES attempts it is the largest centred one of an allowed aspect ratio.
 
-    u: (n, 2 · TRIES), where: (n, 2) random numbers.
+    u: (n, 2 · TRIES), where: (n, 2): uniform random numbers. Returns (n, 4): left, top, width, height in whole pixels.
     """
     u = u.reshape(-1, TRIES, 2)
     area = size.prod(1)[:, None] * (least + (most - least) * u[..., 0])
@@ -123,10 +124,10 @@ def _jittered(
 
 
 def colour_shift(config: AugmentConfig, ids: ndarray, covariance: ndarray, **at: int) -> ndarray:
-    """(n, 3) float32, grey levels to add to each channel (Krizhevsky et al. 2012, section 4.1).
+    """Returns the grey levels to add to each channel, (n, 3) float32 (Krizhevsky et al. 2012, section 4.1).
 
-    covariance: (3, 3), of the training images' R, G, B in grey levels. The shift is P · (α ⊙ λ), or √λ in place of λ,
-    with P, λ of the covariance of pixels in [0, 1] and α from N(0, colour).
+    covariance: (3, 3), of the training images' R, G, B in grey levels. The shift is P · (α ⊙ λ), or √λ in place of λ;
+    P and λ are eigenvectors and eigenvalues of the covariance of pixels in [0, 1], and α is drawn from N(0, colour²).
     """
     values, axes = principal_axes(np.asarray(covariance, np.float64) / 255**2)
     size = np.sqrt(values.clip(0)) if config.colour_by == "deviation" else values
@@ -143,8 +144,7 @@ class Normalisation(NamedTuple):
 
 
 def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Normalisation:
-    """The normalisation that the configuration asks for. Raises ConfigError for a mean image that does not fit or does
-    not exist."""
+    """Returns the configured normalisation. Raises ConfigError if a mean image is missing or has another size."""
     measured = IMAGENET_STATISTICS if config.statistics == "imagenet" else measured
     mean, std = measured.mean, measured.std
     image = None
@@ -156,7 +156,7 @@ def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Norm
                 f"augment.resize={config.resize} but the mean image was measured at {len(measured.mean_image)} pixels;"
                 f" shard the data with --size {config.resize}, or use normalize=mean"
             )
-        # For every crop the same, as in the 2012 code.
+        # The same centre of the mean image for every crop, as in the 2012 code.
         image = np.ascontiguousarray(centre(measured.mean_image, config.crop).transpose(2, 0, 1))
         mean = (0.0, 0.0, 0.0)
     return Normalisation(np.array(mean, np.float32), std if config.normalize == "mean-std" else (1.0,) * 3, image)

@@ -22,20 +22,20 @@ PixelType = Literal["uint8", "float32", "float16", "bfloat16"]
 
 
 class Work(NamedTuple):
-    """A batch of n images, planned and being read; of each image `views` crops."""
+    """A batch of n images that is planned and being read, with `views` crops of each image."""
 
     ids: ndarray  # (n,) int64
-    rows: ndarray  # (n, 7) int64: of the index, see fetch.py
+    rows: ndarray  # (n, 7) int64: rows of the index, see fetch.py
     box: ndarray  # (n, views, 4) float64, see augment.Placement
     flip: ndarray  # (n, views) bool
-    mean: ndarray  # (n, views, 3) float32: what to subtract, the colour shift with it
+    mean: ndarray  # (n, views, 3) float32: values to subtract, including the colour shift
     checked: ndarray  # (n,) bool: the images whose pixels are compared with the reference decoder's
-    kept: ndarray  # (n,) bool: the others only stand in for bad samples of an evaluation
+    kept: ndarray  # (n,) bool: False for replacements of bad samples in evaluation, which are not delivered
     read: ReadBatch
 
 
 def works(plan: Plan, reader: Reader, epoch: int, step: int, *, ahead: int) -> Generator[Work, None, None]:
-    """All batches from a step on; their bytes are requested `ahead` batches before they are yielded."""
+    """Yields all batches from a step on; their bytes are requested `ahead` batches before they are yielded."""
     reading: deque[Work] = deque()
     try:
         for at in reader.follow(plan.coordinates(epoch, step), plan):
@@ -44,7 +44,7 @@ def works(plan: Plan, reader: Reader, epoch: int, step: int, *, ahead: int) -> G
             if len(reading) <= ahead:
                 continue
             if reader.is_slow:
-                for work in reading:  # planned while it was not
+                for work in reading:  # planned before storage was slow
                     reader.ahead(work.read)
             yield reading.popleft()
     finally:
@@ -61,13 +61,13 @@ class Output:
     views: int  # crops an image
     dtype: PixelType  # uint8: not normalised
     channels_last: bool
-    std: tuple[float, ...]  # (3,) what to divide by
+    std: tuple[float, ...]  # (3,) divisors
     device: torch.device
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that an engine is made from."""
+    """The arguments of an engine."""
 
     output: Output
     reader: Reader
@@ -75,18 +75,18 @@ class Setup:
     config: LoaderConfig
     raw: bool  # images are stored as pixels
     threads: int
-    pool: ThreadPoolExecutor  # of so many threads
-    ranks: int  # of this machine
+    pool: ThreadPoolExecutor  # with `threads` threads
+    ranks: int  # on this machine
     cutter: Cutter | None  # cuts what crops need out of JPEGs
 
     @property
     def most_crops(self) -> int:
-        """Those of the largest batch."""
+        """The number of crops in the largest batch."""
         return self.plan.batch_per_rank * self.plan.views
 
 
 class Engine(Protocol):
-    """A backend: decodes the images and crops that the plan names. It draws no random numbers."""
+    """A backend: decodes the planned images and makes the planned crops. It draws no random numbers."""
 
     source: Callable[[], Work]
 
@@ -95,14 +95,14 @@ class Engine(Protocol):
         self.source = source
 
     def load(self) -> None:
-        """Reads what stays in memory, if anything does; otherwise the first next() does that."""
+        """Loads the data that the backend keeps in memory, if any. Without this call, the first next() loads it."""
         return
 
     def next(self) -> tuple[Work, Tensor]:
         """The next batch and its (n · views, 3, crop, crop) crops. Raises DataError for an image it cannot decode."""
 
     def stop(self) -> None:
-        """Discards the batches in flight. When this returns, none of their memory is read or written any more."""
+        """Discards the batches in flight. After it returns, nothing accesses their memory."""
         return
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Engine(Protocol):
 
 
 def undecodable(work: Work | ReadBatch, number: int, reason: object, reader: Reader) -> BadSample:
-    """The error for image `number` of a batch, which a backend's decoder rejects."""
+    """Returns the error for image `number` of a batch, which a backend's decoder rejected."""
     sample = int(work.ids[number])
     return BadSample(
         f"{reader.describe(sample)}: cannot be decoded ({reason});"
@@ -124,7 +124,7 @@ def undecodable(work: Work | ReadBatch, number: int, reason: object, reader: Rea
 
 
 def check_raw_sizes(work: Work, start: int, end: int, reader: Reader) -> None:
-    """Raises BadSample if one of images [start, end) of a batch has not the bytes of its width × height pixels."""
+    """Raises BadSample if one of images [start, end) does not have exactly the bytes of its width × height pixels."""
     size, width, height = work.rows[start:end, [SIZE, WIDTH, HEIGHT]].T
     for i in np.flatnonzero(size != 3 * width * height)[:1].tolist():
         reason = f"{size[i]} bytes, but {width[i]}×{height[i]} pixels have {3 * width[i] * height[i]}"
@@ -132,7 +132,7 @@ def check_raw_sizes(work: Work, start: int, end: int, reader: Reader) -> None:
 
 
 def to_device(array: ndarray, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for: on its way to a GPU it goes through pinned memory."""
+    """Copies an array to the device without blocking the host: for a GPU through pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -140,24 +140,24 @@ def to_device(array: ndarray, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A tensor on its way to the host, from a GPU to pinned memory: making one does not wait for the GPU."""
+    """An asynchronous copy of a tensor to the host, from a GPU to pinned memory; does not wait for the GPU."""
 
     def __init__(self, values: Tensor) -> None:
         on_gpu = values.device.type == "cuda"
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
         self._values.copy_(values, non_blocking=on_gpu)
-        # Reached when the device has done all that its current stream holds now.
+        # Completes after all work that is now queued on the device's current stream.
         self._event = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
 
     def read(self) -> Tensor:
-        """The values, on the host. Waits for the copy and for nothing that was queued after it."""
+        """Returns the values on the host. Waits for the copy, not for work that was queued after it."""
         if self._event:
             self._event.synchronize()
         return self._values
 
 
 class Held:
-    """Host memory that a GPU still reads: held until the GPU has done what its stream holds now."""
+    """Keeps host memory alive that a GPU still reads, until the work now queued on the GPU's stream is done."""
 
     def __init__(self) -> None:
         self._held: deque[tuple[Any, object]] = deque()

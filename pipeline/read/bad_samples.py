@@ -1,7 +1,6 @@
 """Samples that cannot be used. In training another sample takes the place of each, in evaluation it is left out.
 
-Which one takes its place depends on the ids of the bad samples alone (order.replacement), not on who finds them, or
-when.
+The replacement depends only on the ids of the bad samples (order.replacement), not on which rank finds them, or when.
 """
 
 import gc
@@ -11,15 +10,15 @@ from dataclasses import dataclass, field
 from ..errors import LOG, BadSample, DataError
 
 SHOWN = 10  # ids in a message
-COLLECTED = 16  # bad samples, after which memory is collected: that takes a tenth of a second
+COLLECTED = 16  # bad samples between garbage collections, which take a tenth of a second
 
 
 @dataclass
 class BadSamples:
-    """The bad samples of a loader's split that are known, at most `limit`.
+    """The known bad samples of a loader's split, at most `limit`.
 
-    found: id → why, "" if a state holds it. partition: the ids that may replace an id. together: the ranks count
-    together, and all of them raise in the same `share`. unshared: how many may be unknown to other ranks.
+    found: id → reason, "" if it comes from a saved state. partition: the ids that may replace an id. together: the
+    ranks count together, and all of them raise in the same `share`. unshared: how many may be unknown to other ranks.
     """
 
     limit: int
@@ -29,16 +28,16 @@ class BadSamples:
     unshared: int = 0
 
     def add(self, err: BadSample) -> None:
-        """Counts and names a sample. Raises `err` if none may be bad, DataError if too many are."""
+        """Counts and logs a bad sample. Raises `err` if none may be bad, DataError if there are too many."""
         if not self.limit:
             raise err
         self.found[err.sample] = str(err)
         self.unshared += 1
         if len(self.found) % COLLECTED == 0:
-            gc.collect()  # tracebacks hold each failed batch in a circle, 0.25 MB of small images
+            gc.collect()  # tracebacks keep each failed batch in a reference cycle, 0.25 MB of small images
         LOG.warning("bad sample %d of %d: %s", len(self.found), self.limit, err)
         if not self.together and (error := self.error()):
-            del self.found[err.sample]  # so that the next try meets it as well, unless it is repaired by then
+            del self.found[err.sample]  # so that a retry finds it again, unless it was repaired
             raise error from err
 
     def load(self, ids: Iterable[int]) -> None:
@@ -60,7 +59,7 @@ class BadSamples:
             raise error
 
     def error(self) -> DataError | None:
-        """Why no further batch can be made, if so."""
+        """The reason why no further batch can be made, or None."""
         ids = sorted(self.found)
         if len(ids) > self.limit:
             why = f"more than loader.max_bad_samples={self.limit}"

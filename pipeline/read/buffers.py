@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-UNUSED = 2  # references to a buffer: the list's, and the one that asks
+UNUSED = 2  # references to an unused buffer: the list's, and the argument of getrefcount
 
 
 def new_buffer(size: int, *, pinned: bool) -> ndarray:
-    """(size,) uint8, not initialised. torch is imported for pinned memory alone."""
+    """Returns (size,) uint8, not initialised. Imports torch only for pinned memory."""
     if not pinned:
         return np.empty(size, np.uint8)
     import torch
@@ -30,9 +30,9 @@ class Buffers:
     _memory: list[ndarray] = field(default_factory=list)
 
     def take(self, shape: tuple[int, ...], dtype: Any = np.uint8, *, spare: int = 0) -> ndarray:
-        """spare: bytes more for a buffer that has to be made, so that it fits the next, somewhat larger array."""
+        """Returns an array in an unused buffer, or in a new one with `spare` bytes more, to fit larger arrays later."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        # An array that is a part of a buffer refers to it, and so does an array that is made of this one.
+        # Every view of a buffer, and every view of a view, holds a reference to the buffer.
         free = (i for i in range(len(self._memory)) if sys.getrefcount(self._memory[i]) == UNUSED)
         at = next((i for i in free if len(self._memory[i]) >= size), None)
         if at is None:

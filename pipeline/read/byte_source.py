@@ -1,4 +1,4 @@
-"""The source of stored bytes: shards as local files. Another storage has to implement the same `read`."""
+"""The source of stored bytes: shards as local files. Another kind of storage must implement the same `read`."""
 
 import contextlib
 import errno
@@ -18,25 +18,25 @@ MAX_OPEN = 512  # enough that a shuffled epoch of ImageNet seldom reopens
 
 
 def files_for_a_reader() -> int:
-    """How many files one reader may keep open, and how many its threads may use beside those: an eighth of the limit.
+    """Returns how many files a reader may keep open; its threads may use as many again: each an eighth of the limit.
 
-    A process has two readers, of training and validation, and other files. Raises the soft limit (`ulimit -n`, often
-    1,024 or 256 for the sake of select()) as far as the system permits, which is what that limit is for.
+    A process has a training and a validation reader, and other files. Increases the soft limit (`ulimit -n`, often
+    1,024 or 256 for programs that use select()) as far as the system permits, which is the purpose of that limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # macOS says "infinite" and means fewer
+        with contextlib.suppress(OSError, ValueError):  # macOS reports "infinite" but allows fewer
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     return max(1, (sys.maxsize if soft == resource.RLIM_INFINITY else soft) // 8)
 
 
 class LocalShards:
-    """The files `paths`: opened when first read, the MAX_OPEN that were used last kept open.
+    """Reads the files `paths`: opens each at its first read, and keeps the MAX_OPEN most recently used ones open.
 
     copies: the path of each shard's copy, which is read instead if it exists.
 
-    pread and not mmap: a map was a little faster from the page cache, but kills the process if a shard is truncated,
+    Uses pread, not mmap: mmap was a little faster from the page cache, but kills the process if a shard is truncated,
     and is slow on network filesystems.
     """
 
@@ -61,7 +61,7 @@ class LocalShards:
         )  # while in use, a file stays open even if it leaves the cache
 
     def at_once(self, threads: int) -> int:
-        """How many files each of so many threads may use at a time."""
+        """How many files each of `threads` threads may use at a time."""
         return max(1, self._room // threads)
 
     def read(self, shard: int, start: int, end: int) -> np.ndarray:

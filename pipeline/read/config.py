@@ -22,20 +22,20 @@ Backend = Literal["auto", "dali-gpu", "dali-cpu", "portable", "resident", "synth
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The place of the images, and how they are fetched."""
+    """The images' location, and how they are fetched."""
 
     shards: InHelp[PerHost[str]] = ""
-    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, hf://, https:// (docs/remote.md). Another
-    place of the same data is the same run: the fingerprint decides."""
+    """Folder made by tools/make_shards.py, or its URL: s3://, gs://, az://, hf://, https:// (docs/remote.md). May
+    change on resume if the data's fingerprint is the same."""
     train_split: str = "train"
     val_split: InHelp[str] = "val"
     partitions: Positive = 1
-    """Partitions that are shuffled by themselves, so that a node reads only its own shards; see docs/order.md."""
+    """Partitions that are shuffled separately, so that a node reads only its own shards; see docs/order.md."""
     window: Annotated[int, Bounds(ge=-1)] = -1
     """Shards that are shuffled together; 0: all of a partition; -1: 16 if shards is a URL or is copied, otherwise
     0."""
     allow_http: PerHost[bool] = False
-    """Also read from servers without encryption, by http://."""
+    """Also allow http://, which is not encrypted."""
     fetch_memory: PerHost[Positive] = FETCH_MEMORY
     """MB of a rank's memory for what it fetches ahead from a URL; more makes fewer requests (docs/order.md)."""
     cache: PerHost[str] = ""
@@ -88,7 +88,7 @@ class LoaderConfig:
     """Damaged samples of a split, over all ranks, that may be replaced in training and left out in evaluation; one
     more ends the run."""
     resident_memory: PerHost[Fraction] = 0.8
-    """Fraction of a device's free memory that the images of the backend resident may take."""
+    """Fraction of a device's free memory that the resident backend's images may take."""
     hw_decoder_load: Fraction = 0.65
     """Fraction of JPEGs that DALI gives to a GPU's hardware decoder; the GPU's cores decode the rest."""
 
@@ -98,7 +98,7 @@ class LoaderConfig:
     def check_every(self, backend: Backend, device: torch.device) -> int:
         """N: one crop in N is compared with the reference decoder's; 0: none."""
         if backend == "synthetic":
-            return 0  # noise is no crop of anything
+            return 0  # noise has no reference
         if self.verify_pixels >= 0:
             return self.verify_pixels
         # The images of `resident` were decoded by the reference itself.

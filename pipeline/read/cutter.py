@@ -1,4 +1,4 @@
-"""JPEGs cut down to what their crops need, a block of images at a time, before they are decoded."""
+"""Cuts JPEGs down to the MCUs that their crops need, a block of images at a time, before they are decoded."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -41,28 +41,28 @@ NOT_CUT = Cut(np.empty(0, np.uint8), 0, 0, 0, 0)
 
 
 def pixels_under(box: ndarray, crop: int) -> ndarray:
-    """(n, 4) int64: left, top, right and bottom of the pixels that the crops of n images are made of.
+    """Returns left, top, right and bottom of the source pixels of n images' crops, (n, 4) int64.
 
-    box: (n, views, 4), see augment.Placement. crop: side of the crops, in pixels. May exceed the image.
+    box: (n, views, 4), see augment.Placement. crop: side of the crops, in pixels. The result may exceed the image.
     """
     place, size = box[..., :2], box[..., 2:]
     plain = ((size == crop) & (place == np.floor(place))).all(-1, keepdims=True)
-    # The filter reaches a resampled pixel's width from its centre, which lies half of that inside the box.
+    # The filter reaches one resampled pixel's width from that pixel's centre, which is half a width inside the box.
     spread = np.where(plain, 0.0, np.maximum(size / crop, 1.0) / 2 + 1)
     first, last = np.floor(place - spread).min(1), np.ceil(place + size + spread).max(1)
     return np.concatenate([first, last], axis=1).astype(np.int64)
 
 
 class Cutter:
-    """Cuts the images of a split. Counts, as `cuts_missed`, those that are decoded whole since their places are lost or
-    damaged."""
+    """Cuts the images of a split. Counts images with missing or damaged places, which are decoded whole, as
+    `cuts_missed`."""
 
     def __init__(self, paths: list[Path], split: Split, reader: Reader) -> None:
         """paths: of the shards' files. Those of a split at a URL are fetched when they are first needed."""
         self._source, self._out, self._split, self._reader = LocalShards(paths), Scratch(), split, reader
         self._pool = ThreadPoolExecutor(FETCHED_AT_ONCE, thread_name_prefix="express-cuts")
         ends = np.cumsum([shard.samples for shard in split.shards])
-        self._table = np.zeros(ends[-1], TABLE_DTYPE)  # takes memory as it is filled, when a shard is first needed
+        self._table = np.zeros(ends[-1], TABLE_DTYPE)  # takes memory only as shards are first needed and fill it
         self._files = list(zip(paths, split.shards, np.split(self._table, ends[:-1])))
         self._unread = set(range(len(ends)))
 
@@ -78,7 +78,7 @@ class Cutter:
                 continue
             with suppress(KeyError):  # another thread came first
                 self._unread.remove(shard)
-                self._files[shard][2]["size"] = 1  # images do not wait for it: until it is read, they count as missed
+                self._files[shard][2]["size"] = 1  # until the file is read, its images count as missed
                 self._pool.submit(self._read, shard)
         found, sides = self._table[ids], rows[:, [WIDTH, HEIGHT]]
         first, last = np.maximum(pixels[:, :2] // MCU, 0), -(-np.minimum(pixels[:, 2:], sides) // MCU)
@@ -99,9 +99,9 @@ class Cutter:
             rows["size"] = 1  # byte, without its checksum: all images count as missed
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
-        """Cuts the images of a block that has been fetched; valid until this thread's next call.
+        """Cuts the images of a block that has been fetched. The cuts are valid until this thread's next call.
 
-        keep: as long as they are used, and for another decoder than ours, see cut_jpeg.
+        keep: the cuts stay valid, and are made for a decoder with memory of its own, see `odd` of cut_jpeg.
         """
         size = block.rows[:, SIZE]
         with self._reader.stages("cut", int(size.sum())):
@@ -117,7 +117,7 @@ class Cutter:
     def _opened(self, shard: int) -> OpenFile | None:
         try:
             return self._source.open(shard)
-        except StorageError:  # a file that is lost costs the cuts, not the training
+        except StorageError:  # without the file, images are decoded whole and training continues
             return None
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Cutter:
 
 
 def open_cutter(dataset: Dataset, split: Split, reader: Reader) -> Cutter | None:
-    """None if there are no cuts, or, with a warning, if they cannot be used: images are decoded whole then."""
+    """Returns a Cutter; None if there are no cuts or, with a warning, if they cannot be used."""
     try:
         paths = [path for path, _ in open_cuts(dataset, split)]
         return Cutter(paths, split, reader) if paths else None

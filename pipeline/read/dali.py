@@ -1,6 +1,6 @@
-"""The DALI backend, one graph for CPU and GPU: decodes what the plan names, at the place the plan names.
+"""The DALI backend, one graph for CPU and GPU: decodes the planned images and makes the planned crops.
 
-Nothing here is random, shuffles or reads a file: bytes and crops come from outside, through one external source.
+It draws no random numbers, does not shuffle and reads no file: bytes and crops arrive through one external source.
 """
 
 from collections import deque
@@ -17,11 +17,11 @@ from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
 from .fetch import HEIGHT, WIDTH, all_end, not_plain_jpegs
 
-CUT_A_TASK = 64  # images that a thread cuts in turn: a task costs 15 µs
+CUT_A_TASK = 64  # images per cutting task: a task costs 15 µs
 
 
 class Graph:
-    """All that the graph's shape depends on, and how it is built."""
+    """The settings that determine the graph, and the methods that build it."""
 
     def __init__(self, setup: Setup) -> None:
         plan, config, device = setup.plan, setup.config, setup.output.device
@@ -31,19 +31,19 @@ class Graph:
         self.decoder = Decoder(device.index if device.type == "cuda" else None, config.hw_decoder_load, setup.threads)
         short_sides = np.minimum(plan.split.column("width"), plan.split.column("height"))
         jittered = plan.train and plan.augment.scale_jitter is not None
-        # Otherwise every crop is a plain copy of pixels.
+        # If not, every crop is a plain copy of pixels.
         self.resized = jittered or bool((short_sides != plan.augment.resize).any())
-        # Decode whole images and crop them then, instead of decoding the crop's region alone.
+        # Decode whole images and then crop them, instead of decoding only the crop's region.
         self.whole = device.type == "cuda" if config.decode == "auto" else config.decode == "whole"
 
     def inputs(self, work: Work, images: list[memoryview]) -> tuple[Any, ...]:
-        """One batch for `pipeline`: each crop's image and place, whether to mirror it, and the values to subtract."""
+        """Returns a batch's inputs of `pipeline`: each crop's image, place, mirror flag and values to subtract."""
         left, top, wide, high = np.moveaxis(work.box, 2, 0)
-        if self.resized:  # corners of the box, as (y, x); from right to left, resampling mirrors, at no cost
+        if self.resized:  # corners of the box, as (y, x); with left and right swapped, resampling mirrors at no cost
             start, end = left + wide * work.flip, left + wide * ~work.flip
             place = [np.stack([top, start], axis=2), np.stack([top + high, end], axis=2)]
         else:
-            # DALI wants the position as a fraction of the room, and rounds: whole pixels come back exactly.
+            # DALI takes the position as a fraction of (size - crop) and rounds: whole pixels are restored exactly.
             room = np.maximum(work.rows[:, [WIDTH, HEIGHT]] - self.output.crop, 1)
             place = [left / room[:, :1], top / room[:, 1:]]
         first, second = (each.astype(np.float32).reshape(-1, *each.shape[2:]) for each in place)
@@ -52,10 +52,10 @@ class Graph:
         return fed if self.output.dtype == "uint8" else (*fed, work.mean.reshape(-1, 3))
 
     def _stored(self, work: Work, images: list[memoryview]) -> Any:
-        """The stored images as the pipeline takes them, one for each crop, without a copy.
+        """Returns the stored images as the pipeline's input, one for each crop, without a copy.
 
-        images: none if they are the rows of the reader's buffer, which cost 0.1 µs an image. Given a list of arrays,
-        DALI makes and checks a tensor of each in Python, for 6 µs an image: making the list of tensors here takes 3 µs.
+        images: [] if they are the rows of the reader's buffer, which costs 0.1 µs per image. From a list of arrays,
+        DALI would make and check tensors in Python, 6 µs per image: making the list of tensors here takes 3 µs.
         """
         from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
@@ -98,7 +98,7 @@ class Graph:
         return define()
 
     def _crops(self, stored: Any, a: Any, b: Any, mirror: Any, mean: Any) -> Any:
-        """The graph behind the external source, from stored images to what is delivered."""
+        """The graph after the external source: from stored images to delivered crops."""
         fn, types, _ = load_dali()
         output, decoding = self.output, self.decoder.options()
         size = (output.crop, output.crop)
@@ -109,7 +109,7 @@ class Graph:
             whole = self._on_device(stored) if self.raw else fn.decoders.image(stored, **decoding)
             region = {"size": size, "roi_start": a, "roi_end": b}
             crops = fn.resize(whole, **region, interp_type=types.INTERP_LINEAR, antialias=True)
-        elif self.raw:  # cut on the CPU: what is not needed does not travel
+        elif self.raw:  # cropped on the CPU, so that only needed pixels are copied
             crops = self._on_device(fn.crop(stored, **where))
         elif self.whole:
             crops = fn.crop(fn.decoders.image(stored, **decoding), **where)
@@ -164,11 +164,11 @@ class Dali(Engine):
         return work, [self._pool.submit(cut, a, min(a + CUT_A_TASK, len(work.ids))) for a in starts]
 
     def _acceptable(self, work: Work) -> list[memoryview]:
-        """The stored images in forms that DALI decodes to our pixels; none if it can take the rows of the reader's
-        buffer. Raises BadSample.
+        """Returns the stored images in forms that DALI decodes to the reference pixels; [] if it can take the rows of
+        the reader's buffer. Raises BadSample.
 
         DALI 2.4.0 parses the headers of a batch in threads, and ends the process by SIGSEGV if one of a large batch is
-        bad: seen at 1,024 images. The search for other than plain JPEGs runs without the GIL.
+        bad: seen at 1,024 images. The search for images other than plain JPEGs runs without the GIL.
         """
         work.read.wait()
         if self.graph.raw:
@@ -177,7 +177,7 @@ class Dali(Engine):
         else:
             stored = work.read.buffer, work.read.at, work.read.rows
             odd = np.flatnonzero(not_plain_jpegs(*stored)).tolist()
-            rows = not odd and all_end(*stored)  # zeros behind an image that is cut short would hide it
+            rows = not odd and all_end(*stored)  # zeros after a truncated image would hide the damage
         if rows and work.read.room and not self._cutter and self.graph.output.views == 1:
             return []
         images = work.read.images()
@@ -200,14 +200,14 @@ class Dali(Engine):
         work, stored = self._decoding.popleft()
         pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())  # no copy: DALI gives this memory away
         if on_gpu:
-            # The batch was returned before it was decoded; what the consumer's stream reaches now comes after that.
+            # The batch was returned before it is decoded; the consumer's stream reaches this point after decoding.
             self._spent.hold((work.read, stored), output.device)
         if output.channels_last:
             pixels = pixels.permute(0, 3, 1, 2)
         return work, pixels.to(getattr(torch, output.dtype))
 
     def stop(self) -> None:
-        self._pipeline = None  # its threads end before the buffers they decode from may go
+        self._pipeline = None  # its threads must end before their input buffers are freed
         wait([task for _, cuts in self._cutting for task in cuts if not task.cancel()])
         self._cutting.clear()
         self._decoding.clear()
@@ -217,9 +217,9 @@ class Dali(Engine):
         return "none: pixels are stored" if self.graph.raw else self.graph.decoder.describe()
 
     def _explain(self, err: RuntimeError) -> Exception:
-        """A decoder's failure with the name of the first sample that it rejects; `err` itself if no image is at fault.
+        """Returns an error that names the first sample which the decoder rejects; `err` itself if it rejects none.
 
-        The batch that failed is the oldest one: batches come out in order.
+        The batch that failed is the oldest one: batches are delivered in order.
         """
         decoder = self.graph.decoder
         if not self._decoding or self.graph.raw or decoder.first_rejected([ANY_JPEG]):
@@ -230,7 +230,7 @@ class Dali(Engine):
 
 
 def _replaced(work: Work, images: list[memoryview], cuts: list[Cut]) -> Work:
-    """The batch with cuts in place of the images that were cut: sizes and boxes are the cuts'."""
+    """Returns the batch with cuts in place of the images that were cut, and with the cuts' sizes and boxes."""
     chosen = [i for i, cut in enumerate(cuts) if len(cut.data)]
     if not chosen:
         return work
@@ -243,10 +243,10 @@ def _replaced(work: Work, images: list[memoryview], cuts: list[Cut]) -> Work:
 
 
 def _acceptable(image: memoryview, size: tuple[int, int]) -> memoryview:
-    """The image itself if DALI decodes its kind to the same pixels, which a test compares; otherwise these as a PPM.
+    """Returns the image itself if DALI decodes its format to the reference pixels (a test compares them), else a PPM.
 
-    DALI rounds 16 bits where we cut them off, rejects some WebP with metadata, and reads TIFF, JPEG 2000 and CMYK in
-    other ways or not at all.
+    DALI rounds 16 bits to 8 (we truncate), rejects some WebP with metadata, and decodes TIFF, JPEG 2000 and CMYK
+    differently or not at all.
     """
     opened = open_image(image)
     deep = opened.format == "PNG" and image[24] > 8  # bits a channel

@@ -1,4 +1,4 @@
-"""DALI's image decoder: its options, which images it rejects, and what keeps it from using a GPU's hardware."""
+"""DALI's image decoder: its options, which images it rejects, and why it does not use a GPU's hardware decoder."""
 
 import ctypes
 import os
@@ -17,8 +17,8 @@ ANY_JPEG = memoryview(encode_jpeg(np.zeros((16, 16, 3), np.uint8), colorsubsampl
 
 @dataclass(frozen=True)
 class Decoder:
-    """device: CUDA ordinal, or None: on the CPU. hw_decoder_load: fraction of a batch's JPEGs for the hardware decoder
-    of a GPU that has one. threads: of the CPU."""
+    """device: CUDA ordinal; None: CPU. hw_decoder_load: fraction of a batch's JPEGs for the hardware decoder of a GPU
+    that has one. threads: CPU threads."""
 
     device: int | None
     hw_decoder_load: float = 0.65
@@ -32,7 +32,7 @@ class Decoder:
             **({"device": "cpu"} if self.device is None else on_gpu),
             "output_type": types.RGB,
             "adjust_orientation": False,  # ImageNet is used without EXIF rotation everywhere
-            "jpeg_fancy_upsampling": True,  # as libjpeg and Pillow: equal pixels on the CPU, at no measurable cost
+            "jpeg_fancy_upsampling": True,  # as in libjpeg and Pillow: equal pixels on the CPU, at no measurable cost
         }
 
     def decoding(self, images: list[memoryview]) -> Any:
@@ -49,10 +49,10 @@ class Decoder:
         return define()
 
     def first_rejected(self, images: list[memoryview]) -> tuple[int, str] | None:
-        """The number of the first image that it rejects, and why; None if it takes all.
+        """Returns the index of the first image that it rejects, and the reason; None if it accepts all.
 
-        Images are decoded one by one, since DALI does not always name the one that fails, and a pipeline is of no use
-        after an error: 1,024 of ImageNet's take 1.4 s.
+        Images are decoded one by one, since DALI does not always name the one that fails, and a pipeline cannot be used
+        after an error: 1,024 ImageNet images take 1.4 s.
         """
         pipeline = self.decoding(images)
         for number in range(len(images)):
@@ -64,7 +64,7 @@ class Decoder:
         return None
 
     def describe(self) -> str:
-        """One line: which decoder works, and what stands in the way of a faster one."""
+        """Returns one line: which decoder is in use, and why a faster one is not."""
         if self.device is None:
             return "libjpeg-turbo, by DALI"
         if rejected := self.first_rejected([ANY_JPEG]):

@@ -1,7 +1,7 @@
 """The reader's inner loop: bytes from an open file, verified, without the GIL; compiled by Numba.
 
-A thread that reads, checks and crops image by image asks for the interpreter's lock after each step, and waits for the
-other threads. Here a block of images costs one call.
+A thread that reads, checks and crops image by image must reacquire the GIL after each step, and waits for the other
+threads. Here a block of images costs one call.
 """
 
 import os
@@ -18,7 +18,7 @@ from ..shards import INDEX_DTYPE
 from .checksum import crc32
 from .truncate_jpeg import cut_short, headers_of_size
 
-# The columns of `rows`: (n, 7) int64, a sample a row. One gather takes a sample's numbers from one cache line.
+# The columns of `rows`: (n, 7) int64, one row per sample. One gather takes a sample's numbers from one cache line.
 COLUMNS = INDEX_DTYPE.names or ()
 OFFSET, SIZE, SHARD, LABEL, CRC32, WIDTH, HEIGHT = range(len(COLUMNS))
 
@@ -27,28 +27,28 @@ _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.uintp
 _memcpy: Any = types.ExternalFunction("memcpy", types.uintp(types.uintp, types.uintp, types.uintp))
 
 RECORD = INDEX_DTYPE.itemsize
-MAPPED = 100_000_000  # bytes of an index, 3.6 million samples
-# Instead of a file's descriptor. A number below IN_MEMORY is minus the address of an image's first byte.
+MAPPED = 100_000_000  # largest index that is memory-mapped, in bytes: 3.6 million samples
+# Values in place of a file descriptor. A value below IN_MEMORY is minus the address of an image's first byte.
 IN_MEMORY = -1  # the bytes are in the buffer already, verified
 NOT_IN_MEMORY = (1 << 31) - 1  # no file has it: reading fails
 ALL_ROWS = np.zeros(0, np.int64)
 
 
 class Block(NamedTuple):
-    """The places of n images and of their bytes in memory: the first arguments of the compiled functions."""
+    """n images and the places of their bytes in memory: the first arguments of the compiled functions."""
 
     buffer: ndarray  # flat uint8
     at: ndarray  # (n,) int64: the image's first byte in the buffer
-    fds: ndarray  # (n,) int64: descriptors, or what stands for one
+    fds: ndarray  # (n,) int64: file descriptors, or the values above
     rows: ndarray
     verify: bool
 
 
 class Rows:
-    """A split's index as an array of `rows`, which are made when they are asked for: rows[ids].
+    """A split's index as an array of `rows`, computed on access: rows[ids].
 
-    Kept whole, they would take twice the index's memory. Its words are gathered, not its records: half the cost. From a
-    large file they are read instead, at 0.5 µs an image and not 0.05: mapped, it would soon be in memory as a whole.
+    Stored, they would take twice the index's memory. Gathering the index's words, not its records, halves the cost.
+    From a large index, records are read at 0.5 instead of 0.05 µs per image: a memory map would soon be all in memory.
     """
 
     def __init__(self, index: Any) -> None:
@@ -74,9 +74,9 @@ class Rows:
 def fetched(
     buffer: ndarray, at: int, fd: int, offset: int, size: int, crc: int, verify: bool, before: int = 0
 ) -> bool:  # fmt: skip
-    """buffer[at : at + size] = the file's bytes from `offset` on. False if that fails, or the CRC-32 differs.
+    """Reads `size` bytes at `offset` into buffer[at:]. Returns False if that fails, or if the CRC-32 differs.
 
-    before: the CRC-32 of other bytes, from which it continues.
+    before: the CRC-32 of preceding bytes, which `crc` continues.
     """
     if fd == IN_MEMORY:
         return True
@@ -94,7 +94,7 @@ def fetched(
 
 @compiled
 def read_records(fd: int, start: int, ids: ndarray, records: ndarray) -> bool:
-    """records: flat uint8. False if that fails."""
+    """Reads the index's records of `ids` into `records`, flat uint8. Returns False if that fails."""
     done = True
     for i in range(len(ids)):
         done &= fetched(records, i * RECORD, fd, start + ids[i] * RECORD, RECORD, 0, False)
@@ -110,10 +110,10 @@ def fetch_images(
     verify: bool,
     needed: ndarray,
 ) -> int:
-    """Fetches n images; returns the number of the first that fails, or n.
+    """Fetches n images; returns the index of the first that fails, or n.
 
-    needed: (n,) int64: JPEGs are made so many rows high, see truncate_jpeg.cut_short; set to the height that the image
-    has then. ALL_ROWS: none is.
+    needed: (n,) int64, rows that are needed: each JPEG is cut to that height if possible, see truncate_jpeg.cut_short,
+    and the value is set to its new height. ALL_ROWS: no image is cut.
     """
     for i in range(len(at)):
         size, width, height = rows[i, SIZE], rows[i, WIDTH], rows[i, HEIGHT]
@@ -142,7 +142,7 @@ def all_end(buffer: ndarray, at: ndarray, rows: ndarray) -> bool:
 
 @compiled
 def zero_rest(buffer: ndarray, at: ndarray, rows: ndarray, room: int) -> None:
-    """Zeros behind each image, as far as its room reaches: a damaged image's decoder would read an older one there."""
+    """Fills the rest of each image's `room` bytes with zeros, so that a decoder cannot read an older image there."""
     for i in range(len(at)):
         buffer[at[i] + rows[i, SIZE] : at[i] + room] = 0
 

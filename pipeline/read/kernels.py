@@ -1,8 +1,8 @@
 """The portable backend's inner loop: from stored pixels to a finished crop, without the GIL, compiled by Numba.
 
-One pass over the crop's rows does it all: only the source rows and columns under it are read; resampling, flip,
-normalisation and memory layout come with the store. One core, 224 of a 500×375 image: 0.2 ms, while Pillow's
-resize(box=) takes 0.9 ms and torch's antialiased interpolate, which knows no box, 0.4 ms.
+It makes one pass over the crop's rows and reads only the source rows and columns under the crop. Resampling, flip,
+normalisation and memory layout are part of that pass. On one core, 224 of a 500×375 image takes 0.2 ms; Pillow's
+resize(box=) takes 0.9 ms, and torch's antialiased interpolate, which has no box argument, 0.4 ms.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def _crop(
     out: ndarray, number: int, side: int, packed: bool,
     box: ndarray, flip: bool, mean: ndarray, scale: ndarray,
 ) -> None:  # fmt: skip
-    """Crop `number` of the batch, of the image that begins at pixels[base]; pitch: pixels from one row to the next."""
+    """Writes crop `number` of the batch, from the image that begins at pixels[base]. pitch: pixels between two rows."""
     start, m = 3 * side * side * number, 3 * number
     left, top, x_scale, y_scale = box[0], box[1], box[2] / side, box[3] / side
     if x_scale == 1.0 and y_scale == 1.0 and left == int(left) and top == int(top):
@@ -57,7 +57,7 @@ def crop_images(
 ) -> int:  # fmt: skip
     """Fetches a Block of images that are stored as pixels, and crops each while its bytes are in the cache.
 
-    Returns the number of the first image that fails, or n. Writes the crops of n images from crop `number` of `out` on.
+    Returns the index of the first image that fails, or n. The first crop written is crop `number` of `out`.
     side: of the crops. packed: they are (side, side, 3) in memory, otherwise (3, side, side).
     pitch: pixels from one row of the images to the next; 0: their width. out: flat, uint8 or float32.
     box: (n, views, 4) float64: left, top, width and height in pixels, not necessarily whole; what a resampled pixel
@@ -81,8 +81,8 @@ _HERE = np.full(1, IN_MEMORY)
 
 
 def decoded_block(pixels: ndarray, row: ndarray, at: int = 0) -> Block:
-    """One image whose pixels are at hand. row: (1, 7), its row of the index. at: of its first pixel, which may lie
-    before those that are there."""
+    """Returns a Block of one decoded image. row: (1, 7), its row of the index. at: offset of its first pixel in
+    `pixels`, negative if they hold only a later region."""
     return Block(pixels, np.full(1, at), _HERE, row, False)
 
 

@@ -43,15 +43,15 @@ class Batch(NamedTuple):
 
 
 class Loader(AbstractContextManager["Loader"]):
-    """Iterates `Batch`es from its state to the end of the epoch; iterate once more for the next epoch.
+    """An iterable over the `Batch`es from its state to the end of the epoch; iterate again for the next epoch.
 
     shards: a folder made by tools/make_shards.py, its URL (docs/remote.md), or an opened Dataset.
     batch: the global batch size; each rank gets batch / world images a step. In evaluation it only bounds memory.
-    train: shuffled, augmented, whole global batches. Otherwise: stored order, centre crops, every sample exactly once
-        over all ranks, so that ranks may differ by one sample and by one batch. Default: whether split is "train".
+    train: True: shuffled, augmented, full global batches. False: stored order, centre crops, every sample exactly once
+        over all ranks; ranks may differ by one sample and by one batch. Default: whether split is "train".
     partitions, window: how far the shuffle reaches (docs/order.md); 1 and 0 shuffle over everything. window=-1: 16 for
-        shards at a URL, otherwise 0; a loaded state sets the one that it was made with.
-    first: use only this number of samples, the first in stored order; 0: all.
+        shards at a URL, otherwise 0; `load_state_dict` then sets it to the saved one.
+    first: use only the first `first` samples in stored order; 0: all.
     statistics: to normalise with. Default: the dataset's own; pass those of another dataset that a net was trained on.
     device: where batches are delivered. dtype: uint8 is not normalised; the others are (x - mean) / std.
     channels_last: memory format of `images`; the shape is (n, 3, crop, crop) either way.
@@ -95,7 +95,7 @@ class Loader(AbstractContextManager["Loader"]):
         self.backend, self.backend_reason = choose_backend(config.backend, self.device)
         # The mean image is subtracted at the end, on the device, with every backend.
         decoded: PixelType = "uint8" if augment.normalize == "mean-image" else dtype
-        # A second of imports on two cores; the index is opened and the first epoch shuffled meanwhile.
+        # Imports take a second on two cores; meanwhile the index is opened and the first epoch is shuffled.
         importing = ThreadPoolExecutor(1).submit(make_backend.prepare, self.backend, decoded, self.device)
         self.dataset = shards if isinstance(shards, Dataset) else open_dataset(shards)
         self.split = self.dataset.split(split)
@@ -118,14 +118,14 @@ class Loader(AbstractContextManager["Loader"]):
         self.bad = BadSamples(config.max_bad_samples, self.plan.partition)
         self.plan.bad = self.bad.found
         self.samples, self._open_window = self.plan.samples, window < 0
-        ranks = local_world or world  # of this machine
+        ranks = local_world or world  # on this machine
         self.threads = config.threads or threads_per_rank(ranks)
         ahead = self.plan.batch_per_rank * config.prefetch_batches
         self._reader = make_backend.reader(
             self.dataset,
             self.split,
             threads=config.read_threads,
-            # So that the batches that are read ahead keep all threads busy; fewer, larger tasks cost less.
+            # Small enough that the batches read ahead keep all threads busy; fewer, larger tasks cost less.
             images_a_task=max(1, min(32, ahead // config.read_threads)),
             verify=config.verify,
             always_ahead=self.backend.startswith("dali"),
@@ -134,7 +134,7 @@ class Loader(AbstractContextManager["Loader"]):
         self.cost = self._reader.cost(self.plan)  # of an epoch from a URL, a line for the log
         self._mean_image: Tensor | None = None
         if normal.image is not None and dtype != "uint8":
-            # In the images' memory format: reading across another one would be slow.
+            # In the images' memory format: subtracting another format would be slow.
             layout = torch.channels_last if channels_last else torch.contiguous_format
             self._mean_image = torch.from_numpy(normal.image)[None].to(self.device, memory_format=layout)
         if len(self):
@@ -148,8 +148,8 @@ class Loader(AbstractContextManager["Loader"]):
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode")
         self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, pool, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
-        self.load = self._engine.load  # what stays in memory; otherwise the first batch waits for it
-        checks = self.plan.check_every  # asking for the decoder takes time on a GPU
+        self.load = self._engine.load  # see Engine.load; without it, the first batch waits
+        checks = self.plan.check_every  # decoder() takes time on a GPU
         self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})") if checks else None
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
@@ -160,14 +160,14 @@ class Loader(AbstractContextManager["Loader"]):
 
     @property
     def common_steps(self) -> int:
-        """Batches that every rank has in an epoch: in evaluation some may have one more."""
+        """Batches that every rank has in an epoch; in evaluation, some ranks may have one more."""
         plan = self.plan
         return len(plan) if plan.train else -(-(plan.samples // plan.world) // plan.batch_per_rank)
 
     def ids(self, epoch: int, step: int, *, whole: bool = False) -> np.ndarray:
-        """The samples of this rank at a step: a function of its arguments and the loader's configuration.
+        """Returns the ids of this rank's samples at a step; depends only on its arguments and the loader's settings.
 
-        whole: those of all ranks, in order; in training only.
+        whole: return the ids of all ranks, in order; in training only.
         """
         return self.plan.ids(epoch, step, whole=whole)
 
@@ -176,16 +176,16 @@ class Loader(AbstractContextManager["Loader"]):
         return self._reader.describe(sample)
 
     def state_dict(self) -> Json:
-        """The next batch's coordinates, and the dataset and settings they are for. Prefetched batches do not count."""
+        """Returns the next batch's epoch and step, with dataset and settings. Prefetched batches are not counted."""
         # Everything that determines the ids of a step, except the step; ranks, threads and backend do not.
         of = {"fingerprint": self.dataset.fingerprint, "split": self.split.name}
         of |= {name: getattr(self.plan, name) for name in ("seed", "batch", "partitions", "window", "first")}
         return {"epoch": self._epoch, "step": self._step, "of": of, "bad": sorted(self.bad.found)}
 
     def load_state_dict(self, state: Json) -> None:
-        """Resumes as if all batches before these coordinates had been consumed. O(1); another world size is fine.
+        """Resumes as if all batches before the state's epoch and step had been consumed. O(1), for any world size.
 
-        Raises ConfigError if the state is of another dataset, seed, batch, partitions or window, with both values.
+        Raises ConfigError, with both values, if dataset, split, seed, batch, partitions, window or first differ.
         """
         saved = state.get("of", {})
         if self._open_window:
@@ -204,7 +204,7 @@ class Loader(AbstractContextManager["Loader"]):
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
-        while self._epoch == epoch and len(self):  # a rank of a tiny evaluation may have nothing to do
+        while self._epoch == epoch and len(self):  # in a tiny evaluation a rank may have no images
             started = time.perf_counter()
             batch = self._next()
             self._reader.stages.add(wait_seconds=time.perf_counter() - started)
@@ -214,15 +214,15 @@ class Loader(AbstractContextManager["Loader"]):
             yield batch
 
     def stats(self) -> dict[str, float]:
-        """Since the last call: seconds that the consumer has waited for batches; images that were decoded whole because
-        their places in the cuts are lost or damaged; seconds of all threads and bytes of each stage (stages.py);
-        decoded batches that lay ready each time that one was asked for (queued, portable backend); if pixels are
-        checked, crops that were checked, and that differed.
+        """Returns sums since the last call: seconds that the consumer waited for batches; images that were decoded
+        whole because their cuts are missing or damaged; each stage's bytes, and seconds over all threads (stages.py);
+        `queued`, the decoded batches that were ready at each request (portable backend); and, if pixels are checked,
+        how many crops were checked and how many differed.
         """
         return self._reader.stages.take()
 
     def decoder(self) -> str:
-        """Which decoder is in use, and on a GPU what keeps it from using the hardware: a line for the log."""
+        """Returns a line for the log: the decoder in use and, on a GPU, why it does not use the hardware."""
         return self._engine.decoder()
 
     def close(self) -> None:
@@ -259,7 +259,7 @@ class Loader(AbstractContextManager["Loader"]):
         return batch if kept.all() else Batch(*(each[kept] for each in batch))
 
     def _decoded(self) -> tuple[Work, Tensor]:
-        """The engine's next batch, made again with other samples as long as one of its samples is found to be bad."""
+        """Returns the engine's next batch; if a sample is bad, retries with replacements."""
         while True:
             if self._planned_without != len(self.bad.found):
                 self._planned_without = len(self.bad.found)
@@ -277,7 +277,7 @@ class Loader(AbstractContextManager["Loader"]):
                 if not isinstance(err, BadSample):
                     raise
                 self.bad.add(err)
-            if self.bad.error():  # other ranks are in the same step, at the end of which all of them raise it
+            if self.bad.error():  # all ranks raise it together at the end of this step
                 self._engine.close()
                 self._engine = make_backend.make("synthetic", self._setup)
 

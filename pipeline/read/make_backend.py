@@ -1,6 +1,6 @@
 """Makes a backend, and chooses a reader.
 
-Each is imported when it is used: DALI and Numba's machine code take a while to load.
+Each backend is imported on first use: DALI and Numba's machine code take time to load.
 """
 
 from importlib import import_module
@@ -33,6 +33,6 @@ def prepare(backend: Backend, dtype: PixelType, device: torch.device) -> None:
 
 
 def make(backend: Backend, setup: Setup) -> Engine:
-    """A backend's module and class have its name: portable.Portable; dali.Dali is dali-gpu and dali-cpu."""
+    """Makes a backend. Module and class have its name: portable.Portable; dali-gpu and dali-cpu are dali.Dali."""
     name = backend.partition("-")[0]
     return getattr(import_module(f".{name}", __package__), name.title())(setup)

@@ -1,8 +1,7 @@
 """The samples that each rank reads at each step. Pure: no files, no clock, no globals. The contract: docs/order.md.
 
-Training: an epoch is an array of ids, a row for each global batch; samples that fill no global batch are left out of
-it. A rank takes a contiguous slice of each row: the ids of a global step, in order, do not depend on the number of
-ranks.
+Training: an epoch is an array of ids with one row per global batch; leftover samples that fill no global batch are
+dropped. A rank takes a contiguous slice of each row, so the ordered ids of a step do not depend on the number of ranks.
 Evaluation: the samples in stored order, one contiguous slice per rank, each sample exactly once.
 """
 
@@ -16,13 +15,13 @@ from numpy import ndarray
 from ..errors import ConfigError
 from . import rng
 
-CACHED = 1 << 15  # ids that are hashed at once: they fit into the processor's cache
+CACHED = 1 << 15  # ids that are hashed at a time: they fit into the processor's cache
 
 
 def epoch_order(
     ends: ndarray, *, batch: int, partitions: int = 1, window: int = 0, rank: int = 0, world: int = 1, **at: int
 ) -> ndarray:
-    """(steps, batch / world) int64: the ids that `rank` reads at each step of an epoch.
+    """Returns the ids that `rank` reads at each step of an epoch, (steps, batch / world) int64.
 
     at: seed and epoch. ends: (shards,) ids at which the shards end; ids count through their samples in stored order.
     partitions: the number of partitions of consecutive ids. Each is shuffled by itself, and a global batch consists of
@@ -41,9 +40,9 @@ def epoch_order(
 
 
 def shard_steps(ends: ndarray, *, batch: int, partitions: int = 1, window: int, **at: int) -> tuple[ndarray, ndarray]:
-    """(shards,) int64 each: an epoch's first and last step at which any rank reads from a shard. See epoch_order.
+    """Returns the first and the last step of an epoch at which any rank reads from each shard, both (shards,) int64.
 
-    Those of a shard that is not read: the number of steps, and -1.
+    For a shard that is not read: the number of steps, and -1. Arguments: see epoch_order.
     """
     samples = int(ends[-1])
     steps, piece = samples // batch, batch // partitions
@@ -62,8 +61,8 @@ def shard_steps(ends: ndarray, *, batch: int, partitions: int = 1, window: int, 
 def _shuffled_part(ends: ndarray, start: int, end: int, window: int, **at: int) -> ndarray:
     """The ids [start, end) in random order; with a window, one group of shards after another.
 
-    The ids of a group are sorted by their hashes, which are distinct: any correct sort gives the same order. The hashes
-    themselves are sorted, in place, and inverted: a fourth of an argsort's time, and a third of its memory.
+    The ids of a group are ordered by their hashes, which are distinct, so any correct sort gives the same order.
+    Sorting the hashes in place and inverting them takes a quarter of an argsort's time and a third of its memory.
     """
     if not window or start == end:  # a partition is empty if there are fewer samples than partitions
         ids, groups = np.arange(start, end), []
@@ -97,7 +96,7 @@ def replacement(sample: int, partition: range, bad: Container[int]) -> int:
 
 
 def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, field: str = "batch") -> None:
-    """Raises ConfigError for a global batch that cannot be trained with."""
+    """Raises ConfigError if the global batch does not divide over ranks and partitions, or exceeds the samples."""
     if batch < 1:
         raise ConfigError(f"{field}={batch}: must be at least 1")
     if batch % world:
@@ -115,15 +114,15 @@ def check_batch(batch: int, *, samples: int, world: int, partitions: int = 1, fi
 
 
 def partitions_of_rank(*, rank: int, world: int, partitions: int) -> range:
-    """Those from which `rank` reads in training."""
+    """The partitions from which `rank` reads in training."""
     return range(rank * partitions // world, -(-(rank + 1) * partitions // world))
 
 
 def range_of_rank(samples: int, *, rank: int, world: int, partitions: int) -> range:
     """The ids of the partitions from which `rank` reads in training.
 
-    With `world` partitions, those that it evaluates: each id belongs to one rank, and the ranks' counts differ by at
-    most one.
+    With partitions=world, these are the ids that `rank` evaluates: each id belongs to exactly one rank, and the ranks'
+    counts differ by at most one.
     """
     mine = partitions_of_rank(rank=rank, world=world, partitions=partitions)
     return range(mine.start * samples // partitions, mine.stop * samples // partitions)

@@ -1,8 +1,8 @@
-"""Finds images that a decoder got wrong without an error: one crop in N is decoded again, in the background.
+"""Finds images that a decoder decodes wrongly without an error: one crop in N is decoded again, in the background.
 
-Hardware JPEG decoders have returned wrong pixels in silence (pytorch/vision#9606, meta-pytorch/torchcodec#1634). The
-reference is libjpeg-turbo on the whole image, from the bytes as stored. Nothing waits for the consumer's
-stream: a crop is copied to pinned memory behind it.
+Hardware JPEG decoders have silently returned wrong pixels (pytorch/vision#9606, meta-pytorch/torchcodec#1634). The
+reference is libjpeg-turbo on the whole image, from the bytes as stored. The host does not wait for the consumer's
+stream: the crop's copy to pinned memory is queued on it.
 """
 
 import threading
@@ -23,7 +23,7 @@ TILE = 16  # pixels: a block that is wrong stands out in a tile; a mean over the
 # Grey levels, of a tile's mean difference. On CPUs, DALI's decoder differs by 0 and its resizer by 0.3 at most (7,000
 # crops of ImageNet); a block of other pixels by 30 and more. A GPU's decoders are not measured: gpu-proof records them.
 TOLERANCE = 10.0
-WAITING = 256  # crops, 150 MB at 224 pixels of float32; more are not checked, and counted
+WAITING = 256  # queued crops, 150 MB at 224 pixels of float32; further ones are not checked but counted
 LOGGED = 10  # differences; the rest are counted
 
 
@@ -60,7 +60,7 @@ class PixelCheck:
         sample = int(image.ids[0])
         try:
             difference = self._difference(image, view, crop)
-        except Exception as err:  # the loader reports what it cannot read or decode itself
+        except Exception as err:  # the loader itself reports images that it cannot read or decode
             LOG.info("%s: not checked (%s)", self._reader.describe(sample), err)
             self.left_out += 1
             return
@@ -97,6 +97,6 @@ class PixelCheck:
 
 
 def largest_tile_mean(difference: np.ndarray) -> float:
-    """The largest mean of a TILE × TILE tile of (H, W); those at the edges may be smaller. NaN counts as infinite."""
+    """The largest mean over a TILE × TILE tile of (H, W); edge tiles may be smaller. NaN counts as infinite."""
     tiles = avg_pool2d(torch.from_numpy(difference)[None], TILE, ceil_mode=True, count_include_pad=False)
     return float(tiles.nan_to_num(nan=np.inf).max())

@@ -14,7 +14,7 @@ from . import order, rng
 from .augment import AugmentConfig, colour_shift, place
 from .fetch import HEIGHT, WIDTH, Rows
 
-PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs an image, while batches of 128 one by one cost 5 µs an image
+PLAN_IMAGES = 4096  # planned at once: 1 ms, 0.3 µs per image; planning batches of 128 one by one costs 5 µs per image
 
 
 class Planned(NamedTuple):
@@ -43,8 +43,8 @@ class Plan:
     first: int
     rank: int
     world: int
-    mean: ndarray  # (3,) what is subtracted from each pixel
-    covariance: ndarray | None  # of the colours, if they are shifted
+    mean: ndarray  # (3,) subtracted from each pixel
+    covariance: ndarray | None  # of the colours; None: no colour shift
     check_every: int  # N: one image in N is chosen for PixelCheck; 0: none
     bad: Collection[int] = ()  # samples that are not read, see bad_samples.py; it may grow
 
@@ -64,7 +64,7 @@ class Plan:
         self.views = 1 if self.train else self.augment.views
         self._ends = np.minimum(np.cumsum([shard.samples for shard in self.split.shards]), self.samples)
         settings = {name: getattr(self, name) for name in ("seed", "batch", "partitions", "window")}
-        # Two epochs: near an epoch's end, the next one is planned while this one's ids are still asked for.
+        # Two epochs: near an epoch's end, the next one is planned while this one's ids are still in use.
         self._order = lru_cache(2)(partial(order.epoch_order, self._ends, **settings))
         self._shard_steps = lru_cache(2)(partial(order.shard_steps, self._ends, **settings))
         # The ids that this rank reads, in all epochs.
@@ -96,21 +96,21 @@ class Plan:
         return self._order(epoch=epoch, rank=rank, world=world)[step]
 
     def shards(self) -> range:
-        """Those from which this rank reads."""
+        """The shards from which this rank reads."""
         if not self.held:
             return range(0)
         first, last = np.searchsorted(self._ends, (self.held.start, self.held.stop - 1), side="right").tolist()
         return range(first, last + 1)
 
     def steps_until(self, epoch: int, step: int) -> ndarray:
-        """(shards,) int64: after how many steps any rank reads from each; all 0 unless they are read in windows."""
+        """Returns the number of steps until any rank reads from each shard, (shards,) int64; all 0 without a window."""
         if not self.train or not self.window:
             return np.zeros(len(self._ends), np.int64)
         (first, last), (following, _) = self._shard_steps(epoch=epoch), self._shard_steps(epoch=epoch + 1)
         return np.where(last >= step, np.maximum(first - step, 0), len(self) - step + following)
 
     def partition(self, sample: int) -> range:
-        """The samples that may be read in its place."""
+        """The ids that may replace `sample`."""
         parts, n = self.partitions if self.train else 1, self.samples
         part = ((sample + 1) * parts - 1) // n
         return range(part * n // parts, (part + 1) * n // parts)
@@ -122,13 +122,13 @@ class Plan:
         return np.array(ids, dtype=np.int64)
 
     def coordinates(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
-        """All steps from here on. Without an end: the next epoch's first batches are ready when this one ends."""
+        """Yields (epoch, step) from here on, endlessly, so that the next epoch's first batches are ready in time."""
         while True:
             yield from ((epoch, s) for s in range(step, len(self)))
             epoch, step = epoch + 1, 0
 
     def step(self, epoch: int, step: int, rows: Rows) -> Planned:
-        """One step's images. rows: all samples'."""
+        """Returns one step's images. rows: of the whole split."""
         n, many = self.batch_per_rank, max(1, PLAN_IMAGES // self.batch_per_rank)
         first = step - step % many
         key = epoch, first, len(self.bad)
@@ -138,7 +138,7 @@ class Plan:
         return Planned(*[column[start : start + n] for column in self._chunk[key]])
 
     def steps(self, epoch: int, steps: range, index: Rows) -> Planned:
-        """Plans many steps at once: for a single batch, the overhead of NumPy's calls would exceed their work."""
+        """Plans many steps at once: for a single batch, NumPy's call overhead would exceed the work itself."""
         planned = np.concatenate([self._planned_ids(epoch, s) for s in steps])
         ids = self._replaced(planned)
         rows, kept = index[ids], (ids == planned) | self.train

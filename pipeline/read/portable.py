@@ -25,8 +25,8 @@ from .fetch import HEIGHT, SIZE, WIDTH, Block, fetch_images, not_plain_jpegs
 from .kernels import crop_decoded, crop_images, decoded_block
 from .truncate_jpeg import ROWS_BELOW, cut_short
 
-IMAGES_A_TASK = 64  # at most: a task costs 50 µs, with the waking of its thread
-BYTES_A_BLOCK = 2 << 20  # stored bytes that are fetched at once; fewer cost more calls, more leave the cache
+IMAGES_A_TASK = 64  # at most: a task costs 50 µs, including the wake-up of its thread
+BYTES_A_BLOCK = 2 << 20  # stored bytes fetched by one call: less costs more calls, more does not fit into the cache
 
 
 class _Job(NamedTuple):
@@ -36,7 +36,8 @@ class _Job(NamedTuple):
 
 
 def kernel_type(dtype: str, device: torch.device) -> str:
-    """A CPU normalises in the kernel's one pass; to another device a quarter of the bytes goes."""
+    """Returns the kernel's output type: for a CPU the kernel normalises; for other devices uint8, a quarter of the
+    bytes to copy."""
     return "float32" if device.type == "cpu" and dtype != "uint8" else "uint8"
 
 
@@ -59,7 +60,7 @@ class Portable(Engine):
         self._reader.stages.add(queued=sum(all(task.done() for task in job.tasks) for job in self._jobs))
         while len(self._jobs) <= self.depth:  # the threads continue while the consumer works on this batch
             self._jobs.append(self._begin(self.source()))
-        for task in self._jobs[0].tasks:  # if one fails, the job stays, for stop() to wait for
+        for task in self._jobs[0].tasks:  # if one fails, the job stays queued, so that stop() waits for it
             task.result()
         job = self._jobs.popleft()
         return job.work, self._delivered(job)
@@ -92,13 +93,13 @@ class Portable(Engine):
             self._decode_block(work, crops, a, b)
 
     def _crop(self, work: Work, crops: ndarray, block: Block, a: int, b: int, pitch: int = 0) -> int:
-        """Images [a, b), which are pixels in the block, to their crops."""
+        """Crops images [a, b), whose pixels are in the block."""
         form = self.output.crop, self.output.channels_last, pitch
         out = crops.reshape(-1), a * self.output.views, work.box[a:b], work.flip[a:b], work.mean.reshape(-1)
         return crop_images(*block, *form, *out, self._inverse_std)
 
     def _decode_block(self, work: Work, crops: ndarray, a: int, b: int) -> None:
-        """Images [a, b): their bytes are fetched by one call and stay in the processor's cache."""
+        """Decodes and crops images [a, b); their bytes are fetched by one call and stay in the processor's cache."""
         rows, cuts = work.rows[a:b], [NOT_CUT] * (b - a)
         size = int(rows[:, SIZE].sum())
         pixels = pixels_under(work.box[a:b], self.output.crop)
@@ -109,7 +110,7 @@ class Portable(Engine):
         block = self._reader.fetch(work.read, a, b, lambda block: fetch_images(*block, left))
         if self._cutter:
             cuts = self._cutter(block, places, pixels)
-        # decode() looks closer at the others.
+        # decode() checks the others in detail.
         plain = (left < rows[:, HEIGHT]) | ~not_plain_jpegs(block.buffer, block.at, rows)
         columns = (block.at, block.at + rows[:, SIZE], plain, left, rows[:, WIDTH], rows[:, HEIGHT])
         sizes = np.stack(columns, axis=1).tolist()
@@ -126,8 +127,8 @@ class Portable(Engine):
                 self._crop(work, crops, crop, a + i, a + i + 1, cut.width)
 
     def _cut(self, cut: Cut, size: int) -> ndarray | None:
-        """Flat pixels of the cut, in the memory of the whole image's `size`, as taps of weight zero may read beyond
-        them. None if it was not cut, or a fault is left for the whole image to show."""
+        """Decodes a cut into flat memory of the whole image's `size`, since taps of weight zero may read beyond its
+        pixels. Returns None if the image was not cut or the cut is damaged: the whole image is decoded then."""
         memory = self._scratch(size)
         with contextlib.suppress(ValueError):
             if len(cut.data) and decode_jpeg(cut.data, buffer=memory, strict=True).shape == (cut.height, cut.width, 3):
@@ -135,18 +136,16 @@ class Portable(Engine):
         return None
 
     def _decoded(self, image: ndarray, width: int, height: int, rows: int, is_plain: bool) -> ndarray:
-        """Flat pixels: all, or those of the first rows if the image was cut short; valid until this thread's next call.
-
-        rows: how many the image has now. is_plain: a JPEG of this size, by its header.
-        """
+        """Returns flat pixels, only of the first `rows` rows if the image was cut short; valid until this thread's next
+        call. is_plain: whether the header is a plain JPEG's of this size."""
         if is_plain:
             memory = self._scratch(3 * height * width)  # of all rows, as taps of weight zero may read below the last
-            try:  # not strict if it was cut: the rest of the image is what it would complain of
+            try:  # not strict if it was cut: the rest of the image would count as an error
                 if decode_jpeg(image, buffer=memory, strict=rows == height).shape == (rows, width, 3):
                     return memory
             except ValueError:
                 pass
-            cut_short(image, width, rows, height)  # as it was
+            cut_short(image, width, rows, height)  # restores the original height
         return decode(image.data, size=(width, height)).reshape(-1)
 
     def _delivered(self, job: _Job) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Bytes of samples from shards, by their ids, each one checked.
+"""Reads the bytes of samples from shards by their ids, and verifies each sample.
 
 There are two ways. If storage is slow, or if the consumer is not our own code (DALI), a pool keeps many reads in
-flight, batches ahead, into reused buffers. If the operating system holds the bytes already, the threads that
-decode images read them, a block at a time, and the bytes stay in the processor's cache: with a pool alone, raw images
-lost 10 % of their rate and took 14 % more CPU time (median of four paired runs, two cores). The reader finds out which
-by counting how often a thread had to wait. Both ways read and verify by one compiled call per block, without the GIL.
+flight, batches ahead, into reused buffers. If the bytes are in the page cache, the threads that decode images read
+them, a block at a time, and the bytes stay in the processor's cache: with a pool alone, raw images lost 10 % of their
+rate and took 14 % more CPU time (median of four paired runs, two cores). The reader chooses by counting how often a
+thread had to wait. Both ways read and verify by one compiled call per block, without the GIL.
 """
 
 import resource
@@ -40,13 +40,13 @@ from .plan import Plan
 from .shard_cache import ShardCache
 from .stages import Stages
 
-USAGE = getattr(resource, "RUSAGE_THREAD", 0)  # 0: the system does not count a thread's waits; we read ahead then
-WAITS_A_READ = 0.3  # of a thread, on average: reads from the page cache do not wait
-SLOW_SHARE = 0.5  # of the latest blocks
-RETRY_AFTER = 4096  # batches, after which fast storage is assumed once more
-FAST_TASK = 64  # images that a thread of the pool reads in turn if storage is fast; a task costs 15 µs
-COPIES_ASKED = 64  # steps from one look for shards to copy to the next
-MOST_ROOM = 3  # a batch is read into rows of an array if that takes at most so many times its images' bytes
+USAGE = getattr(resource, "RUSAGE_THREAD", 0)  # 0: the system does not count a thread's waits; always read ahead
+WAITS_A_READ = 0.3  # waits per read above which a block was slow: reads from the page cache do not wait
+SLOW_SHARE = 0.5  # fraction of slow blocks among the latest above which storage is slow
+RETRY_AFTER = 4096  # batches after which storage is assumed to be fast again
+FAST_TASK = 64  # images per task of the pool if storage is fast; a task costs 15 µs
+COPIES_ASKED = 64  # steps between two checks for shards to copy
+MOST_ROOM = 3  # a batch is read into rows of equal size if that takes at most this many times its images' bytes
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ReadBatch:
     rows: ndarray  # see fetch.py
     buffer: ndarray = field(init=False)
     at: ndarray = field(init=False)
-    room: int = 0  # bytes from one image to the next, if it is the same for all; zeros follow an image
+    room: int = 0  # bytes from one image to the next, if equal for all, padded with zeros; otherwise 0
     images_a_task: int = 1
     files: dict[int, OpenFile] = field(default_factory=dict)  # of copies, which may be deleted before they are read
     tasks: list[Future[None]] = field(default_factory=list)
@@ -76,9 +76,9 @@ class ReadBatch:
 class Reader:
     """Reads samples of one split by their ids.
 
-    threads: reads in flight if storage is slow. images_a_task: how many a thread reads in turn then.
-    always_ahead: for consumers that do not read themselves. pinned: into page-locked memory. copies,
-    original: the place and the read of a ShardCache.
+    threads: reads in flight if storage is slow. images_a_task: images per task in that case. verify: check CRC-32.
+    always_ahead: for consumers that do not read themselves (DALI). pinned: read into page-locked memory.
+    copies, original: `place` and `read` of a ShardCache.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class Reader:
         paths = [split.root / shard.name for shard in split.shards]
         self.source = LocalShards(paths, [copies.path(shard.sha256) for shard in split.shards] if copies else ())
         self.cache = None
-        if copies:  # files are reopened when they are next read, from copies that exist by then
+        if copies:  # closed files are reopened at their next read, from a copy if one exists by then
             self.cache = ShardCache(copies, split, original or self.source.read, self.source.close, self.closing)
         self.images_a_task = min(images_a_task, self.source.at_once(threads))
         self._fast_task = min(FAST_TASK, self.source.at_once(threads))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="express-read")
         self._buffers = Buffers(pinned=pinned)
         self._scratch = Scratch()
-        self._slow_share = 0.0  # moving mean over blocks: those that were waited for
-        self._slow_for = 0  # batches
+        self._slow_share = 0.0  # moving average over blocks: 1 for a slow one
+        self._slow_for = 0  # batches for which storage still counts as slow
         self.done = False  # whether all images are in memory
 
     @property
@@ -129,7 +129,7 @@ class Reader:
         return f"shards are copied to {self.cache.place.folder}{more}" if self.cache else ""
 
     def read(self, ids: ndarray, rows: ndarray | None = None) -> ReadBatch:
-        """The samples `ids` as a batch, already being read if that takes time; returns at once. rows: theirs."""
+        """Returns a batch of the samples `ids` without waiting; starts reading if storage is slow. rows: of `ids`."""
         batch = ReadBatch(ids, self.rows[ids] if rows is None else rows)
         if self.done:
             return batch
@@ -162,7 +162,7 @@ class Reader:
         while at < b:
             with self._opened(batch, at, b) as fds:
                 at += fetch_images(batch.buffer, batch.at[at:b], fds, batch.rows[at:b], self.verify, ALL_ROWS)
-            if at < b:  # once more by Python, which knows the reason; a read that was only interrupted succeeds
+            if at < b:  # retry in Python, whose error gives the reason; a read that was only interrupted succeeds
                 image, start = self.stored(int(batch.ids[at])), batch.at[at]
                 batch.buffer[start : start + len(image)] = image
                 at += 1
@@ -171,11 +171,11 @@ class Reader:
     def fetch(
         self, batch: ReadBatch, a: int, b: int, function: Callable[[Block], int], *, in_turn: bool = False
     ) -> Block:
-        """Images [a, b), fetched by a compiled function, which returns the number of the first that fails, or n.
+        """Fetches images [a, b) with a compiled function, which returns the index of the first that fails, or n.
 
-        Raises DataError or StorageError for that one. in_turn: each may overwrite the one before it, so that all meet
-        in the processor's cache. The bytes are the caller's until this thread's next call, and no longer than `batch`
-        lives.
+        Raises DataError or StorageError for an image that fails. in_turn: each image may overwrite the previous one, so
+        that all use the same memory in the cache. The bytes are valid until this thread's next call and while `batch`
+        exists.
         """
         rows = batch.rows[a:b]
         if batch.tasks:
@@ -189,7 +189,7 @@ class Reader:
             with self._opened(batch, a, b) as fds:
                 block = Block(buffer, at, fds, rows, self.verify)
                 complete = function(block) == b - a
-            if not complete:  # slowly: for the reason, or because a copy is damaged
+            if not complete:  # the slow path: raises with the reason, or replaces a damaged copy
                 buffer = np.concatenate([self.stored(sample) for sample in batch.ids[a:b].tolist()])
                 at = np.cumsum(size) - size
             self._taken(batch.ids[a:b])
@@ -200,7 +200,7 @@ class Reader:
         return block
 
     def _taken(self, ids: ndarray) -> None:
-        """Is called when images of a batch have been read, for storage that keeps them until then."""
+        """A hook, called when images of a batch have been read, for storage that keeps them until then."""
 
     @contextmanager
     def _opened(self, batch: ReadBatch, a: int, b: int) -> Iterator[ndarray]:
@@ -212,11 +212,11 @@ class Reader:
         with self.stages("read", int(rows[:, SIZE].sum())):
             yield fds
         after = resource.getrusage(USAGE)
-        # Fresh memory: threads that ask the system for pages wait for each other, not for storage.
+        # Page faults of fresh memory: these threads wait for each other, not for storage.
         if not USAGE or after.ru_minflt - before.ru_minflt > len(rows):
             return
         slow = after.ru_nvcsw - before.ru_nvcsw > WAITS_A_READ * len(rows)
-        # Threads may overwrite each other's means: it is a rule of thumb, and a lock would cost more than it is worth.
+        # Threads may overwrite each other's averages: the heuristic does not need a lock.
         self._slow_share += (slow - self._slow_share) / 3
         if self._slow_share > SLOW_SHARE:
             self._slow_for, self._slow_share = RETRY_AFTER, 0.0

@@ -23,18 +23,18 @@ from .fetch import NOT_IN_MEMORY, OFFSET, SHARD, SIZE, Rows
 from .plan import Plan
 from .reader import ReadBatch, Reader
 
-GAP = 16 << 10  # bytes between two images that are fetched too, rather than by another request
-MOST = 8 << 20  # bytes after which a request begins no other image
-FIRST = 64  # the first chunk is this fraction of the largest, so that the first batch comes soon
-FETCHES = 3  # of an image whose checksum is wrong
+GAP = 16 << 10  # largest gap between two images, in bytes, that one request reads across
+MOST = 8 << 20  # bytes of a request after which it starts no further image
+FIRST = 64  # the first chunk is 1/64 of the largest, so that the first batch comes soon
+FETCHES = 3  # attempts to fetch an image whose checksum is wrong
 
 Step = tuple[int, int]
 
 
 def requests(rows: ndarray, *, gap: int = GAP, most: int = MOST) -> tuple[ndarray, ndarray]:
-    """The requests that bring n images: (r, 3) shard, first byte, end; and (n,) the number of each image's request.
+    """Returns the requests that fetch n images, (r, 3): shard, first byte, end; and each image's request index, (n,).
 
-    rows: see fetch.py. Requests are in the order in which the images need them.
+    rows: see fetch.py. Requests are ordered by the first image that needs them.
     """
     by_place = np.lexsort((rows[:, OFFSET], rows[:, SHARD]))
     shard, start = rows[by_place, SHARD], rows[by_place, OFFSET]
@@ -52,7 +52,7 @@ def requests(rows: ndarray, *, gap: int = GAP, most: int = MOST) -> tuple[ndarra
 
 
 def reads_from(plan: Plan) -> tuple[float, float]:
-    """How many shards a rank reads from at a time, and the bytes of its images in them: docs/order.md."""
+    """Returns how many shards a rank reads from at a time, and the bytes of its images in them: docs/order.md."""
     shards, parts = plan.split.shards, plan.partitions
     window = min(plan.window or len(shards), len(shards) / parts)
     size = window / len(shards) * sum(shard.bytes for shard in shards)
@@ -60,13 +60,13 @@ def reads_from(plan: Plan) -> tuple[float, float]:
 
 
 def shards_of_a_chunk(plan: Plan, *, limit: float) -> float:
-    """Those of whole windows: the images in a part of a window do not lie side by side."""
+    """Returns the number of shards of a chunk, those of whole windows: images of half a window are not adjacent."""
     shards, size = reads_from(plan)
     return shards * max(1.0, limit // size) if plan.window else len(plan.split.shards)
 
 
 def expected_requests(plan: Plan, *, limit: int) -> float:
-    """About how many requests all ranks make in an epoch, in chunks of at most `limit` bytes: docs/order.md."""
+    """Estimates how many requests all ranks make in an epoch, in chunks of at most `limit` bytes: docs/order.md."""
     together = min(1.0, plan.partitions / plan.world) * min(1.0, limit / reads_from(plan)[1])
     return plan.samples * (1 - together) + sum(-(-shard.bytes // MOST) for shard in plan.split.shards)
 
@@ -79,10 +79,10 @@ class Chunk(NamedTuple):
 
 
 def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, shards: float) -> Iterator[Chunk]:
-    """Consecutive steps of an epoch: one, or at most `limit` bytes from `shards` shards.
+    """Yields chunks of consecutive steps of an epoch: one step, or at most `limit` bytes from `shards` shards.
 
-    steps: each with its ids. rows: of all samples. A step that begins to read from other shards belongs to the next
-    chunk, except for its last images of these. The first chunks are small, and double.
+    steps: each with its ids. rows: of all samples. A step that exceeds `shards` belongs to the next chunk, except for
+    its images from this chunk's shards. The first chunks are small, and each is twice the one before.
     """
     chunk, held, room, seen = Chunk([], []), 0, limit // FIRST, set[int]()
     for step, ids in steps:
@@ -104,7 +104,7 @@ def chunks(steps: Iterable[tuple[Step, ndarray]], rows: Rows, *, limit: int, sha
 
 
 class Fetched(NamedTuple):
-    """An image that is being fetched: its request's bytes with their address, and its first byte among them."""
+    """An image that is being fetched: its request's (bytes, address), and the offset of its first byte in them."""
 
     request: Future[tuple[ndarray, int]]
     first: int
@@ -121,11 +121,11 @@ class RemoteReader(Reader):
         # Images that are being fetched, by chunk and sample, until they are used. An epoch's last chunk and the next
         # one's first may hold the same sample.
         self._chunks: list[dict[int, Fetched]] = []
-        self._copying: list[ReadBatch] = []  # those that wait for copies, of the latest chunk
+        self._copying: list[ReadBatch] = []  # batches of the latest chunk that wait for copies
 
     def _at_once(self, batch: ReadBatch) -> bool:
         if self.cache:
-            with suppress(StorageError):  # as long as one is not copied
+            with suppress(StorageError):  # if a shard is not copied yet
                 batch.files = {shard: self.source.open(shard) for shard in set(batch.rows[:, SHARD].tolist())}
                 self._taken(batch.ids)
             if not batch.files:
@@ -137,7 +137,7 @@ class RemoteReader(Reader):
         if self.done:
             yield from steps
         limit = self._limit(plan)
-        # A cache has to hold two chunks, and the shards that the older one began with.
+        # A cache must hold two chunks, and the shards with which the older chunk began.
         room = min(limit, self.cache.place.bytes / (3 * plan.partitions)) if self.cache else limit
         planned = ((step, plan.read_ids(*step)) for step in steps)
         waiting: deque[deque[Step]] = deque()
@@ -183,7 +183,7 @@ class RemoteReader(Reader):
 
     def _taken(self, ids: ndarray) -> None:
         for sample in ids.tolist():
-            any(chunk.pop(sample, None) for chunk in self._chunks)  # from the first that has it
+            any(chunk.pop(sample, None) for chunk in self._chunks)  # from the first chunk that has it
 
     def cost(self, plan: Plan) -> str:
         limit, held, size = self._limit(plan), reads_from(plan)[1], sum(shard.bytes for shard in self._shards)
@@ -198,7 +198,7 @@ class RemoteReader(Reader):
         )
 
     def _limit(self, plan: Plan) -> int:
-        """Bytes of a chunk: two of training and, beside them, two of evaluation are in memory, 7 + 7 + 1 + 1."""
+        """The largest chunk in bytes: two of training and two of evaluation share the memory as 7 + 7 + 1 + 1."""
         return int(self._folder.fetch_memory * 1e6) * (7 if plan.train else 1) // 16
 
     def _get(self, shard: int, start: int, end: int) -> ndarray:
@@ -219,7 +219,7 @@ class RemoteReader(Reader):
         yield fds  # `images` holds the requests' bytes until the compiled code has read them
 
     def stored(self, sample: int) -> ndarray:
-        """One image's bytes, as stored: those fetched ahead, of its shard's copy, or by a request of its own.
+        """Returns one image's stored bytes: fetched ahead, from its shard's copy, or by a request of its own.
 
         Bytes with a wrong checksum are fetched again before they count as damaged.
         """
@@ -229,7 +229,7 @@ class RemoteReader(Reader):
             with self.stages("fetch"):
                 copied = self.cache.wait(shard)
             if copied:
-                with suppress(StorageError, BadSample):  # it made room for another
+                with suppress(StorageError, BadSample):  # the copy was deleted to make room
                     return super().stored(sample)
                 self.cache.drop(shard)
         for attempt in range(FETCHES):

@@ -1,7 +1,7 @@
 """The resident backend: a rank's images are decoded once and stay in memory; a batch is one gather from there.
 
-On a CPU the portable backend's kernel crops them, on a GPU the kernel in resident_gpu.py. Pixels are the portable
-backend's: docs/resident.md.
+On a CPU the portable backend's kernel crops them, on a GPU the kernel in resident_gpu.py. Both give the same pixels as
+the portable backend: docs/resident.md.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from .plan import Plan
 from .portable import Portable
 from .reader import ReadBatch
 
-SMALL = 128  # the short side that a message suggests
+SMALL = 128  # the short side that an error suggests
 
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """The images of a split that a rank holds. All loaders of a process that read the same images share it."""
+    """The images of a split that a rank holds; shared by all loaders of a process that read the same images."""
 
     ids: range
     shape: tuple[int, int, int]  # height, width, 3
     device: torch.device
-    bad: dict[int, BadSample]  # those that cannot be read, by id: used when a plan names them
+    bad: dict[int, BadSample]  # errors of unreadable images, by id: raised when a plan contains them
     pixels: Tensor  # (images, height, width, 3) uint8; empty until they are loaded
 
     @property
@@ -48,11 +48,11 @@ class Images:
         """The positions of images in `pixels`. Raises BadSample for one that cannot be read."""
         for sample in self.bad.keys() & ids.tolist() if self.bad else ():
             raise self.bad[sample]
-        # An image that another rank holds only stands in for a bad sample of an evaluation.
+        # An image that another rank holds is only a replacement in evaluation, which is not delivered.
         return np.clip(ids - self.ids.start, 0, len(self.ids) - 1)
 
 
-# Both splits of a run count before one is loaded; a loader that replaces another one finds its images here.
+# Both splits of a run are counted before one is loaded; a loader that replaces another one reuses its images.
 _known: WeakValueDictionary[tuple[Any, ...], Images] = WeakValueDictionary()
 
 
@@ -95,7 +95,7 @@ class Resident(Portable):
         return f"{super().decoder()}; all are decoded once and take {self._memory}"
 
     def _loaded(self) -> Tensor:
-        """All images, in stored order. Raises BadSample for one, unless loader.max_bad_samples allows some."""
+        """Loads all images, in stored order. Raises BadSample for a bad one unless max_bad_samples allows some."""
         images, plan = self._images, self._plan
         stored = dataclasses.replace(plan, train=False, batch=self._at_once * plan.world)
         stored.held = images.ids
@@ -104,7 +104,7 @@ class Resident(Portable):
         tasks: deque[Future[ndarray]] = deque()
 
         def keep(most: int) -> None:
-            """Waits until at most so many tasks are left."""
+            """Waits until at most `most` tasks are left."""
             while len(tasks) > most:
                 some = torch.from_numpy(tasks.popleft().result())
                 pixels[progress.done : progress.done + len(some)].copy_(some)
@@ -112,7 +112,7 @@ class Resident(Portable):
 
         with Progress(f"loading {plan.split.name}", len(pixels), enabled=plan.rank == 0) as progress:
             progress.update(0)  # time counts from here
-            for _ in range(len(stored)):  # no further: at their end, steps drop what they have fetched
+            for _ in range(len(stored)):  # not until `steps` ends, which would drop fetched images
                 tasks.append(self._pool.submit(self._pixels, self._reader.read(stored.ids(*next(steps)))))
                 keep(2 * self.threads)
             keep(0)
@@ -170,14 +170,14 @@ def image_shape(split: Split) -> tuple[int, int, int]:
 
 
 def free_memory(device: torch.device, ranks: int) -> int:
-    """Bytes of a GPU, or of the host, which the ranks of this machine share."""
+    """Free bytes of a GPU, or this rank's fraction of the host's, which the ranks of this machine share."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return psutil.virtual_memory().available // ranks
 
 
 def check_fits(images: Images, plan: Plan, others: int, free: int, fraction: float) -> None:
-    """Raises ConfigError if the images do not fit, with what would. others: bytes of other splits."""
+    """Raises ConfigError, with what would fit, if the images do not. others: bytes of other splits."""
     needed, room, short = images.bytes + others, int(fraction * free), min(images.shape[:2])
     if needed <= room:
         return

@@ -1,7 +1,7 @@
 """The resident backend's kernel for GPUs: one pass from the images in memory to a finished batch.
 
-A program writes BLOCK values of one crop. For a batch that is resampled, taps are those of resample.py, in float64:
-products of their rounded weights and grey levels have 23 bits, so that float32 sums are exact in any order.
+A program writes BLOCK values of one crop. If the batch is resampled, taps are computed as in resample.py, in float64:
+products of the rounded weights and grey levels have 23 bits, so float32 sums are exact in any order.
 """
 
 # mypy: allow-untyped-calls, allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..resample import ONE
 from .backend import Output, Work, to_device
 
-BLOCK, BLOCK_RESIZED = 1024, 256  # resampling takes more registers a value
+BLOCK, BLOCK_RESIZED = 1024, 256  # resampling takes more registers per value
 COLUMNS = tl.constexpr(12)  # of a crop's row: image, left, top, width, height, flip, mean and scale of each channel
 UNIT = tl.constexpr(float(ONE))
 WHOLE = tl.constexpr(1.5 * 2.0**52)  # adding and subtracting it rounds a double to a whole number, half to even
@@ -33,7 +33,7 @@ def _height(at, length, centre, scale):
 
 @triton.jit
 def _taps(place, scale, offset, length, TAPS: tl.constexpr):
-    """The first source pixel of resampled pixels `place`, their centre, and the factor of heights."""
+    """The first source pixel of resampled pixels `place`, their centre, and the factor from heights to weights."""
     spread = tl.maximum(scale, 1.0)
     centre = (offset / scale + place + 0.5) * scale
     low = tl.minimum(tl.maximum((centre - spread + 0.5).to(tl.int32), 0), length - 1)
@@ -85,7 +85,7 @@ def _gather(
 
 
 def gather(pixels: Tensor, numbers: ndarray, work: Work, output: Output) -> Tensor:
-    """(n · views, 3, crop, crop). pixels: (images, height, width, 3) uint8. numbers: of the batch's images there."""
+    """Makes (n · views, 3, crop, crop). pixels: (images, height, width, 3) uint8. numbers: (n,) indices in it."""
     side, box = output.crop, work.box
     crops = np.empty((*work.flip.shape, COLUMNS.value))
     crops[..., 0], crops[..., 1:5], crops[..., 5] = numbers[:, None], box, work.flip

@@ -1,8 +1,8 @@
 """Copies of whole shards on a disk of this machine, made in the order in which the shards are read.
 
-A copy gets its name, the shard's sha256, once its bytes have been compared with it: a file with such a name is whole.
-The processes of a machine share the folder. While one copies a shard, it holds the lock of the partial file: a killed
-process leaves no lock behind, and the next one continues where the copy ended.
+A copy gets its final name, the shard's sha256, only after its bytes were verified: a file with such a name is complete.
+The processes of a machine share the folder. A process that copies a shard holds the lock of the partial file; the lock
+of a killed process is released, and the next one continues where the copy ended.
 """
 
 import fcntl
@@ -26,19 +26,19 @@ from ..storage import Copies, file_size
 from .plan import Plan
 
 AT_ONCE = 8  # shards that are copied at a time
-CLAIMED = 2 * AT_ONCE  # shards that are being copied or wait for it, beside those that are needed now
+CLAIMED = 2 * AT_ONCE  # shards that are being copied or queued, except those that are needed now
 PIECE = 8 << 20  # bytes of a request
-TRIES = 3  # of a shard whose sha256 is wrong
+TRIES = 3  # attempts to copy a shard whose sha256 is wrong
 LOCK_SECONDS = 60.0
-PAUSE = 0.05  # seconds until another process's copy is looked at again
-OURS = re.compile(r"[0-9a-f]{64}\.(?:tar|(\d+)\.partial)")  # a partial file's name has the bytes that it will have
+PAUSE = 0.05  # seconds between two checks of another process's copy
+OURS = re.compile(r"[0-9a-f]{64}\.(?:tar|(\d+)\.partial)")  # a partial file's name contains its final size
 
 
 class ShardCache:
     """The copies of a split's shards.
 
-    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. changed: is called
-    after a copy was made or deleted. closing: nothing is copied or waited for once it is set.
+    read: (shard, first byte, end) → bytes of the shard itself; raises StorageError or DataError. changed: called after
+    a copy was made or deleted. closing: once it is set, nothing is copied or waited for.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class ShardCache:
     def request(self, plan: Plan, epoch: int, step: int, needed: Collection[int] = ()) -> set[int]:
         """Starts to copy this rank's shards, in the order in which they are read from this step on.
 
-        One that is read later makes room for one that is read earlier. Returns those of `needed` whose images are to
-        be taken from copies.
+        A copy that is needed later is deleted to make room for one that is needed earlier. Returns the shards among
+        `needed` whose images must be read from copies.
         """
         wait = self.place.wait and (plan.window > 0 or not plan.train)
         with self._lock:
@@ -89,7 +89,7 @@ class ShardCache:
             return coming.union(filter(self.is_whole, needed))
 
     def _claim(self, away: ndarray, mine: range, needed: Collection[int]) -> None:
-        """away: (shards,) steps until each is read, by any rank: copies that other ranks need soon stay."""
+        """Starts copies. away: (shards,) steps until any rank reads each shard: copies that others need soon stay."""
         sizes, busy = self._files()
         used = sum(sizes.values())
         self._whole = {shard for shard, copy in enumerate(self._copies) if copy in sizes}
@@ -116,12 +116,13 @@ class ShardCache:
             busy.add(partial)  # another shard may have the same bytes
 
     def _files(self) -> tuple[dict[Path, int], set[Path]]:
-        """The bytes of our files, those of partial ones that a process is filling as they will be; and these."""
+        """Returns {file: bytes} of our files, and the partial files that a process is filling, which count with their
+        final size."""
         sizes, busy = {}, set()
         for path in self.place.folder.iterdir():
             if found := OURS.fullmatch(path.name):
                 size = file_size(path)
-                if found[1] and size is None:  # it just got its name, under which it may have been listed too
+                if found[1] and size is None:  # it was just renamed, and may be listed under both names
                     path = path.with_name(f"{path.name[:64]}.tar")
                     size = file_size(path)
                 elif found[1] and _is_locked(path):
@@ -146,7 +147,7 @@ class ShardCache:
             with suppress(OSError):
                 partial.unlink()
             self._give_up(err)
-        except BaseException:  # of the source: who reads an image meets it too
+        except BaseException:  # an error of the source, which reading an image will raise too
             self._failed.add(shard)
             raise
         finally:
@@ -163,7 +164,7 @@ class ShardCache:
             self._failed.update(range(len(self._shards)))
 
     def _filled(self, shard: int, partial: Path) -> bool:
-        """Copies what is missing, and names the copy. False if it is not the shard."""
+        """Copies the missing bytes, verifies the copy and renames it. Returns False if its sha256 is wrong."""
         if self.is_whole(shard):  # another process named its copy while the folder was listed
             partial.unlink()
             return True
@@ -187,7 +188,7 @@ class ShardCache:
         return True
 
     def wait(self, shard: int) -> bool:
-        """Waits while a shard is being copied. Whether its copy is whole then. Raises what `read` raised."""
+        """Waits while a shard is being copied; returns whether its copy is complete. Raises what `read` raised."""
         while not self.is_whole(shard):
             if claim := self._claims.get(shard):
                 claim.result()
@@ -197,7 +198,7 @@ class ShardCache:
         return True
 
     def drop(self, shard: int) -> None:
-        """Deletes a copy that does not hold the shard's bytes: something else wrote it, or the disk failed."""
+        """Deletes a copy with wrong bytes: another program wrote it, or the disk failed."""
         with suppress(OSError):
             self._copies[shard].unlink()
             self._whole.discard(shard)

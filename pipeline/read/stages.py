@@ -11,15 +11,15 @@ KEYS = ["wait_seconds", "cuts_missed", *(f"{name}_{unit}" for name in NAMES for 
 
 
 class Stages:
-    """read: from files, checksums included, for raw images also the crop. fetch: what comes from a URL, and seconds in
-    which threads that need it wait for it. decode: the crop too. copy: to the device, the host's seconds."""
+    """Counters of stages. read: from files, including checksums and, for raw images, the crop. fetch: bytes from a URL,
+    and seconds that threads wait for them. decode: including the crop. copy: to the device, in seconds of the host."""
 
     def __init__(self) -> None:
         self._lock, self._sums = threading.Lock(), dict.fromkeys(KEYS, 0.0)
 
     @contextmanager
     def __call__(self, name: str, size: int = 0) -> Iterator[None]:
-        """Counts what the calling thread does meanwhile. size: in bytes."""
+        """Counts the calling thread's seconds in the block, and `size` bytes, for stage `name`."""
         started = time.perf_counter()
         yield
         self.add(**{f"{name}_seconds": time.perf_counter() - started, f"{name}_bytes": size})
@@ -44,7 +44,7 @@ class Stages:
 
 
 def shares(sums: dict[str, float]) -> str:
-    """The fraction of their time that the threads spend in each stage, for the log."""
+    """Returns the fraction of the threads' time in each stage, for the log."""
     seconds = {name: sums[f"{name}_seconds"] for name in NAMES}
     total = sum(seconds.values())
     return ", ".join(f"{name} {part / total:.0%}" for name, part in seconds.items() if part > total / 200)

@@ -1,4 +1,4 @@
-"""The synthetic backend: noise that is ready on the device. It measures what the network does without a data pipeline.
+"""The synthetic backend: noise that is ready on the device. It measures the network without a data pipeline.
 
 Steps, labels and ids are those of the plan. Nothing is read from storage, decoded or copied to the device.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import Engine, Setup, Work
 
-BATCHES = 4  # different ones, used in turn; more only cost memory: 1,024 float32 crops of 224 pixels are 617 MB
+BATCHES = 4  # different batches, used in turn; more only cost memory: 1,024 float32 crops of 224 pixels are 617 MB
 
 
 class Synthetic(Engine):

@@ -1,4 +1,4 @@
-"""JPEGs cut short: a decoder stops after the last row that a crop needs, because the header says there are no more.
+"""Truncates JPEGs by changing the height in their header, so that a decoder stops after the last row that a crop needs.
 
 libjpeg-turbo's Python bindings decode whole images only. A sequential JPEG is decoded from top to bottom, so an image
 whose header names fewer rows is decoded to those rows, and what follows is skipped: 7 % less time for random crops of
@@ -10,7 +10,7 @@ from numpy import ndarray
 from ..jit import compiled
 from ..jpeg import find_headers, number
 
-# Upsampling colours looks at the next row of a half-height plane; the rest is a margin.
+# Chroma upsampling reads the next row of a half-height plane; the other rows are a margin.
 ROWS_BELOW = 4
 
 
@@ -26,9 +26,9 @@ def headers_of_size(image: ndarray, width: int, height: int) -> tuple[int, int]:
 
 @compiled
 def cut_short(image: ndarray, width: int, height: int, rows: int) -> bool:
-    """Makes a JPEG of width × height `rows` high, in place.
+    """Sets the height of a JPEG of width × height to `rows`, in place.
 
-    Returns whether that was possible: baseline or extended sequential, Huffman, one scan, of the size named.
+    Returns whether that was possible: the JPEG must be baseline or extended sequential, Huffman-coded, with one scan.
     image: (n,) uint8.
     """
     frame, scan = headers_of_size(image, width, height)

@@ -1,7 +1,7 @@
 """The sharder: `build` makes every shard of a plan, and then the manifest.
 
-Same source, options and seed give the same bytes with any number of workers, in one run or in many: a shard is a pure
-function of the plan.
+The same source, options and seed give the same bytes with any number of workers, in one run or in many: a shard is a
+pure function of the plan.
 """
 
 import io
@@ -34,8 +34,8 @@ from .sources.base import Items
 
 __all__ = ["Options", "Plan", "build", "forecast"]
 
-TRIED = 64  # images, for a forecast
-AHEAD = 16  # images that the system is asked to fetch before they are read
+TRIED = 64  # images that a forecast processes
+AHEAD = 16  # images whose bytes are prefetched by the operating system
 
 
 def make_shard(plan: Plan, task: Task, folder: Folder) -> ShardRecord:
@@ -71,14 +71,14 @@ def make_shard(plan: Plan, task: Task, folder: Folder) -> ShardRecord:
 
 
 class _Nowhere(Folder):
-    """Keeps nothing."""
+    """A folder that discards everything."""
 
     def publish(self, name: str) -> AbstractContextManager[BinaryIO]:
         return io.BytesIO()
 
 
 def forecast(plan: Plan, only: range) -> tuple[ShardRecord, float]:
-    """Makes a shard of some of the plan's images and stores it nowhere: its record, and one worker's seconds for it."""
+    """Makes a shard of some of the plan's images without storing it; returns its record and one worker's seconds."""
     resize.prepare()
     items = [item for n in only for item in plan.tasks[n].items[:TRIED]]
     tried = Items(items[:: max(1, len(items) // TRIED)][:TRIED])
@@ -97,15 +97,15 @@ def build(
     merge: bool = True,
     run: Callable[..., Any] = pool.run,
 ) -> Json | None:
-    """Makes every shard of the plan that is not whole yet, and then the manifest, which it returns.
+    """Makes every shard of the plan that is not complete yet, then writes the manifest and returns it.
 
-    report: called with the images done since its last call, and a note for people.
-    only: make no other shards than these.
-    merge: write the manifest, for which all shards must be whole; otherwise None is returned.
+    report: called with the number of images done since its last call, and a note for the user.
+    only: make only these shards.
+    merge: write the manifest, for which all shards must be complete. False: return None.
     run: distributes the work as pool.run does.
     Raises BadImages, after all images were read, if more than max_bad_fraction cannot be used; DataError if shards are
     missing; ConfigError if the folder holds something else; StorageError if it cannot be written.
-    Without a manifest the folder is no dataset, whatever else is in it.
+    Without a manifest the folder is not a dataset, whatever else is in it.
     """
     folder = out if isinstance(out, Folder) else Folder(out)
     chosen = range(len(plan.tasks)) if only is None else only
@@ -120,14 +120,14 @@ def build(
                     _make(plan, folder, todo, partial(run, workers=workers), report)
                     return _publish_or_find(plan, folder) if merge else None
         report(plan.images(chosen), "")
-        folder.remove(manifest.PARTS)  # a run that was killed at its very end leaves it
+        folder.remove(manifest.PARTS)  # left by a run that was killed just before its end
         return finished
     except OSError as err:
         raise StorageError(f"{StorageError.of(err, out)}; solve that, and run it again to resume") from err
 
 
 def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list[int]]:
-    """The manifest, if the folder holds this dataset already; those of the chosen shards that are missing."""
+    """Returns the manifest, if the folder holds this dataset already, and which of the chosen shards are missing."""
     if chosen:
         # Before the check: a bucket has no locks, so another run may just begin or finish.
         folder.create(journal.PLAN, json_bytes(plan.identity))
@@ -141,10 +141,8 @@ def _begin(plan: Plan, folder: Folder, chosen: range) -> tuple[Json | None, list
 
 
 def _missing(plan: Plan, folder: Folder) -> list[int]:
-    """The shards that are not whole. If more images are bad than allowed, also those that hold them.
-
-    The images may have been repaired since.
-    """
+    """Returns the shards that are not complete. If more images are bad than allowed, also the shards with bad images,
+    since these may have been repaired."""
     records = (journal.load(folder, task) for task in plan.tasks)
     bad = [len(record.bad) if record else None for record in records]
     too_many = sum(filter(None, bad)) > plan.bad_allowed
@@ -174,9 +172,9 @@ def _make(
 
 
 def _check_folder(plan: Plan, folder: Folder) -> Json | None:
-    """Returns the manifest if the folder holds the same dataset, finished already.
+    """Returns the manifest if the folder holds the same dataset, already finished.
 
-    Raises ConfigError for a folder that holds another one, finished or not, or files of others.
+    Raises ConfigError if the folder holds another dataset, finished or not, or other files.
     """
     names = folder.names()
     held, cure = f"{folder.path}: holds a finished dataset", "remove it, or choose another --out"
@@ -207,9 +205,9 @@ def _check_folder(plan: Plan, folder: Folder) -> Json | None:
 
 
 def _changed_images(plan: Plan, dataset: manifest.Dataset) -> str:
-    """The images that only the plan has, and those that only the dataset has, in words: by key if they were stored.
+    """Describes the images that only the plan or only the dataset has: by key if they were stored.
 
-    Reads every tar header, but none in a bucket.
+    Reads every tar header, except in a bucket.
     """
     if dataset.remote:
         return "others"
@@ -239,7 +237,7 @@ def _records(plan: Plan, folder: Folder) -> Iterator[tuple[str, ShardRecord]]:
 
 
 def _publish_or_find(plan: Plan, folder: Folder) -> Json:
-    """Another run of this plan may publish it meanwhile, and remove the records: a bucket has no locks."""
+    """Publishes the manifest, or reads the one that another run of this plan has published: a bucket has no locks."""
     try:
         return _publish(plan, folder)
     except DataError:
@@ -250,7 +248,7 @@ def _publish_or_find(plan: Plan, folder: Folder) -> Json:
 
 
 def _publish(plan: Plan, folder: Folder) -> Json:
-    """Index, statistics and, last, the manifest, from the records, which are then removed."""
+    """Writes index, statistics and, last, the manifest from the records, then removes the records."""
     source, options, names = plan.source, plan.options, folder.names()
     collected = Collected(_records(plan, folder), size=options.encoding.size, max_bad_fraction=options.max_bad_fraction)
     present = {label for record in collected.of_split.get("train", []) for label in record.rows["label"].tolist()}

@@ -1,4 +1,4 @@
-"""Makes the files of pipeline/cuts.py, while a shard is written or for a data set that is finished."""
+"""Makes the files of pipeline/cuts.py, while a shard is written or for a finished dataset."""
 
 import contextlib
 import hashlib
@@ -24,14 +24,14 @@ from ..storage import Folder, folder_at
 CHECKS = {
     "some": 32,
     "all": 1,
-}  # a cut of one image in so many, by its checksum, is decoded and compared with the whole
+}  # one image in N, chosen by checksum: its cut is decoded and compared with the whole image
 
 _header = np.zeros(HEADER, np.int32)  # with the tables of the latest image: most have the same
 _memory = Scratch()
 
 
 def find(data: bytes, *, check_one_in: int = CHECKS["some"]) -> bytes:
-    """The packed places of an image; none if it cannot be cut."""
+    """Returns the packed places of an image; empty if it cannot be cut."""
     crc, image = crc32(data), _memory(len(data))
     image[:] = np.frombuffer(data, np.uint8)  # a copy is not read-only, as in the loader: compiled once
     places = pack(find_places(image, _header)).tobytes()
@@ -39,7 +39,7 @@ def find(data: bytes, *, check_one_in: int = CHECKS["some"]) -> bytes:
 
 
 def is_exact(image: np.ndarray, header: np.ndarray, places: bytes, seed: int) -> bool:
-    """Whether a cut has the pixels of the whole image. header: by find_places. places: by pack. seed: of the box."""
+    """Whether a cut has the pixels of the whole image. header: by find_places. places: by pack. seed: draws the box."""
     with contextlib.suppress(ValueError):  # libjpeg-turbo warns of something, or it could not be cut
         whole, numbers = decode_jpeg(image, strict=True), np.random.default_rng(seed)
         box = np.sort(numbers.integers(0, whole.shape[1::-1], (2, 2)), axis=0) + [[0], [1]]
@@ -54,7 +54,7 @@ def is_exact(image: np.ndarray, header: np.ndarray, places: bytes, seed: int) ->
 
 
 def write_file(folder: Folder, name: str, shard: Shard, rows: np.ndarray, places: list[bytes]) -> None:
-    """rows: of the index. places: by `find`, of each sample."""
+    """Writes a shard's file. rows: the shard's index. places: for each sample, by `find`."""
     table = np.zeros(len(rows), cuts.TABLE_DTYPE)
     table["size"] = list(map(len, places))
     table["offset"] = np.cumsum(table["size"]) - table["size"]
@@ -69,10 +69,10 @@ def make_cuts(
     check_one_in: int = CHECKS["some"],
     progress: Callable[[int], None] = lambda images: None,
 ) -> list[Json]:
-    """Makes all that are missing or damaged, and cuts.json last.
+    """Makes all files that are missing or damaged, and cuts.json last.
 
-    progress: called with numbers of images. Returns each file's name, size, sha256, and images that can be cut.
-    Raises DataError for a shard that is not what the manifest says.
+    progress: called with numbers of images. Returns each file's name, size, sha256, and number of images that can be
+    cut. Raises DataError for a shard that differs from the manifest.
     """
     remote = dataset.remote
     folder = folder_at(str(dataset.place), allow_http=bool(remote and remote.allow_http))

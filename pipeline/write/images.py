@@ -13,7 +13,7 @@ from ..geometry import resized
 from ..settings import Bounds, validate
 from .resize import Totals, resize
 
-CONVERTED_QUALITY = 95  # for what `keep` cannot keep, such as a PNG
+CONVERTED_QUALITY = 95  # JPEG quality for images that `keep` must convert, such as PNGs
 _decoded = Scratch()
 
 
@@ -44,15 +44,15 @@ class Prepared(NamedTuple):
 def prepare(data: bytes, encoding: Encoding, totals: Totals | None = None, *, check: str = "full") -> Prepared:
     """Decodes, checks, resizes and encodes an image, and adds it to `totals`, of size encoding.size.
 
-    check: `full` decodes every image, `header` reads only its size if `keep` stores it as it is. Raises BadImage with
-    the reason.
+    check: `full` decodes every image; `header` reads only the size of images that `keep` stores unchanged. Raises
+    BadImage with the reason.
     """
     header = plain_jpeg_size(data)
     if header and encoding.kind == "keep" and not totals:
         try:
             if check == "full":
-                # All of the data is decoded, but an eighth of the pixels is made: what is damaged shows all the
-                # same, and sooner.
+                # Decodes all of the data, but at an eighth of the resolution: this finds the same damage, and is
+                # faster.
                 decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1)
             return Prepared(data, *header, None)
         except ValueError:
@@ -70,7 +70,7 @@ def prepare(data: bytes, encoding: Encoding, totals: Totals | None = None, *, ch
 
 
 def _reject_slivers(pixels: ndarray, short: int) -> None:
-    """A 3000×2 image would become 384,000×256: more than JPEG holds, and soon more than memory does."""
+    """Raises BadImage for extreme shapes: 3000×2 would become 384,000×256, too large for JPEG and soon for memory."""
     height, width, _ = pixels.shape
     w, h = resized(width, height, short)
     if max(w, h) > MAX_SIDE:
@@ -78,8 +78,8 @@ def _reject_slivers(pixels: ndarray, short: int) -> None:
 
 
 def _foreign(data: bytes) -> str | None:
-    """The kind of an image that must be re-encoded, since not every decoder takes it: all but RGB and grey JPEGs
-    without stray bytes."""
+    """Returns the kind of an image that must be re-encoded, since not every decoder accepts it; None for RGB and grey
+    JPEGs without stray bytes."""
     image = open_image(data)
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         return untidy(data)
@@ -87,7 +87,7 @@ def _foreign(data: bytes) -> str | None:
 
 
 def _jpeg(pixels: ndarray, quality: int) -> bytes:
-    """Baseline 4:2:0, which hardware decoders take. pixels: (h, w, 3) uint8."""
+    """Encodes as baseline 4:2:0, which hardware decoders accept. pixels: (h, w, 3) uint8."""
     return encode_jpeg(
         np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False
     )

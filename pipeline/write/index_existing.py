@@ -1,6 +1,6 @@
-"""WebDataset tars that exist already, indexed in place: no image is copied, every byte is read once.
+"""Indexes existing WebDataset tars in place: copies no image, reads every byte once.
 
-Each member of a tar is in a sample, listed as a bad image, or counted as passed over.
+Each member of a tar is part of a sample, listed as a bad image, or counted as passed over.
 """
 
 import os
@@ -33,7 +33,7 @@ SORTED_FRACTION = 0.5  # of neighbours with the same label; shuffled, ImageNet h
 def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tuple[ShardRecord, PassedOver]:
     """Reads a tar from end to end. name: of its shard.
 
-    Raises DataError if it is damaged or holds no samples, but other members.
+    Raises DataError if it is damaged, or holds members but no samples.
     """
     rows: dict[Member, tuple[int, ...]] = {}
     bad: dict[Member, BadImage] = {}
@@ -152,7 +152,7 @@ def _publish(
 
 
 def looks_sorted(labels: np.ndarray) -> bool:
-    """Whether samples seem to be stored class after class: most have a neighbour of their class, and not by chance."""
+    """Whether samples seem to be stored sorted by class: most neighbours have equal labels, more than by chance."""
     if len(labels) < 2:
         return False
     same = float((labels[1:] == labels[:-1]).mean())

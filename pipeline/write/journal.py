@@ -1,6 +1,6 @@
-"""Which shards are whole. Until the manifest exists, the folder `parts` beside the shards holds a record of each.
+"""Records which shards are complete, in the folder `parts` beside the shards, until the manifest exists.
 
-A record is written after its shard. So if it exists, the shard is whole, and its images need not be read again.
+A record is written after its shard: if it exists, the shard is complete, and its images need not be read again.
 """
 
 import io
@@ -66,9 +66,9 @@ def load(folder: Folder, task: Task) -> ShardRecord | None:
 
 
 def check_plan(folder: Folder, plan: Json) -> None:
-    """Raises ConfigError if the folder holds an unfinished sharding with other options.
+    """Raises ConfigError if the folder holds unfinished shards with other options.
 
-    Images may be removed, repaired and added: each record has the digest of its images.
+    Images may be removed, repaired or added: each record has the digest of its images.
     """
     if folder.size(PLAN) is not None:
         with reading(f"{folder.path / PLAN}", "remove it, or choose another --out"):

@@ -1,4 +1,4 @@
-"""From the records of all shards to what the manifest holds: for new shards and for tars that exist already."""
+"""Makes the manifest's content from the records of all shards: for new shards and for existing tars."""
 
 from collections.abc import Iterable
 from math import isqrt
@@ -18,7 +18,7 @@ NAMED_BAD = 10  # in the error's one line
 
 
 class BadImages(DataError):
-    """More images cannot be used than are allowed; `listed` names all of them."""
+    """More images than allowed cannot be used; `listed` names all of them."""
 
     def __init__(self, listed: Listed, of: int) -> None:
         self.listed = listed

@@ -52,7 +52,7 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """A hash of all that decides the shard, except options and the images themselves."""
+        """A hash of everything that determines the shard, except options and the images' bytes."""
         return hashlib.sha256(repr([item[:3] for item in self.items]).encode()).hexdigest()
 
 
@@ -85,7 +85,7 @@ class Plan:
 
     @cached_property
     def identity(self) -> Json:
-        """All that decides the bytes, except the images themselves: runs may share a folder if this is the same."""
+        """Everything that determines the bytes, except the images: runs with equal identities may share a folder."""
         options = asdict(self.options)
         del options["max_bad_fraction"]
         return {

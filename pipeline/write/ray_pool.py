@@ -27,11 +27,11 @@ def run(
     source: Source,
     address: str,
 ) -> Iterator[Iterator[Result]]:
-    """Opens an iterator over function(task) of each task, in order, wherever Ray runs them.
+    """Opens an iterator over function(task) for each task, in order, on any node of a Ray cluster.
 
-    address: of the cluster; "": that of the environment, or else `workers` on this machine. Before any task, each node
-    must see the source's images and `place`. Raises StorageError for a node that does not, or if workers are lost
-    again and again; ConfigError without Ray or its cluster.
+    address: of the cluster; "": that of the environment, or else `workers` on this machine. Checks first that each node
+    can read the source's images and see `place`. Raises StorageError if a node cannot, or if workers are lost
+    repeatedly; ConfigError without Ray or its cluster.
     """
     ray = _connected(address or os.environ.get("RAY_ADDRESS", ""), workers)
     try:

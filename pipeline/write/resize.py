@@ -27,8 +27,8 @@ def _resize(
 
 @compiled
 def _add(square: ndarray, pixels: ndarray, image: ndarray, sums: ndarray) -> None:
-    """Adds `square` to `image`, and of `pixels` each channel and each pair's products (rr, rg, rb, gg, gb, bb) to nine
-    int64. All are flat."""
+    """Adds `square` to `image`, and the sums of r, g, b, rr, rg, rb, gg, gb and bb over `pixels` to `sums`, nine int64.
+    All arrays are flat."""
     image += square
     s0 = s1 = s2 = rr = rg = rb = gg = gb = bb = np.int64(0)
     for p in range(u(0), u(len(pixels)), u(3)):
@@ -46,7 +46,7 @@ def _add(square: ndarray, pixels: ndarray, image: ndarray, sums: ndarray) -> Non
 
 
 def resize(pixels: ndarray, short: int, *, square: bool) -> ndarray:
-    """(h, w, 3): the image, its short side `short`, or of this the centre square; no more is computed.
+    """Returns the image resized to a short side of `short`, (h, w, 3); square: computes only its centre square.
 
     pixels: (height, width, 3) uint8, RGB, contiguous. The result is valid until this thread's next call.
     """
@@ -71,7 +71,7 @@ class Totals(NamedTuple):
         return Totals(np.zeros(11, np.int64), np.zeros(3 * size * size, dtype))
 
     def add(self, pixels: ndarray) -> None:
-        """Adds the centre square of (h, w, 3); a smaller image's own pixels are those of mean and covariance."""
+        """Adds an image's centre square; mean and covariance count a smaller image's original pixels."""
         size, short = isqrt(len(self.image) // 3), min(pixels.shape[:2])
         square = centre(pixels, size) if short == size else resize(pixels, size, square=True)
         counted = square if short >= size else centre(pixels, short)

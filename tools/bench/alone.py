@@ -31,7 +31,7 @@ WARM_BATCHES = 8  # the first ones fill queues, allocate memory, load kernels an
 
 
 def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
-    """Counts images for `seconds` after a warm-up. ended: Unix time."""
+    """Counts images for `seconds` after a warm-up; returns images, seconds and ended (Unix time)."""
     warm_until = time.perf_counter() + min(WARM_SECONDS, seconds)
     for number, _ in enumerate(batches, 1):
         if number >= WARM_BATCHES and time.perf_counter() > warm_until:
@@ -43,7 +43,7 @@ def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
 
 
 def once(steps: Iterator[int]) -> dict[str, float]:
-    """Times the work of `steps`. megabytes: resident, of the largest process that it has started."""
+    """Times `steps` from its first to its second yield. megabytes: resident, of the largest child process."""
     next(steps)
     started = time.perf_counter()
     images = next(steps)
@@ -54,7 +54,7 @@ def once(steps: Iterator[int]) -> dict[str, float]:
 
 
 def end_with_parent() -> None:
-    """Ends this process, and all that it starts, when its parent ends: in a session of its own, nobody else does."""
+    """Ends this process and its children when its parent ends: in its own session, no signal would reach it."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -66,7 +66,7 @@ def end_with_parent() -> None:
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """The function's result, or its error: whatever it is, others still have figures to give."""
+    """Returns the function's result, or any error as a result, so that other measurements can continue."""
     try:
         return function()
     except Exception as err:

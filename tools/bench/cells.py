@@ -30,7 +30,7 @@ class LoaderCell:
     data: str  # how the images are stored: keep, jpeg or raw
     config: LoaderConfig
     devices: tuple[str, ...] = ("cpu", "cuda")  # the types of device that it is measured on
-    alone: bool = False  # it may crash its process, so it runs after all others in a process of its own
+    alone: bool = False  # may crash its process, so it runs last, in a process of its own
     jitter: bool = False  # random resized crops
     ranks: int = 1
     delay: float = 0.0  # seconds to sleep before every read, as if nothing were cached
@@ -43,7 +43,7 @@ def on_gpu(data: str, decode: str, load: float, cuts: str = "-", **options: bool
 
 PORTABLE, DALI_CPU = LoaderConfig("portable"), LoaderConfig("dali-cpu")
 CELLS = (
-    # The safest backend first: a crash costs the cells after it that share its process.
+    # The safest backend first: a crash loses all later cells in the same process.
     *(LoaderCell(f"{data}-portable", data, PORTABLE) for data in DATA),
     *(LoaderCell(f"{data}-dali-cpu", data, DALI_CPU) for data in DATA),
     *(on_gpu(data, "whole", load) for data in JPEGS for load in HARDWARE_LOADS),
@@ -75,9 +75,9 @@ def batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[int]:
-    """Sizes of the batches that the loader has delivered to `device`, without end.
+    """Yields the sizes of the batches that the loader delivers to `device`, endlessly.
 
-    shards: a folder of shard folders, by kind of data. batch: of each rank.
+    name: of a cell. shards: a folder with one shard folder per kind of data. batch: per rank.
     """
     cell = BY_NAME[name]
     if cell.delay:
@@ -90,7 +90,7 @@ def batches(
         world=world,
         device=device,
         dtype=dtype,
-        channels_last=dtype != "uint8",  # floats as training takes them, bytes as the peers deliver them
+        channels_last=dtype != "uint8",  # floats in training's memory format, bytes in the peers'
         augment=AugmentConfig(square=False, scale_jitter=(0.08, 1.0) if cell.jitter else None),
         # 0: each of several ranks takes its fraction of the cores.
         config=replace(cell.config, threads=threads if world == 1 else 0),
@@ -107,7 +107,7 @@ def slow_storage(seconds: float) -> None:
     fetch_images = reader.fetch_images
 
     def delayed(buffer: Any, at: Any, fds: Any, *args: object) -> int:
-        for _ in range((fds >= 0).sum()):  # each wait counts, as those for a disk do
+        for _ in range((fds >= 0).sum()):  # one wait per read, which getrusage counts as it does for a disk
             time.sleep(seconds)
         return fetch_images(buffer, at, fds, *args)
 

@@ -27,7 +27,7 @@ ENCODINGS = {
 
 
 def unpacked(images: Path, scratch: Path) -> Path:
-    """The folder of class folders: `images` itself, or what the tar holds."""
+    """Returns the folder of class folders: `images` itself, or the folder in the tar, unpacked."""
     if images.is_dir():
         return images
     try:
@@ -39,7 +39,7 @@ def unpacked(images: Path, scratch: Path) -> Path:
 
 
 def shard(images: Path, out: Path) -> dict[str, Any]:
-    """Makes shards, stored as the name of `out` says, and cuts; returns their manifest.
+    """Makes shards and cuts; returns the manifest. The name of `out` is the kind of data: keep, jpeg or raw.
 
     images: class folders, or a pattern of shards.
     """
@@ -52,7 +52,7 @@ def shard(images: Path, out: Path) -> dict[str, Any]:
 
 
 def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
-    """A dataset of ImageNet's size, or of `samples`, in `out`, whose index names the images of `root` over and over.
+    """Makes a dataset of `samples` samples in `out`, whose index refers repeatedly to the images of `root`.
 
     The first VALIDATION images of `root` are also its validation split.
     """
@@ -80,5 +80,5 @@ def enlarge(root: Path, out: Path, samples: int = SAMPLES) -> Path:
     splits = {"train": record(repeated, "train"), "val": record(np.arange(min(VALIDATION, count)), "val")}
     manifest.write_manifest(folder, dataset.manifest | {"splits": splits})
     if made:
-        make_cuts(open_dataset(out), workers=1)  # cuts.json alone: the others exist
+        make_cuts(open_dataset(out), workers=1)  # only cuts.json: the other files exist
     return out

@@ -33,7 +33,7 @@ from train.build import make_net
 from train.networks import compile_net
 from train.presets import PRESETS
 
-IMAGES, BYTES = 1024, 256e6  # at most: of the plan's first batches, at least one, which are measured over and over
+IMAGES, BYTES = 1024, 256e6  # limits for the first batches of the plan (at least one), which are measured repeatedly
 ASSEMBLED = 100  # batches
 ENOUGH = 8  # seconds after which no round begins
 ON_CPU = 16  # images of a step
@@ -54,7 +54,7 @@ Task = Callable[[Work, Any, int, int], None]  # images [a, b) of a batch, and th
 
 
 class Stage(NamedTuple):
-    """rate: images a second. cost: processor seconds an image. slow: whether its threads wait for storage."""
+    """rate: images per second. cost: CPU seconds per image. slow: whether its threads wait for storage."""
 
     rate: float
     cost: float
@@ -62,7 +62,7 @@ class Stage(NamedTuple):
 
 
 class Stages:
-    """Measures a loader, which never iterates with all its stages. seconds: to decode in each measurement.
+    """Measures each stage of a loader, without iterating over the loader. seconds: of decoding in each measurement.
 
     The first measurement does not count: it compiles, and shows whether threads wait for storage.
     """
@@ -71,7 +71,7 @@ class Stages:
         self.loader, self.engine, self.seconds, n = loader, loader._engine, seconds, loader.plan.batch
         self.stored = sum(shard.bytes for shard in loader.split.shards)
         self.image_bytes, side = self.stored / loader.split.samples, loader.augment.crop
-        # As many arrays in turn as the loader has: fewer would stay in the processor's cache.
+        # As many arrays as the loader uses in turn: fewer would stay in the processor's cache.
         shape = loader.config.prefetch_batches + 2, n, 3, side, side
         crops = np.ones(shape, self.engine.made)
         places, step = itertools.cycle(crops), min(self.engine.images_a_task, -(-n // loader.threads))
@@ -90,16 +90,16 @@ class Stages:
     def measured(self) -> dict[str, Stage]:
         found = {name: self.read(reader, cold=name == COLD) for name, reader in self.readers.items()}
         decode = self.by_threads(self.loader.threads, self.engine._decode, restore, self.seconds)
-        if self.engine.raw:  # one pass reads and crops, which takes less than one after the other: what cropping adds
+        if self.engine.raw:  # one pass reads and crops: count only the time that cropping adds
             added = 1 / decode.rate - 1 / found[WARM].rate
             decode = Stage(1 / max(added, 1e-9), max(decode.cost - found[WARM].cost, 0.0))
         return found | {DECODE: decode, ASSEMBLE: self.assemble()}
 
     def read(self, reader: reads.Reader, *, cold: bool) -> Stage:
-        """By the decoding threads, or by as many threads as the reader has if they wait for storage."""
+        """Measures reading, by the decoding threads, or by `read_threads` threads if they wait for storage."""
 
         def evict(work: Work, crops: Any, a: int, b: int) -> None:
-            crops[a:b] = 0  # as decoding does, which takes the images out of the processor's cache
+            crops[a:b] = 0  # evicts the images from the processor's cache, as decoding does
             for shard, offset, size in work.rows[a:b, [SHARD, OFFSET, SIZE]].tolist() if cold else ():
                 file = reader.source.open(shard)  # it may be this thread's alone, and is open as long as it is known
                 os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_DONTNEED)
@@ -113,7 +113,7 @@ class Stages:
         return self.by_threads(threads, read, evict, self.seconds / 3)._replace(slow=slow)
 
     def by_threads(self, threads: int, task: Task, before: Task, seconds: float) -> Stage:
-        """before: what is done before each task and not counted."""
+        """Measures `task` in `threads` threads. before: called before each task and not counted."""
 
         def repeat(until: float) -> tuple[int, np.ndarray]:
             images, spent = 0, np.zeros(2)
@@ -130,7 +130,7 @@ class Stages:
         return Stage(threads * images / spent, cpu / images)
 
     def assemble(self) -> Stage:
-        """Batches whose images are neither read nor decoded, delivered to the device."""
+        """Measures the delivery of batches to the device, without reading or decoding their images."""
         idle = self.loader._engine = copy.copy(self.engine)
         idle._decode = lambda *_: None
         batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
@@ -143,19 +143,19 @@ class Stages:
 
 
 def clocks() -> np.ndarray:
-    """Seconds, and seconds of processor time of this thread."""
+    """Returns wall-clock seconds and this thread's CPU seconds."""
     return np.array([time.perf_counter(), time.thread_time()])
 
 
 def restore(work: Work, _: Any, a: int, b: int) -> None:
-    """The bytes of images [a, b), as if they had just been read: decoding cuts JPEGs short, in place."""
+    """Restores the bytes of images [a, b) as read: decoding truncates JPEGs in place."""
     if work.read.tasks:
         there = slice(work.read.at[a], work.read.at[b - 1] + work.rows[b - 1, SIZE])
         work.read.buffer[there] = work.read.whole[there]
 
 
 def predicted(read: Stage, decode: Stage, assemble: Stage, *, threads: int, cores: int) -> tuple[float, str]:
-    """The loader's images a second, and what limits them."""
+    """Returns the loader's predicted images per second, and the stage that limits them."""
     beside = assemble.cost + read.slow * read.cost if threads >= cores else 0
     busy = 1 / decode.rate + (not read.slow) / read.rate + beside / cores
     which = "decode" if read.slow or decode.rate < read.rate else "read"
@@ -164,7 +164,7 @@ def predicted(read: Stage, decode: Stage, assemble: Stage, *, threads: int, core
 
 
 def step_rate(preset: str, batch: int, classes: int, seconds: float) -> dict[str, float]:
-    """Images a second of its net and SGD, on noise. On a CPU, not compiled and in small batches, to be quick."""
+    """Measures images per second of the preset's net and SGD, on noise. On a CPU, in small batches, not compiled."""
     config, device = PRESETS[preset], torch.device(DEVICE)
     n, precision, compiled = (batch, "bf16", config.train.compile) if DEVICE == "cuda" else (ON_CPU, "fp32", "off")
     crop, net = config.augment.crop, make_net(config, classes=classes, say=len).to(device)
@@ -176,7 +176,7 @@ def step_rate(preset: str, batch: int, classes: int, seconds: float) -> dict[str
 
 
 def portable(shards: Path, batch: int, threads: int, preset: str | None = None) -> Loader:
-    """The loader that is explained."""
+    """Makes the loader that is explained."""
     augment, config = PRESETS[preset or "seed"].augment, LoaderConfig("portable", threads=threads)
     return Loader(shards, batch=batch, device=DEVICE, channels_last=True, augment=augment, config=config)
 

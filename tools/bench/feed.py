@@ -24,7 +24,7 @@ class NoDecode(dali.Graph):
 
 
 def timed(function: Callable[..., Any], spent: list[float], sign: int) -> Callable[..., Any]:
-    """The function, which also appends its thread's CPU seconds, with this sign."""
+    """Wraps a function: each call appends its thread's CPU seconds times `sign` to `spent`."""
 
     def call(*args: Any) -> Any:
         started = time.thread_time()

@@ -48,8 +48,8 @@ HELP = {
 
 
 def add_options(p: Parser, options: Json) -> None:
-    """options: by name, the default, Path for a path that is required, None for one that is not, or argparse's own
-    arguments."""
+    """Adds options. options: name → default value, Path for a required path, None for an optional path, or a dict of
+    argparse's arguments."""
     for name, default in options.items():
         if default in (Path, None):
             p.path(f"--{name}", "PATH", HELP[name], required=default is Path)
@@ -67,7 +67,7 @@ def command_line(program: str) -> str:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder, removed also if the process is ended by SIGTERM or loses its terminal."""
+    """Makes a temporary folder, which is removed even if SIGTERM or SIGHUP ends the process."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has chosen otherwise
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -77,7 +77,7 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A process that is ended, with all that it has started, when the block is left."""
+    """Starts a process, and ends it with all its children when the block is left."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
     try:
         yield process
@@ -92,8 +92,8 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any
 
 
 class Record:
-    """A benchmark's JSON, of five significant digits. Each `keep` writes it, so an early end leaves what was measured
-    until then."""
+    """A benchmark's JSON, with five significant digits. Each `keep` rewrites it, so an interrupted benchmark leaves its
+    measurements so far."""
 
     def __init__(self, args: Namespace, what: str) -> None:
         settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "kind"}
@@ -107,7 +107,7 @@ class Record:
 
 
 def table(records: Sequence[Json], *, missing: str = "") -> str:
-    """Markdown of records that have the same fields. missing: stands for None."""
+    """Returns a Markdown table of records with the same fields. missing: the text for None."""
 
     def text(value: Any) -> str:
         if value is None or isinstance(value, str):
@@ -125,10 +125,10 @@ def table(records: Sequence[Json], *, missing: str = "") -> str:
 def run(
     function: str, *processes: list[Json], python: str | Path = sys.executable, **env: str
 ) -> Iterator[tuple[Json, ...]]:
-    """Calls `function` ("module:name") in processes that run at once, each with its list of options.
+    """Calls `function` ("module:name") in concurrent processes, each with its list of options.
 
-    Yields the processes' results of their first calls as soon as they are known, then of the second ones, and so on.
-    {"error"} stands for the result of a call that failed, or that a process did not reach.
+    Yields a tuple of all processes' results of the first call as soon as it is complete, then of the second, and so on.
+    The result of a call that failed, or that a process did not reach, is {"error": …}.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | env}
     with ExitStack() as stack:
@@ -169,7 +169,7 @@ def how_it_ended(code: int) -> str:
 
 @dataclass
 class Cell:
-    """Something whose rate is measured again in each round, by one process or one for each rank."""
+    """A measured configuration: its rate is measured in each round, by one process or one process per rank."""
 
     what: dict[str, str]  # its names in the record
     function: str
@@ -177,7 +177,7 @@ class Cell:
     against: str = ""  # the cell that it is compared with
     ranks: int = 1
     python: str | Path = sys.executable
-    results: list[list[Json]] = field(default_factory=list)  # of each round: of each rank
+    results: list[list[Json]] = field(default_factory=list)  # [round][rank]
 
     def record(self) -> Json:
         rates = [sum(r["images"] / r["seconds"] for r in ranks) for ranks in self.results]
@@ -213,7 +213,7 @@ def interleave(cells: list[Cell], rounds: int, record: Record) -> list[Json]:
 
 
 def table_of_rates(results: list[Json]) -> str:
-    """A table of each cell's median rate, and how many times that of the cell it names, or of ours on the same data."""
+    """Returns a table of each cell's median rate, and its ratio to the cell `against`, or to ours on the same data."""
     found = {(r.get("data"), r.get("what", r.get("loader"))): r["images_per_second"] for r in results}
     rows = []
     for r, ((data, what), rate) in zip(results, found.items(), strict=True):

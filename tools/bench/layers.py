@@ -1,6 +1,6 @@
-"""Work on noise, and how long it takes: training steps, and single layers and optimisers.
+"""Times training steps, single layers and optimisers on noise.
 
-`items` decide which form of each layer the network uses on a device.
+The times of `items` decide which form of each layer the network uses on a device.
 """
 
 import functools
@@ -34,7 +34,7 @@ def noise(*shape: int, device: torch.device | str, channels_last: bool = True) -
 def training_step(
     net: nn.Module, images: Tensor, *, classes: int = 1000, precision: str = "fp32"
 ) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """A step of SGD on the same images each time."""
+    """Returns a function that runs a step of SGD, on the same images each time, and the optimiser."""
     device, count = images.device, len(images)
     rows = torch.arange(count, dtype=torch.int32, device=device)
     labels = torch.randint(0, classes, (count,), device=device)
@@ -52,7 +52,7 @@ def training_step(
 
 
 def forward_backward(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Callable[[], Any]:
-    """Both passes of a layer, with a gradient of ones."""
+    """Returns a function that runs forward and backward pass of a layer, with a gradient of ones."""
     gradient = torch.ones_like(function(*inputs, **options))
 
     def both() -> None:
@@ -70,9 +70,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def median_seconds(function: Callable[[], Any], seconds: float, device: torch.device) -> float:
-    """The median of single calls, each with the device idle before and after it; the first ones compile and warm up.
+    """Returns the median of single calls, each with the device idle before and after it, after a warm-up.
 
-    A call that the machine disturbs does not count this way.
+    The median ignores calls that other processes on the machine have slowed down.
     """
     times = []
     for _ in range(WARM_CALLS):
@@ -91,10 +91,10 @@ def conv1(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 
 def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """The same by a 3 × 3 convolution of 48 channels, on the image and on the weights after space-to-depth.
+    """Computes conv1 as a 3 × 3 convolution of 48 channels, after space-to-depth of image and weights.
 
-    The sums are equal: the kernel is filled up to 12 × 12 with zeros, and the image on the right and below, so that
-    what the original would not have computed is cut off.
+    The sums are equal: the kernel is padded to 12 × 12 with zeros, and the image on the right and below; outputs that
+    conv1 would not have are cut off.
     """
     out = (x.shape[-1] + 2 * padding - weight.shape[-1]) // BLOCK + 1
     side = BLOCK * (out + 2)
@@ -104,12 +104,12 @@ def conv1_as_blocks(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 
 def milliseconds(prepare: Prepare, seconds: float, device: torch.device) -> dict[str, float]:
-    """The seconds of one item, measured for `seconds` after a warm-up."""
+    """Returns the milliseconds of one item, measured for `seconds` after a warm-up."""
     return {"milliseconds": 1e3 * median_seconds(prepare(), seconds, device)}
 
 
 def items(device: torch.device, batch: int, dtype: torch.dtype) -> dict[str, Prepare]:
-    """Each forward and backward together, channels last. On a CPU the compiled ones take most of the time."""
+    """Returns the items by name, each forward and backward in channels last. On a CPU, most time goes to compiling."""
 
     def layer(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Prepare:
         """shapes: of its inputs; the last one needs a gradient, the images before it do not."""
@@ -145,7 +145,7 @@ def norm(form: str, *, save_scale: bool) -> Callable[..., Tensor]:
 
 
 def updates(device: torch.device, name: str) -> Callable[[], Any]:
-    """An update of the seed's network at full size, in float32."""
+    """Returns an update step of the seed's network at full size, in float32."""
     net = AlexNet(ModelConfig("seed"), classes=1000, crop=224).to(device)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)

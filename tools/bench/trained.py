@@ -1,4 +1,4 @@
-"""Runs that other benchmarks are made of: CIFAR-10 as shards, and training runs that are not begun twice."""
+"""Data and runs for other benchmarks: CIFAR-10 as shards, and training runs that are not repeated once finished."""
 
 import subprocess
 import sys
@@ -34,9 +34,9 @@ def shards(images: Path, folder: Path, scratch: Path, *, size: int) -> Path:
 
 
 def trained(run: Path, command: list[str]) -> dict[str, Any]:
-    """The result of `python train/run.py COMMAND --run.dir RUN`, which is run unless it is done already.
+    """Returns the result of `python train/run.py COMMAND --run.dir RUN`; runs it unless it is finished already.
 
-    The result of a run that was resumed has no seconds.
+    The result of a resumed run has no seconds.
     """
     print(f"{run}: train/run.py {' '.join(command)}", file=sys.stderr, flush=True)
     reject_another(run, command)

@@ -23,7 +23,7 @@ from ...files import Json, OpenFile
 from ...storage import Folder
 
 NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
-MADE_AT_ONCE = 256  # items: the garbage collector would look at more of them, again and again
+MADE_AT_ONCE = 256  # items: the garbage collector would scan more of them repeatedly
 NO_FILE = "neither a file nor a link to one"
 MAX_OPEN = 32  # archives, of which ImageNet has four
 MAX_KEY = 80  # USTAR holds 100 bytes of name; the extension and a counter need some
@@ -39,7 +39,7 @@ class Item(NamedTuple):
 
 
 class Names:
-    """Many strings in two arrays. As Python objects a million would take 100 MB, and be copied by each worker."""
+    """Many strings in two arrays: as Python objects, a million would take 100 MB, and each worker would copy them."""
 
     def __init__(self) -> None:
         self.lines, self._ends = bytearray(), array("q", [0])
@@ -87,9 +87,9 @@ class Items(Sequence[Item]):
 
 
 def key_hashes(prefix: str, items: Items) -> np.ndarray:
-    """(2, n) uint64, for np.lexsort: 128 bits of the sha256 of "prefix/key".
+    """Returns 128 bits of the sha256 of "prefix/key" for each item, (2, n) uint64, for np.lexsort.
 
-    Not by a generator: an order by them is the same on every version of Python and NumPy.
+    Hashes, not a random generator: their order is the same in every version of Python and NumPy.
     """
     hashes = (hashlib.sha256(f"{prefix}/{key}".encode()).digest()[:16] for key in items.keys)
     return np.fromiter(hashes, "S16", len(items)).view(">u8").astype(np.uint64).reshape(-1, 2).T[::-1]
@@ -124,7 +124,7 @@ class Source:
         return {name: label for label, name in enumerate(self.classes)}
 
     def name_classes(self, labels: Iterable[str]) -> None:
-        """Makes the sorted labels the classes, whole numbers sorted as numbers."""
+        """Sets the classes to the sorted labels; integers are sorted as numbers."""
         found = set(labels)
         numbers = all(label.isdecimal() for label in found)
         self.classes = sorted(found, key=int) if numbers else sorted(found)
@@ -143,7 +143,7 @@ class Source:
         return {"kind": type(self).name}  # --name may be another
 
     def verify(self, folder: Folder) -> None:
-        """Checks the whole input before any shard is made. Results worth keeping go into a file below PARTS."""
+        """Checks the whole input before any shard is made. May store results in a file below PARTS."""
 
     @staticmethod
     def add_options(p: argparse.ArgumentParser) -> None:
@@ -249,7 +249,7 @@ def check_fraction(option: str, value: float) -> float:
 
 
 def few_images(source: Source) -> Iterator[str]:
-    """Yields what keeps classes from being learnt or measured."""
+    """Yields warnings about splits and classes without images to learn from or to measure with."""
     if len({"train", "val", "valid", "test"}.intersection(source.classes)) > 1:
         yield "classes are named as splits are; pass the folder train as --train, and val, valid or test as --val"
     if "val" not in source.splits:

@@ -23,9 +23,9 @@ TEXTS = (".txt", ".json", ".xml", ".csv", ".md")
 
 @dataclass
 class TrainAndVal(Source):
-    """Images that people name for each split: by a folder, a file or a pattern.
+    """Images that the user names for each split: by a folder, a file or a pattern.
 
-    val_fraction: the fraction of each class that is held out as validation, if `val` is None; chosen by names alone.
+    val_fraction: the fraction of each class that is held out as validation, if `val` is None; chosen by names only.
     """
 
     train: Path | str
@@ -75,7 +75,7 @@ class TrainAndVal(Source):
 class ImageFolder(TrainAndVal, Files):
     """`train/<class>/**/<image>`, as torchvision's ImageFolder; classes are the sorted folder names.
 
-    Every file counts as an image, but for what files_of_images passes over: its content shows if it is none.
+    Every file counts as an image, except those that files_of_images passes over; later, decoding finds other files.
     Class names are compared in Unicode's composed form (NFC), as macOS may decompose them, and kept as found.
     """
 
@@ -133,10 +133,10 @@ def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
 
 
 def files_of_images(folder: Path, passed_over: PassedOver) -> Iterator[str]:
-    """All files at any depth, but for litter and for texts, such as notes and annotations, that are no images.
+    """Yields all files at any depth, except litter and text files, such as notes and annotations, that are not images.
 
-    Links are followed as torchvision does, but none to a folder above: it holds other classes too, or goes in circles.
-    Not by recursion, which ends at a depth of 1,000.
+    Follows links as torchvision does, except to a parent folder, which holds other classes or makes a cycle. Does not
+    use recursion, which is limited to a depth of 1,000.
     """
     real = folder.resolve()
     todo = [(str(folder), frozenset(map(str, (real, *real.parents))))]

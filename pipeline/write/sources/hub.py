@@ -19,8 +19,8 @@ from .tars import WebDataset
 class HubParquet(WebDataset):
     """Parquet files with a column of images and one of class numbers, as the Hub has them.
 
-    unpack: a folder in which each file becomes a tar first, which later runs use again. Shards take the images in
-    random order, and a Parquet file is read by groups of rows: without tars each image would cost a group.
+    unpack: a folder in which each file is first converted to a tar, which later runs reuse. Shards take images in
+    random order, but Parquet is read by row groups: without tars each image would cost reading a group.
     """
 
     name: str = "hf-parquet"

@@ -35,9 +35,9 @@ T = TypeVar("T")
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. A file of this very name goes first.
+    """The files that a pattern with {0..9}, {a,b}, *, ? or [0-9] names. A file of exactly that name has priority.
 
-    Raises ConfigError for what is no pattern, DataError if a file is missing.
+    Raises ConfigError for an invalid pattern, DataError if a file is missing.
     """
     pattern = os.path.expanduser(pattern)  # a shell leaves what is quoted
     parts = [pattern] if Path(pattern).is_file() else braces(pattern)
@@ -54,7 +54,7 @@ def expand(pattern: str) -> list[Path]:
 
 
 def braces(pattern: str) -> list[str]:
-    """All that a pattern with {0..9} or {a,b} names. Raises ConfigError for what is no pattern."""
+    """Expands {0..9} and {a,b} in a pattern. Raises ConfigError for an invalid pattern."""
     try:
         if any(abs(int(a) - int(b)) > MAX_NUMBERS for a, b in re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)):
             raise ValueError("over a million numbers")  # braceexpand would hold them all
@@ -75,10 +75,10 @@ def _matches(path: Path) -> list[Path]:
 def samples(
     path: Path, label: Callable[[str], T], kinds: tuple[str, ...] = LABELS
 ) -> Iterator[tuple[Member, T | BadImage | None]]:
-    """(image, label) of each sample, in stored order, and what is wrong with a label that has no image or several.
+    """Yields (image, label) of each sample, in stored order; for a label with no image or several, (label, BadImage).
 
-    Then all members of no sample, with None. label: makes a label of its text. kinds: extensions of labels, by
-    preference.
+    Then yields (member, None) for all members that belong to no sample. label: converts a label's text. kinds:
+    extensions of labels, by preference.
     """
     unused: list[Member] = []
     last: dict[str, str] = {}  # member of each key

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import open_dataset
 
 AT_ONCE = 32  # images that `decode` calls a batch
-LARGEST = 100_000_000  # bytes of a decoded image; memory that no image reaches is never taken
+LARGEST = 100_000_000  # bytes of a decoded image; pages that no image uses are never allocated
 
 
 def sizes(loader: Iterable[Any]) -> Iterator[int]:
@@ -40,9 +40,9 @@ def tars_of(shards: str) -> tuple[list[str], bool]:
 
 
 def decode(images: str, threads: int, shards: str = "", batch: int = AT_ONCE) -> Iterator[int]:
-    """The limit: libjpeg-turbo alone, from memory into buffers that are used again. Nothing is cropped.
+    """Measures the upper limit: libjpeg-turbo alone, from memory into reused buffers, without crops.
 
-    Decodes the images of the shards, or the class folders' if there are no shards.
+    Decodes the images of the shards, or those of the class folders if no shards are given.
     """
     from simplejpeg import decode_jpeg
 

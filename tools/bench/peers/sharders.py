@@ -32,7 +32,7 @@ def ours(images: str, out: str, workers: int, encode: str = "keep", cuts: int = 
 
 
 def copy_files(images: str, out: str, workers: int) -> Iterator[int]:
-    """The least: reading, hashing and writing every byte, in forked processes."""
+    """Measures the minimum: reading, hashing and writing every byte, in forked processes."""
     paths, folder = sorted(Path(images).glob("*/*")), Path(out)
     folder.mkdir()
     slices = [(paths[i : i + A_FILE], folder / str(i)) for i in range(0, len(paths), A_FILE)]

@@ -43,7 +43,7 @@ def prepare(
 
 
 def torchs_own(layer: nn.Module) -> nn.Module:
-    """With LRN and dropout as torch has them: the net of the document that this project comes from."""
+    """Replaces a layer by torch's own LRN or dropout, as in the document that this project comes from."""
     if isinstance(layer, LocalResponseNorm):
         return nn.LocalResponseNorm(**LRN)
     return nn.Dropout(layer.p) if isinstance(layer, Dropout) else layer

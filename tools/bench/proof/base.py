@@ -20,11 +20,11 @@ Check = Callable[[], Any]
 
 @dataclass
 class Proof:
-    """One step's circumstances."""
+    """The arguments of a step."""
 
     device: str
     tiny: bool
-    scratch: Path  # shared by all steps of a walk: data that one has made, the next one finds
+    scratch: Path  # shared by all steps of a walk, so that a step reuses data of earlier ones
     shards: Path | None = None  # holds jpeg/ and keep/
     images: Path | None = None  # class folders of JPEGs or a tar of them, to make the shards from
     cifar: Path | None = None
@@ -40,15 +40,15 @@ class Proof:
         return max(2, full // 256) if self.tiny else full
 
     def seconds_left(self) -> float:
-        """For a program that the step runs; the step needs a little itself, to report what took too long."""
+        """The time limit for a program that the step runs; leaves the step some time to report a timeout."""
         return max(1.0, self.limit_seconds - (time.monotonic() - self.began) - 3.0)
 
     def python(self, name: str, *arguments: object) -> str:
-        """The output of a Python program, on the step's device.
+        """Runs a Python program on the step's device and returns its output.
 
-        Raises ExpressError with its name and last lines if it fails or the step's time is over.
+        Raises ExpressError, with the program's name and last lines, if it fails or the step's time is over.
         """
-        # passive: threads that spin while they wait take the cores from each other, most of all from another rank's.
+        # passive: waiting threads that spin take cores from each other, and above all from other ranks' threads.
         on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive"}
         options = {"cwd": ROOT, "env": os.environ | ({} if self.on_gpu else on_cpu), "text": True}
         pipes, seconds = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, self.seconds_left()
@@ -88,7 +88,7 @@ def reject_errors(found: dict[str, Json]) -> None:
 
 
 def answers(proof: Proof, checks: Iterable[tuple[str, Check]]) -> Json:
-    """The checks' answers by name; one that fails costs only its own. Raises ExpressError after the last one then."""
+    """Runs all checks and returns their results by name. If any has failed, raises ExpressError after the last one."""
     found = {}
     for name, check in checks:
         found[name] = attempt(check)

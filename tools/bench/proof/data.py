@@ -15,7 +15,7 @@ DIFFERENT = 64  # pictures; more only take time to make
 
 
 def pictures(proof: Proof, *, classes: int, count: int) -> Path:
-    """Shards of `count` made JPEGs over `classes` classes: for checks. They flatter decoders, so not for rates."""
+    """Shards of `count` made JPEGs in `classes` classes: for checks only, since they decode faster than photographs."""
     from tools.bench.data import shard
 
     folder = proof.scratch / f"pictures-{classes}-{count}"
@@ -31,7 +31,7 @@ def pictures(proof: Proof, *, classes: int, count: int) -> Path:
 
 
 def _made() -> list[bytes]:
-    """Smooth colours with some noise, 4:2:0: they compress and decode like photographs of few details."""
+    """JPEGs of smooth colours with some noise, 4:2:0: they compress and decode like photographs with little detail."""
     from PIL import Image
 
     random, made = Random(0), []
@@ -65,7 +65,7 @@ def shards_of(proof: Proof, data: str) -> Path:
 
 
 def enlarged(proof: Proof, shards: Path, name: str, **samples: int) -> Path:
-    """scratch/large/NAME: a dataset of ImageNet's size whose index names the images of `shards` over and over."""
+    """Makes scratch/large/NAME: a dataset of ImageNet's size whose index refers repeatedly to images of `shards`."""
     from tools.bench.data import enlarge
 
     out = proof.scratch / "large" / name

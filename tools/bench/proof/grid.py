@@ -16,7 +16,7 @@ from .preflight import nvidia_smi
 
 
 def loader_grid(proof: Proof, *, alone: bool) -> Json:
-    """alone: the cells that may crash their process; if one does, that is its answer, and the step passes."""
+    """Measures the loader cells. alone: those that may crash their process; a crash is recorded and the step passes."""
     cells = measured(proof, alone=alone)
     if not alone:
         reject_errors({cell["name"]: cell for cell in cells})
@@ -35,7 +35,7 @@ def measured(proof: Proof, *, alone: bool) -> list[Json]:
     options |= {"threads": usable_cores(), "dtype": "float16" if proof.on_gpu else "float32"}
     answers = []
     with utilisation(proof) as busy:
-        # Cells of a backend share a process, which spares imports; backends do not, which bounds what a crash costs.
+        # Cells of one backend share a process, to save imports; backends do not, so that a crash affects only one.
         for _, group in itertools.groupby(cells, lambda cell: cell.name if alone else cell.config.backend):
             names = [{"name": cell.name} for cell in group]
             for name, (found,) in zip(names, run("tools.bench.cells:batches", [options | name for name in names])):
@@ -53,15 +53,15 @@ def rates(found: Json, busy: Callable[[float, float], Json]) -> Json:
 def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
     """Samples nvidia-smi about twice a second; yields a function of two Unix times.
 
-    It returns the median percent of the time between them that the GPU and its JPEG engine were busy: None without a
-    GPU, or if nvidia-smi is too old to report the engine.
+    The function returns the median utilisation, in percent, of the GPU and its JPEG engine between these times; None
+    without a GPU, or if nvidia-smi is too old to report the engine.
     """
     samples = []
     done = threading.Event()
     asked = ("--query-gpu=utilization.gpu,utilization.jpeg", "--format=csv,noheader,nounits")
 
     def sample() -> None:
-        # One process a sample: the lines of one that keeps running may wait in a buffer.
+        # One process per sample: a process that keeps running may buffer its lines.
         while not done.wait(0.5):
             if not (lines := nvidia_smi(*asked, "-i", proof.device.partition(":")[2] or "0")):
                 return
@@ -80,6 +80,6 @@ def utilisation(proof: Proof) -> Iterator[Callable[[float, float], Json]]:
 
 
 def median(values: Iterable[str]) -> float | None:
-    """The mean of the values that are numbers, as "[N/A]" is none."""
+    """The median of the values that are numbers, unlike "[N/A]"; None if there are none."""
     numbers = [float(value) for value in values if value.isdigit()]
     return statistics.median(numbers) if numbers else None

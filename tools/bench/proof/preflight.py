@@ -1,4 +1,4 @@
-"""Step 1: what the machine has, and whether DALI decodes there what the CPU decodes."""
+"""Step 1: the machine's hardware and software, and whether DALI decodes to the same pixels there as the CPU."""
 
 import importlib
 import itertools
@@ -91,7 +91,7 @@ def try_compiler(proof: Proof) -> Json:
 
 
 def describe_decoders(proof: Proof) -> Json:
-    """Which nvJPEG is loaded, while DALI decodes with it, and whether libnvcuvid is."""
+    """Reports which nvJPEG is loaded while DALI decodes with it, and whether libnvcuvid is."""
     import torch
 
     from pipeline.read.dali_decoder import Decoder
@@ -114,10 +114,10 @@ def pixel_checks(proof: Proof, shards: Path) -> Iterator[tuple[str, Check]]:
 
 
 def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -> Json:
-    """Grey levels between DALI's crops on the device and the portable backend's, over the same crops.
+    """Compares DALI's crops on the device with the portable backend's, in grey levels, over the same crops.
 
-    pressure: torch takes, fills and frees memory between batches, and two batches stay unread meanwhile. A decoder that
-    writes into freed memory, or whose output is reused too early, shows.
+    pressure: torch allocates, fills and frees memory between batches, while two batches stay unread. This detects a
+    decoder that writes into freed memory, or whose output is reused too early.
     Raises ExpressError if a tile of a crop differs by more than the training run's check tolerates.
     """
     from pipeline import AugmentConfig, Loader, LoaderConfig
@@ -135,7 +135,7 @@ def compare_pixels(proof: Proof, shards: Path, *, load: float, pressure: bool) -
 
 
 def delayed(pairs: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-    """The images of pairs of batches, two later than they come."""
+    """Yields the images of pairs of batches, each delayed by two pairs."""
     waiting = []
     for expected, batch in pairs:
         assert expected.ids.tolist() == batch.ids.tolist()
@@ -146,7 +146,9 @@ def delayed(pairs: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
-    """How far crops are from what they should be, in grey levels. pairs: (n, 3, crop, crop) uint8, expected first.
+    """Measures the difference of crops from the expected ones, in grey levels.
+
+    pairs: (expected, actual), (n, 3, crop, crop) uint8 each.
 
     Raises ExpressError if a tile is out of tolerance.
     """
@@ -168,7 +170,7 @@ def differences(pairs: Iterable[tuple[Any, Any]]) -> Json:
 
 
 def under_pressure(pairs: Iterator[Any], device: str) -> Iterator[Any]:
-    """Takes, fills and frees memory at each pair, so that allocators hand out what was in use a moment ago."""
+    """Allocates, fills and frees memory at each pair, so that allocators hand out memory that was just in use."""
     import torch
 
     random = torch.Generator().manual_seed(0)

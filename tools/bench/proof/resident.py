@@ -9,7 +9,7 @@ from .data import enlarged, pictures
 from .training import CLASSES, fed_from
 
 IMAGES = 96_000  # of 341×256 pixels: 25 GB
-SEVERAL = 20  # batches that are measured together: waiting for the device costs time
+SEVERAL = 20  # batches per measurement, since synchronising with the device takes time
 
 
 def resident(proof: Proof) -> Json:
@@ -37,7 +37,7 @@ def resident(proof: Proof) -> Json:
 
 
 def rate(proof: Proof, loader: Any, copy: float) -> Json:
-    """Images per second, and the bytes that they move as a fraction of what a copy moves."""
+    """Measures images per second, and the bytes that they move as a fraction of the rate of a plain copy."""
     from tools.bench.layers import median_seconds
 
     batches = itertools.chain.from_iterable(itertools.repeat(loader))

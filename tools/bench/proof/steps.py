@@ -35,7 +35,7 @@ def gpu_tests(proof: Proof) -> Json:
 
 
 class Step(NamedTuple):
-    """data: what it needs on the command line, "images" or "cifar". in_tiny: whether a tiny walk includes it; another
+    """data: the option that it needs, "images" or "cifar". in_tiny: whether a tiny walk includes it; False if another
     step runs the same code with another number."""
 
     run: Callable[[Proof], Json]
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     in_tiny: bool = True
 
 
-# The figures that matter most come first; what takes long or may crash comes last.
+# The most important figures come first; steps that take long or may crash come last.
 STEPS = {
     "preflight": Step(preflight.preflight, "A", 60),
     "train-256": Step(partial(training.synthetic, full_batch=256), "A", 75),

@@ -54,7 +54,7 @@ def tables(folder: Path) -> str:
         record = json.loads(path.read_text())
         if record["device"] != "cpu" and not record["tiny"]:
             records[record["step"]] = record
-    # Also of a step that failed: what it has kept was measured.
+    # Includes failed steps: the results that they kept were measured.
     results = collections.defaultdict(dict, {name: record.get("result", {}) for name, record in records.items()})
     blocks = [machine(records), *(block(results) for block in (training, loader, layers, cifar)), checks(records)]
     return "\n\n".join(blocks)
@@ -107,7 +107,7 @@ def cifar(results: Json) -> str:
 
 
 def columns(results: Json, fields: dict[str, str], of: object) -> Json:
-    """One row: fields of the results of the steps, whose names end with `of`; None for what was not measured."""
+    """Returns one row: the fields of the steps whose names end with `of`; None for a field that was not measured."""
     flat = flatten(results)
     return {column: flat.get(field.format(of)) for column, field in fields.items()}
 
