@@ -105,8 +105,9 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable  # s is treated as a constant here: a second derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *scale = ctx.saved_tensors
-        grad_, x_ = _readable(grad, ctx.compiled), _readable(x, ctx.compiled)
-        dx = _form(backward, ctx.compiled)(grad_, x_, ctx.window, *scale)
+        dx = _form(backward, ctx.compiled)(
+            _readable(grad, ctx.compiled), _readable(x, ctx.compiled), ctx.window, *scale
+        )
         return _cast(dx, x.dtype), None, None, None
 
 

@@ -49,8 +49,8 @@ class Bucket(Folder):
         sizes, folders = self._remote.listed(below)
         if not below:
             self._sizes = sizes
-        found = (path.removeprefix(below).strip("/") for path in (*sizes, *folders))
-        return sorted(filter(None, found))  # without the empty object that a web console creates for the folder itself
+        # Without the empty object that a web console creates for the folder itself
+        return sorted(filter(None, (path.removeprefix(below).strip("/") for path in (*sizes, *folders))))
 
     def size(self, name: str) -> int | None:
         if size := getattr(self, "_sizes", {}).get(name):
@@ -78,8 +78,7 @@ class Bucket(Folder):
 
     def remove(self, name: str) -> None:
         def delete(store: Any) -> None:
-            below = [meta["path"] for part in obstore.list(store, f"{name}/") for meta in part]
-            obstore.delete(store, below or [name])
+            obstore.delete(store, [meta["path"] for part in obstore.list(store, f"{name}/") for meta in part] or [name])
 
         self._request(name, delete, doing="removed")
 

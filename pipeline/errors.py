@@ -25,13 +25,12 @@ class ExpressError(Exception):
     """An error whose message is one line for the user: what is wrong and what to do.
 
     code: exit code of the process. together: whether all ranks raise it at the same step, so that one line is enough.
-    here: False if another rank met the error and reports it. facts: fields of exit.json beside code and reason.
+    facts: fields of exit.json beside code and reason.
     Keyword arguments set these attributes for one error: ExpressError(message, code=HANG).
     """
 
     code = CHECK_FAILED
     together = False
-    here = True
     facts: Mapping[str, object] = MappingProxyType({})
 
     def __init__(self, message: str, **attributes: object) -> None:

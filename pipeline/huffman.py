@@ -16,7 +16,7 @@ u = np.uintp
 
 # Huffman tables: (TABLES,) int32, initially zeros: DC 0, DC 1, AC 0, AC 1, each of TABLE numbers. In each table:
 #   0 …       indexed by the next LOOK bits of a scan: _entry of their first code; 0: the code is longer.
-#   MANY …    (AC) the same index: the sum over all codes in these bits, see _join; 0: the first code is longer.
+#   MANY …    (AC) the same index: the sum over all codes in these bits, see _join; of 127: the first code is longer.
 #   CODES …   (DC) for each category, 32 · its code + the code's length.
 #   LONGER …  (DC) 16 counts and the symbols of a table with the missing categories too, as codes of 16 bits.
 #   KEPT …    the 16 counts and symbols in the file: they decode longer codes, and most images have the same ones.
@@ -24,7 +24,7 @@ LOOK = 10
 MANY, KEPT = 1 << LOOK, 2 << LOOK
 TABLE = KEPT + 16 + 256
 TABLES = 4 * TABLE
-DONE = 128  # an end of block counts as this many coefficients
+DONE = 129  # an end of block counts as one coefficient and 128 more
 WINDOW = 57  # `window` returns at least this many valid bits
 SLACK = 8  # bytes that `window` may read after the last one
 CATEGORIES = 12  # of DC differences at 8 bits per sample: 0 to 11 bits
@@ -86,14 +86,12 @@ def _join(tables: ndarray, base: int) -> None:
     """Fills an AC table from MANY on: 2⁸ · coefficients + bits of all whole codes in LOOK bits, up to a block's end."""
     for bits in range(1 << LOOK):
         used, coefficients = 0, 0
-        while used < LOOK:
+        while coefficients < DONE:
             entry = tables[base + (bits << used & (1 << LOOK) - 1)]
             if entry == 0 or used + (entry >> 16) > LOOK or coefficients + (entry >> 8 & 0x7F) > 63:
                 break
             used, coefficients = used + (entry & 0xFF), coefficients + (entry >> 8 & 0xFF)
-            if coefficients >= DONE:
-                break
-        tables[base + MANY + bits] = coefficients << 8 | used
+        tables[base + MANY + bits] = (coefficients or 127) << 8 | used
 
 
 @compiled
@@ -162,8 +160,7 @@ def skip_block(clean: ndarray, bit: int, end: int, tables: ndarray, dc: int, ac:
                 return end + 1, 0
             word = window(clean, bit)
         found: Any = np.int64(tables[u(ac + MANY) + u(word >> np.uint64(64 - LOOK))])
-        many = found >> 8
-        if found == 0 or k + (many & 0x7F) > 64 - (many >> 7):  # a longer code, or one of the next block
+        if k + (found >> 8 & 0x7F) > 64:  # a longer code, or one of the next block
             found = _coded(tables, ac, word)
             if found == 0:
                 return end + 1, 0

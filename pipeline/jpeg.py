@@ -11,7 +11,7 @@ import numpy as np
 from numba.cpython.unsafe import numbers
 from numpy import ndarray
 
-from .huffman import SLACK, TABLE, TABLES, WINDOW, read_table, restuff, skip_block, window
+from .huffman import ONES, SLACK, TABLE, TABLES, WINDOW, append, read_table, restuff, skip_block, window
 from .jit import compiled
 
 # The content of a header: (HEADER,) int32, initially zeros: the Huffman tables, then these numbers. From TABLE_OF on:
@@ -159,8 +159,7 @@ def find_places(image: ndarray, header: ndarray) -> ndarray:
             found += 1
         if mcu < mcus:
             bit = skip_mcu(clean, bit, 8 * n, header, values)
-    whole = 0 <= 8 * n - bit < 8 and marker < len(image) and image[marker] == 0xD9
-    return places if whole else none
+    return places if 0 <= 8 * n - bit < 8 and marker < len(image) and image[marker] == 0xD9 else none
 
 
 @compiled
@@ -172,23 +171,23 @@ def pack(places: ndarray) -> ndarray:
     """
     if not len(places):
         return np.empty(0, np.uint8)
-    values, lower, size, bit = places.copy(), np.zeros(4, np.int64), 32, 32
-    values[1:] -= places[:-1]
-    values[:, 1:] = values[:, 1:] << 1 ^ values[:, 1:] >> 63
+    values, lower, size, bit = places.T.copy(), np.zeros(4, np.int64), 32, 32
+    values[:, 1:] -= places.T[:, :-1]
+    values[1:] = values[1:] << 1 ^ values[1:] >> 63
     for column in range(4):
-        costs = np.array([(values[:, column] >> n).sum() + (1 + n) * len(values) for n in range(LONGEST + 1)])
+        costs = np.array([(values[column] >> n).sum() + (1 + n) * len(places) for n in range(LONGEST + 1)])
         lower[column], size = costs.argmin(), size + costs.min()
-    packed = np.zeros(-(-size // 8), np.uint8)
+    packed = np.zeros(-(-size // 8) + SLACK, np.uint8)
     packed[:4] = lower
-    for i in range(len(values)):
+    for i in range(len(places)):
         for column in range(4):
-            value, n = values[i, column], lower[column]
+            value, n = values[column, i], lower[column]
             ones = value >> n
-            for k in range(ones + 1 + n):
-                if k < ones or (k > ones and value >> (ones + n - k) & 1):
-                    packed[u(bit >> 3)] |= 0x80 >> (bit & 7)
-                bit += 1
-    return packed
+            while ones > 32:
+                bit, ones = append(packed, bit, ONES, 32), ones - 32
+            rest = np.uint64(value & (1 << n) - 1) << np.uint64(63 - ones - n)
+            bit = append(packed, bit, ~(ONES >> np.uint64(ones)) | rest, ones + 1 + n)
+    return packed[:-SLACK]
 
 
 @compiled

@@ -15,12 +15,11 @@ def check_types(manifest: Json) -> None:
     """Raises ValueError, or whatever exception a wrong type causes, for values that the sharder never writes."""
     classes, statistics = manifest["classes"], manifest["statistics"]
     numbers = [statistics[name] for name in ("mean", "std") if name in statistics] + statistics.get("covariance", [])
-    lists = {
-        "classes": (classes, str),
-        "class_names": (manifest.get("class_names", classes), str),
-        "class_ids": (manifest.get("class_ids", [0] * len(classes)), int),
-    }
-    for name, (values, kind) in lists.items():
+    for name, values, kind in (
+        ("classes", classes, str),
+        ("class_names", manifest.get("class_names", classes), str),
+        ("class_ids", manifest.get("class_ids", [0] * len(classes)), int),
+    ):
         if type(values) is not list or len(values) != len(classes) or {type(value) for value in values} != {kind}:
             raise ValueError(f"{name} are not a list with one {kind.__name__} for each class")
     for values in numbers:

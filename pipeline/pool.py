@@ -52,8 +52,9 @@ def _forked(
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             yield results
         except BrokenProcessPool as err:
-            cure = "perhaps for want of memory; use fewer --workers"
-            raise StorageError(f"{place}: a worker was killed, {cure}") from err
+            raise StorageError(
+                f"{place}: a worker was killed, perhaps for want of memory; use fewer --workers"
+            ) from err
         except BaseException:
             for worker in set(active_children()) - others:
                 if worker.pid and worker.is_alive():

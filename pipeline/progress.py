@@ -33,8 +33,10 @@ class Progress(AbstractContextManager["Progress"]):
         if not self.started:
             self.started = self.printed = time.monotonic()
             if self.enabled and sys.stderr.isatty():
-                form = {"desc": self.label, "unit": self.unit, "unit_scale": True, "bar_format": BAR}
-                self.bar = tqdm(total=self.total, smoothing=0.1, leave=False, **form)
+                self.bar = tqdm(
+                    desc=self.label, total=self.total, unit=self.unit, unit_scale=True, bar_format=BAR, smoothing=0.1,
+                    leave=False,
+                )  # fmt: skip
         self.done, self.note = self.done + count, note
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)

@@ -53,13 +53,10 @@ class Saver:
     def finish(self, step: int) -> None:
         """Waits until the last save is on the disk. Raises StorageError, at all ranks, if it could not be written."""
         self.settle()
-        if self.agreement.largest(self._error != "")[0]:
-            self.raise_failure(step)
+        self.raise_failure(step)
 
     def raise_failure(self, step: int) -> None:
-        """Raises StorageError; at all ranks together."""
-        raise StorageError(
-            f"{self._error or 'another rank could not write'}; step {step} is not saved",
-            together=True,
-            here=bool(self._error),
-        )
+        """Raises StorageError, at all ranks together, if any rank has an error."""
+        with self.agreement.alike(""):
+            if self._error:
+                raise StorageError(f"{self._error}; step {step} is not saved", together=True)

@@ -82,25 +82,28 @@ def build_trainer(config: Config, *, folder: RunFolder, stop: Stop) -> Trainer:
     check_batch(config, dataset, world=world)
     checkpoints = Checkpoints(folder.path, keep=config.run.keep_checkpoints)
     config = resume.with_window(config, dataset, checkpoints, agreement)
-    make_loader, loader, val_loader = make_loaders(config, dataset, accelerator)
+    with agreement.alike(config.data.shards):
+        make_loader, loader, val_loader = make_loaders(config, dataset, accelerator)
     net = make_net(config, classes=len(dataset.classes), say=say)
     fixed = resume.invariants(flatten(config), dataset, precision=precision)
     saved = resume.choose(
         config, fixed, steps_per_epoch=len(loader), folder=folder, checkpoints=checkpoints, agreement=agreement
     )
     if config.model.init and not saved:
-        known = recorded(Path(config.model.init))[1]
-        other_classes = known is not None and known.classes != tuple(dataset.classes)
-        say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
+        with agreement.alike(config.model.init):
+            known = recorded(Path(config.model.init))[1]
+            other_classes = known is not None and known.classes != tuple(dataset.classes)
+            say(load_weights(net, Path(config.model.init), other_classes=other_classes) or "the output layer is kept")
     stepper = Stepper(net, config, accelerator)
     if world > 1:
         stepper.settle_buckets(loader, loader.augment.crop)
     if reason := reason_for_memory(config, stepper, agreement, loader, val_loader):
         loader.close()
         val_loader.close()
-        make_loader, loader, val_loader = make_loaders(
-            updated(config, {"loader.backend": "resident"}), dataset, accelerator
-        )
+        with agreement.alike(config.data.shards):
+            make_loader, loader, val_loader = make_loaders(
+                updated(config, {"loader.backend": "resident"}), dataset, accelerator
+            )
         loader.backend_reason = reason
     state, meter = TrainState(), Meter(accelerator, train.batch)
     if saved:

@@ -188,10 +188,11 @@ def _card(path: Path, text: str | None = None) -> Card | None:
 
 
 def _new_net(card: Card) -> nn.Module:
-    model = dataclasses.replace(card.model, freeze="none")
     # The initialisation is overwritten; it must not draw from the caller's generator.
     with torch.random.fork_rng():
-        net = create_net(model, classes=card.weights["classes"], crop=card.augment.crop)
+        net = create_net(
+            dataclasses.replace(card.model, freeze="none"), classes=card.weights["classes"], crop=card.augment.crop
+        )
     return net.eval().requires_grad_(False)
 
 
@@ -208,8 +209,7 @@ class Onnx(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         array = np.ascontiguousarray(images.detach().cpu().numpy(), np.float32)
-        logits = torch.from_numpy(self.session.run(None, {self.input: array})[0])
-        return logits.to(images.device)
+        return torch.from_numpy(self.session.run(None, {self.input: array})[0]).to(images.device)
 
 
 def _from_onnx(path: Path) -> Classifier:

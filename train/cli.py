@@ -82,8 +82,14 @@ def _as_trained(base: Config, weights: Path) -> Config:
     from .classifier import recorded  # imports torch: wrong flags are reported before
 
     view = ("augment.resize", "augment.crop", "augment.normalize", "augment.statistics")
-    found = recorded(weights)[0].items()
-    return updated(base, {n: v for n, v in found if n in view or (n.startswith("model.") and n != "model.freeze")})
+    return updated(
+        base,
+        {
+            name: value
+            for name, value in recorded(weights)[0].items()
+            if name in view or (name.startswith("model.") and name != "model.freeze")
+        },
+    )
 
 
 def _take_own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

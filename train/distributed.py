@@ -2,6 +2,8 @@
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DDPCommunicationHookType, ProjectConfiguration
 
 from pipeline import cores
-from pipeline.errors import ConfigError, first_line
+from pipeline.errors import ConfigError, ExpressError, StorageError, first_line
 from pipeline.files import Json
 
 from .config import Config
@@ -144,6 +146,20 @@ class Agreement:
         values: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    @contextmanager
+    def alike(self, path: object) -> Iterator[None]:
+        """If the block raises an ExpressError or OSError at any rank, all ranks raise the first rank's error.
+
+        path: for errors that name no file.
+        """
+        error = None
+        try:
+            yield
+        except (ExpressError, OSError) as err:
+            error = StorageError.of(err, path)
+        for first in filter(None, self.from_all(error)):
+            raise first
 
 
 def patience(hang_seconds: float) -> datetime.timedelta:

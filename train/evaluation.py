@@ -173,8 +173,7 @@ def mean_scores(logits: Sequence[Tensor]) -> Tensor:
     """
     if len(logits) == 1:
         return logits[0]
-    logs = torch.stack([one.log_softmax(1) for one in logits])
-    return torch.logsumexp(logs, 0) - float(np.log(len(logits)))
+    return torch.stack([one.log_softmax(1) for one in logits]).logsumexp(0) - float(np.log(len(logits)))
 
 
 def best_classes(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,9 @@ class ExitReport:
     def write(self, code: int, reason: str, **facts: Any) -> None:
         """Writes exit.json, if the folder can be written."""
         assert self.folder is not None
-        step = self.trainer.state.step if self.trainer else 0
         with suppress(OSError):
-            self.folder.write_exit(code=code, reason=reason, **{"step": step, **facts})
+            facts = {"step": self.trainer.state.step if self.trainer else 0, **facts}
+            self.folder.write_exit(code=code, reason=reason, **facts)
 
     def write_page(self) -> None:
         """Writes report.html in another process, which cannot change how this one ends."""
@@ -122,7 +122,7 @@ class ExitReport:
 
     def _write_end(self, err: ExpressError, folder: RunFolder, *, only_rank0: bool) -> None:
         """Writes exit.json at the rank that has the error; does not touch a folder that another run holds."""
-        if isinstance(err, signals.Preempted) or not err.here or (launched("RANK") and (only_rank0 or err.facts)):
+        if isinstance(err, signals.Preempted) or (launched("RANK") and (only_rank0 or err.together)):
             return  # written already, or another rank writes it
         with suppress(OSError, ExpressError):  # the folder may be what failed; line and code remain
             if self.trainer is None and not folder.is_ours:

@@ -46,8 +46,8 @@ class Meter:
             stats["queue_depth"] = stats.pop("queued") / self.steps / self.accelerator.num_processes
         metrics = self._metrics(loss, self.steps, now - self.last, wait)
         if stats:  # all are sums over the ranks
-            counts = torch.tensor(list(stats.values()), device=self.accelerator.device)
-            metrics |= dict(zip(stats, self.accelerator.reduce(counts, "sum").tolist()))
+            counts = self.accelerator.reduce(torch.tensor([*stats.values()], device=self.accelerator.device), "sum")
+            metrics |= dict(zip(stats, counts.tolist()))
         self.all_loss, self.all_wait = self.all_loss + loss * self.steps, self.all_wait + wait
         self.all_steps, self.steps, self.loss, self.last = self.all_steps + self.steps, 0, 0.0, now
         return metrics
@@ -55,8 +55,9 @@ class Meter:
     def whole(self) -> dict[str, float]:
         """Returns the means over all readings, and their seconds."""
         seconds = self.last - self.started
-        means = self._metrics(self.all_loss / self.all_steps, self.all_steps, seconds, self.all_wait)
-        return means | {"seconds": seconds}
+        return {"seconds": seconds} | self._metrics(
+            self.all_loss / self.all_steps, self.all_steps, seconds, self.all_wait
+        )
 
     def _metrics(self, loss: float, steps: int, seconds: float, wait: float) -> dict[str, float]:
         return {"loss": loss, "images_per_second": steps * self.batch / seconds, "data_wait": wait / seconds}
@@ -142,9 +143,8 @@ def _trim(path: Path, step: int, epoch: int) -> None:
     """Removes the lines that a killed run wrote to a .jsonl after its last checkpoint; step -1: all lines."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
     with atomic_write(path) as file:
-        file.write(b"".join(line for line in lines if _is_before(line, step, epoch)))
+        file.writelines(line for line in path.read_bytes().splitlines(keepends=True) if _is_before(line, step, epoch))
 
 
 def _is_before(line: bytes, step: int, epoch: int) -> bool:

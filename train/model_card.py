@@ -120,7 +120,7 @@ class Card:
         )
 
     def as_json(self) -> Json:
-        inputs = self.inputs.as_json() if self.inputs else None
+        inputs = self.inputs and self.inputs.as_json()
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self), "inputs": inputs}
 
 

@@ -150,8 +150,8 @@ def _meet(found: Json) -> None:
             own.add("read", 1)
         else:
             own.set("verdict", json.dumps([code, reason]))
-        if code and not rank:  # rank 0's process may hold the store
-            _until(lambda: own.add("read", 0) == world - 1, seconds=ACK_SECONDS)
+            if code:  # this process may hold the store
+                _until(lambda: own.add("read", 0) == world - 1, seconds=ACK_SECONDS)
     except dist.DistError as err:
         raise ExpressError(
             f"rank {rank} lost the others before the start; their own lines say why ({first_line(err)})"
@@ -199,9 +199,9 @@ def name_interface() -> None:
     """
     if not _several_hosts():
         return
-    name = os.environ.get("GLOO_SOCKET_IFNAME")
-    name = name or interface_to(os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1))
-    if name:
+    if name := os.environ.get("GLOO_SOCKET_IFNAME") or interface_to(
+        os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1)
+    ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         # "=": NCCL takes a plain name for a prefix, and eth1 for eth10 too.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")

@@ -5,7 +5,7 @@ import json
 import socket
 from pathlib import Path
 
-from pipeline.errors import ConfigError, ExpressError, StorageError
+from pipeline.errors import ConfigError
 from pipeline.files import Json
 from pipeline.manifest import Dataset
 from pipeline.settings import MAY_CHANGE, REMOVED, check_removed, flatten, marked, updated
@@ -35,9 +35,9 @@ def choose(
     The folder is created and claimed only here, so that a run that was rejected earlier leaves no files. Raises
     ConfigError, DataError or StorageError, the same at all ranks.
     """
-    saved, error, claim = None, None, Json()
-    if agreement.first:
-        try:
+    saved, claim = None, Json()
+    with agreement.alike(folder.path):
+        if agreement.first:
             claim = folder.claim()
             saved = _choose(config.resume, checkpoints)
             if saved:
@@ -45,14 +45,11 @@ def choose(
                 _check_same_rates(config, saved, steps_per_epoch)
             here = saved and saved.path.parent.resolve() == checkpoints.folder.resolve()
             checkpoints.set_aside_after(saved.state["step"] if saved and here else -1)
-        except (ExpressError, OSError) as err:
-            error = StorageError.of(err, folder.path)
-    path, claim, error = agreement.from_all((saved and saved.path, claim, error))[0]
-    if error:
-        raise error
+    path, claim = agreement.from_all((saved and saved.path, claim))[0]
     if not folder.private:
         _check_shared_folder(folder, claim, agreement)
-    return saved or (load(path) if path else None)
+    with agreement.alike(path):
+        return saved or (load(path) if path else None)
 
 
 def _check_shared_folder(folder: RunFolder, claim: Json, agreement: Agreement) -> None:

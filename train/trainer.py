@@ -144,8 +144,11 @@ class Trainer:
             total_steps=self.total_steps,
             drops=state.plateau.drops,
         )
-        freeze_first = 0 < self.config.train.conv1_epochs * self.steps_per_epoch <= state.step
-        set_learning_rate(self.stepper.optimizer, state.rate, freeze_first=freeze_first)
+        set_learning_rate(
+            self.stepper.optimizer,
+            state.rate,
+            freeze_first=0 < self.config.train.conv1_epochs * self.steps_per_epoch <= state.step,
+        )
 
     def _update(self) -> None:
         moved = self.stepper.update(self.state.updates + 1)

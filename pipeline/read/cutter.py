@@ -1,6 +1,5 @@
 """Cuts JPEGs down to the MCUs that their crops need, a block of images at a time, before they are decoded."""
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from .. import jpeg
 from ..cut_jpeg import EXTRA, cut_jpeg
 from ..cuts import HEADER_BYTES, TABLE_DTYPE, file_name, open_cuts, table
 from ..decode import Scratch
-from ..errors import DataError, StorageError
+from ..errors import LOG, DataError, StorageError
 from ..files import OpenFile
 from ..huffman import SLACK
 from ..jit import compiled
@@ -95,7 +94,7 @@ class Cutter:
             rows[:] = table(path, of)
         except (DataError, StorageError, OSError) as err:
             if not self._reader.closing.is_set():
-                logging.getLogger("imagenet_express").warning("%s", err)
+                LOG.warning("%s", err)
             rows["size"] = 1  # byte, without its checksum: all images count as missed
 
     def __call__(self, block: Block, places: ndarray, pixels: ndarray, *, keep: bool = False) -> list[Cut]:
@@ -131,7 +130,7 @@ def open_cutter(dataset: Dataset, split: Split, reader: Reader) -> Cutter | None
         paths = [path for path, _ in open_cuts(dataset, split)]
         return Cutter(paths, split, reader) if paths else None
     except (DataError, StorageError) as err:
-        logging.getLogger("imagenet_express").warning("%s", err)
+        LOG.warning("%s", err)
         return None
 
 

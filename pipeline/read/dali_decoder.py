@@ -43,8 +43,8 @@ class Decoder:
             batch_size=1, num_threads=self.threads, device_id=self.device, prefetch_queue_depth=1
         )
         def define() -> Any:
-            arrays = (np.frombuffer(image, np.uint8) for image in images)
-            return fn.decoders.image(fn.external_source(source=arrays, batch=False), **self.options())
+            encoded = fn.external_source(source=(np.frombuffer(image, np.uint8) for image in images), batch=False)
+            return fn.decoders.image(encoded, **self.options())
 
         return define()
 

@@ -145,12 +145,22 @@ class Loader(AbstractContextManager["Loader"]):
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split, self._reader) if encoded else None
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode")
-        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, pool, ranks, self._cutter)
+        self._setup = Setup(
+            output,
+            self._reader,
+            self.plan,
+            config,
+            raw,
+            self.threads,
+            ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode"),
+            ranks,
+            self._cutter,
+        )
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # see Engine.load; without it, the first batch waits
-        checks = self.plan.check_every  # decoder() takes time on a GPU
-        self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})") if checks else None
+        self._check = None
+        if self.plan.check_every:  # decoder() takes time on a GPU
+            self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})")
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
 
