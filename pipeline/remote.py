@@ -206,8 +206,9 @@ def _profile() -> Any:
     try:
         return Boto3CredentialProvider()
     except Exception as err:  # botocore has a class for each way
-        name = os.environ["AWS_PROFILE"]
-        raise ConfigError(f"AWS_PROFILE={name}: gives no credentials ({type(err).__name__})") from None
+        raise ConfigError(
+            f"AWS_PROFILE={os.environ['AWS_PROFILE']}: gives no credentials ({type(err).__name__})"
+        ) from None
 
 
 def _why(err: Exception) -> tuple[str, float]:

@@ -111,8 +111,8 @@ def check(
             continue
         for name, fault in split.faults():
             report.findings.append(Finding("index" if name == split.index_name else "size", name, fault))
-        check_shard = partial(_check_shard, dataset, split, deep)
-        with pool.run(check_shard, range(len(split.shards)), workers=workers, place=dataset.root) as found:
+        check = partial(_check_shard, dataset, split, deep)
+        with pool.run(check, range(len(split.shards)), workers=workers, place=dataset.root) as found:
             for shard, findings in zip(split.shards, found):
                 report.findings += findings
                 progress(shard.samples)
@@ -131,8 +131,9 @@ def _summary(split: Split) -> SplitReport:
     index = split.index
     known = index["label"][index["label"] >= 0]
     histogram = np.bincount(known, minlength=split.classes).tolist()
-    total = sum(shard.bytes for shard in split.shards)
-    return SplitReport(len(split.shards), len(index), total, histogram, len(index) - len(known))
+    return SplitReport(
+        len(split.shards), len(index), sum(shard.bytes for shard in split.shards), histogram, len(index) - len(known)
+    )
 
 
 def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> list[Finding]:
@@ -294,6 +295,7 @@ def _duplicates(splits: list[Split]) -> list[list[Copy]]:
     for split, of_split in zip(splits, keys):
         for sample in np.flatnonzero(np.isin(of_split, values[counts > 1])).tolist():
             with suppress(OSError):
-                digest = hashlib.sha256(split.stored(sample)).hexdigest()
-                groups[digest].append(Copy(split.name, sample, int(split.index["label"][sample])))
+                groups[hashlib.sha256(split.stored(sample)).hexdigest()].append(
+                    Copy(split.name, sample, int(split.index["label"][sample]))
+                )
     return [group for group in groups.values() if len(group) > 1]

@@ -76,8 +76,10 @@ def answer(args: argparse.Namespace, name: str, file: str, scratch: str, limit: 
     if name == ENVIRONMENT:
         write_json(path, environment.describe())
         return
-    where = Path(scratch), args.shards, args.images, args.cifar
-    proof = Proof(args.device, args.tiny, *where, limit_seconds=float(limit), answer=path)
+    proof = Proof(
+        args.device, args.tiny, Path(scratch), args.shards, args.images, args.cifar,
+        limit_seconds=float(limit), answer=path,
+    )  # fmt: skip
     try:
         result = {"passed": True, "result": STEPS[name].run(proof)}
     except Exception as err:  # any error is the step's result, beside the results that it has kept

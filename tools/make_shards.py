@@ -244,8 +244,7 @@ def print_forecast(plan: Plan, only: range, out: Folder, workers: int) -> None:
     factor = plan.images(only) / tried
     size = record.shard.bytes * factor
     for split, items in plan.source.splits.items():
-        shards = sum(task.split == split for task in plan.tasks)
-        print(f"{split}: {len(items):,} images in {shards} shards")
+        print(f"{split}: {len(items):,} images in {sum(task.split == split for task in plan.tasks)} shards")
     free, room = math.inf, ""
     if not is_url(out):
         path = out.path.absolute()

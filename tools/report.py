@@ -78,8 +78,9 @@ def draw_curves(lines: dict[str, list[Json]], best: Json | None, path: Path) -> 
         labels = {"xlabel": "epoch", "ylabel": ylabel, "ylim": (0, None), "title": cli.printable(path.parent.name)}
         panels.append((labels, list(curves_of(lines, panel))))
     if best:
-        mark = [best["epoch"]], [best["top1"]], "C3*", f"best: {best['top1']:.2%} in epoch {best['epoch']}"
-        panels[-1][1].append(mark)
+        panels[-1][1].append(
+            ([best["epoch"]], [best["top1"]], "C3*", f"best: {best['top1']:.2%} in epoch {best['epoch']}")
+        )
     draw(path, *panels)
 
 

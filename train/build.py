@@ -167,8 +167,8 @@ def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *l
         images = sum(bytes_held(loader.plan) for loader in loaders)
     except ConfigError:  # they are of several sizes
         return ""
-    share = min(0.5, config.loader.resident_memory)
-    images, lacking = agreement.largest(images, -free_memory(accelerator.device, 1))
+    share, ranks = min(0.5, config.loader.resident_memory), environment.launched("LOCAL_WORLD_SIZE", 1)
+    images, lacking = agreement.largest(images, -free_memory(accelerator.device, ranks))
     if images > -lacking * share:  # before the pass below, which takes memory from DALI
         return ""
     # A step's peak memory stays allocated after it. Not compiled, since the first crop may be smaller and would compile
@@ -176,7 +176,7 @@ def reason_for_memory(config: Config, stepper: Stepper, agreement: Agreement, *l
     with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager"), accelerator.no_sync(stepper.net):
         stepper.settle_buckets(loaders[0], config.augment.crop)
     velocities = sum(p.nbytes for p in stepper.bare.parameters())  # allocated by the first update
-    images, lacking = agreement.largest(images, velocities - free_memory(accelerator.device, 1))
+    images, lacking = agreement.largest(images, velocities - free_memory(accelerator.device, ranks))
     if images > -lacking * share:
         return ""
     return f"auto: images take {gigabytes(images)} of the {gigabytes(-lacking)} that a step leaves free on each GPU"

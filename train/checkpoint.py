@@ -223,8 +223,13 @@ def load(path: Path) -> Saved:
         for name, kind in KINDS.items():
             if not isinstance(state[name], kind):
                 raise ValueError(f"{STATE}: {name}={state[name]!r}")
-        average = deserialise(files[AVERAGE]) if AVERAGE in files else {}
-        return Saved(path, deserialise(files[MODEL]), deserialise(files[OPTIMIZER]), state, average)
+        return Saved(
+            path,
+            deserialise(files[MODEL]),
+            deserialise(files[OPTIMIZER]),
+            state,
+            deserialise(files[AVERAGE]) if AVERAGE in files else {},
+        )
 
 
 def verified(path: Path) -> dict[str, bytes]:

@@ -64,6 +64,8 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+# Compiling for evaluation takes longer than it saves, and again for each net
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def evaluate(
     net: nn.Module,
     loader: Loader,

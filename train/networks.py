@@ -223,7 +223,8 @@ def compile_net(net: nn.Module, how: str, device: torch.device, *, world: int = 
         for module in norms:
             module.compiled = True
         return f"response normalisation{why}"
-    net.compile()
+    # Sizes are known: with symbolic ones, from the second crop size on, Inductor leaves out its layout optimisation.
+    net.compile(dynamic=False)
     return "the model"
 
 

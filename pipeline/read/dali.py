@@ -211,6 +211,8 @@ class Dali(Engine):
         wait([task for _, cuts in self._cutting for task in cuts if not task.cancel()])
         self._cutting.clear()
         self._decoding.clear()
+        if self.graph.decoder.device is not None:  # it may still read the memory of batches that DALI has delivered
+            torch.cuda.synchronize(self.graph.output.device)
         self._spent = Held()
 
     def decoder(self) -> str:

@@ -90,8 +90,7 @@ class Plan:
 
     def _planned_ids(self, epoch: int, step: int, *, whole: bool = False) -> ndarray:
         if not self.train:
-            mine = self.held[step * self.batch_per_rank : (step + 1) * self.batch_per_rank]
-            return np.array(mine, dtype=np.int64)
+            return np.array(self.held[step * self.batch_per_rank : (step + 1) * self.batch_per_rank], dtype=np.int64)
         rank, world = (0, 1) if whole else (self.rank, self.world)
         return self._order(epoch=epoch, rank=rank, world=world)[step]
 

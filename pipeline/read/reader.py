@@ -237,8 +237,9 @@ class Reader:
         raise self._bad(sample, reason)
 
     def _bad(self, sample: int, reason: str) -> BadSample:
-        cure = "copy the shard again or shard the data again"
-        return BadSample(f"{self.describe(sample)}: {reason}; {cure}", sample=sample)
+        return BadSample(
+            f"{self.describe(sample)}: {reason}; copy the shard again or shard the data again", sample=sample
+        )
 
     def describe(self, sample: int) -> str:
         """Names a sample for a message: shard, key, offset."""

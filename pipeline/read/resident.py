@@ -170,9 +170,9 @@ def image_shape(split: Split) -> tuple[int, int, int]:
 
 
 def free_memory(device: torch.device, ranks: int) -> int:
-    """Free bytes of a GPU, or this rank's fraction of the host's, which the ranks of this machine share."""
+    """This rank's fraction of the free bytes of a GPU, or of the host; ranks: of this machine, which share them."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) // -(-ranks // torch.cuda.device_count())
     return psutil.virtual_memory().available // ranks
 
 

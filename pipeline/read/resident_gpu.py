@@ -98,6 +98,7 @@ def gather(pixels: Tensor, numbers: ndarray, work: Work, output: Output) -> Tens
         _gather[work.flip.size, triton.cdiv(3 * side * side, block)](
             pixels, to_device(crops, pixels.device), out, *pixels.shape[1:3], SIDE=side,
             NORMAL=output.dtype != "uint8", TAPS=taps, BLOCK=block,
+            enable_fp_fusion=False,  # multiply-adds would round otherwise than the CPU
         )  # fmt: skip
     images = out.permute(0, 3, 1, 2)
     return images if output.channels_last else images.contiguous()

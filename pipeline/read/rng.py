@@ -70,8 +70,7 @@ def ids(bits: ndarray, *, seed: int, epoch: int, stream: int, draw: int = 0) -> 
 
 def uniform(ids: ndarray, *, count: int, **at: int) -> ndarray:
     """(n, count) float64 in [0, 1), multiples of 2^-53. at: seed, epoch and stream."""
-    draws = [bits(ids, draw=d, **at) for d in range(count)]
-    return np.stack([(x >> 11) * 2.0**-53 for x in draws], axis=1)
+    return np.stack([(bits(ids, draw=d, **at) >> 11) * 2.0**-53 for d in range(count)], axis=1)
 
 
 def normal(ids: ndarray, *, count: int, **at: int) -> ndarray:

@@ -63,8 +63,9 @@ def make_shard(plan: Plan, task: Task, folder: Folder) -> ShardRecord:
                 places.append(find(image.image, check_one_in=plan.cuts))
             yield Sample(item.key, image.image, item.label, image.width, image.height)
 
-    extension = "raw" if options.encoding.kind == "raw" else "jpg"
-    shard, rows = write_shard(folder, task.name, samples(), extension=extension)
+    shard, rows = write_shard(
+        folder, task.name, samples(), extension="raw" if options.encoding.kind == "raw" else "jpg"
+    )
     if plan.cuts:
         write_file(folder, task.cuts_name, shard, rows, places)
     return ShardRecord(shard, rows, totals, converted, bad)

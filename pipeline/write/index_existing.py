@@ -120,8 +120,9 @@ def index(
 
     with pool.run(read, tars, workers=workers, place=out) as results:
         collected = Collected(counted(results), size=size, max_bad_fraction=max_bad_fraction)
-    options = {"statistics_images": statistics_images, "size": size}
-    return _publish(folder, name, collected, classes, options), passed_over
+    return _publish(
+        folder, name, collected, classes, {"statistics_images": statistics_images, "size": size}
+    ), passed_over
 
 
 def _publish(

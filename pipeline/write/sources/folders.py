@@ -172,8 +172,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def litter(name: str) -> str:
     """The kind of a file or folder that systems and tools leave beside images; "" for others."""
-    hidden = name.startswith(".") and name not in (".", "..")
-    return "hidden" if hidden else name if name.lower() in LITTER else ""
+    if name.startswith(".") and name not in (".", ".."):
+        return "hidden"
+    return name if name.lower() in LITTER else ""
 
 
 def is_image(file: str | BinaryIO) -> bool:

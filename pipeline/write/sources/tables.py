@@ -66,10 +66,12 @@ class Table:
                 yield row
 
     def _parquet(self, file: Any) -> Iterator[dict[Any, Any]]:
-        batches = file.iter_batches(BATCH, columns=list(self.columns))
-        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-            self.place = f"row {number}"
-            yield row
+        number = 0
+        for batch in file.iter_batches(BATCH, columns=list(self.columns)):
+            for row in batch.to_pylist():
+                number += 1
+                self.place = f"row {number}"
+                yield row
 
 
 def parquet(path: Path) -> Any:
