@@ -288,9 +288,8 @@ def split_record(shards: list[Shard], index_name: str, index_sha256: str) -> Jso
 def fingerprint(manifest: Json) -> str:
     """A hash of the content: two folders with the same fingerprint hold the same bytes in the same order."""
     content = {k: v for k, v in manifest.items() if k not in ("fingerprint", "plan")}
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    ).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_manifest(folder: Folder, content: Json) -> Json:

@@ -241,10 +241,7 @@ class _Seen(NamedTuple):
 
 
 def _compare_with_webdataset(path: Path, rows: np.ndarray, inside: dict[int, Member]) -> Iterator[Fault]:
-    """Reads a tar with webdataset, as other programs will; names the first sample that differs from the index.
-
-    Samples that are not in the index are passed over.
-    """
+    """Names the first sample of the index that webdataset, as other programs will, reads otherwise; ignores others."""
     from webdataset import WebDataset
 
     expected, extension_of = [], {}
