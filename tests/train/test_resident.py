@@ -20,6 +20,7 @@ from train.config import Config
 from train.run_folder import read_json
 from train.step import Stepper
 
+WITH_A_GPU = Path(__file__).with_name("with_a_gpu.py")
 ARGS = [*SMALL, "--train.epochs", 2, "--data.partitions", 4]
 
 
@@ -63,6 +64,18 @@ def test_a_run_that_does_not_fit_ends_before_anything_is_loaded(few_digits, tmp_
     assert job.wait() != 0
     assert re.search(r"error: loader\.backend=resident: a rank's images take 0\.00035 GB, but only \d", job.said)
     assert "loading" not in job.said
+
+
+def test_an_error_of_one_rank_while_the_run_is_built_is_the_error_of_all(few_digits, tmp_path):
+    """Another process may hold the memory of one GPU. Local rank 0 prints one line, whichever rank has the error."""
+    args = [SCRIPT, *ARGS, "--loader.backend", "resident", "--data.shards", few_digits]
+    job = Job(tmp_path / "run", *args, script=WITH_A_GPU, ranks=2, FREE="1000000000 1000")
+    assert job.wait() != 0
+    (line,) = re.findall(r"^error: .*$", job.said, re.MULTILINE)
+    assert re.match(
+        r"error: loader\.backend=resident: a rank's images take .* but only 8e-07 GB of cpu may be used", line
+    )
+    assert not job.folder.exists()
 
 
 # What `auto` chooses on GPUs
@@ -145,7 +158,7 @@ def test_ranks_choose_alike_and_compute_what_they_would_compute_anyway(free, bac
     free = " ".join(str(int(float(each))) for each in free.split())
     args = [*SMALL, "--train.epochs", 3, "--data.partitions", 4, "--data.shards", few_digits]
     portable = run(tmp_path / "portable", *args, "--loader.backend", "portable", ranks=2)
-    auto = run(tmp_path / "auto", SCRIPT, *args, script=Path(__file__).with_name("with_a_gpu.py"), ranks=2, FREE=free)
+    auto = run(tmp_path / "auto", SCRIPT, *args, script=WITH_A_GPU, ranks=2, FREE=free)
     described = read_json(auto.folder / "config.json", cure="")
     assert (described["backend"], described["config"]["loader"]["backend"]) == (backend, "auto")
     assert described["backend_reason"] in auto.said
