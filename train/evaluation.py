@@ -64,8 +64,6 @@ def rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-# Compiling for evaluation takes longer than it saves, and again for each net
-@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def evaluate(
     net: nn.Module,
     loader: Loader,
@@ -84,7 +82,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # float64 holds whole numbers to 9e15
     for number, batch in enumerate(loader):
         with accelerator.autocast():
-            logits = net(batch.images)
+            logits = net.forward(batch.images)  # not compiled: that would take longer than it saves, for each net
         logits = logits.float()
         ranks = rank_of_label(logits, batch.labels)
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")

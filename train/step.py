@@ -42,8 +42,8 @@ class Stepper:
         self.decay, device = config.regularize.ema, accelerator.device
         self.average = average_of(net.to(device)) if self.decay else None
         self.nets = [net] if self.average is None else [net, self.average]
-        for one in self.nets:  # before it is wrapped, in place: names of weights stay
-            self.compiled = compile_net(one, config.train.compile, device, world=accelerator.num_processes)
+        # Before it is wrapped, in place: names of weights stay.
+        self.compiled = compile_net(net, config.train.compile, device, world=accelerator.num_processes)
         optimizer = make_optimizer(
             net,
             config.scaled_optim(),
