@@ -48,7 +48,6 @@ NOT_RUN = {
     "python -m pytest tests/pipeline/test_order.py": "is in this suite",
     "python tests/limits.py": "reads git's files; .ci/run",
     "make format": "changes files",
-    "find pipeline": "deletes compiled code that other tests use",
     "python tools/make_shards.py listed": "needs the example's code; tests/test_docs.py",
     "make netns-test": "needs root and iproute2; is a suite of its own",
     "make slurm-test": "needs root and Slurm; is a suite of its own",
