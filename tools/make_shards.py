@@ -149,6 +149,8 @@ def index(args: argparse.Namespace) -> dict:
             progress=progress.update,
         )
     print_passed_over(passed_over)
+    if not args.val:
+        print("note: no validation split, which training needs; --val names its tars")
     return written
 
 

@@ -56,6 +56,7 @@ def test_existing_tars_are_read_without_being_copied(tars, tmp_path, apart):
     done = index(root / "set-train-{0000..0002}.tar", out, "--size", 48)
     assert done.returncode == 0, done.stderr
     assert "train: 21 images in 3 shards" in done.stdout
+    assert "note: no validation split, which training needs; --val names its tars" in done.stdout
     assert "warning" not in done.stderr
     assert {p: p.read_bytes() for p in root.glob("*.tar")} == before
     assert not list(tmp_path.glob("elsewhere/**/*.tar"))
@@ -86,6 +87,7 @@ def test_labels_may_come_from_json_and_class_names_from_a_file(tmp_path):
     args = [tmp_path / "a.tar", tmp_path / "d", "--val", tmp_path / "a.tar", "--classes", tmp_path / "names.txt"]
     done = index(*args, "--size", 32)
     assert done.returncode == 0, done.stderr
+    assert "note:" not in done.stdout
     dataset = open_dataset(tmp_path / "d")
     assert dataset.classes == ["tench", "goldfish"]
     assert dataset.split("val").index["label"].tolist() == [0, 1, 0, 1]

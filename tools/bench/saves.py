@@ -44,8 +44,7 @@ def measure(name: str, args: harness.Namespace, folder: Path) -> harness.Json:
         started = time.perf_counter()
         if saves:
             state = {"epoch": 0, "best_top1": 0.0, "config": {}, "loader": {}}
-            nets = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoints.save(len(stalls) + 1, state=state, **nets)
+            checkpoints.save(len(stalls) + 1, state=state, model=net.state_dict(), optimizer=optimizer.state_dict())
             stalls.append(time.perf_counter() - started)
         for _ in range(steps):
             step()

@@ -23,8 +23,7 @@ def resident(proof: Proof) -> Json:
     result: Json = {"copy_bytes_per_second": copy_rate(proof, device)}
     started = time.perf_counter()
     for full in (256, 1024):
-        batch = proof.batch(full)
-        options = {"batch": batch, "device": device, "dtype": dtype, "channels_last": True}
+        options = {"batch": proof.batch(full), "device": device, "dtype": dtype, "channels_last": True}
         with Loader(shards, config=LoaderConfig("resident"), **options) as loader:
             loader.load()
             result.setdefault("load_seconds", time.perf_counter() - started)

@@ -16,6 +16,7 @@ def layers(proof: Proof) -> Json:
 
     from tools.bench.layers import items, milliseconds
 
+    torch.backends.cudnn.benchmark = True  # as in training
     device = torch.device(proof.device)
     batch, seconds = (4, 0.02) if proof.tiny else (1024, 0.3)
     checks = (

@@ -83,8 +83,7 @@ def profile(proof: Proof) -> Json:
 
 
 def fed(proof: Proof, full_batch: int) -> Json:
-    shards = enlarged(proof, shards_of(proof, "jpeg"), "jpeg")
-    return fed_from(shards, proof, full_batch, backend="auto")
+    return fed_from(enlarged(proof, shards_of(proof, "jpeg"), "jpeg"), proof, full_batch, backend="auto")
 
 
 def fed_from(shards: Path, proof: Proof, full_batch: int, *, backend: str, **known: Any) -> Json:
