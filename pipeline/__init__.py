@@ -22,7 +22,8 @@ def _name_missing_package(kind: type[BaseException], err: BaseException, trace: 
         sys.__excepthook__(kind, err, trace)
 
 
-if os.path.basename(os.path.dirname(os.path.abspath(sys.argv[0]))) in ("tools", "train"):  # not in an own script
+# Not in an own script, whose folder may have such a name too
+if __name__ == "pipeline" and os.path.basename(os.path.dirname(os.path.abspath(sys.argv[0]))) in ("tools", "train"):
     sys.excepthook = _name_missing_package
 
 # ruff: noqa: E402

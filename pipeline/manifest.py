@@ -228,9 +228,9 @@ def open_dataset(
         from .remote import RemoteFolder
 
         remote = RemoteFolder(str(root), allow_http=allow_http, fetch_memory=fetch_memory)
-    root = Path(root)
-    place = remote or root
-    text, path = bytes(remote.get(NAME)) if remote else _local_manifest(root), place / NAME
+    given = Path(root)
+    place, root = remote or given, given.absolute()  # the process may change its folder
+    text, path = bytes(remote.get(NAME)) if remote else _local_manifest(given), place / NAME
     try:
         manifest = json.loads(text.decode())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):

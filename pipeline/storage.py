@@ -15,7 +15,7 @@ from .files import LOCK_SECONDS, atomic_write, locked
 
 Result = TypeVar("Result")
 SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
-ALLOW = "add --data.allow-http (make_shards.py: --allow-http)"
+ALLOW = "add --data.allow-http (make_shards.py: --allow-http; in a script: open_dataset(…, allow_http=True))"
 CREATE_SECONDS = 10.0  # all tasks of a job array may start in one moment
 
 

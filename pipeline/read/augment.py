@@ -159,4 +159,6 @@ def normalisation(config: AugmentConfig, measured: Statistics | Dataset) -> Norm
         # The same centre of the mean image for every crop, as in the 2012 code.
         image = np.ascontiguousarray(centre(measured.mean_image, config.crop).transpose(2, 0, 1))
         mean = (0.0, 0.0, 0.0)
-    return Normalisation(np.array(mean, np.float32), std if config.normalize == "mean-std" else (1.0,) * 3, image)
+    divisors = std if config.normalize == "mean-std" else (1.0,) * 3
+    # The deviation of a channel that never varies is 0.
+    return Normalisation(np.array(mean, np.float32), tuple(each or 1.0 for each in divisors), image)

@@ -144,7 +144,7 @@ class HostCopy:
 
     def __init__(self, values: Tensor) -> None:
         on_gpu = values.device.type == "cuda"
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+        self._values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=on_gpu)
         self._values.copy_(values, non_blocking=on_gpu)
         # Completes after all work that is now queued on the device's current stream.
         self._event = torch.cuda.current_stream(values.device).record_event() if on_gpu else None

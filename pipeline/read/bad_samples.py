@@ -5,7 +5,7 @@ The replacement depends only on the ids of the bad samples (order.replacement), 
 
 import gc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import LOG, BadSample, DataError
 
@@ -41,11 +41,12 @@ class BadSamples:
             raise error from err
 
     def load(self, ids: Iterable[int]) -> None:
-        """Adds those of a loader's state. Raises DataError if they are too many."""
-        self.found |= dict.fromkeys(ids, "") | self.found
-        self.unshared = len(self.found)
-        if error := self.error():
+        """Adds those of a loader's state. Raises DataError, and adds none, if they are too many."""
+        found = dict.fromkeys(ids, "") | self.found
+        if error := replace(self, found=found).error():
             raise error
+        self.found |= found
+        self.unshared = len(found)
 
     def share(self, from_all: Callable[[dict[int, str]], Iterable[dict[int, str]]]) -> None:
         """Adds those of all ranks. Raises DataError, at all ranks, if they are too many.

@@ -16,7 +16,7 @@ def new_buffer(size: int, *, pinned: bool) -> ndarray:
         return np.empty(size, np.uint8)
     import torch
 
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
 
 
 @dataclass

@@ -129,7 +129,7 @@ def open_cutter(dataset: Dataset, split: Split, reader: Reader) -> Cutter | None
     try:
         paths = [path for path, _ in open_cuts(dataset, split)]
         return Cutter(paths, split, reader) if paths else None
-    except (DataError, StorageError) as err:
+    except (DataError, StorageError, OSError) as err:
         LOG.warning("%s", err)
         return None
 

@@ -9,10 +9,12 @@ The content of a batch is a function of (dataset, seed, epoch, step, batch) alon
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from operator import index
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -103,9 +105,9 @@ class Loader(AbstractContextManager["Loader"]):
         self.plan = Plan(
             split=self.split,
             augment=augment,
-            batch=batch,
+            batch=index(batch),
             train=train,
-            seed=seed,
+            seed=index(seed),
             partitions=partitions,
             window=self.dataset.window if window < 0 else window,
             first=first,
@@ -145,17 +147,8 @@ class Loader(AbstractContextManager["Loader"]):
         raw = self.dataset.encoding == "raw"
         encoded = self.backend not in ("resident", "synthetic") and not raw
         self._cutter = open_cutter(self.dataset, self.split, self._reader) if encoded else None
-        self._setup = Setup(
-            output,
-            self._reader,
-            self.plan,
-            config,
-            raw,
-            self.threads,
-            ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode"),
-            ranks,
-            self._cutter,
-        )
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="express-decode")
+        self._setup = Setup(output, self._reader, self.plan, config, raw, self.threads, pool, ranks, self._cutter)
         self._engine = make_backend.make(self.backend, self._setup)
         self.load = self._engine.load  # see Engine.load; without it, the first batch waits
         self._check = None
@@ -163,6 +156,7 @@ class Loader(AbstractContextManager["Loader"]):
             self._check = PixelCheck(self._setup, f"{self.backend} ({self.decoder()})")
         self._works: Generator[Work, None, None] | None = None  # while batches are in flight
         self._epoch = self._step = self._planned_without = 0
+        self._process = os.getpid()
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -179,7 +173,7 @@ class Loader(AbstractContextManager["Loader"]):
 
         whole: return the ids of all ranks, in order; in training only.
         """
-        return self.plan.ids(epoch, step, whole=whole)
+        return self.plan.ids(epoch, step, whole=whole).copy()
 
     def describe(self, sample: int) -> str:
         """Names a sample of `ids`: shard, key, offset."""
@@ -193,30 +187,38 @@ class Loader(AbstractContextManager["Loader"]):
         return {"epoch": self._epoch, "step": self._step, "of": of, "bad": sorted(self.bad.found)}
 
     def load_state_dict(self, state: Json) -> None:
-        """Resumes as if all batches before the state's epoch and step had been consumed. O(1), for any world size.
+        """Resumes as if all batches before the state's epoch and step had been consumed. O(1); in training, for any
+        world size.
 
-        Raises ConfigError, with both values, if dataset, split, seed, batch, partitions, window or first differ.
+        Raises ConfigError, with both values, if dataset, split, seed, batch, partitions, window or first differ. The
+        loader is then unchanged.
         """
-        saved = state.get("of", {})
-        if self._open_window:
-            self.plan = dataclasses.replace(self.plan, window=saved.get("window", self.plan.window))
+        saved, plan = state.get("of", {}), self.plan
         for name, mine in self.state_dict()["of"].items():
-            if saved.get(name, mine) != mine:
+            if name == "window" and self._open_window:
+                plan = dataclasses.replace(plan, window=saved.get(name, mine))
+            elif saved.get(name, mine) != mine:
                 raise ConfigError(f"{name}={mine} but the loader's state is of {name}={saved[name]}; use that one")
         if not {"epoch", "step"} <= state.keys():
             raise ConfigError(f"loader state {state}: epoch and step are missing")
-        epoch, step = state["epoch"], state["step"]
-        if epoch < 0 or not 0 <= step < len(self):
+        epoch, step = index(state["epoch"]), index(state["step"])
+        if epoch < 0 or not 0 <= step < max(len(self), 1):
             raise ConfigError(f"loader state epoch={epoch} step={step}: an epoch has {len(self)} steps here")
         self.bad.load(state.get("bad", ()))
-        self._epoch, self._step = epoch, step
+        self.plan, self._epoch, self._step = plan, epoch, step
         self._stop()
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
+        if os.getpid() != self._process:  # threads do not survive a fork: the first batch would never come
+            raise ConfigError("this loader is of another process; make one in this process")
         while self._epoch == epoch and len(self):  # in a tiny evaluation a rank may have no images
             started = time.perf_counter()
-            batch = self._next()
+            try:
+                batch = self._next()
+            except BaseException:  # the batches in flight no longer fit the state: this one must come again
+                self._stop()
+                raise
             self._reader.stages.add(wait_seconds=time.perf_counter() - started)
             self._step += 1
             if self._step == len(self):
@@ -281,18 +283,15 @@ class Loader(AbstractContextManager["Loader"]):
                     )
                     self._engine.start(self._works.__next__)
                 return self._engine.next()
-            except BaseException as err:
-                # The batches in flight no longer fit the state: the next iteration must deliver this same batch.
+            except BadSample as err:
                 self._stop()
-                if not isinstance(err, BadSample):
-                    raise
                 self.bad.add(err)
             if self.bad.error():  # all ranks raise it together at the end of this step
                 self._engine.close()
                 self._engine = make_backend.make("synthetic", self._setup)
 
     def _stop(self) -> None:
-        if self._works is not None:
+        works, self._works = self._works, None
+        if works is not None:
             self._engine.stop()
-            self._works.close()
-            self._works = None
+            works.close()

@@ -23,4 +23,6 @@ class LoaderDataset(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
             raise ConfigError("num_workers must be 0 with LoaderDataset: the loader has threads of its own")
+        if not self.loader.plan.train:  # an evaluation counts every sample, also after a loop that ended early
+            self.loader.load_state_dict({"epoch": 0, "step": 0})
         return iter(self.loader)

@@ -27,6 +27,7 @@ from pipeline import (
     open_dataset,
 )
 from pipeline.geometry import resized
+from pipeline.manifest import Statistics
 from pipeline.read.augment import IMAGENET_STATISTICS, place
 
 VIEW = AugmentConfig(resize=256, crop=224)
@@ -426,3 +427,104 @@ def test_half_a_state_is_rejected(shards, state):
 def test_an_unknown_dtype_is_rejected(shards):
     with pytest.raises(ConfigError, match="dtype='int8': choose one of uint8, float32, float16"):
         Loader(shards["jpeg"], batch=3, dtype="int8")
+
+
+def test_after_an_error_behind_the_decoder_the_same_batch_comes_again(shards, backend, monkeypatch):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW, config=backend) as loader:
+        expected = [loader.ids(0, step).tolist() for step in range(4)]
+        assert next(iter(loader)).ids.tolist() == expected[0]
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.read.loader.to_device", lambda *_: bytearray(-1))
+            with pytest.raises(ValueError, match="negative"):
+                next(iter(loader))
+        assert loader.state_dict()["step"] == 1
+        assert [batch.ids.tolist() for batch in loader] == expected[1:]
+
+
+def test_a_rejected_state_changes_nothing(shards):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW, config=LoaderConfig(max_bad_samples=1)) as loader:
+        next(iter(loader))
+        before, order = loader.state_dict(), loader.ids(1, 0).tolist()
+        of = before["of"]
+        for state, error in (
+            ({"epoch": 0, "step": 0, "of": of | {"window": 1, "seed": 5}}, ConfigError),
+            ({"epoch": 0, "step": 9, "of": of | {"window": 1}}, ConfigError),
+            ({"epoch": 0, "step": 2.5}, TypeError),
+            ({"epoch": 0, "step": 0, "of": of | {"window": 1}, "bad": [1, 2]}, DataError),
+        ):
+            with pytest.raises(error):
+                loader.load_state_dict(state)
+            assert (loader.state_dict(), loader.ids(1, 0).tolist()) == (before, order)
+        assert len(list(loader)) == 3
+        assert not loader.bad.found
+
+
+def test_a_rank_without_samples_takes_its_own_state(shards):
+    with Loader(shards["jpeg"], batch=13, train=False, rank=0, world=13, augment=VIEW) as loader:
+        assert len(loader) == 0
+        loader.load_state_dict(loader.state_dict())
+        assert list(loader) == []
+
+
+def test_ids_are_the_caller_s_own(shards):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
+        expected = loader.ids(0, 0).tolist()
+        loader.ids(0, 0)[:] = 0
+        assert next(iter(loader)).ids.tolist() == expected
+
+
+def test_an_evaluation_through_a_dataloader_begins_at_the_start(shards):
+    """As Lightning, which evaluates a few batches before it trains."""
+    with Loader(shards["jpeg"], batch=3, train=False, augment=VIEW) as loader:
+        batches = DataLoader(LoaderDataset(loader), batch_size=None)
+        next(iter(batches))
+        assert torch.cat([batch.ids for batch in batches]).tolist() == list(range(12))
+
+
+def test_a_loader_of_another_process_is_rejected(shards):
+    with Loader(shards["jpeg"], batch=3, augment=VIEW) as loader:
+        next(iter(loader))
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            try:
+                next(iter(loader))
+            except BaseException as err:
+                os.write(write, f"{type(err).__name__}: {err}".encode())
+            os._exit(0)
+        assert os.read(read, 200).startswith(b"ConfigError: this loader is of another process")
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+        assert len(list(loader)) == 3
+
+
+def test_numbers_may_be_numpy_s(shards):
+    with Loader(shards["jpeg"], batch=np.int64(3), seed=np.int64(7), augment=VIEW) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+    with Loader(shards["jpeg"], batch=3, seed=7, augment=VIEW) as loader:
+        loader.load_state_dict(state)
+
+
+def test_a_channel_that_never_varies_is_not_divided(shards, backend):
+    found = []
+    for deviation in (0.0, 1.0):
+        statistics = Statistics(mean=(9.0, 9.0, 9.0), std=(deviation, 2.0, 2.0))
+        options = {"augment": AugmentConfig(normalize="mean-std"), "config": backend, "statistics": statistics}
+        with Loader(shards["jpeg"], batch=3, **options) as loader:
+            found.append(next(iter(loader)).images)
+    assert torch.equal(*found)
+
+
+def test_a_dataset_is_found_after_the_process_went_elsewhere(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(shards["jpeg"].parent)
+    with Loader(shards["jpeg"].name, batch=3, augment=VIEW) as loader:
+        monkeypatch.chdir(tmp_path)
+        assert len(list(loader)) == 4
+
+
+def test_an_index_that_is_truncated_does_not_end_the_process(shards, tmp_path):
+    root = shutil.copytree(shards["jpeg"], tmp_path / "copy")
+    with Loader(root, batch=3, augment=VIEW) as loader:
+        for path in root.glob("*.index.npy"):
+            os.truncate(path, 0)
+        assert len(list(loader)) == 4
