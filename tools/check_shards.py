@@ -65,7 +65,7 @@ def print_report(report: verify.Report) -> None:
         print(line + (f"; {split.unlabelled:,} without a label" if split.unlabelled else ""))
     for check, what in verify.CHECKS.items():
         found = [finding for finding in report.findings if finding.check == check]
-        result = f"{len(found):>4} wrong   " if found else "ok           "
+        result = f"{len(found):>4} wrong   " if found else "ok           " if report.ok else "none found   "
         if check in verify.DEEP and not report.deep:
             print(f"  not checked    {what} (--deep)")
         else:

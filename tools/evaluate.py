@@ -78,6 +78,8 @@ def main() -> None:
     predictions = predicted(models, dataset, args, accelerator)
     if accelerator.is_main_process:
         print(f"{len(predictions.ids):,} images in {time.monotonic() - started:.1f} s", file=sys.stderr)
+        if labelled:
+            report(predictions, models, dataset, args, precision)
         if args.csv:
             write_csv(args.csv, predictions, dataset, args.split)
         if args.submission:  # official numbers, the most probable first
@@ -85,8 +87,6 @@ def main() -> None:
             lines = (" ".join(str(ids[label]) for label in best) + "\n" for best in predictions.best[order])
             write_text(args.submission, "".join(lines))
             print(f"{args.submission}: {len(order):,} lines of five labels")
-        if labelled:
-            report(predictions, models, dataset, args, precision)
 
 
 def check_classes(model: Any, dataset: Dataset) -> None:
@@ -159,10 +159,8 @@ def report(predictions: Any, models: list[Any], dataset: Dataset, args: argparse
     if found["confusions"]:
         print("confused most")
     for row in found["confusions"]:
-        print(
-            f"{row['count']:>7} of {row['images']:,}  {named(row['class'], names)} taken for"
-            f" {named(row['taken_for'], names)}"
-        )
+        pair = f"{named(row['class'], names)} taken for {named(row['taken_for'], names)}"
+        print(f"{row['count']:>7} of {row['images']:,}  {cli.printable(pair)}")
     if args.json:
         described = {
             "command": environment.command(),

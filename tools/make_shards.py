@@ -136,6 +136,8 @@ def index(args: argparse.Namespace) -> dict:
     if args.statistics < 1:
         raise ConfigError(f"--statistics {args.statistics}: must be at least 1")
     splits = {"train": expand(args.tars)} | ({"val": expand(args.val)} if args.val else {})
+    if args.val and (both := {*splits["train"]}.intersection(splits["val"])):
+        raise ConfigError(f"{min(both)}: is in both splits; name it in one of them")
     with Progress("indexing", sum(map(len, splits.values())), unit="tar") as progress:
         written, passed_over = index_existing.index(
             check_name(args.name),
@@ -203,6 +205,8 @@ def make(args: argparse.Namespace) -> dict | None:
     if args.cuts and args.encode == "raw":
         raise ConfigError("--cuts goes with --encode keep or jpeg: raw pixels are not decoded")
     print_decoders(trusted=args.trust_images)
+    if args.source == "imagefolder" and Path(str(args.out)).resolve().is_relative_to(args.train.resolve()):
+        raise ConfigError(f"{args.out}: lies in {args.train}, whose folders are classes; choose another --out")
     source = SOURCES[args.source].from_options(args)
     plan = Plan(source, options, CHECKS[args.check_cuts] if args.cuts else 0)
     print_passed_over(source.passed_over)

@@ -56,7 +56,7 @@ def main() -> None:
             for answer in found:
                 print(cli.printable(answer["image"]))
                 for row in answer["best"]:
-                    print(f"  {row['probability']:7.2%}  {label_of(row)}")
+                    print(cli.printable(f"  {row['probability']:7.2%}  {label_of(row)}"))
             answers += found
             pictures += shown
     if args.json:

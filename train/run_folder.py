@@ -115,5 +115,7 @@ def read_metrics(run: Path) -> dict[str, list[Json]]:
     except OSError as err:
         raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo") from err
     except (ValueError, KeyError, TypeError) as err:
-        raise DataError(f"{path}:{number}: not a record of a run; the file was changed or cut") from err
+        raise DataError(
+            f"{path}:{number}: not a record of a run; resume the run, which repairs the file, or remove the line"
+        ) from err
     return lines

@@ -182,7 +182,7 @@ def _check_folder(plan: Plan, folder: Folder) -> Json | None:
     if manifest.NAME in names:
         dataset = manifest.open_dataset(folder.path, allow_http=folder.allow_http)
         if "plan" not in (finished := dataset.manifest):
-            raise ConfigError(f"{held} already; choose another --out or remove it")
+            raise ConfigError(f"{held} already; choose another --out")
         with reading(f"{folder.path / manifest.NAME}: its plan", "choose another --out or remove it"):
             left_out, before, now = len(finished["quarantine"]), finished["plan"], plan.identity
             journal.reject_other(folder, before | {"images": now["images"]}, now, "a finished dataset")

@@ -99,7 +99,9 @@ def index(
     """
     folder = Folder(out)
     if manifest.NAME in folder.names():
-        raise ConfigError(f"{out}: holds a finished dataset already; choose another --out or remove it")
+        raise ConfigError(
+            f"{out}: holds a finished dataset already; choose another --out, or remove its {manifest.NAME}"
+        )
     resize.prepare()  # before workers are forked
     tars = [(split, path) for split, paths in splits.items() for path in paths]
     measured = -(-statistics_images // len(splits["train"]))  # of each training tar

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -75,7 +76,11 @@ def test_existing_tars_are_read_without_being_copied(tars, tmp_path, apart):
         assert deep.returncode == 0, deep.stdout + deep.stderr
     again = index(root / "set-train-*.tar", out)
     assert again.returncode == 2
-    assert "holds a finished dataset already" in the_error(again)
+    # The folder may hold the only copy of the tars.
+    assert "holds a finished dataset already; choose another --out, or remove its manifest.json" in the_error(again)
+    both = index(root / "set-train-*.tar", tmp_path / "both", "--val", root / "set-train-000[12].tar")
+    assert both.returncode == 2
+    assert f"{root}/set-train-0001.tar: is in both splits" in the_error(both)
 
 
 def test_labels_may_come_from_json_and_class_names_from_a_file(tmp_path):
@@ -84,7 +89,8 @@ def test_labels_may_come_from_json_and_class_names_from_a_file(tmp_path):
         for i in range(4):
             tar.write({"__key__": f"k{i}", "jpg": jpeg(rng), "json": {"label": i % 2}})
     (tmp_path / "names.txt").write_text("tench\ngoldfish\n")
-    args = [tmp_path / "a.tar", tmp_path / "d", "--val", tmp_path / "a.tar", "--classes", tmp_path / "names.txt"]
+    shutil.copy(tmp_path / "a.tar", tmp_path / "b.tar")
+    args = [tmp_path / "a.tar", tmp_path / "d", "--val", tmp_path / "b.tar", "--classes", tmp_path / "names.txt"]
     done = index(*args, "--size", 32)
     assert done.returncode == 0, done.stderr
     assert "note:" not in done.stdout

@@ -134,6 +134,21 @@ def test_wrong_usage_is_one_line_with_code_2(args, message):
     assert message in the_error(done)
 
 
+def test_places_that_overlap_are_rejected_before_anything_is_written(image_folder, tmp_path):
+    root = shutil.copytree(image_folder, tmp_path / "in")
+    train, before = root / "train", sorted(root.rglob("*"))
+    for val, out, message in (
+        (root / "val", train / "shards", f"{train}/shards: lies in {train}, whose folders are classes"),
+        (root / "val", train, f"{train}: lies in {train}, whose folders are classes"),
+        (train, tmp_path / "d", f"{train}: is both --train and --val"),
+    ):
+        done = run_tool(MAKE, "imagefolder", "--train", train, "--val", val, "--out", out)
+        assert done.returncode == 2
+        assert message in the_error(done)
+    assert sorted(root.rglob("*")) == before
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from PIL import Image
 
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from ...files import Json
 from .base import Files, Item, Items, PassedOver, Source, UniqueKeys, check_fraction, check_name, key_hashes
 
@@ -40,6 +40,8 @@ class TrainAndVal(Source):
     def __post_init__(self) -> None:
         check_name(self.name)
         check_fraction("--val-fraction", self.val_fraction)
+        if self.val == self.train:
+            raise ConfigError(f"{self.val}: is both --train and --val; choose another, or --val-fraction 0.1")
         self.passed_over, self.folders, self.splits = PassedOver(), dict[str, Path](), dict[str, Items]()
         for split, place in (("train", self.train), ("val", self.val)):
             if place:
@@ -109,7 +111,9 @@ def held_out(items: Items, fraction: float) -> dict[str, Items]:
     for members in np.split(order, np.cumsum(np.bincount(items.labels))):  # of each class, and none after the last
         held[members[: min(round(fraction * len(members)), len(members) - 1)]] = True
     if not held.any():
-        raise DataError(f"--val-fraction {fraction}: no class is large enough to spare an image; choose more")
+        raise DataError(
+            f"--val-fraction {fraction}: no class is large enough to spare an image; choose more, or add images"
+        )
     return {"train": Items(compress(items, ~held)), "val": Items(compress(items, held))}
 
 
