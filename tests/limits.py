@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("pipeline", "model", "train", "tools")
 BENCHMARKS = "tools/bench"
 
-PRODUCT_TOKENS = 118_050  # the aim is 85,000: lower this whenever the code has shrunk
+PRODUCT_TOKENS = 118_030  # the aim is 85,000: lower this whenever the code has shrunk
 BENCHMARK_TOKENS = 23_000
 FILE_LINES = 300
 CLASS_METHODS = 15

@@ -107,8 +107,8 @@ def test_numbers_travel_to_pinned_memory_without_blocking_and_are_read_behind_an
         def copy_(self, values, *, non_blocking):
             calls.append(("copy", non_blocking))
 
-    def empty(shape, *, dtype, pin_memory):
-        calls.append(("pinned", pin_memory))
+    def empty(shape, *, dtype, device, pin_memory):
+        calls.append(("pinned", device, pin_memory))
         return Pinned()
 
     monkeypatch.setattr(backend.torch, "empty", empty)
@@ -116,7 +116,7 @@ def test_numbers_travel_to_pinned_memory_without_blocking_and_are_read_behind_an
     monkeypatch.setattr(backend.torch.cuda, "current_stream", stream_of)
     device = SimpleNamespace(type="cuda")
     copy = HostCopy(SimpleNamespace(shape=(2,), dtype=torch.float32, device=device))
-    assert calls == [("pinned", True), ("copy", True), "record on the stream of cuda"]
+    assert calls == [("pinned", "cpu", True), ("copy", True), "record on the stream of cuda"]
     assert isinstance(copy.read(), Pinned)
     assert calls[3:] == ["synchronize"]
 
