@@ -81,7 +81,7 @@ class Stepper:
         """The logits of the training net, with the dropout of step `step`."""
         seed = self.config.run.seed
         if isinstance(self.bare, AlexNet):  # masks from coordinates: the same at any world size
-            rows = rng.bits(ids, seed=seed, epoch=step, stream=rng.DROPOUT) >> np.uint64(32)  # of 32 bits
+            rows = rng.bits(ids, seed=seed, epoch=step, stream=rng.DROPOUT) >> np.uint64(32)  # the upper half
             return self.net(images, to_device(rows.astype(np.uint32).view(np.int32), images.device))
         # Other nets draw from torch's generator: seeded from coordinates, so that it has no state to save.
         torch.manual_seed(rng.key(seed, step, self.accelerator.process_index, *([part] if part else [])) >> 1)
