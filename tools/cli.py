@@ -59,8 +59,8 @@ def new_file(name: str) -> Path:
     path = Path(os.path.realpath(name)) if os.path.islink(name) else Path(name)
     if path.exists() and not path.is_file():  # publishing it would put a file in the place of /dev/stdout
         raise argparse.ArgumentTypeError(f"{name} is a folder, a device or a pipe; name a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if not os.access(f"{path.parent}/", os.W_OK):
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} that you may write to")
     return path
 
 

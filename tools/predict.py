@@ -80,7 +80,7 @@ def image_files(names: list[str]) -> list[str]:
 
     files, passed_over = [], PassedOver()
     for name in names:
-        if name == "-" or not Path(name).is_dir():
+        if name == "-" or not os.path.isdir(name):  # "" is no folder, but Path("") is one
             files.append(name)
             continue
         inside = []

@@ -56,9 +56,8 @@ class LocalShards:
 
         room = self._room = files_for_a_reader()
         self.paths = paths
-        self.open = lru_cache(min(MAX_OPEN, room))(
-            opened
-        )  # while in use, a file stays open even if it leaves the cache
+        # While in use, a file stays open even if it leaves the cache.
+        self.open = lru_cache(min(MAX_OPEN, room))(opened)
 
     def at_once(self, threads: int) -> int:
         """How many files each of `threads` threads may use at a time."""

@@ -320,6 +320,21 @@ def test_what_cannot_be_measured_is_one_line(
     assert found == code
 
 
+def test_a_file_that_could_not_be_written_in_the_end_is_rejected_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    tmp_path.chmod(0o500)
+    user = os.getuid()
+    os.setreuid(user or 65534, -1)  # access(2) looks at the real user: root may write anywhere
+    try:
+        for name in ("x.csv", "file/x.csv"):
+            found, error = run_here(
+                evaluate.main, monkeypatch, capsys, "RUN", "--data.shards", "S", "--csv", str(tmp_path / name)
+            )
+            assert (found, "that you may write to" in error) == (2, True)
+    finally:
+        os.setreuid(user, -1)
+
+
 def test_other_classes_of_the_same_number_are_rejected(trained, tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):

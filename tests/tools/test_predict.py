@@ -142,3 +142,4 @@ def test_a_folder_is_searched_as_make_shards_does(tmp_path, capsys):
     shown = capsys.readouterr().err.strip().removeprefix("passed over: ").split(", ")
     assert {kind.partition(" (")[0] for kind in shown} == {"2 hidden", "1 .txt", "1 pipes and devices"}
     assert f"1 .txt ({tmp_path}/p/readme.txt)" in shown
+    assert predict.image_files([""]) == [""]  # a shell's variable that is not set: not the working directory
