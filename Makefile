@@ -14,7 +14,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-# For a driver that is older than 580: make EXTRAS=test,dali-cu12
+# For a driver that is older than 580: EXTRAS=test,dali-cu12, with torch for CUDA 12 (README.md, "Where it runs")
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 IMAGES ?=

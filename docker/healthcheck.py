@@ -2,7 +2,8 @@
 """Checks whether the training in this container is alive: 0 healthy, 1 not, with one line that gives the reason.
 
     HEALTHCHECK CMD ["python3", "/opt/imagenet-express/docker/healthcheck.py"]
-    livenessProbe: {exec: {command: [python3, /opt/imagenet-express/docker/healthcheck.py, --begin, "1800"]}}
+    livenessProbe: {exec: {command: [python3, /opt/imagenet-express/docker/healthcheck.py, --begin, "1800"]},
+                    periodSeconds: 30, timeoutSeconds: 10}
 
 Each rank writes heartbeat/rank-NNNNN.json into the run folder at least every ten seconds, also while it saves; the
 latest one of this host counts. If one rank hangs while others run, the watchdog ends the run.

@@ -128,7 +128,8 @@ class Agreement:
     """
 
     def __init__(self, accelerator: Accelerator, timeout: datetime.timedelta) -> None:
-        several, self.first = accelerator.num_processes > 1, accelerator.is_main_process
+        self.first = accelerator.is_main_process
+        several = accelerator.num_processes > 1
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
 
     def largest(self, *values: int) -> list[int]:

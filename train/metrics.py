@@ -89,7 +89,7 @@ class Record:
 
     def __init__(self, config: Config, accelerator: Accelerator, *, resumed_at: tuple[int, int]) -> None:
         """resumed_at: (step, epoch); records of later steps and epochs are deleted."""
-        self.run, ids = Path(config.run.dir), config.run.record_ids
+        self.run = Path(config.run.dir)
         self.accelerator, self.log = accelerator, accelerator.on_main_process(print)
         # TensorBoard's events are in the run folder, beside the configuration; other trackers receive it.
         alone = config.run.trackers == ("tensorboard",)
@@ -104,7 +104,7 @@ class Record:
                 _trim(path, *resumed_at)
             self._metrics = open(self.run / METRICS, "a")  # noqa: SIM115 (until close)
         self.accelerator.wait_for_everyone()
-        if ids:
+        if config.run.record_ids:
             (self.run / IDS).mkdir(exist_ok=True)
             path = self.run / IDS / f"rank-{self.accelerator.process_index:05d}.jsonl"
             self._ids = open(path, "a")  # noqa: SIM115 (until close)

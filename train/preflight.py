@@ -195,12 +195,15 @@ def name_interface() -> None:
     """Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if unset, to the interface that leads to rank 0's host.
 
     Only for several hosts. By default, gloo uses the interface of the host's own name, often the loopback, and NCCL the
-    first one it finds, which other hosts may not reach. If only gloo's is set, NCCL gets the same interface.
+    first one it finds, which other hosts may not reach. If only gloo's is set, NCCL gets the same interface. Debian
+    gives a host's own name the address 127.0.1.1, so rank 0's host takes the interface of its default route.
     """
     if not _several_hosts():
         return
-    if name := os.environ.get("GLOO_SOCKET_IFNAME") or interface_to(
-        os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1)
+    if name := (
+        os.environ.get("GLOO_SOCKET_IFNAME")
+        or interface_to(os.environ["MASTER_ADDR"], launched("MASTER_PORT", 1))
+        or interface_to("192.0.2.1", 1)  # no host has this address (RFC 5737)
     ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         # "=": NCCL takes a plain name for a prefix, and eth1 for eth10 too.

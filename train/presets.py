@@ -85,11 +85,12 @@ def caffe() -> Config:
     python train/run.py caffe --data.shards /data/shards
     Expected top-1 / top-5 on ILSVRC-2012, centre crop: 57.1 / 80.2 % (BVLC's model zoo); by us: not measured.
     Hours: not measured.
-    450,000 steps of 256 are 90 epochs. BVLC squeezed images to squares of 256; here the short side is 256.
+    450,000 steps of 256 are 90 epochs. BVLC squeezed images to squares of 256, and subtracted the mean image at the
+    crop's own place; here the short side is 256, and each crop gets the mean image's centre.
     """
     return Config(
         train=TrainConfig(epochs=90, batch=256),
-        optim=OptimConfig(**PAPER, schedule="step", milestones=(20, 40, 60, 80)),
+        optim=OptimConfig(name="velocity", **PAPER, schedule="step", milestones=(20, 40, 60, 80)),
         model=ModelConfig(name="caffe"),
         augment=AugmentConfig(crop=227, normalize="mean-image"),
     )

@@ -25,6 +25,11 @@ find_programs() {
   PYTHON+=("$EXPRESS_PYTHON")
 }
 
+# NODE: its address. Slurm's names of nodes need not resolve everywhere; the address is what Slurm itself uses.
+address_of() {
+  scontrol show node -o "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+
 # [OPTIONS] COMMAND…: one task per node. If one fails, the others have time to save and to end by themselves.
 on_each_node() {
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 "$@"

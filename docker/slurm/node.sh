@@ -28,6 +28,9 @@ launch=(--num_processes "$ranks" --num_machines "$SLURM_JOB_NUM_NODES" --machine
 if ((SLURM_JOB_NUM_NODES > 1)); then
   # Names the host to torchrun, since the node's own name and address need not agree with Slurm's.
   is_host=$((SLURM_NODEID == 0))
+  # By this address the ranks find rank 0; by default torchrun takes the node's own name, often the loopback's.
+  PET_LOCAL_ADDR=$(address_of "$SLURMD_NODENAME")
+  export PET_LOCAL_ADDR
   launch+=(--main_process_ip "$MAIN_ADDRESS" --rdzv_backend c10d --rdzv_conf "is_host=$is_host,read_timeout=180")
 fi
 exec "${PYTHON[@]}" -m accelerate.commands.launch "${launch[@]}" "$EXPRESS_PROGRAMS/train/run.py" "$@"

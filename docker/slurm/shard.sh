@@ -33,6 +33,11 @@ reject_nonsense() {
   [[ ${MAKE[0]} != index ]] || fail "$USAGE" "index reads tars that exist already, and has no slices; run it as one job"
   [[ " ${MAKE[*]} " == *" --out"[\ =]* ]] || fail "$USAGE" "--out is missing; $usage"
   local word
+  for word in "${SBATCH[@]}"; do
+    case ${word%%=*} in
+      -a* | --array) fail "$USAGE" "$word: shard.sh makes the array itself, by -n; leave it out" ;;
+    esac
+  done
   for word in "${MAKE[@]}"; do
     case ${word%%=*} in
       --shards | --merge | --dry-run) fail "$USAGE" "$word: shard.sh makes slices and merge itself; leave it out" ;;
@@ -43,13 +48,14 @@ reject_nonsense() {
 
 submit() {
   export EXPRESS_ROOT=${EXPRESS_ROOT:-$(dirname "$(dirname "$HERE")")}
-  local common=(--parsable --job-name=shard "${SBATCH[@]}") slices merge
-  slices=$(sbatch "${common[@]}" --array="0-$((SLICES - 1))" --output=shard-%A_%a.out \
+  local slices merge
+  # The user's options come last: they count.
+  slices=$(sbatch --parsable --job-name=shard --output=shard-%A_%a.out "${SBATCH[@]}" --array="0-$((SLICES - 1))" \
     "$HERE/shard.sbatch" "$SLICES" "${MAKE[@]}")
   slices=${slices%%;*} # a federation's cluster follows the number
   # If a slice fails, the merge is cancelled: otherwise it would wait in the queue for ever.
-  merge=$(sbatch "${common[@]}" --dependency="afterok:$slices" --kill-on-invalid-dep=yes --output=shard-%j-merge.out \
-    "$HERE/shard.sbatch" merge "${MAKE[@]}")
+  merge=$(sbatch --parsable --job-name=shard --output=shard-%j-merge.out "${SBATCH[@]}" \
+    --dependency="afterok:$slices" --kill-on-invalid-dep=yes "$HERE/shard.sbatch" merge "${MAKE[@]}")
   echo "slices $slices (0 to $((SLICES - 1))), merge ${merge%%;*}"
 }
 

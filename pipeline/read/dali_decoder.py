@@ -27,9 +27,9 @@ class Decoder:
     def options(self) -> dict[str, Any]:
         """Arguments of all decoding operators."""
         _, types, _ = load_dali()
-        on_gpu = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
         return {
-            **({"device": "cpu"} if self.device is None else on_gpu),
+            "device": "cpu" if self.device is None else "mixed",
+            "hw_decoder_load": self.hw_decoder_load,  # for mixed
             "output_type": types.RGB,
             "adjust_orientation": False,  # ImageNet is used without EXIF rotation everywhere
             "jpeg_fancy_upsampling": True,  # as in libjpeg and Pillow: equal pixels on the CPU, at no measurable cost

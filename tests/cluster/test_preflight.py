@@ -78,6 +78,17 @@ def test_the_interface_of_an_address_is_found_and_the_loopback_is_none():
     assert preflight.interface_to("no.such.host.invalid", 1) is None
 
 
+def test_a_host_that_knows_itself_as_the_loopback_takes_the_default_routes_interface(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "debian"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(preflight, "interface_to", lambda host, port: None if host == "debian" else "eth0")
+    preflight.name_interface()
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth0", "=eth0")
+
+
 @pytest.mark.parametrize(
     ("world", "found", "given", "gloo", "nccl"),
     [

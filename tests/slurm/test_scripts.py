@@ -79,6 +79,7 @@ def test_more_slices_than_shards_leave_some_without_work(tmp_path):
         (["-n", "4", "--", "digits"], "--out is missing"),
         (["-n", "4", "--", "digits", "--out", "x", "--shards", "0:4"], "--shards: shard.sh makes slices"),
         (["-n", "4", "--", "digits", "--out", "x", "--merge"], "--merge: shard.sh makes slices"),
+        (["-n", "4", "-a0-3%2", "--", "digits", "--out", "x"], "-a0-3%2: shard.sh makes the array itself"),
         (["-n", "4", "--", "index", "*.tar", "--out", "x"], "index reads tars that exist"),
     ],
 )
@@ -86,6 +87,19 @@ def test_shard_sh_rejects_what_it_cannot_submit(flags, says):
     done = bash(SCRIPTS / "shard.sh", *flags)
     assert done.returncode == 2
     assert says in one_error(done)
+
+
+def test_the_users_options_count_in_both_jobs_of_shard_sh(tmp_path):
+    stub = tmp_path / "sbatch"
+    stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\necho 7\n')
+    stub.chmod(0o755)
+    options = ["--output=logs/%j", "--dependency", "afterok:1", "--", "digits", "--out", "x"]
+    done = bash(SCRIPTS / "shard.sh", "-n", 4, *options, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout == "slices 7 (0 to 3), merge 7\n"
+    for call, dependency in zip((tmp_path / "calls").read_text().splitlines(), ("afterok:1", "afterok:7"), strict=True):
+        words = call.replace("=", " ").split()
+        last = {name: words[len(words) - words[::-1].index(name)] for name in ("--output", "--dependency")}
+        assert last == {"--output": "logs/%j", "--dependency": dependency}  # sbatch takes the last of each
 
 
 # Whether a job is requeued
