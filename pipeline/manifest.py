@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, reading
 from .files import Json, json_bytes
 from .manifest_values import bounds, check_types, checked_shards
 from .shards import INDEX_DTYPE, Shard, read_array, sample_keys
@@ -231,7 +231,7 @@ def open_dataset(
     given = Path(root)
     place, root = remote or given, given.absolute()  # the process may change its folder
     text, path = bytes(remote.get(NAME)) if remote else _local_manifest(given), place / NAME
-    try:
+    with reading(f"{path}:", f"it is no manifest of {FORMAT}; shard the data again"):
         manifest = json.loads(text.decode())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise DataError(
@@ -248,8 +248,6 @@ def open_dataset(
             )
             for name, split in manifest["splits"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise DataError(f"{path}: not a manifest of {FORMAT} ({err}); shard the data again") from err
     for split in splits.values() if check_splits else ():
         for name, fault in split.faults():
             raise DataError(f"{place / name}: {fault}")

@@ -194,6 +194,8 @@ class RemoteFolder:
             if not path.is_file() or file_sha256(path) != sha256:
                 with atomic_write(path) as file:
                     file.write(self.get(name, stop=stop))
+                if file_sha256(path) != sha256:
+                    raise DataError(f"{self / name}: its bytes are not those in the manifest (sha256); upload it again")
         return path
 
 
@@ -217,9 +219,9 @@ def _why(err: Exception) -> tuple[str, float]:
     if isinstance(err, obstore.exceptions.NotSupportedError):
         return "the server ignores Range; use another server, or copy the shards", 0.0
     if "builder error" in text:
-        return f"the server's URL is not encrypted; use https://, or {ALLOW}", 0.0
+        return f"the server's URL, or where it redirects to, is not encrypted; use https://, or {ALLOW}", 0.0
     if "configured region" in text:
-        return "the bucket is in another region; set AWS_REGION", 0.0
+        return "the bucket is in another region (set AWS_REGION), or the server redirects to no address", 0.0
     if found := re.search(r"status code: (\d{3})[A-Za-z -]*", text):
         status = int(found[1])
         if status in (401, 403):
@@ -227,5 +229,5 @@ def _why(err: Exception) -> tuple[str, float]:
         return found[0], 0.0 if 400 <= status < 500 and status not in RETRIED else PATIENCE
     kind = re.search(r"kind: (Connect|Timeout|Interrupted|Request|Decode)", text)
     return {"Connect": "no connection", "Timeout": "timed out"}.get(
-        kind[1] if kind else "", "the connection broke"
+        kind[1] if kind else "", "the connection broke, or the answer is no valid one"
     ), PATIENCE

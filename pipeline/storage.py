@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,24 +27,26 @@ def is_url(place: object) -> bool:
 def absolute(place: str) -> str:
     """Returns a folder's absolute path, or a URL unchanged; file:// becomes a path."""
     if place.startswith("file://"):
-        place = unquote(urlsplit(place).path)
+        place = unquote(place.removeprefix("file://"))
     return place if is_url(place) else os.path.abspath(place)
 
 
 def check_url(url: str, *, allow_http: bool) -> None:
     """Raises ConfigError for a URL that cannot be read or contains credentials, which the message omits."""
+    scheme = url.partition(":")[0]
+    plain = re.sub(r"//([^/@:]*:(?!\d+/).*|[^/]*)@", "//", url)  # a password may contain slashes and brackets
     try:
-        parts = urlsplit(url)
-    except ValueError:  # a bracket in the host
-        parts = urlsplit(url.partition("[")[0])
-    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-    if parts.scheme not in SCHEMES:
+        parts = urlsplit(plain)
+    except ValueError as err:  # a bracket in the host
+        raise ConfigError(f"{plain}: names no bucket or server; write {scheme}://NAME/FOLDER") from err
+    shown = f"{scheme}://{parts.netloc}{parts.path}"
+    if scheme not in SCHEMES:
         raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")
-    if parts.username or parts.password or parts.query or parts.fragment or ".." in parts.path.split("/"):
+    if plain != url or parts.query or parts.fragment or ".." in parts.path.split("/"):
         raise ConfigError(f"{shown}: leave user, password, ?, # and .. out; credentials come from the environment")
     if not parts.hostname:
-        raise ConfigError(f"{shown}: names no bucket or server; write {parts.scheme}://NAME/FOLDER")
-    if parts.scheme == "http" and not allow_http:
+        raise ConfigError(f"{shown}: names no bucket or server; write {scheme}://NAME/FOLDER")
+    if scheme == "http" and not allow_http:
         raise ConfigError(f"{shown}: is not encrypted; use https://, or {ALLOW}")
 
 

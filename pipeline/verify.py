@@ -139,7 +139,7 @@ def _summary(split: Split) -> SplitReport:
 def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> list[Finding]:
     shard, rows = split.shards[number], split.rows(number)
     path = split.root / shard.name
-    faults: list[Fault] = []
+    faults = []
     if not path.is_file():
         return []  # see Split.faults
     if file_sha256(path) != shard.sha256:

@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def model_options(self) -> None:
         """Adds the options of every tool with a MODEL argument."""
+        self.add_argument("--data.allow-http", dest="allow_http", action="store_true", help="shards also at http://")
         self.option("checkpoint", "best", "of a run (%(default)s)", choices=("best", "latest"))
         self.flag("raw", "the weights themselves, even if their average was kept")
         self.option("preset", "", "what weights without a model card are of", metavar="NAME")

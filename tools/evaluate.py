@@ -36,7 +36,6 @@ def parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.path("models", "MODEL", "run, checkpoint, .safetensors, .pth or .onnx", nargs="+")
     p.add_argument("--data.shards", dest="shards", required=True, metavar="DIR", help="what to measure on")
-    p.add_argument("--data.allow-http", dest="allow_http", action="store_true", help="also from a URL of http://")
     p.option("data.split", "val", "(%(default)s)", dest="split", metavar="NAME")
     p.option("views", 1, "centre, or ten as the paper (%(default)s)", choices=(1, 10))
     p.option("batch", 256, "images at once, over all ranks (%(default)s)", metavar="N")

@@ -147,7 +147,7 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
     from pipeline.storage import is_url
 
     if args.images:
-        viewer = predict.make_viewer(model, views=1, shards=args.shards)
+        viewer = predict.make_viewer(model, args, views=1)
         return torch.from_numpy(
             np.concatenate(
                 [viewer(predict.decoded(file)) for file in predict.image_files([str(args.images)])[:COMPARED]]
@@ -157,7 +157,7 @@ def real_images(model: Any, args: argparse.Namespace) -> Any:
     if not (shards and (is_url(shards) or Path(shards).is_dir())):
         where = f"its shards {shards} are not here" if shards else "it does not record its shards"
         raise ConfigError(f"{model.source}: {where}; name images to compare by --data.shards or --images")
-    dataset = open_dataset(shards, check_splits=False)
+    dataset = open_dataset(shards, check_splits=False, allow_http=args.allow_http)
     split = "val" if "val" in dataset.splits else next(iter(dataset.splits))
     with Loader(
         dataset,

@@ -44,7 +44,7 @@ def main() -> None:
     import torch
 
     model = cli.open_model(args.model, args)
-    viewer = make_viewer(model, views=args.views, shards=args.shards)
+    viewer = make_viewer(model, args, views=args.views)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.net.to(device)
     answers, pictures = [], []
@@ -120,12 +120,12 @@ def decoded(name: str) -> Any:
         raise DataError(f"{name}: {err.strerror or err}") from err
 
 
-def make_viewer(model: Any, *, views: int, shards: str) -> Any:
-    """Returns a function from decoded pixels to the net's input."""
+def make_viewer(model: Any, args: Any, *, views: int) -> Any:
+    """Returns a function from decoded pixels to the net's input. args: the options that name the shards."""
     from pipeline.manifest import open_dataset
     from pipeline.read.portable import Viewer
 
-    dataset = open_dataset(shards, check_splits=False) if shards else None
+    dataset = open_dataset(args.shards, check_splits=False, allow_http=args.allow_http) if args.shards else None
     return Viewer(dataclasses.replace(model.card.augment, views=views), model.statistics(dataset))
 
 

@@ -24,6 +24,7 @@ from pipeline.files import Json, read_object, write_json
 from pipeline.settings import updated
 from pipeline.storage import absolute
 from tools import cli
+from train.run_folder import EXIT, RunFolder, read_config, read_metrics
 
 SHOWN = 5  # samples
 CLOSE = 1e-3  # of a loss, between numbers of ranks
@@ -46,7 +47,6 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     from train.build import build_trainer
     from train.checkpoint import Checkpoints
     from train.config import Config
-    from train.run_folder import RunFolder, read_config
     from train.signals import Stop
 
     described = read_config(args.run, "config", "ranks", "shards")
@@ -62,7 +62,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
     if args.step > run.total_steps:
         raise ConfigError(f"STEP {args.step}: the run has {run.total_steps} steps")
     begun = run.state.step
-    found = measured(run, args.step)
+    found = measured(run, args.step, args.run)
     same = True
     if run.accelerator.is_main_process:
         epoch, within = divmod(args.step - 1, run.steps_per_epoch)
@@ -80,11 +80,19 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
         sys.exit(CHECK_FAILED)
 
 
-def measured(run: Any, step: int) -> Json:
-    """Trains up to `step`, counted from 1, and returns its numbers in place of an update; all ranks together."""
+def measured(run: Any, step: int, folder: Path) -> Json:
+    """Trains up to `step`, counted from 1, and returns its numbers in place of an update; all ranks together.
+
+    folder: of the recorded run, whose evaluations may have lowered the rate.
+    """
     import torch
 
+    state, top1 = run.state, {line["epoch"]: line["top1"] for line in read_metrics(folder)["val"]}
     while True:
+        while state.epoch < run.loader.state_dict()["epoch"]:
+            state.epoch += 1
+            if state.epoch in top1:
+                state.plateau.see(top1[state.epoch], run.optim)
         run.enter_epoch()
         for batch in run.loader:  # an epoch
             if run.state.step + 1 < step:
@@ -120,8 +128,6 @@ def report(found: Json, recorded: float | None, names: list[str], *, same_ranks:
 
 def recorded_loss(folder: Path, step: int) -> float | None:
     """The step's own loss: for a step that ended the run or was skipped, or if the previous step is recorded too."""
-    from train.run_folder import EXIT, read_metrics
-
     try:
         ended = read_object(folder / EXIT)
         if "ids" in ended and ended.get("step") == step:

@@ -166,7 +166,7 @@ def main() -> None:
 def show(run: Path, lines: dict[str, list[Json]]) -> None:
     """Draws the curves and prints where everything is."""
     kept, evaluated = run / "checkpoints" / "best", [*lines["val"], *lines["val of average"]]
-    name = kept.read_text().strip() if kept.is_file() else ""
+    name = kept.read_text(errors="replace").strip() if kept.is_file() else ""
     saved = [line for line in evaluated if name == f"step-{line['step']:08d}"]
     best = max(saved or evaluated, key=lambda line: line["top1"], default=None)
     draw_curves(lines, best, run.resolve() / "curves.png")

@@ -180,7 +180,7 @@ def find(path: Path, which: str = BEST) -> tuple[Path, Saved]:
         raise DataError(f"{path}: neither a run nor a checkpoint: it has no checkpoints/ and no {RECORD}")
     named = checkpoints.folder / which
     if named.is_file():
-        return path, load(checkpoints.folder / named.read_text().strip())
+        return path, load(checkpoints.folder / named.read_text(errors="replace").strip())
     saved, damaged = checkpoints.newest()  # a run that was not evaluated yet has no best
     if saved is None:
         raise DataError(damaged[-1] if damaged else f"{path}: has no checkpoint yet; train on, or name another run")
@@ -217,8 +217,8 @@ def write_tensors(path: Path, tensors: Weights, metadata: dict[str, str] | None 
 
 def load(path: Path) -> Saved:
     """The checkpoint as it was saved. Raises DataError if it does not verify."""
-    files = verified(path)
-    with reading(f"{path}:", RESUME_ANOTHER, SafetensorError):
+    with reading(f"{path}:", RESUME_ANOTHER, SafetensorError, OSError):
+        files = verified(path)
         state = json.loads(files[STATE])
         for name, kind in KINDS.items():
             if not isinstance(state[name], kind):
@@ -233,7 +233,8 @@ def load(path: Path) -> Saved:
 
 
 def verified(path: Path) -> dict[str, bytes]:
-    """Returns {file name: bytes} of a checkpoint. Raises DataError if a file's sha256 is not the recorded one."""
+    """Returns {file name: bytes} of a checkpoint. Raises DataError if a file's sha256 is not the recorded one, OSError,
+    and what a record of an unexpected form causes."""
     if not path.is_dir():
         raise DataError(f"{path}: no such checkpoint; name a folder checkpoints/step-NNNNNNNN")
     try:
@@ -244,8 +245,6 @@ def verified(path: Path) -> dict[str, bytes]:
         raise DataError(f"{path}: {RECORD} does not list {err.args[0]}; {RESUME_ANOTHER}") from err
     except FileNotFoundError as err:
         raise DataError(f"{path}: {Path(err.filename).name} is missing; {RESUME_ANOTHER}") from err
-    except (OSError, ValueError, TypeError, AttributeError) as err:
-        raise DataError(f"{path}: not a whole checkpoint ({err}); {RESUME_ANOTHER}") from err
     if damaged:
         raise DataError(f"{path}: {damaged[0]} is damaged; {RESUME_ANOTHER}")
     return files

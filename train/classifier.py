@@ -129,11 +129,11 @@ def _validated(run: Path, config: Config, weights: Json, recipe: Json) -> list[J
     """Returns the accuracy that training recorded for these weights, as a row of the card."""
     try:
         lines = read_metrics(run)["val of average" if weights["averaged"] else "val"]
-    except DataError:
+        how = {"split": config.data.val_split, "views": config.augment.views, "command": recipe.get("command", "")}
+        found = [line for line in lines if line.get("step") == weights["step"]]
+        return [{**how, **{name: line[name] for name in NAMES}} for line in found[-1:]]
+    except (DataError, KeyError):
         return []
-    how = {"split": config.data.val_split, "views": config.augment.views, "command": recipe.get("command", "")}
-    found = [line for line in lines if line.get("step") == weights["step"]]
-    return [{**how, **{name: line[name] for name in NAMES}} for line in found[-1:]]
 
 
 # Weights

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args
 import tyro
 
 from model import ModelConfig
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, reading
 from pipeline.files import Json
 from pipeline.settings import IN_HELP, declared, did_you_mean, flatten, marked, updated
 from pipeline.storage import absolute, check_url, is_url
@@ -145,13 +145,9 @@ def _short_help(preset: str, config: Config) -> str:
 
 def _read_config(file: Path, base: Config) -> Config:
     """`base` with the values of a JSON file: of --print, or a run folder's config.json."""
-    try:
+    with reading(f"--config {file}:", "name a JSON file, as PRESET --print writes it", OSError):
         # UTF-8 or UTF-16, with or without a byte order mark
         values = json.loads(file.read_bytes(), object_pairs_hook=_distinct)
-    except FileNotFoundError as err:
-        raise DataError(f"--config {file}: no such file") from err
-    except (OSError, ValueError, RecursionError) as err:
-        raise DataError(f"--config {file}: cannot be read as JSON ({err})") from err
     if not isinstance(values, dict):
         raise DataError(f"--config {file}: holds no object of fields")
     if isinstance(values.get("config"), dict):

@@ -121,7 +121,7 @@ def predict(
     Probabilities are means over all nets and views, as in Krizhevsky et al. 2012. progress: called with image counts.
     Raises DataError if more samples are bad, over all ranks, than a loader's limit.
     """
-    rows: list[Predictions] = []
+    rows = []
     for loader in nets:
         loader.bad.together = accelerator.num_processes > 1
     for batches in map(in_common, zip(*nets, strict=True)):

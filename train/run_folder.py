@@ -113,7 +113,7 @@ def read_metrics(run: Path) -> dict[str, list[Json]]:
             line = json.loads(text)
             lines[line["kind"]].append(line)
     except OSError as err:
-        raise DataError(f"{path}: no such file; name the folder of a run, such as runs/demo") from err
+        raise DataError(f"{path}: {err.strerror}; name the folder of a run, such as runs/demo") from err
     except (ValueError, KeyError, TypeError) as err:
         raise DataError(
             f"{path}:{number}: not a record of a run; resume the run, which repairs the file, or remove the line"

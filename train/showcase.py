@@ -111,8 +111,9 @@ def in_every_epoch(loader: Loader) -> np.ndarray:
     third, second, first = (
         np.concatenate([loader.ids(epoch, step) for step in range(len(loader))]) for epoch in reversed(range(EPOCHS))
     )
-    fitting = CROP_BYTES // (EPOCHS * 4 * loader.augment.crop**2)  # at the worst: 4 bytes in base64 for 3 of pixels
-    return np.asarray(first[np.isin(first, second) & np.isin(first, third)][: min(IMAGES, fitting)])
+    # At the worst, 4 bytes in base64 for 3 of pixels
+    most = min(IMAGES, CROP_BYTES // (EPOCHS * 4 * loader.augment.crop**2))
+    return np.asarray(first[np.isin(first, second) & np.isin(first, third)][:most])
 
 
 def as_pixels(image: Tensor, loader: Loader) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from ..errors import ConfigError
 from ..manifest import FETCH_MEMORY, Dataset, open_dataset
 from ..settings import Bounds, Fraction, InHelp, NonNegative, NonNegativeFloat, PerHost, Positive, validate
-from ..storage import Copies
+from ..storage import Copies, is_url
 
 if TYPE_CHECKING:  # a configuration needs no torch, which takes seconds to import
     import torch
@@ -50,6 +50,10 @@ class DataConfig:
         validate(self)
         if self.cache and self.stage:
             raise ConfigError("data.cache and data.stage: name one of them")
+        if is_url(self.cache + self.stage):
+            raise ConfigError(
+                f"{self.cache}{self.stage}: data.cache and data.stage are folders of this machine, not URLs"
+            )
         if self.cache_size and not self.cache:
             raise ConfigError("data.cache_size: name the folder of the copies too, by data.cache")
 

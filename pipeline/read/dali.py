@@ -6,6 +6,7 @@ It draws no random numbers, does not shuffle and reads no file: bytes and crops 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..decode import BadImage, decode, open_image
 from .backend import Engine, Held, Setup, Work, check_raw_sizes, undecodable
 from .cutter import Cut, pixels_under
 from .dali_decoder import ANY_JPEG, Decoder, load_dali
-from .fetch import HEIGHT, WIDTH, all_end, not_plain_jpegs
+from .fetch import HEIGHT, WIDTH, not_plain_jpegs
 
 CUT_A_TASK = 64  # images per cutting task: a task costs 15 µs
 
@@ -175,9 +176,8 @@ class Dali(Engine):
             check_raw_sizes(work, 0, len(work.ids), self._reader)
             odd, rows = [], (work.rows[:, [WIDTH, HEIGHT]] == work.rows[0, [WIDTH, HEIGHT]]).all()
         else:
-            stored = work.read.buffer, work.read.at, work.read.rows
-            odd = np.flatnonzero(not_plain_jpegs(*stored)).tolist()
-            rows = not odd and all_end(*stored)  # zeros after a truncated image would hide the damage
+            odd = np.flatnonzero(not_plain_jpegs(work.read.buffer, work.read.at, work.read.rows)).tolist()
+            rows = not odd
         if rows and work.read.room and not self._cutter and self.graph.output.views == 1:
             return []
         images = work.read.images()
@@ -248,11 +248,13 @@ def _acceptable(image: memoryview, size: tuple[int, int]) -> memoryview:
     """Returns the image itself if DALI decodes its format to the reference pixels (a test compares them), else a PPM.
 
     DALI rounds 16 bits to 8 (we truncate), rejects some WebP with metadata, and decodes TIFF, JPEG 2000 and CMYK
-    differently or not at all.
+    differently or not at all. A PNG whose chunks are damaged ends the process, see Dali._acceptable.
     """
     opened = open_image(image)
-    deep = opened.format == "PNG" and image[24] > 8  # bits a channel
-    plain = opened.format == "PNG" or (opened.format == "WEBP" and bytes(image[12:16]) != b"VP8X")
-    if plain and not deep and opened.size == size:
-        return image
+    png = opened.format == "PNG" and image[24] <= 8  # bits a channel
+    webp = opened.format == "WEBP" and bytes(image[12:16]) != b"VP8X"
+    with suppress(Exception):  # the parsers of both raise many kinds
+        if (png or webp) and opened.size == size:
+            opened.verify()
+            return image
     return memoryview(b"P6 %d %d 255\n" % size + decode(image, size=size).tobytes())

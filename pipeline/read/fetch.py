@@ -127,17 +127,11 @@ def fetch_images(
 
 @compiled
 def not_plain_jpegs(buffer: ndarray, at: ndarray, rows: ndarray) -> ndarray:
-    """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height."""
+    """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height and end as such."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):
         odd[i] = headers_of_size(buffer[at[i] : at[i] + rows[i, SIZE]], rows[i, WIDTH], rows[i, HEIGHT])[0] == 0
     return odd
-
-
-def all_end(buffer: ndarray, at: ndarray, rows: ndarray) -> bool:
-    """Whether each image ends with the last marker of a JPEG."""
-    ends = at + rows[:, SIZE]
-    return bool((buffer[ends[:, None] - [2, 1]] == [0xFF, 0xD9]).all())
 
 
 @compiled

@@ -35,9 +35,7 @@ def index_tar(path: Path, name: str, *, statistics_images: int, size: int) -> tu
 
     Raises DataError if it is damaged, or holds members but no samples.
     """
-    rows: dict[Member, tuple[int, ...]] = {}
-    bad: dict[Member, BadImage] = {}
-    passed_over = PassedOver()
+    rows, bad, passed_over = {}, {}, PassedOver()
     for member, label in samples(path, _label):
         if label is None:
             file = os.path.basename(member.name)

@@ -56,11 +56,15 @@ def _connected(address: str, workers: int) -> Any:
         import ray
     except ImportError as err:
         raise ConfigError("--executor ray: Ray is missing; pip install '.[ray]'") from err
-    local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
         if host := re.fullmatch(r"(.+):(\d+)", address):
             socket.create_connection((host[1], int(host[2])), CONNECT_SECONDS).close()  # Ray itself tries for minutes
-        ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **local)
+        ray.init(
+            address or "local",
+            logging_level="ERROR",
+            log_to_driver=False,
+            **({} if address else {"num_cpus": workers, "include_dashboard": False}),
+        )
     except (OSError, ValueError, RuntimeError) as err:
         raise ConfigError(f"--ray-address {address}: no cluster ({err}); start one with `ray start --head`") from err
     return ray

@@ -326,6 +326,19 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits,
     assert "no run folder" in the_error(quiet(replay, tmp_path / "nowhere", 3))
 
 
+def test_replay_lowers_the_rate_where_the_runs_evaluations_did(few_digits, tmp_path):
+    plateau = ["--optim.schedule", "plateau", "--optim.plateau-patience", 1, "--optim.lr", 1e-5, "--optim.factor", 0.01]
+    folder = tmp_path / "run"
+    done = quiet(SCRIPT, *two(few_digits), *plateau, "--train.epochs", 4, "--run.dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert len({line["lr"] for line in lines(folder, "train") if line["step"] < 3 * STEPS}) > 1
+    shutil.rmtree(folder / "checkpoints")  # so that it passes all of the run's evaluations
+    again = quiet(ROOT / "tools" / "replay.py", folder, 4 * STEPS - 1)
+    assert again.returncode == 0, again.stdout
+    assert "after step 0" in again.stdout
+    assert ": equal)" in again.stdout
+
+
 # An initialisation that does not amplify rounding: see tests/train/test_run.py
 CALM = ["--optim.lr", 0.003, "--model.dropout", 0.5]
 

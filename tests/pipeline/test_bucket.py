@@ -211,7 +211,7 @@ def test_of_two_plans_the_first_keeps_the_other_out(box):
     ("options", "code", "message"),
     [
         (["digits", "--out", "s3://", "--dry-run"], 2, "s3://: names no bucket or server; write s3://NAME/FOLDER"),
-        (["digits", "--out", "s3://[x"], 2, "s3://: names no bucket or server"),
+        (["digits", "--out", "s3://[x"], 2, "s3://[x: names no bucket or server"),
         (
             ["digits", "--out", f"https://me:{CANARY}@host/x"],
             2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import subprocess
 import sys
@@ -11,13 +10,15 @@ import numpy as np
 import pytest
 
 from pipeline import AugmentConfig, Loader, LoaderConfig, manifest
+from pipeline.decode import decode
 from pipeline.errors import BadSample, ConfigError
 from pipeline.read import buffers, dali_decoder
-from pipeline.read.dali import Dali
+from pipeline.read.dali import Dali, _acceptable
 from pipeline.read.dali_decoder import Decoder
 from pipeline.shards import Sample, write_array, write_shard
 from pipeline.storage import Folder
 from tests.conftest import ROOT, picture
+from tests.pipeline.test_parity import encode
 
 VIEW = AugmentConfig(resize=32, crop=24)
 
@@ -108,22 +109,25 @@ def test_torchvisions_copy_of_nvjpeg_is_seen_when_it_is_the_one_that_dali_uses(s
 
 
 def jpeg(side: int = 32) -> bytes:
-    out = io.BytesIO()
-    picture(np.random.default_rng(0), side, side).save(out, "JPEG", quality=90)
-    return out.getvalue()
+    return encode(picture(np.random.default_rng(0), side, side), "JPEG", quality=90)
+
+
+PNG = encode(picture(np.random.default_rng(0), 32, 32), "PNG")
 
 
 POISON = {
     "truncated": lambda: jpeg()[: len(jpeg()) * 2 // 3],
     "bad header": lambda: jpeg()[:20] + b"\xff" * 40 + jpeg()[60:],
+    "half of a PNG": lambda: PNG[: len(PNG) // 2],
     "text": lambda: b"<html>not found</html>" * 40,
 }
 
 
-def poisoned(root, poison: bytes, *, count: int, at: int):
-    images = [jpeg()] * count
+def poisoned(root, poison: bytes, *, count: int, at: int, side: int = 32):
+    images = [jpeg(side)] * count
     images[at] = poison
-    shard, rows = write_shard(Folder(root), "x.tar", (Sample(f"s{i}", im, 0, 32, 32) for i, im in enumerate(images)))
+    samples = (Sample(f"s{i}", image, 0, side, side) for i, image in enumerate(images))
+    shard, rows = write_shard(Folder(root), "x.tar", samples)
     split = manifest.split_record([shard], "x.npy", write_array(Folder(root), "x.npy", rows))
     statistics = {"mean": [0, 0, 0], "std": [1, 1, 1]}
     manifest.write_manifest(Folder(root), {"classes": ["c"], "splits": {"train": split}, "statistics": statistics})
@@ -154,6 +158,14 @@ def test_the_image_that_a_batch_of_1024_fails_by_is_named_by_two_pipelines(tmp_p
             next(iter(loader))
         assert caught.value.sample == at
     assert len(built) in (0, 2)  # none for an image that Pillow rejects
+
+
+def test_dali_gets_a_png_only_with_all_its_chunks():
+    """In a batch of 64 and more, DALI 2.4.0 may end the process by SIGSEGV for one without its last chunk."""
+    given = _acceptable(memoryview(PNG), (32, 32))
+    assert given.obj is PNG
+    without_its_end = _acceptable(memoryview(PNG[:-12]), (32, 32))  # whose pixels are whole: the portable backend's too
+    assert without_its_end.tobytes() == b"P6 32 32 255\n" + decode(PNG).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from pipeline.write.build import Options, Plan, build
 from pipeline.write.images import Encoding
 from pipeline.write.sources import Digits
 from tests.conftest import ROOT, picture
+from tests.pipeline.test_dali import jpeg, poisoned
 from tests.pipeline.test_parity import dataset_of, encode
 
 VIEW = AugmentConfig(resize=16, crop=12)
@@ -235,6 +236,14 @@ def test_a_jpeg_cut_short_has_the_same_rows_and_a_damaged_one_harms_nobody(optio
         assert top.shape == (rows, 40, 3)
         exact = rows if rows == 64 else rows - 4
         assert np.array_equal(top[: max(exact, 0)], whole[: max(exact, 0)])
+
+
+@pytest.mark.parametrize("backend", ["portable", "dali-cpu"])
+def test_a_jpeg_without_its_end_is_bad_though_the_crop_needs_only_rows_above_it(backend, tmp_path):
+    view, whole = AugmentConfig(resize=64, crop=16), jpeg(64)
+    root = poisoned(tmp_path, whole[: len(whole) * 9 // 10], side=64, count=8, at=3)
+    with Loader(root, batch=8, train=False, augment=view, config=LoaderConfig(backend, max_bad_samples=1)) as loader:
+        assert next(iter(loader)).ids.tolist() == [0, 1, 2, 4, 5, 6, 7]
 
 
 WITHOUT_ZLIB_NG = """

@@ -74,7 +74,7 @@ def test_an_edited_or_foreign_manifest_is_rejected(copy):
     rejected(copy, "version 99, but this program reads imagenet-express version 1")
     for text in ("{", "[]", '{"format": 1}', "null"):
         path.write_text(text)
-        rejected(copy, "not a manifest")
+        rejected(copy, "no manifest of")
 
 
 def test_equal_content_has_an_equal_fingerprint_wherever_it_lies(copy, shards):
@@ -125,7 +125,7 @@ SHARD = ("splits", "train", "shards", 0)
         (at(*SHARD, "name", value=""), "'' names no file of the folder"),
         (at(*SHARD, "name", value="a\0b"), "names no file of the folder"),
         (at(*SHARD, "name", value="x" * 300), "names no file of the folder"),
-        (at(*SHARD, "name", value=5), "not a manifest"),
+        (at(*SHARD, "name", value=5), "no manifest of"),
         (at(*SHARD, "bytes", value=2**70), "samples in 1180591620717411303424 bytes"),
         (at(*SHARD, "samples", value=-5), "-5 samples"),
         (at(*SHARD, "samples", value="5"), "'5' samples"),
@@ -134,7 +134,7 @@ SHARD = ("splits", "train", "shards", 0)
         (at("splits", "train", "samples", value=1), "1 samples in 3 shards"),
         (at("splits", "train", "index", value="/dev/zero"), "'/dev/zero' names no file of the folder"),
         (at("splits", "train", "index", value="a/../b.npy"), "'a/../b.npy' names no file of the folder"),
-        (at("splits", value=[]), "not a manifest"),
+        (at("splits", value=[]), "no manifest of"),
         (at("classes", value=[]), "classes are not a list with one str for each class"),
         (at("classes", value=[1, 2]), "classes are not a list"),
         (at("classes", value="ab"), "classes are not a list"),
@@ -146,8 +146,8 @@ SHARD = ("splits", "train", "shards", 0)
         (at("statistics", "std", value=[1, 2, "3"]), "not three numbers"),
         (at("statistics", "covariance", value=[[1, 2, 3]]), "the covariance is not three rows"),
         (at("statistics", "mean_image", "file", value="/etc/passwd"), "'/etc/passwd' names no file of the folder"),
-        (at("statistics", "mean_image", value=7), "not a manifest"),
-        (at("options", value=[]), "not a manifest"),
+        (at("statistics", "mean_image", value=7), "no manifest of"),
+        (at("options", value=[]), "no manifest of"),
     ],
 )  # fmt: skip
 def test_a_manifest_whose_values_nobody_wrote_is_rejected_when_it_is_opened(copy, change, message):

@@ -476,11 +476,18 @@ def test_a_shard_that_is_replaced_cut_or_missing_is_named(web):
         two_epochs(opened(web))
 
 
+def test_a_wrong_index_at_a_url_is_named_by_its_url(web):
+    index = next(web.folder.glob("*train*.npy"))
+    index.write_bytes(index.read_bytes()[:-28])
+    with pytest.raises(DataError, match=f"{web.url}/{index.name}: its bytes are not those in the manifest"):
+        opened(web)
+
+
 def test_a_url_that_is_no_data_set_is_one_line(web):
     with pytest.raises(DataError, match=f"{web.url}/elsewhere/manifest.json: there is no such object"):
         open_dataset(f"{web.url}/elsewhere", allow_http=True)
     (web.folder / "manifest.json").write_text("[]")
-    with pytest.raises(DataError, match=f"{web.url}/manifest.json: not a manifest"):
+    with pytest.raises(DataError, match=f"{web.url}/manifest.json: cannot be read .* it is no manifest"):
         opened(web)
 
 
@@ -490,6 +497,10 @@ def test_a_url_that_is_no_data_set_is_one_line(web):
         ("http://example.org/x", "http://example.org/x: is not encrypted; .* --data.allow-http"),
         (f"https://me:{CANARY}@example.org/x", "https://example.org/x: leave user, password, \\?, # and .. out"),
         (f"https://example.org/x?sig={CANARY}", "https://example.org/x: leave user, password, \\?, # and .. out"),
+        (f"s3://KEY:S/{CANARY}@box/x", "s3://box/x: leave user, password"),
+        (f"https://me:p[{CANARY}@example.org:80/x", "https://example.org:80/x: leave user, password"),
+        ("https://example.org\uff0fx", "names no bucket or server; write https://NAME/FOLDER"),
+        ("HTTPS://example.org/x", "HTTPS://example.org/x: begin it with"),
         (
             "ftp://example.org/x",
             "ftp://example.org/x: begin it with s3://, gs://, az://, hf://, https://, or name a folder",

@@ -275,7 +275,7 @@ def test_an_empty_run_and_what_is_damaged_are_one_line(run, monkeypatch, capsys)
     assert (code, "no epoch was finished yet" in line) == (65, True)
     (run / "metrics.jsonl").unlink()
     code, line = run_here(report.main, monkeypatch, capsys, run)
-    assert (code, "metrics.jsonl: no such file; name the folder of a run" in line) == (65, True)
+    assert (code, "metrics.jsonl: No such file or directory; name the folder of a run" in line) == (65, True)
 
 
 def test_a_page_is_written_at_every_end_and_never_changes_the_exit_code(run, monkeypatch):
