@@ -88,7 +88,7 @@ class Split:
         """The samples' keys, in stored order, from their tar headers."""
         if self.remote:
             raise ConfigError(f"{self.remote}: the keys of samples are in the shards; copy them to this machine")
-        keys: list[str] = []
+        keys = list[str]()
         for number, shard in enumerate(self.shards):
             keys += sample_keys(self.root / shard.name, self.rows(number)["offset"].tolist())
         return keys

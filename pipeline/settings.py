@@ -56,7 +56,7 @@ BelowOne = Annotated[float, Bounds(ge=0, lt=1)]
 @cache
 def declared(config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Returns {flat name: (type, its declarations)} for all fields, including those of groups."""
-    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    found = dict[str, tuple[Any, tuple[Any, ...]]]()
     for name, hint in get_type_hints(config, include_extras=True).items():
         kind, marks = (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
         inner = declared(kind) if dataclasses.is_dataclass(kind) else {}  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def flatten(values: Any, name: str = "") -> Json:
     inside = vars(values) if dataclasses.is_dataclass(values) else values
     if not isinstance(inside, dict):
         return {name: list(inside) if isinstance(inside, tuple) else inside}
-    flat: Json = {}
+    flat = Json()
     for inner, value in inside.items():
         flat |= flatten(value, f"{name}.{inner}".lstrip("."))
     return flat
@@ -101,7 +101,7 @@ def updated(config: T, values: Json) -> T:
     """
     flat = flatten(values)
     check_removed(flat, "configuration")
-    changes: Json = {}
+    changes = Json()
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             group = f"{name}."

@@ -96,7 +96,7 @@ def _header(fd: int, at: int, start: int, end: int) -> tarfile.TarInfo | None:
 
 
 def _walk(fd: int, at: int, end: int) -> Iterator[Member]:
-    seen: set[str] = set()
+    seen = set[str]()
     start = at
     name, length = None, None  # from a header before the member's own
     while info := _header(fd, at, start, end):

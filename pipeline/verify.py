@@ -144,7 +144,7 @@ def _check_shard(dataset: Dataset, split: Split, deep: bool, number: int) -> lis
         return []  # see Split.faults
     if file_sha256(path) != shard.sha256:
         faults.append(("sha256", "its bytes are not those that were written; copy it again"))
-    inside: dict[int, Member] = {}  # by offset, up to the first damage
+    inside = dict[int, Member]()  # by offset, up to the first damage
     try:
         inside |= ((member.offset, member) for member in members(path))
     except DataError as err:

@@ -153,7 +153,7 @@ class Checkpoints:
 
     def newest(self, *, before: float = math.inf) -> tuple[Saved | None, list[str]]:
         """Returns the newest checkpoint of a step below `before` that verifies, and an error for each newer one."""
-        damaged: list[str] = []
+        damaged = list[str]()
         for path in reversed(self.all()):
             if _step(path) < before:
                 try:
@@ -257,7 +257,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Weights) -> None:
     are equal, and would silently permute the momenta of a channels-last net.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, Weights] = {}
+    state = dict[int, Weights]()
     for key, value in saved.items():
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]

@@ -161,7 +161,7 @@ def _read_config(file: Path, base: Config) -> Config:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Json:
     """Raises ValueError for a name that is given twice, of which JSON's reader would take the last."""
-    values: Json = {}
+    values = Json()
     for name, value in pairs:
         if name in values:
             raise ValueError(f"{name!r} is given twice")

@@ -28,7 +28,7 @@ def make_accelerator(config: Config) -> Accelerator:
     precision = NAMES.get(train.precision, train.precision)
     if train.precision == "tf32" and not torch.cuda.is_available():
         raise ConfigError("train.precision=tf32: needs an NVIDIA GPU; choose fp32 or bf16")
-    handlers: list[Any] = []
+    handlers = list[Any]()
     world = world_size()
     if world > 1:  # one process joins no group
         group = InitProcessGroupKwargs(

@@ -127,7 +127,7 @@ def fetch_images(
 
 @compiled
 def not_plain_jpegs(buffer: ndarray, at: ndarray, rows: ndarray) -> ndarray:
-    """(n,) bool: which images in the buffer do not begin as JPEGs of their width × height and end as such."""
+    """(n,) bool: which images in the buffer are no JPEGs of their width × height with an end."""
     odd = np.zeros(len(at), np.bool_)
     for i in range(len(at)):
         odd[i] = headers_of_size(buffer[at[i] : at[i] + rows[i, SIZE]], rows[i, WIDTH], rows[i, HEIGHT])[0] == 0

@@ -18,17 +18,15 @@ ROWS_BELOW = 4
 def headers_of_size(image: ndarray, width: int, height: int) -> tuple[int, int]:
     """See find_headers; (0, 0) for all but a tidy, Huffman-coded 8-bit JPEG of width × height, grey or RGB.
 
-    It must also end as a JPEG: a decoder of only some rows does not notice that the others are missing.
+    It must also have the marker of its end, behind which cameras store other data: a decoder of only some rows does not
+    notice that the others are missing.
     """
     frame, scan = find_headers(image)
     known = frame > 0 and image[frame + 1] <= 0xC2 and image[frame + 4] == 8 and image[frame + 9] <= 3
-    if (
-        known
-        and number(image, len(image) - 2) == 0xFFD9
-        and number(image, frame + 5) == height
-        and number(image, frame + 7) == width
-    ):
-        return frame, scan
+    if known and number(image, frame + 5) == height and number(image, frame + 7) == width:
+        for at in range(len(image) - 2, scan, -1):
+            if number(image, at) == 0xFFD9:
+                return frame, scan
     return 0, 0
 
 

@@ -42,9 +42,9 @@ def make_shard(plan: Plan, task: Task, folder: Folder) -> ShardRecord:
     """Writes the task's shard. Images that cannot be used are listed in the record's `bad`, not stored."""
     options, source, items = plan.options, plan.source, task.items
     totals = Totals.zeros(options.encoding.size) if options.stats and task.split == "train" else None
-    converted: Listed = []
-    bad: Listed = []
-    places: list[bytes] = []
+    converted = Listed()
+    bad = Listed()
+    places = list[bytes]()
 
     def samples() -> Iterator[Sample]:
         for item in items[:AHEAD]:

@@ -77,7 +77,7 @@ def make_cuts(
     remote = dataset.remote
     folder = folder_at(str(dataset.place), allow_http=bool(remote and remote.allow_http))
     workers = 1 if remote else workers  # forks could not use the connection
-    splits: dict[str, list[Json]] = {}
+    splits = dict[str, list[Json]]()
     for split in dataset.splits.values():
         make = partial(_make_file, folder, split, check_one_in=check_one_in)
         files = splits[split.name] = []

@@ -121,7 +121,7 @@ def _class_folders(folder: Path, passed_over: PassedOver) -> dict[str, Path]:
     """The folders by their names in NFC, in the order of the names as they are."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one that holds a folder for each class")
-    found: dict[str, Path] = {}
+    found = dict[str, Path]()
     for entry in sorted(_entries(folder, passed_over), key=lambda entry: entry.name):
         name = unicodedata.normalize("NFC", entry.name)
         if not _is_folder(entry):

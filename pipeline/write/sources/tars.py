@@ -80,10 +80,10 @@ def samples(
     Then yields (member, None) for all members that belong to no sample. label: converts a label's text. kinds:
     extensions of labels, by preference.
     """
-    unused: list[Member] = []
-    last: dict[str, str] = {}  # member of each key
+    unused = list[Member]()
+    last = dict[str, str]()  # member of each key
     for key, group in groupby(_keyed(path, unused), key=itemgetter(0)):
-        found: dict[str, Member] = {}
+        found = dict[str, Member]()
         for _, extension, member in group:
             if key in last:
                 raise DataError(
@@ -94,7 +94,7 @@ def samples(
                 unused.append(member)
         last[key] = member.name
         name, images, inside = label_name(found, kinds), _images(path, found), ", ".join(list(found)[:NAMED])
-        used: set[Member] = set()
+        used = set[Member]()
         if name and len(images) == 1:
             used = {*images, found[name]}
             try:
