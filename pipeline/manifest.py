@@ -59,8 +59,9 @@ class Split:
             for name, valid in bounds(part, sizes, self.classes):
                 if not valid.all():
                     at = int(np.argmin(valid))
-                    what = f"sample {start + at} has {name} {part[name][at]}, out of bounds"
-                    raise DataError(f"{path}: {what}; shard the data again")
+                    raise DataError(
+                        f"{path}: sample {start + at} has {name} {part[name][at]}, out of bounds; shard the data again"
+                    )
         index.base.madvise(mmap.MADV_DONTNEED)
         return index
 

@@ -51,15 +51,17 @@ class RemoteFolder:
         options: dict[str, Any] = TIMEOUTS | ({"allow_http": True} if allow_http else {})
         more = {"credential_provider": _profile()} if url.startswith("s3:") and os.environ.get("AWS_PROFILE") else {}
         # obstore's retries reuse the first attempt's signature and stop at a truncated body: `request` retries instead.
-        retries = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
+        more["retry_config"] = {"max_retries": 0, "retry_timeout": timedelta(seconds=AT_OPENING)}
         make: Any = from_url  # its types have a signature for each kind of URL
 
         def connected(address: str) -> Any:
             try:
-                return make(address, client_options=options, retry_config=retries, **more)
+                return make(address, client_options=options, **more)
             except Exception as err:
-                about = f"settings in the environment are missing or wrong, or the URL is wrong ({type(err).__name__})"
-                raise ConfigError(f"{self.url}: {about}; see docs/remote.md") from None
+                raise ConfigError(
+                    f"{self.url}: settings in the environment are missing or wrong, or the URL is wrong"
+                    f" ({type(err).__name__}); see docs/remote.md"
+                ) from None
 
         self._versions: dict[str, str] = {}
         self._warned = 0.0

@@ -58,8 +58,10 @@ def main() -> None:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
     dataset = open_dataset(args.shards, allow_http=args.allow_http)
     labelled = (dataset.split(args.split).index["label"] >= 0).all()
-    if not (labelled or args.submission or args.csv):
-        raise DataError(f"{args.shards}: {args.split} has no labels; --submission or --csv writes the predictions")
+    if not labelled and (args.json or not (args.submission or args.csv)):
+        raise DataError(
+            f"{args.shards}: {args.split} has no labels; --submission or --csv alone writes the predictions"
+        )
     order = submission_order(dataset, args.split) if args.submission else []
     if args.csv and dataset.remote:
         dataset.split(args.split).keys()  # not at the end: raises ConfigError

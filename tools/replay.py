@@ -70,7 +70,7 @@ def replay(args: argparse.Namespace, scratch: Path) -> None:
         same = report(
             found,
             recorded_loss(args.run, args.step),
-            [run.loader.describe(id_) for id_ in found["ids"]],
+            list(map(run.loader.describe, found["ids"])),
             same_ranks=described["ranks"] == run.accelerator.num_processes,
         )
         if args.json:
@@ -91,7 +91,7 @@ def measured(run: Any, step: int, folder: Path) -> Json:
     while True:
         while state.epoch < run.loader.state_dict()["epoch"]:
             state.epoch += 1
-            if state.epoch in top1:
+            if state.epoch in top1 and not state.epoch % run.config.train.eval_every:
                 state.plateau.see(top1[state.epoch], run.optim)
         run.enter_epoch()
         for batch in run.loader:  # an epoch

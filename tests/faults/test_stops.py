@@ -328,12 +328,17 @@ def test_replay_shows_the_loss_of_any_step_and_of_the_bad_one(clean, few_digits,
 
 def test_replay_lowers_the_rate_where_the_runs_evaluations_did(few_digits, tmp_path):
     plateau = ["--optim.schedule", "plateau", "--optim.plateau-patience", 1, "--optim.lr", 1e-5, "--optim.factor", 0.01]
+    plateau += ["--optim.warmup-epochs", 0]
     folder = tmp_path / "run"
-    done = quiet(SCRIPT, *two(few_digits), *plateau, "--train.epochs", 4, "--run.dir", folder)
-    assert done.returncode == 0, done.stderr
-    assert len({line["lr"] for line in lines(folder, "train") if line["step"] < 3 * STEPS}) > 1
+    args = [SCRIPT, *two(few_digits), *plateau, "--train.epochs", 5, "--train.eval-every", 2, "--run.dir", folder]
+    for limit in (["--limit-steps", STEPS], []):  # an evaluation of epoch 1, which the schedule does not see
+        done = quiet(*args, *limit)
+        assert done.returncode == 0, done.stderr
+    assert [line["epoch"] for line in lines(folder, "val")] == [1, 2, 4, 5]
+    rate = {line["epoch"]: line["lr"] for line in lines(folder, "train")}
+    assert rate[2] == rate[4] > rate[5]
     shutil.rmtree(folder / "checkpoints")  # so that it passes all of the run's evaluations
-    again = quiet(ROOT / "tools" / "replay.py", folder, 4 * STEPS - 1)
+    again = quiet(ROOT / "tools" / "replay.py", folder, 5 * STEPS - 1)
     assert again.returncode == 0, again.stdout
     assert "after step 0" in again.stdout
     assert ": equal)" in again.stdout

@@ -234,7 +234,8 @@ def test_a_submission_has_the_official_order_and_numbers(tmp_path):
         row = rows[name.removesuffix(".JPEG")]
         assert row["label"] == ""
         assert line.split() == [str(number[row[f"answer{i}"]]) for i in range(1, 6)]
-    assert "test has no labels; --submission" in the_error(run_tool(EVALUATE, *flags))
+    for files in ([], ["--csv", tmp_path / "x.csv", "--json", tmp_path / "x.json"]):
+        assert "test has no labels; --submission" in the_error(run_tool(EVALUATE, *flags, *files))
     assert "no test image" in the_error(run_tool(EVALUATE, weights, "--data.shards", dataset.root, "--submission", "x"))
 
 
