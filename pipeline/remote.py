@@ -223,7 +223,7 @@ def _why(err: Exception) -> tuple[str, float]:
     if "builder error" in text:
         return f"the server's URL, or where it redirects to, is not encrypted; use https://, or {ALLOW}", 0.0
     if "configured region" in text:
-        return "the bucket is in another region (set AWS_REGION), or the server redirects to no address", 0.0
+        return "the bucket is in another region (set AWS_REGION), or the server redirects without an address", 0.0
     if found := re.search(r"status code: (\d{3})[A-Za-z -]*", text):
         status = int(found[1])
         if status in (401, 403):
@@ -231,5 +231,5 @@ def _why(err: Exception) -> tuple[str, float]:
         return found[0], 0.0 if 400 <= status < 500 and status not in RETRIED else PATIENCE
     kind = re.search(r"kind: (Connect|Timeout|Interrupted|Request|Decode)", text)
     return {"Connect": "no connection", "Timeout": "timed out"}.get(
-        kind[1] if kind else "", "the connection broke, or the answer is no valid one"
+        kind[1] if kind else "", "the connection broke, or the response is invalid"
     ), PATIENCE

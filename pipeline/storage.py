@@ -27,18 +27,21 @@ def is_url(place: object) -> bool:
 def absolute(place: str) -> str:
     """Returns a folder's absolute path, or a URL unchanged; file:// becomes a path."""
     if place.startswith("file://"):
-        place = unquote(place.removeprefix("file://"))
+        place = unquote(re.sub("^file://(localhost(?=/))?", "", place))
     return place if is_url(place) else os.path.abspath(place)
 
 
 def check_url(url: str, *, allow_http: bool) -> None:
     """Raises ConfigError for a URL that cannot be read or contains credentials, which the message omits."""
     scheme = url.partition(":")[0]
-    plain = re.sub(r"//([^/@:]*:(?!\d+/).*|[^/]*)@", "//", url)  # a password may contain slashes and brackets
+    # A password may contain slashes and brackets.
+    plain = re.sub(r"(?s)^([^/]*//)([^/@:[]*:(?!\d+/).*|[^/]*)@", r"\1", url)
     try:
         parts = urlsplit(plain)
     except ValueError as err:  # a bracket in the host
-        raise ConfigError(f"{plain}: names no bucket or server; write {scheme}://NAME/FOLDER") from err
+        raise ConfigError(
+            f"{re.split('[?#]', plain)[0]}: names no bucket or server; write {scheme}://NAME/FOLDER"
+        ) from err
     shown = f"{scheme}://{parts.netloc}{parts.path}"
     if scheme not in SCHEMES:
         raise ConfigError(f"{shown}: begin it with {'://, '.join(SCHEMES[:-1])}://, or name a folder")

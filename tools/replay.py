@@ -87,7 +87,9 @@ def measured(run: Any, step: int, folder: Path) -> Json:
     """
     import torch
 
-    state, top1 = run.state, {line["epoch"]: line["top1"] for line in read_metrics(folder)["val"]}
+    state = run.state
+    evaluations = read_metrics(folder)["val"] if run.optim.schedule == "plateau" else []
+    top1 = {line["epoch"]: line["top1"] for line in evaluations}
     while True:
         while state.epoch < run.loader.state_dict()["epoch"]:
             state.epoch += 1

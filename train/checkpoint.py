@@ -136,8 +136,9 @@ class Checkpoints:
         if best is not None and self.path(best).is_dir():
             kept.append(self.path(best))
             write_text(self.folder / BEST, f"{kept[-1].name}\n")
-        aside = [p for p in self.folder.glob(f"step-*{DAMAGED}") if _step(p) <= step]
-        for old in [p for p in self.all() if p not in kept] + aside:
+        for old in [p for p in self.all() if p not in kept] + [
+            p for p in self.folder.glob(f"step-*{DAMAGED}") if _step(p) <= step
+        ]:
             gone = old.with_name(old.name + PARTIAL)  # a half-removed folder must not look like a damaged checkpoint
             os.rename(old, gone)
             _remove(gone)
@@ -233,8 +234,8 @@ def load(path: Path) -> Saved:
 
 
 def verified(path: Path) -> dict[str, bytes]:
-    """Returns {file name: bytes} of a checkpoint. Raises DataError if a file's sha256 is not the recorded one, OSError,
-    and what a record of an unexpected form causes."""
+    """Returns {file name: bytes} of a checkpoint. Raises DataError if a file's sha256 is not the recorded one; OSError;
+    ValueError, TypeError or AttributeError for a malformed record."""
     if not path.is_dir():
         raise DataError(f"{path}: no such checkpoint; name a folder checkpoints/step-NNNNNNNN")
     try:

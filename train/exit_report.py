@@ -60,8 +60,9 @@ class ExitReport:
         """Writes exit.json, if the folder can be written."""
         assert self.folder is not None
         with suppress(OSError):
-            facts = {"step": self.trainer.state.step if self.trainer else 0, **facts}
-            self.folder.write_exit(code=code, reason=reason, **facts)
+            self.folder.write_exit(
+                code=code, reason=reason, **{"step": self.trainer.state.step if self.trainer else 0} | facts
+            )
 
     def write_page(self) -> None:
         """Writes report.html in another process, which cannot change how this one ends."""

@@ -111,9 +111,9 @@ def in_every_epoch(loader: Loader) -> np.ndarray:
     third, second, first = (
         np.concatenate([loader.ids(epoch, step) for step in range(len(loader))]) for epoch in reversed(range(EPOCHS))
     )
+    common = first[np.isin(first, second) & np.isin(first, third)]
     # At the worst, 4 bytes in base64 for 3 of pixels
-    most = min(IMAGES, CROP_BYTES // (EPOCHS * 4 * loader.augment.crop**2))
-    return np.asarray(first[np.isin(first, second) & np.isin(first, third)][:most])
+    return np.asarray(common[: min(IMAGES, CROP_BYTES // (EPOCHS * 4 * loader.augment.crop**2))])
 
 
 def as_pixels(image: Tensor, loader: Loader) -> np.ndarray:

@@ -49,7 +49,7 @@ reject_nonsense() {
 submit() {
   export EXPRESS_ROOT=${EXPRESS_ROOT:-$(dirname "$(dirname "$HERE")")}
   local slices merge
-  # The user's options come last: they count.
+  # sbatch takes the last of each option: the user cannot change those after the user's.
   slices=$(sbatch --parsable --job-name=shard --output=shard-%A_%a.out "${SBATCH[@]}" --array="0-$((SLICES - 1))" \
     "$HERE/shard.sbatch" "$SLICES" "${MAKE[@]}")
   slices=${slices%%;*} # a federation's cluster follows the number

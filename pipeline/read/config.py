@@ -51,9 +51,7 @@ class DataConfig:
         if self.cache and self.stage:
             raise ConfigError("data.cache and data.stage: name one of them")
         if is_url(self.cache + self.stage):
-            raise ConfigError(
-                f"{self.cache}{self.stage}: data.cache and data.stage are folders of this machine, not URLs"
-            )
+            raise ConfigError("data.cache and data.stage are folders of this machine, not URLs")
         if self.cache_size and not self.cache:
             raise ConfigError("data.cache_size: name the folder of the copies too, by data.cache")
 

@@ -137,7 +137,7 @@ class Portable(Engine):
 
     def _decoded(self, image: ndarray, width: int, height: int, rows: int, is_plain: bool) -> ndarray:
         """Returns flat pixels, only of the first `rows` rows if the image was cut short; valid until this thread's next
-        call. is_plain: whether the header is a plain JPEG's of this size."""
+        call. is_plain: whether it is a plain JPEG of this size, by header and end."""
         if is_plain:
             memory = self._scratch(3 * height * width)  # of all rows, as taps of weight zero may read below the last
             try:  # not strict if it was cut: the rest of the image would count as an error

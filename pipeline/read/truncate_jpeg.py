@@ -34,7 +34,8 @@ def headers_of_size(image: ndarray, width: int, height: int) -> tuple[int, int]:
 def cut_short(image: ndarray, width: int, height: int, rows: int) -> bool:
     """Sets the height of a JPEG of width × height to `rows`, in place.
 
-    Returns whether that was possible: the JPEG must be baseline or extended sequential, Huffman-coded, with one scan.
+    Returns whether that was possible: the JPEG must be baseline or extended sequential, Huffman-coded, with one scan
+    and an end.
     image: (n,) uint8.
     """
     frame, scan = headers_of_size(image, width, height)

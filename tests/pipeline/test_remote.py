@@ -499,7 +499,7 @@ def test_a_url_that_is_no_data_set_is_one_line(web):
         (f"https://example.org/x?sig={CANARY}", "https://example.org/x: leave user, password, \\?, # and .. out"),
         (f"s3://KEY:S/{CANARY}@box/x", "s3://box/x: leave user, password"),
         (f"https://me:p[{CANARY}@example.org:80/x", "https://example.org:80/x: leave user, password"),
-        ("https://example.org\uff0fx", "names no bucket or server; write https://NAME/FOLDER"),
+        (f"https://example.org\uff0fx?sig={CANARY}", "x: names no bucket or server; write https://NAME/FOLDER"),
         ("HTTPS://example.org/x", "HTTPS://example.org/x: begin it with"),
         (
             "ftp://example.org/x",

@@ -51,7 +51,7 @@ def test_a_bare_resume_means_the_newest():
         (["demo", "--data.shards", "x", "stray"], "stray"),
         (["demo"], "data.shards is not set"),
         (["demo", "--data.shards", "https://me:secret@h/x"], "^https://h/x: leave user, password"),
-        (["demo", "--data.shards", "x", "--data.stage", "s3://x"], "s3://x: data.cache and data.stage are folders"),
+        (["demo", "--data.shards", "x", "--data.stage", "s3://x"], "^data.cache and data.stage are folders"),
         (["demo", "--data.shards", "https://h/x?sig=secret"], "^https://h/x: leave user, password"),
         (["demo", "--data.shards", "x", "--run.dir", ""], "run.dir is empty"),
         (["demo", "--data.shards", "x", "--run.dir="], "run.dir is empty"),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import Json
 from ...progress import Progress
 from ...shards import Sample, write_shard
 from ...storage import Folder
@@ -33,7 +32,7 @@ class HubParquet(WebDataset):
     def __post_init__(self) -> None:
         super().__post_init__()
         metadata = parquet(super().files(str(self.train))[0]).schema_arrow.metadata or {}
-        info: Json = json.loads(metadata.get(b"huggingface", "{}")).get("info", {})
+        info = json.loads(metadata.get(b"huggingface", "{}")).get("info", {})
         names = info.get("features", {}).get(self.label_column, {}).get("names", [])
         if names and int(self.classes[-1]) < len(names):
             self.class_names = [names[int(number)] for number in self.classes]

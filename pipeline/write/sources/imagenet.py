@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...errors import DataError, reading
-from ...files import Json, json_bytes
+from ...files import json_bytes
 from ...manifest import PARTS
 from ...progress import Progress
 from ...shards import file_digest
@@ -152,7 +152,7 @@ class ImageNet2012(Archives):
     def verify(self, folder: Folder) -> None:
         """Compares the archives' md5 with the official ones; VERIFIED keeps which need not be read again."""
         sizes = {name: os.stat(self.src / name).st_size for name in self.sums if self.md5}
-        known: Json = json.loads(folder.read(VERIFIED)) if folder.size(VERIFIED) else {}
+        known = json.loads(folder.read(VERIFIED)) if folder.size(VERIFIED) else {}
         with Progress("md5", sum(sizes.values()), unit="B") as progress:
             for name, size in sizes.items():
                 path, expected = self.src / name, self.sums[name]
