@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from pipeline.read import stages
 from pipeline.read.fetch import COLUMNS, OFFSET, SHARD, SIZE, Rows
 from pipeline.read.plan import Plan
 from pipeline.shards import Shard
+from pipeline.storage import absolute, check_url
 from pipeline.write.cuts import make_cuts
 from tests.conftest import ROOT, run_here, run_tool
 from tests.pipeline.conftest import CANARY
@@ -114,6 +116,8 @@ def test_evaluation_sees_each_sample_once_over_ranks(web):
 
 def test_a_file_url_is_the_folder(shards, web):
     assert_same(two_epochs(f"file://{shards['jpeg']}"), two_epochs(shards["jpeg"], window=0))
+    assert absolute("file://localhost/a%20b") == "/a b"
+    assert absolute("file://a/b?c") == os.path.abspath("a/b?c")
 
 
 def test_a_loader_resumes_at_every_step_wherever_the_shards_are(shards, web):
@@ -511,6 +515,20 @@ def test_urls_that_cannot_work_or_hold_secrets_are_rejected_without_them(url, me
     with pytest.raises(ConfigError, match=message) as err:
         open_dataset(url)
     assert CANARY not in str(err.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[fd00::1]:9000/box/x@v1",
+        "https://host/a//b@c",
+        "s3://box/a//b:c@d",
+        "hf://datasets/me/x@v1/y",
+        "s3://b/@",
+    ],
+)
+def test_a_path_may_contain_what_separates_a_password_elsewhere(url):
+    check_url(url, allow_http=True)
 
 
 @pytest.mark.parametrize("profile", ["mine", ""])
