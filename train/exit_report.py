@@ -60,9 +60,8 @@ class ExitReport:
         """Writes exit.json, if the folder can be written."""
         assert self.folder is not None
         with suppress(OSError):
-            self.folder.write_exit(
-                code=code, reason=reason, **{"step": self.trainer.state.step if self.trainer else 0} | facts
-            )
+            facts.setdefault("step", self.trainer.state.step if self.trainer else 0)
+            self.folder.write_exit(code=code, reason=reason, **facts)
 
     def write_page(self) -> None:
         """Writes report.html in another process, which cannot change how this one ends."""

@@ -248,7 +248,7 @@ def _acceptable(image: memoryview, size: tuple[int, int]) -> memoryview:
     """Returns the image itself if DALI decodes its format to the reference pixels (a test compares them), else a PPM.
 
     DALI rounds 16 bits to 8 (we truncate), rejects some WebP with metadata, and decodes TIFF, JPEG 2000 and CMYK
-    differently or not at all. A PNG whose chunks are damaged ends the process, see Dali._acceptable.
+    differently or not at all. A PNG whose chunks are damaged may end the process, see Dali._acceptable.
     """
     opened = open_image(image)
     png = opened.format == "PNG" and image[24] <= 8  # bits a channel
